@@ -1,0 +1,23 @@
+"""The one error that users cause and users can mend.
+
+Commands catch `Refused` at their entry point, print it on one line without a traceback and exit
+with code 1. Everything else is a bug and keeps its traceback.
+"""
+
+
+class Refused(ValueError):
+    """Input that is refused before any work is done: field, value, rule and fix in one message.
+
+    Attributes:
+      field: the config field, file entry or flag, as the user wrote it (`model.top_k`).
+      value: what it was.
+      rule: what must hold, as a sentence without a full stop.
+      fix: what to do about it, as a sentence without a full stop.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, fix: str):
+        self.field, self.value, self.rule, self.fix = field, value, rule, fix
+        shown = repr(value)
+        if len(shown) > 200:
+            shown = shown[:200] + "..."
+        super().__init__(f"{field} = {shown}: {rule}. {fix}.")
