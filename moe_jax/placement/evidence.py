@@ -1,0 +1,201 @@
+"""Judges a placement on a trace: locality, rows and load, each with an interval.
+
+Axes: S sequences, L MoE layers, M devices, B bootstrap samples. Everything is tallied per sequence
+first, because a bootstrap over tokens is 5 to 9 times too narrow: tokens of a sequence are alike.
+Intervals are 95 % percentile intervals over BOOTSTRAPS resamples of the sequences.
+
+Rows are counted as a deduplicating exchange moves them (partial sums, one row each way per device)
+with homes drawn uniformly, per token and layer; `coherent` also as cost.py counts it.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from moe_jax.placement import cost
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.topology import Topology
+from moe_jax.routing.trace import Trace
+
+BOOTSTRAPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A mean over the trace and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tally:
+    """Integer sums per sequence; the figures below are ratios of them."""
+
+    token_layers_S: Int[np.ndarray, " S"]  # tokens with an expert, over layers
+    distinct_S: Int[np.ndarray, " S"]  # distinct devices of a token's experts, over layers
+    nodes_S: Int[np.ndarray, " S"]  # distinct nodes, over layers
+    moves_S: Int[np.ndarray, " S"]  # transitions of the best expert
+    stays_S: Int[np.ndarray, " S"]  # ... that stay on their device
+    pairs_S: Int[np.ndarray, " S"]  # all K x K transitions
+    pair_stays_S: Int[np.ndarray, " S"]  # ... that stay
+    coherent_S: Float[np.ndarray, " S"]  # rows of coherent dispatch, both ways
+    load_SLM: Int[np.ndarray, "S L M"]  # rows computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a placement does on a trace.
+
+    Attributes:
+      rows: rows per token and layer for every dispatch, both ways.
+      top1: share of best-expert transitions that stay on their device.
+      hops: transitions of the best expert that leave their device, per token.
+      all_pairs: the same share over all K x K transitions.
+      distinct_devices: devices per token and layer.
+      distinct_nodes: nodes per token and layer.
+      load_mean: max / mean device load, mean over layers.
+      load_worst: max / mean device load of the worst layer.
+      balancedness: mean / max, mean over layers (vLLM, SGLang).
+      imbalance_ratio: (max - mean) / mean, mean over layers (TensorRT-LLM).
+      load_cv: standard deviation / mean of the device loads, mean over layers.
+    """
+
+    rows: dict[str, Figure]
+    top1: Figure
+    hops: Figure
+    all_pairs: Figure
+    distinct_devices: Figure
+    distinct_nodes: Figure
+    load_mean: Figure
+    load_worst: Figure
+    balancedness: float
+    imbalance_ratio: float
+    load_cv: float
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0) -> Evidence:
+    """All figures of one placement on one trace."""
+    tally = count(trace, placement, topology)
+    weight_BS = _resamples(trace.num_sequences, seed)
+    devices, nodes = topology.num_devices, topology.num_nodes
+    distinct = _ratio(tally.distinct_S, tally.token_layers_S, weight_BS)
+    on_nodes = _ratio(tally.nodes_S, tally.token_layers_S, weight_BS)
+    exchange_S = tally.distinct_S * (2 * (devices - 1) / devices)
+    slow_S = tally.nodes_S * (2 * (nodes - 1) / nodes)
+    each = topology.devices_per_node
+    fast_S = tally.distinct_S * (2 * (each - 1) / each)
+    rows = {
+        "exchange": exchange_S,
+        "hierarchical": slow_S + fast_S,
+        "coherent": tally.coherent_S,
+        "gathered": tally.token_layers_S * (2.0 * (devices - 1)),
+    }
+    load_LM = tally.load_SLM.sum(axis=0)
+    over_BL = _over_mean(np.tensordot(weight_BS, tally.load_SLM, axes=1))
+    over_L = _over_mean(load_LM)
+    layers = max(placement.num_layers - 1, 1)
+    moves_per_token = _ratio(tally.moves_S - tally.stays_S, tally.moves_S, weight_BS)
+    return Evidence(
+        rows={name: _ratio(r_S, tally.token_layers_S, weight_BS) for name, r_S in rows.items()},
+        top1=_ratio(tally.stays_S, tally.moves_S, weight_BS),
+        hops=Figure(*(layers * v for v in dataclasses.astuple(moves_per_token))),
+        all_pairs=_ratio(tally.pair_stays_S, tally.pairs_S, weight_BS),
+        distinct_devices=distinct,
+        distinct_nodes=on_nodes,
+        load_mean=_figure(over_L.mean(), over_BL.mean(axis=1)),
+        load_worst=_figure(over_L.max(), over_BL.max(axis=1)),
+        balancedness=float((1 / over_L).mean()),
+        imbalance_ratio=float((over_L - 1).mean()),
+        load_cv=float((load_LM.std(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)).mean()),
+    )
+
+
+def count(trace: Trace, placement: Placement, topology: Topology) -> Tally:
+    """The sums per sequence."""
+    start_S = np.concatenate([[0], np.cumsum(trace.seq_len[:-1], dtype=np.int64)])
+    per_token = {name: np.zeros(trace.num_tokens, np.int64) for name in _PER_TOKEN}
+    coherent_T = np.zeros(trace.num_tokens)
+    load_SLM = np.zeros(
+        (trace.num_sequences, placement.num_layers, placement.num_devices), np.int64
+    )
+    sequence_T = np.repeat(np.arange(trace.num_sequences), trace.seq_len)
+    before_TK, home_T = None, np.full(trace.num_tokens, cost.UNKNOWN)
+    for layer in range(placement.num_layers):
+        device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer)
+        first_TK = cost.first_of(device_TK)
+        node_TK = np.where(device_TK < 0, cost.UNKNOWN, device_TK // topology.devices_per_node)
+        per_token["token_layers"] += (device_TK >= 0).any(axis=1)
+        per_token["distinct"] += first_TK.sum(axis=1)
+        per_token["nodes"] += cost.first_of(node_TK).sum(axis=1)
+        load_SLM[:, layer] = _load_SM(device_TK, sequence_T, load_SLM.shape)
+        next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
+        coherent_T += _away(device_TK, first_TK, home_T, placement.num_devices)
+        coherent_T += _away(device_TK, first_TK, next_T, placement.num_devices)
+        if before_TK is not None:
+            _count_stays(per_token, before_TK, device_TK)
+        before_TK, home_T = device_TK, next_T
+    sums = {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in per_token.items()}
+    return Tally(**sums, coherent_S=np.add.reduceat(coherent_T, start_S), load_SLM=load_SLM)
+
+
+_PER_TOKEN = ("token_layers", "distinct", "nodes", "moves", "stays", "pairs", "pair_stays")
+
+
+def _count_stays(per_token: dict, before_TK: np.ndarray, device_TK: np.ndarray) -> None:
+    for j in range(before_TK.shape[1]):
+        for k in range(device_TK.shape[1]):
+            real_T = (before_TK[:, j] >= 0) & (device_TK[:, k] >= 0)
+            stay_T = real_T & (before_TK[:, j] == device_TK[:, k])
+            per_token["pairs"] += real_T
+            per_token["pair_stays"] += stay_T
+            if j == k == 0:
+                per_token["moves"] += real_T
+                per_token["stays"] += stay_T
+
+
+def _away(device_TK, first_TK, home_T, devices: int) -> np.ndarray:
+    """float64 [T]: distinct devices other than home; expected where home is unknown."""
+    away_T = (first_TK & (device_TK != home_T[:, None])).sum(axis=1).astype(float)
+    return np.where(home_T < 0, away_T * (devices - 1) / devices, away_T)
+
+
+def _load_SM(device_TK, sequence_T, shape: tuple[int, ...]) -> np.ndarray:
+    sequences, _, devices = shape
+    valid_TK = device_TK >= 0
+    index_TK = sequence_T[:, None] * devices + device_TK
+    counts = np.bincount(index_TK[valid_TK], minlength=sequences * devices)
+    return counts.reshape(sequences, devices)
+
+
+def _over_mean(load) -> np.ndarray:
+    mean = load.mean(axis=-1)
+    return np.where(mean > 0, load.max(axis=-1) / np.maximum(mean, 1e-300), 1.0)
+
+
+def _resamples(sequences: int, seed: int) -> np.ndarray:
+    """float64 [B, S]: how often each sequence is drawn."""
+    rng = np.random.default_rng(seed)
+    draws_BS = rng.multinomial(sequences, np.full(sequences, 1 / sequences), size=BOOTSTRAPS)
+    return draws_BS.astype(float)
+
+
+def _ratio(above_S, below_S, weight_BS) -> Figure:
+    total = below_S.sum()
+    if total == 0:
+        return Figure(0.0, 0.0, 0.0)
+    below_B = weight_BS @ below_S
+    return _figure(above_S.sum() / total, (weight_BS @ above_S) / np.maximum(below_B, 1e-300))
+
+
+def _figure(value, samples_B) -> Figure:
+    low, high = np.percentile(samples_B, [2.5, 97.5])
+    return Figure(float(value), float(low), float(high))

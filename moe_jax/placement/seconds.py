@@ -1,0 +1,112 @@
+"""From rows to seconds: bytes over links, rows through devices, the slowest of each per layer.
+
+Axes: L MoE layers, M devices. A layer costs dispatch + compute + combine. In each exchange a device
+sends and receives at the same time, so a tier needs max over devices of max(bytes out, bytes in) /
+bandwidth, plus its latency where it is used. The tiers of a direct exchange run at once (the
+slower one counts); the two hops of hierarchical dispatch follow each other (they add up). Compute
+is the slowest device's rows. Counts are scaled from the trace to a batch of `batch_tokens`.
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from moe_jax.errors import Refused
+from moe_jax.placement.cost import Rows
+from moe_jax.placement.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Sizes that turn rows into bytes and operations.
+
+    Attributes:
+      d_model: values of a row.
+      d_ff: hidden size of one expert (three matrices: gate, up, down).
+      value_bytes: bytes of a value on the wire.
+      kv_values: key and value entries of one token and layer (2 d_kv); `coherent` gathers them on
+        every device.
+      batch_tokens: tokens of a step, over all devices.
+    """
+
+    d_model: int = 2048
+    d_ff: int = 1024
+    value_bytes: int = 2
+    kv_values: int = 1024
+    batch_tokens: int = 65536
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or not 1 <= value < 2**40:
+                raise Refused(field.name, value, "a whole number of at least 1", "Correct it")
+
+    @property
+    def row_bytes(self) -> int:
+        return self.d_model * self.value_bytes
+
+    @property
+    def row_flops(self) -> int:
+        return 6 * self.d_model * self.d_ff
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seconds:
+    """Seconds of every layer of one step, by phase (float64)."""
+
+    dispatch_L: Float[np.ndarray, " L"]
+    compute_L: Float[np.ndarray, " L"]
+    combine_L: Float[np.ndarray, " L"]
+
+    @property
+    def total_L(self) -> Float[np.ndarray, " L"]:
+        return self.dispatch_L + self.compute_L + self.combine_L
+
+
+def seconds(
+    rows: Rows,
+    computed_LM: Num[np.ndarray, "L M"],
+    topology: Topology,
+    work: Work,
+    dispatch: str,
+    num_tokens: int,
+) -> Seconds:
+    """Seconds of a step of `work.batch_tokens`, from the counts of `num_tokens` tokens."""
+    scale = work.batch_tokens / num_tokens
+    to_bytes = scale * work.row_bytes
+    one_after_other = dispatch == "hierarchical"
+    there_L = exchange_seconds(rows.dispatch_LMM * to_bytes, topology, one_after_other)
+    if dispatch == "coherent":
+        there_L = there_L + gather_seconds(topology, work)
+    return Seconds(
+        there_L,
+        compute_seconds(computed_LM, topology, work, num_tokens).max(axis=1),
+        exchange_seconds(rows.combine_LMM * to_bytes, topology, one_after_other),
+    )
+
+
+def compute_seconds(computed_LM, topology: Topology, work: Work, num_tokens: int) -> np.ndarray:
+    """float64 [L, M]: seconds of every device's experts."""
+    scale = work.batch_tokens / num_tokens
+    return computed_LM * (scale * work.row_flops / topology.device_flops)
+
+
+def exchange_seconds(bytes_LMM, topology: Topology, one_after_other: bool) -> np.ndarray:
+    """float64 [L]: the slowest device of the slower tier, or of both tiers in turn."""
+    same_MM = topology.node_M[:, None] == topology.node_M[None, :]
+    tiers = []
+    for mask_MM, tier in ((same_MM, topology.fast), (~same_MM, topology.slow)):
+        on_tier_LMM = bytes_LMM * mask_MM
+        busiest_L = np.maximum(on_tier_LMM.sum(2).max(1), on_tier_LMM.sum(1).max(1))
+        tiers.append(busiest_L / tier.bandwidth + tier.latency * (busiest_L > 0))
+    return tiers[0] + tiers[1] if one_after_other else np.maximum(*tiers)
+
+
+def gather_seconds(topology: Topology, work: Work) -> float:
+    """All-gather of the new keys and values of one layer, which coherent dispatch needs."""
+    devices = topology.num_devices
+    share = work.batch_tokens / devices * work.kv_values * work.value_bytes
+    bytes_MM = np.full((1, devices, devices), share)
+    bytes_MM[0, np.arange(devices), np.arange(devices)] = 0
+    return float(exchange_seconds(bytes_MM, topology, False)[0])

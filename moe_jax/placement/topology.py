@@ -1,0 +1,149 @@
+"""The machine a plan is for: nodes, devices, two tiers of links, and how fast a device computes.
+
+Promise: `Topology` is frozen and validated. Devices are numbered node by node: device m is in node
+m // devices_per_node. The fast tier joins the devices of a node, the slow tier the nodes; on a
+flat machine there is one node and the slow tier is not used.
+
+Presets are small JSON files in `configs/topology/` (fields as below). A name is looked up there
+from the current folder, then from the checkout this package lies in; a path to a `.json` of one's
+own works as well.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from moe_jax.errors import Refused
+
+FOLDERS = (
+    pathlib.Path("configs/topology"),
+    pathlib.Path(__file__).resolve().parents[2] / "configs" / "topology",
+)
+
+
+def _number(field: str, value: Any, above: float) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not value > above:
+        raise Refused(field, value, f"a finite number above {above:g}", "Correct it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """A kind of link: bytes per second that a device sends (and receives), seconds per message."""
+
+    bandwidth: float
+    latency: float
+
+    def __post_init__(self):
+        _number("bandwidth", self.bandwidth, above=0.0)
+        _number("latency", self.latency, above=-1e-30)
+
+
+# One NVLink-like tier and one InfiniBand-like tier (50 GB/s per device), as on common GPU nodes.
+FAST = Tier(bandwidth=450e9, latency=5e-6)
+SLOW = Tier(bandwidth=50e9, latency=10e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Nodes x devices.
+
+    Attributes:
+      name: for people.
+      num_nodes: nodes of the machine.
+      devices_per_node: devices in each.
+      fast: links inside a node.
+      slow: links between nodes.
+      device_flops: floating-point operations per second that a device reaches in expert matmuls.
+    """
+
+    name: str
+    num_nodes: int
+    devices_per_node: int
+    fast: Tier = FAST
+    slow: Tier = SLOW
+    device_flops: float = 4e14
+
+    def __post_init__(self):
+        for field in ("num_nodes", "devices_per_node"):
+            value = getattr(self, field)
+            if type(value) is not int or not 1 <= value <= 2**16:
+                raise Refused(field, value, "a whole number from 1 to 65536", "Correct it")
+        _number("device_flops", self.device_flops, above=0.0)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_nodes * self.devices_per_node
+
+    @property
+    def node_M(self) -> np.ndarray:
+        """int64 [M]: the node of every device."""
+        return np.arange(self.num_devices) // self.devices_per_node
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def flat(num_devices: int) -> Topology:
+    """One node of `num_devices` devices."""
+    return Topology(f"flat{num_devices}", 1, num_devices)
+
+
+def nodes_by_devices(num_nodes: int, num_devices: int) -> Topology:
+    """`num_devices` devices in all, in `num_nodes` equal nodes."""
+    if num_nodes < 1 or num_devices % num_nodes:
+        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - num_nodes))
+        raise Refused(
+            "nodes", num_nodes, f"must divide the {num_devices} devices", f"Use {nearest}"
+        )
+    if num_nodes == 1:
+        return flat(num_devices)
+    each = num_devices // num_nodes
+    return Topology(f"{num_nodes}x{each}", num_nodes, each)
+
+
+def preset(name: str) -> Topology:
+    """A preset by name, or a file by path."""
+    if name.endswith(".json"):
+        return _read(pathlib.Path(name))
+    for folder in FOLDERS:
+        if (folder / f"{name}.json").is_file():
+            return _read(folder / f"{name}.json")
+    known = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.json")})
+    raise Refused(
+        "topology", name, "no preset of this name", f"Use one of {', '.join(known)}, or a .json"
+    )
+
+
+def from_json(fields: Any, source: str = "topology") -> Topology:
+    """From the JSON form, as presets and plans hold it."""
+    if not isinstance(fields, dict):
+        raise Refused(source, fields, "a JSON object", "See configs/topology/")
+    known = {field.name for field in dataclasses.fields(Topology)}
+    for key in fields:
+        if key not in known:
+            raise Refused(f"{source} {key}", fields[key], "no such field", f"Fields: {known}")
+    for key in ("name", "num_nodes", "devices_per_node"):
+        if key not in fields:
+            raise Refused(f"{source} {key}", None, "this field is needed", "Add it")
+    values = dict(fields)
+    for key in ("fast", "slow"):
+        if key in values:
+            tier = values[key]
+            if not isinstance(tier, dict) or set(tier) != {"bandwidth", "latency"}:
+                raise Refused(f"{source} {key}", tier, "has bandwidth and latency", "Correct it")
+            values[key] = Tier(**tier)
+    return Topology(**values)
+
+
+def _read(path: pathlib.Path) -> Topology:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused("topology", str(path), f"not a JSON file ({error})", "Correct it") from error
+    return from_json(fields, str(path))
