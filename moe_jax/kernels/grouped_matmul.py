@@ -1,0 +1,197 @@
+"""The grouped operations of an MoE layer: one matmul per expert over rows sorted by expert.
+
+Promise: row n of group g meets the weights of g; rows past sum(group_sizes) are exactly zero in
+the output and in dx, whatever they held; dw of an empty group is exactly zero. Differentiable in x
+and the weights, under jit, grad, checkpoint, scan and shard_map with check_vma=True. Accumulation
+is in float32. Wrong arguments are refused when the program is traced.
+
+Axes: N rows, D d_model, F d_ff, G groups (the experts on this device).
+
+This file checks the arguments, makes them vary over the same mesh axes, and chooses the
+implementation; each implementation is a module with differentiable `matmul`, `swiglu` and `ffn`.
+"""
+
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from moe_jax.errors import Refused
+
+IMPLEMENTATIONS = ("reference", "cpu")
+_DTYPES = ("float32", "bfloat16", "float16")
+# "cpu" is plain JAX: it runs on a GPU as well, correct but not fast.
+_BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu"}
+
+
+def grouped_matmul(
+    x_ND: Float[Array, "N D"],
+    w_GDF: Float[Array, "G D F"],
+    group_sizes_G: Int[Array, "G"],
+    *,
+    implementation: str | None = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Float[Array, "N F"]:
+    """y[n] = x[n] @ w[group of n]; the result has `preferred_element_type`, by default x's."""
+    _check(x_ND, {"w_GDF": (w_GDF, "D")}, group_sizes_G)
+    out_dtype = jnp.dtype(preferred_element_type or x_ND.dtype)
+    _check_dtype("preferred_element_type", out_dtype)
+    return _choose(implementation).matmul(*_aligned(x_ND, w_GDF, group_sizes_G), out_dtype)
+
+
+def grouped_swiglu(
+    x_ND: Float[Array, "N D"],
+    w_gate_GDF: Float[Array, "G D F"],
+    w_up_GDF: Float[Array, "G D F"],
+    group_sizes_G: Int[Array, "G"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "N F"]:
+    """h[n] = silu(x[n] @ w_gate[g]) * (x[n] @ w_up[g]), g the group of n."""
+    weights = {"w_gate_GDF": (w_gate_GDF, "D"), "w_up_GDF": (w_up_GDF, "D")}
+    _check(x_ND, weights, group_sizes_G)
+    args = _aligned(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G)
+    return _choose(implementation).swiglu(*args)
+
+
+def grouped_ffn(
+    x_ND: Float[Array, "N D"],
+    w_gate_GDF: Float[Array, "G D F"],
+    w_up_GDF: Float[Array, "G D F"],
+    w_down_GFD: Float[Array, "G F D"],
+    group_sizes_G: Int[Array, "G"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "N D"]:
+    """A whole expert: y[n] = swiglu(x[n]) @ w_down[g]."""
+    weights = {
+        "w_gate_GDF": (w_gate_GDF, "D"),
+        "w_up_GDF": (w_up_GDF, "D"),
+        "w_down_GFD": (w_down_GFD, "F"),
+    }
+    _check(x_ND, weights, group_sizes_G)
+    args = _aligned(x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G)
+    return _choose(implementation).ffn(*args)
+
+
+def default_implementation() -> str:
+    """What `implementation=None` means on this machine. The only place that decides it."""
+    platform = jax.default_backend()
+    if platform not in _BY_PLATFORM:
+        raise Refused(
+            "implementation",
+            None,
+            f"no implementation is chosen by default on platform {platform!r}",
+            f"Pass one of {', '.join(IMPLEMENTATIONS)}",
+        )
+    return _BY_PLATFORM[platform]
+
+
+def _choose(implementation: str | None) -> ModuleType:
+    name = default_implementation() if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        raise Refused(
+            "implementation",
+            name,
+            f"must be one of {', '.join(IMPLEMENTATIONS)}",
+            "Pass one of these, or None to choose by platform",
+        )
+    return importlib.import_module(f"moe_jax.kernels.{name}")
+
+
+def _aligned(*arrays: Array) -> list[Array]:
+    """All arrays varying over the union of their mesh axes.
+
+    Done outside the custom derivatives, so that JAX sums the gradient of a weight that was the
+    same on several devices by itself.
+    """
+    axes = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    union = frozenset().union(*axes)
+    return [
+        lax.pcast(a, tuple(union - have), to="varying") if union - have else a
+        for a, have in zip(arrays, axes, strict=True)
+    ]
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def _check(x_ND: Array, weights: dict[str, tuple[Array, str]], group_sizes_G: Array) -> None:
+    """`weights` maps each argument's name to the array and the name of its second axis."""
+    _check_rank("x_ND", x_ND, 2)
+    _check_rank("group_sizes_G", group_sizes_G, 1)
+    _check_dtype("x_ND", x_ND.dtype)
+    first_name, (first, _) = next(iter(weights.items()))
+    for name, (w, second_axis) in weights.items():
+        _check_rank(name, w, 3)
+        if w.dtype != x_ND.dtype:
+            raise Refused(
+                f"{name}.dtype",
+                str(w.dtype),
+                f"must equal the dtype of x_ND, {x_ND.dtype}",
+                "Cast one of them",
+            )
+        num_groups, num_rows, num_cols = (group_sizes_G.shape[0], x_ND.shape[1], first.shape[2])
+        sources = ["group_sizes_G.shape[0]", "x_ND.shape[1]", f"{first_name}.shape[2]"]
+        expected = [num_groups, num_rows, num_cols]
+        if second_axis == "F":
+            expected[1:], sources[1:] = expected[:0:-1], sources[:0:-1]
+        for axis, (want, source) in enumerate(zip(expected, sources, strict=True)):
+            if w.shape[axis] != want:
+                raise Refused(
+                    f"{name}.shape",
+                    w.shape,
+                    f"axis {axis} must be {want}, as {source} is",
+                    f"Pass {name} of shape {tuple(expected)}",
+                )
+    _check_group_sizes(group_sizes_G, x_ND.shape[0])
+
+
+def _check_rank(name: str, array: Array, rank: int) -> None:
+    if array.ndim != rank:
+        axes = ", ".join(name.rsplit("_", 1)[1])
+        raise Refused(
+            f"{name}.shape", array.shape, f"must have {rank} axes", f"Pass an array [{axes}]"
+        )
+
+
+def _check_dtype(name: str, dtype: np.dtype) -> None:
+    if dtype.name not in _DTYPES:
+        raise Refused(
+            f"{name}.dtype" if name.endswith("ND") else name,
+            dtype.name,
+            f"must be one of {', '.join(_DTYPES)}",
+            "Cast it first",
+        )
+
+
+def _check_group_sizes(group_sizes_G: Array, num_rows: int) -> None:
+    if not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
+        raise Refused(
+            "group_sizes_G.dtype",
+            str(group_sizes_G.dtype),
+            "must be an integer type",
+            "Pass counts of rows, for example from jnp.bincount",
+        )
+    if isinstance(group_sizes_G, jax.core.Tracer):
+        return  # values are unknown while tracing; sizes past N are cut off there
+    sizes = np.asarray(group_sizes_G)
+    if (sizes < 0).any():
+        raise Refused(
+            "group_sizes_G",
+            sizes.tolist(),
+            f"no size may be negative (entry {int(np.argmax(sizes < 0))} is)",
+            "Pass counts of rows",
+        )
+    if sizes.sum() > num_rows:
+        raise Refused(
+            "group_sizes_G",
+            sizes.tolist(),
+            f"must sum to at most N = {num_rows}, the rows of x_ND, and sums to {sizes.sum()}",
+            "Pass all rows, or count only those that are there",
+        )

@@ -1,0 +1,58 @@
+"""Dense oracle for the grouped operations: every row meets every group, masks keep the right one.
+
+Promise: obviously right, not fast. Costs G times the work and [G, N, F] of memory. Gradients are
+JAX's own; everything is computed in float32 and cast once at the end.
+
+Axes: N rows (sorted by group, rows past sum(group_sizes) unused), D d_model, F d_ff, G groups.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def matmul(x_ND: Array, w_GDF: Array, group_sizes_G: Array, out_dtype: DTypeLike) -> Array:
+    mask_GN = _membership(group_sizes_G, x_ND.shape[0])
+    return _only_used(_matmul(x_ND, w_GDF, mask_GN), mask_GN).astype(out_dtype)
+
+
+def swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, group_sizes_G: Array) -> Array:
+    mask_GN = _membership(group_sizes_G, x_ND.shape[0])
+    h_NF = _swiglu(x_ND, w_gate_GDF, w_up_GDF, mask_GN)
+    return _only_used(h_NF, mask_GN).astype(x_ND.dtype)
+
+
+def ffn(
+    x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, w_down_GFD: Array, group_sizes_G: Array
+) -> Array:
+    mask_GN = _membership(group_sizes_G, x_ND.shape[0])
+    h_NF = _swiglu(x_ND, w_gate_GDF, w_up_GDF, mask_GN)
+    return _only_used(_matmul(h_NF, w_down_GFD, mask_GN), mask_GN).astype(x_ND.dtype)
+
+
+def _membership(group_sizes_G: Array, num_rows: int) -> Array:
+    """mask_GN[g, n]: row n belongs to group g."""
+    ends_G1 = jnp.cumsum(group_sizes_G)[:, None]
+    starts_G1 = ends_G1 - group_sizes_G[:, None]
+    row_1N = jnp.arange(num_rows, dtype=ends_G1.dtype)[None, :]
+    return (starts_G1 <= row_1N) & (row_1N < ends_G1)
+
+
+def _only_used(y_NF: Array, mask_GN: Array) -> Array:
+    """Changes no value, but keeps a NaN in an unused row of dy out of the gradients."""
+    return jnp.where(mask_GN.any(axis=0)[:, None], y_NF, 0.0)
+
+
+def _matmul(x_ND: Array, w_GDF: Array, mask_GN: Array) -> Array:
+    # `where` and not a product: unused rows may hold anything, NaN included.
+    x_GND = jnp.where(mask_GN[:, :, None], x_ND.astype(jnp.float32)[None], 0.0)
+    w_GDF = w_GDF.astype(jnp.float32)
+    return jnp.einsum("gnd,gdf->nf", x_GND, w_GDF, precision=_EXACT)
+
+
+def _swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, mask_GN: Array) -> Array:
+    gate_NF = _matmul(x_ND, w_gate_GDF, mask_GN)
+    return gate_NF * jax.nn.sigmoid(gate_NF) * _matmul(x_ND, w_up_GDF, mask_GN)

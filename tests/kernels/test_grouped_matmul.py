@@ -1,0 +1,305 @@
+"""Every implementation against NumPy in float64: values, dx and dw, for awkward groups.
+
+Errors are judged relative to the largest entry; the bounds are a few roundings of the dtype.
+Bit-identity is a promise of `cpu` alone, and tested with `==`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.errors import Refused
+from moe_jax.kernels import grouped_matmul as gm
+
+OPS = {
+    "matmul": gm.grouped_matmul,
+    "swiglu": gm.grouped_swiglu,
+    "ffn": gm.grouped_ffn,
+}
+# (rows in the buffer, rows of each group)
+GROUPS = {
+    "one group": (130, [130]),
+    "one row": (1, [1]),
+    "no row used": (40, [0, 0, 0]),
+    "not multiples of a tile": (1024, [300, 17, 1, 350, 15, 16, 31, 290]),
+    "ends within the last tile": (997, [257, 255, 128, 127, 33, 65, 63, 64]),
+    "empty groups, unused rows": (640, [0, 33, 0, 0, 100, 0, 16, 0, 0, 7, 0, 0, 64, 0, 1, 0]),
+    "one of 16 takes all": (520, [0] * 5 + [520] + [0] * 10),
+    "decode": (64, [0, 1, 0, 1]),
+}
+BOUNDS = {"float32": 2e-6, "bfloat16": 1.2e-2}
+
+
+def make(op, num_rows, sizes, dtype="float32", seed=0, d_model=48, d_ff=80):
+    rng = np.random.default_rng(seed)
+    num_groups = len(sizes)
+    shapes = {"matmul": ["DF"], "swiglu": ["DF", "DF"], "ffn": ["DF", "DF", "FD"]}[op]
+    length = {"D": d_model, "F": d_ff}
+    x_ND = rng.normal(size=(num_rows, d_model))
+    weights = [
+        rng.normal(size=(num_groups, length[a], length[b])) / length[a] ** 0.5 for a, b in shapes
+    ]
+    dy = rng.normal(size=(num_rows, length[shapes[-1][1]]))
+    x_ND, dy, *weights = (jnp.asarray(a, dtype) for a in (x_ND, dy, *weights))
+    return x_ND, weights, jnp.asarray(sizes, jnp.int32), dy
+
+
+def value_and_grads(op, x_ND, weights, sizes_G, dy, **kwargs):
+    def run(x_ND, weights, sizes_G, dy):
+        y, vjp = jax.vjp(lambda x, w: OPS[op](x, *w, sizes_G, **kwargs), x_ND, weights)
+        return y, *vjp(dy.astype(y.dtype))
+
+    y, dx, dw = jax.jit(run)(x_ND, weights, sizes_G, dy)
+    return [np.asarray(a) for a in (y, dx, *dw)]
+
+
+def numpy_answer(op, x_ND, weights, sizes_G, dy):
+    x_ND, dy, *weights = (np.asarray(a, np.float64) for a in (x_ND, dy, *weights))
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x_ND.shape), [np.zeros(w.shape) for w in weights]
+    start = 0
+    for g, size in enumerate(np.asarray(sizes_G)):
+        rows = slice(start, start + size)
+        x, d, ws = x_ND[rows], dy[rows], [w[g] for w in weights]
+        if op == "matmul":
+            y[rows], dx[rows], dw[0][g] = x @ ws[0], d @ ws[0].T, x.T @ d
+        else:
+            gate, up = x @ ws[0], x @ ws[1]
+            sigmoid = 1 / (1 + np.exp(-gate))
+            h, dh = gate * sigmoid * up, d
+            if op == "ffn":
+                y[rows], dh, dw[2][g] = h @ ws[2], d @ ws[2].T, h.T @ d
+            else:
+                y[rows] = h
+            dgate = dh * up * sigmoid * (1 + gate * (1 - sigmoid))
+            dup = dh * gate * sigmoid
+            dx[rows] = dgate @ ws[0].T + dup @ ws[1].T
+            dw[0][g], dw[1][g] = x.T @ dgate, x.T @ dup
+        start += size
+    return [y, dx, *dw]
+
+
+def assert_close(got, want, bound):
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape
+        error = np.abs(a.astype(np.float64) - b).max() / max(np.abs(b).max(), 1e-30)
+        assert error <= bound, f"result {i}: relative error {error:.2e} > {bound:.2e}"
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_matches_float64(implementation, op, groups):
+    case = make(op, *GROUPS[groups])
+    got = value_and_grads(op, *case, implementation=implementation)
+    assert_close(got, numpy_answer(op, *case), BOUNDS["float32"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_matches_float64_in_bfloat16(implementation, op):
+    case = make(op, *GROUPS["empty groups, unused rows"], "bfloat16")
+    got = value_and_grads(op, *case, implementation=implementation)
+    assert {a.dtype.name for a in got} == {"bfloat16"}
+    assert_close(got, numpy_answer(op, *case), BOUNDS["bfloat16"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_unused_rows_and_empty_groups_are_exactly_zero(implementation, op):
+    x_ND, weights, sizes_G, dy = make(op, 100, [0, 21, 0, 40])
+    x_ND, dy = x_ND.at[61:].set(jnp.nan), dy.at[61:].set(jnp.nan)
+    y, dx, *dw = value_and_grads(op, x_ND, weights, sizes_G, dy, implementation=implementation)
+    assert (y[61:] == 0).all()
+    assert (dx[61:] == 0).all()
+    assert all((w[[0, 2]] == 0).all() for w in dw)
+    assert all(np.isfinite(a).all() for a in (y, dx, *dw))
+
+
+def test_preferred_element_type():
+    x_ND, weights, sizes_G, dy = make("matmul", 100, [60, 30], "bfloat16")
+    for implementation in ("reference", "cpu"):
+        kwargs = {"implementation": implementation, "preferred_element_type": jnp.float32}
+        got = value_and_grads("matmul", x_ND, weights, sizes_G, dy, **kwargs)
+        assert [a.dtype.name for a in got] == ["float32", "bfloat16", "bfloat16"]
+        want = numpy_answer("matmul", x_ND, weights, sizes_G, dy)
+        assert_close(got[:1], want[:1], BOUNDS["float32"])
+
+
+# --- the bits of a group depend on that group alone ------------------------------------------
+
+
+def split_rows(array, sizes):
+    return np.split(array[: sum(sizes)], np.cumsum(sizes)[:-1])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bits_do_not_depend_on_where_a_group_stands(op):
+    sizes = [300, 0, 17, 1, 350, 16, 255, 129]
+    x_ND, weights, sizes_G, dy = make(op, sum(sizes), sizes, d_model=128, d_ff=256)
+    y, dx, *dw = value_and_grads(op, x_ND, weights, sizes_G, dy)
+    rows = [split_rows(np.asarray(a), sizes) for a in (x_ND, dy, y, dx)]
+    rng = np.random.default_rng(1)
+    # other orders, longer buffers, and fewer groups at once, as on more devices
+    for num_rows, chosen in [
+        (sum(sizes), rng.permutation(8)),
+        (sum(sizes) + 3, rng.permutation(8)),
+        (4096, rng.permutation(8)),
+        (701, [4, 7]),
+        (512, [6, 2, 3]),
+        (1, [3]),
+    ]:
+        chosen_sizes = [sizes[g] for g in chosen]
+        x_new, dy_new, *expected = (np.concatenate([r[g] for g in chosen]) for r in rows)
+        # what stands in unused rows must not matter either
+        unused = ((0, num_rows - sum(chosen_sizes)), (0, 0))
+        got = value_and_grads(
+            op,
+            jnp.asarray(np.pad(x_new, unused, constant_values=7.0)),
+            [w[np.asarray(chosen)] for w in weights],
+            jnp.asarray(chosen_sizes, jnp.int32),
+            jnp.asarray(np.pad(dy_new, unused, constant_values=np.inf)),
+        )
+        for a, b in zip(got[:2], expected, strict=True):
+            np.testing.assert_array_equal(a[: sum(chosen_sizes)], b)
+        for a, b in zip(got[2:], dw, strict=True):
+            np.testing.assert_array_equal(a, b[np.asarray(chosen)])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bits_are_the_same_under_shard_map(op):
+    """8 devices with 2 groups each and a buffer of their own, against all 16 groups on one."""
+    rng = np.random.default_rng(0)
+    sizes = rng.multinomial(900, rng.dirichlet(np.ones(16)))
+    x_ND, weights, sizes_G, dy = make(op, 900, sizes, d_model=128, d_ff=256)
+    y, dx, *dw = value_and_grads(op, x_ND, weights, sizes_G, dy)
+
+    per_device = sizes.reshape(8, 2).sum(1)
+    room = int(per_device.max()) + 5
+
+    def spread(a):
+        parts = np.split(np.asarray(a), np.cumsum(per_device)[:-1])
+        return jnp.asarray(np.concatenate([np.pad(p, ((0, room - len(p)), (0, 0))) for p in parts]))
+
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x_ND, weights, sizes_G, dy):
+        y, vjp = jax.vjp(lambda x, w: OPS[op](x, *w, sizes_G), x_ND, weights)
+        return y, *vjp(dy)
+
+    spec = P("expert")
+    sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))
+    y_8, dx_8, dw_8 = sharded(spread(x_ND), weights, sizes_G, spread(dy))
+    np.testing.assert_array_equal(y_8, spread(y))
+    np.testing.assert_array_equal(dx_8, spread(dx))
+    for a, b in zip(dw_8, dw, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- transformations -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_gradients_of_shared_weights_are_summed_in_shard_map(implementation):
+    """Weights split over `expert` and shared over `data`: their gradient is a sum over `data`."""
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    num_rows = 40
+    sizes = np.random.default_rng(2).multinomial(num_rows - 3, np.ones(2) / 2, size=8)
+    x_ND, weights, _, dy = make("ffn", 8 * num_rows, [0] * 8)
+
+    def loss(x_ND, weights, sizes_MG):
+        def local(x_ND, weights, sizes_G):
+            y = gm.grouped_ffn(x_ND, *weights, sizes_G[0], implementation=implementation)
+            return y
+
+        both = P(("data", "expert"))
+        f = jax.shard_map(local, mesh=mesh, in_specs=(both, P("expert"), both), out_specs=both)
+        return jnp.sum(f(x_ND, weights, sizes_MG) * dy)
+
+    sizes_MG = jnp.asarray(sizes, jnp.int32)
+    dx, dw = jax.jit(jax.grad(loss, argnums=(0, 1)))(x_ND, weights, sizes_MG)
+
+    want_dx, want_dw = np.zeros(x_ND.shape), [np.zeros(w.shape) for w in weights]
+    for device in range(8):
+        rows = slice(device * num_rows, (device + 1) * num_rows)
+        groups = slice(device % 4 * 2, device % 4 * 2 + 2)
+        local_weights = [w[groups] for w in weights]
+        _, d, *ws = numpy_answer("ffn", x_ND[rows], local_weights, sizes[device], dy[rows])
+        want_dx[rows] = d
+        for total, w in zip(want_dw, ws, strict=True):
+            total[groups] += w
+    assert_close([np.asarray(a) for a in (dx, *dw)], [want_dx, *want_dw], BOUNDS["float32"])
+
+
+def test_under_checkpoint_and_scan_over_layers():
+    x_ND, weights, sizes_G, _ = make("ffn", 90, [30, 0, 41])
+    stacked = [jnp.stack([w, w * 0.5, w * 0.25]) for w in weights]
+
+    def loss(stacked, x_ND, *, implementation, remat):
+        def layer(x_ND, weights):
+            return x_ND + gm.grouped_ffn(x_ND, *weights, sizes_G, implementation=implementation), ()
+
+        body = jax.checkpoint(layer) if remat else layer
+        return jnp.sum(jnp.sin(jax.lax.scan(body, x_ND, stacked)[0]))
+
+    def grads(**kwargs):
+        out = jax.jit(jax.grad(lambda *a: loss(*a, **kwargs), argnums=(0, 1)))(stacked, x_ND)
+        return [np.asarray(a) for a in jax.tree.leaves(out)]
+
+    plain = grads(implementation="cpu", remat=False)
+    for a, b in zip(plain, grads(implementation="cpu", remat=True), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert_close(plain, grads(implementation="reference", remat=False), 4e-6)
+
+
+def test_sizes_past_the_buffer_are_cut_off_when_traced():
+    x_ND, weights, _, _ = make("matmul", 50, [0, 0, 0])
+    run = jax.jit(lambda sizes_G: gm.grouped_matmul(x_ND, *weights, sizes_G))
+    got = run(jnp.array([20, 60, 9], jnp.int32))
+    np.testing.assert_array_equal(got, run(jnp.array([20, 30, 0], jnp.int32)))
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+X, W, DOWN, SIZES = (4, 6), (2, 6, 8), (2, 8, 6), [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("matmul", {0: np.ones(4)}, r"x_ND.shape = \(4,\): must have 2 axes. Pass an array \[N, D"),
+        ("matmul", {1: np.ones((6, 8))}, r"w_GDF.shape = \(6, 8\): must have 3 axes"),
+        ("matmul", {2: np.ones((1, 2), int)}, r"group_sizes_G.shape = \(1, 2\): must have 1 axes"),
+        ("matmul", {1: np.ones((2, 5, 8))}, r"w_GDF.shape = \(2, 5, 8\): axis 1 must be 6, as x_N"),
+        ("matmul", {1: np.ones((3, 6, 8))}, r"axis 0 must be 2, as group_sizes_G.shape\[0\] is"),
+        ("swiglu", {2: np.ones((2, 6, 9))}, r"w_up_GDF.shape = .* axis 2 must be 8, as w_gate_GDF"),
+        ("ffn", {3: np.ones((2, 6, 8))}, r"w_down_GFD.shape = .* axis 1 must be 8, as w_gate_GDF"),
+        ("ffn", {3: np.ones((2, 8, 7))}, r"axis 2 must be 6, as x_ND.shape\[1\].*\(2, 8, 6\)"),
+        ("matmul", {2: np.ones(2)}, r"group_sizes_G.dtype = 'float32': must be an integer type"),
+        ("matmul", {2: np.array([-1, 2])}, r"no size may be negative \(entry 0 is\)"),
+        ("matmul", {2: np.array([3, 2])}, r"must sum to at most N = 4, .* sums to 5"),
+        ("matmul", {0: np.ones(X, np.int32)}, r"x_ND.dtype = 'int32': must be one of float32"),
+        ("matmul", {1: np.ones(W, np.float16)}, r"w_GDF.dtype = 'float16': must equal the dtype"),
+    ],
+)
+def test_wrong_arrays_are_refused(op, change, message):
+    args = {
+        "matmul": [np.ones(X), np.ones(W), np.array(SIZES)],
+        "swiglu": [np.ones(X), np.ones(W), np.ones(W), np.array(SIZES)],
+        "ffn": [np.ones(X), np.ones(W), np.ones(W), np.ones(DOWN), np.array(SIZES)],
+    }[op]
+    for position, array in change.items():
+        args[position] = array
+    narrow = {"float64": "float32", "int64": "int32"}
+    args = [jnp.asarray(a, narrow.get(a.dtype.name, a.dtype)) for a in args]
+    with pytest.raises(Refused, match=message):
+        OPS[op](*args)
+
+
+def test_wrong_choices_are_refused_while_tracing():
+    x_ND, weights, sizes_G, _ = make("matmul", 4, [4])
+    with pytest.raises(Refused, match=r"implementation = 'cuda': must be one of reference, cpu"):
+        jax.jit(lambda x: gm.grouped_matmul(x, *weights, sizes_G, implementation="cuda"))(x_ND)
+    with pytest.raises(Refused, match=r"preferred_element_type = 'int8': must be one of float32"):
+        gm.grouped_matmul(x_ND, *weights, sizes_G, preferred_element_type=jnp.int8)
