@@ -1,0 +1,361 @@
+"""Configuration: one frozen, validated dataclass made once from a `ConfigDict`.
+
+`from_config_dict` turns what a file in configs/ returns into a `Config`; it refuses unknown fields
+(with the nearest known name), wrong types, and every combination that could not run, each as
+`Refused(field, value, rule, fix)`, before any device work. Nothing else in the package reads a
+`ConfigDict`; math never reads a config at all.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.errors import Refused
+
+DISPATCHES = ("local", "gathered", "exchange")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only MoE transformer (sizes in elements; letters as in the glossary)."""
+
+    vocab_size: int  # V
+    num_layers: int  # L
+    d_model: int  # D
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # key/value heads; divides num_heads (grouped-query attention)
+    d_head: int
+    d_ff: int  # F, width of one expert
+    num_experts: int  # E
+    top_k: int  # K
+    max_seq_len: int  # the rotary range, in tokens
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: str = "float32"  # of activations; parameters and router are float32
+    dispatch: str = "exchange"
+    load_balance_coef: float = 0.01
+    z_loss_coef: float = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis. Tokens are split over both axes, experts over `expert` alone."""
+
+    data: int = 1
+    expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text as bytes, cut into windows; files are split into train and held-out by their name."""
+
+    seq_len: int  # tokens a sequence, without the target of the last one
+    global_batch: int  # sequences a step
+    path: str = ""  # folder of text files; "" = the running Python's standard library
+    max_bytes: int = 12_000_000  # stop reading after this many bytes of text
+    held_out_fraction: float = 0.1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to a tenth of the peak."""
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.98
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int
+    log_every: int = 10
+    eval_every: int = 50
+    eval_sequences: int = 64
+    checkpoint_every: int = 100
+    checkpoints_kept: int = 3
+    max_bad_steps: int = 5  # non-finite steps in a row before the run stops
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    platform: str = ""  # "cpu", "gpu", "tpu"; "" = what JAX finds
+    virtual_devices: int = 0  # > 0: that many virtual CPU devices (platform "cpu" only)
+    placement: str = ""  # plan file to train under; "" = contiguous
+
+
+def from_config_dict(config_dict: Mapping[str, Any]) -> Config:
+    """Builds and validates a `Config`.
+
+    Args:
+      config_dict: a `ConfigDict` or a plain nested mapping.
+
+    Raises:
+      Refused: naming the first field that is unknown, missing, of a wrong type, or out of rule.
+    """
+    if not isinstance(config_dict, Mapping) and not hasattr(config_dict, "to_dict"):
+        raise Refused(
+            "config",
+            type(config_dict).__name__,
+            "get_config(arg) must return a ConfigDict",
+            "return ml_collections.ConfigDict(...) from the config file",
+        )
+    plain = config_dict.to_dict() if hasattr(config_dict, "to_dict") else config_dict
+    config = _build(Config, plain, prefix="")
+    validate(config)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The form kept in a run's work directory as config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Inverse of `to_json`."""
+    try:
+        plain = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refused("config.json", text[:40], f"must be JSON ({error})", "restore it") from None
+    return from_config_dict(plain)
+
+
+def digest(config: Config) -> str:
+    """SHA-256 of what makes two runs the same run: all but where and for how long it runs."""
+    plain = dataclasses.asdict(config)
+    for field in ("mesh", "platform", "virtual_devices", "placement"):
+        del plain[field]
+    for field in ("num_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
+        del plain["train"][field]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    """One dataclass from one mapping, recursively; the checks that need no other field."""
+    if not isinstance(values, Mapping):
+        raise Refused(prefix or "config", values, "must be a group of fields", "see configs/")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
+            fix = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise Refused(f"{prefix}{name}", values[name], "is not a config field", fix.rstrip("?"))
+    made = {}
+    for name, field in fields.items():
+        hint = hints[name]
+        if name not in values:
+            missing = dataclasses.MISSING
+            if field.default is missing and field.default_factory is missing:
+                raise Refused(f"{prefix}{name}", None, "is required", "set it in the config file")
+            continue
+        value = values[name]
+        if dataclasses.is_dataclass(hint):
+            made[name] = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
+        else:
+            made[name] = _typed(hint, value, f"{prefix}{name}")
+    return cls(**made)
+
+
+def _typed(hint: Any, value: Any, field: str) -> Any:
+    assert not isinstance(hint, types.UnionType), "config fields have one plain type"
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise Refused(
+            field,
+            value,
+            f"must be of type {hint.__name__}, not {type(value).__name__}",
+            f"write it as {hint.__name__}",
+        )
+    return value
+
+
+def validate(config: Config) -> None:
+    """Checks every rule that needs no devices and no files. Raises `Refused` at the first."""
+    _validate_model(config.model)
+    _validate_mesh(config)
+    _validate_data(config)
+    _validate_training(config)
+
+
+def _positive(group: Any, prefix: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if not value > 0:
+            raise Refused(f"{prefix}.{name}", value, "must be above 0", "give a positive number")
+
+
+def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f"did you mean {near[0]!r}" if near else "choose one of them"
+        raise Refused(field, value, f"must be one of {', '.join(map(repr, known))}", hint)
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _positive(
+        model,
+        "model",
+        (
+            *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_head"),
+            *("d_ff", "num_experts", "top_k", "max_seq_len", "rope_theta", "norm_eps"),
+        ),
+    )
+    for name in ("load_balance_coef", "z_loss_coef"):
+        if getattr(model, name) < 0:
+            raise Refused(f"model.{name}", getattr(model, name), "must be at least 0", "use 0")
+    if model.top_k > model.num_experts:
+        raise Refused(
+            "model.top_k",
+            model.top_k,
+            f"must be at most model.num_experts = {model.num_experts}",
+            f"choose 1 to {model.num_experts}",
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise Refused(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"must divide model.num_heads = {model.num_heads}",
+            f"nearest: {_nearest_divisors(model.num_kv_heads, model.num_heads)}",
+        )
+    if model.d_head % 2:
+        raise Refused(
+            "model.d_head",
+            model.d_head,
+            "must be even: rotary embeddings turn pairs of values",
+            f"use {model.d_head + 1}",
+        )
+    _one_of("model.dispatch", model.dispatch, DISPATCHES)
+    _one_of("model.dtype", model.dtype, DTYPES)
+
+
+def _validate_mesh(config: Config) -> None:
+    mesh, model = config.mesh, config.model
+    _positive(mesh, "mesh", ("data", "expert"))
+    if model.num_experts % mesh.expert:
+        raise Refused(
+            "model.num_experts",
+            model.num_experts,
+            f"must be divisible by mesh.expert = {mesh.expert}",
+            f"nearest: mesh.expert {_nearest_divisors(mesh.expert, model.num_experts)}, or "
+            f"num_experts {_nearest_multiples(model.num_experts, mesh.expert)}",
+        )
+    if model.dispatch == "local" and mesh.expert > 1:
+        raise Refused(
+            "model.dispatch",
+            "local",
+            f"keeps every expert on one device, but mesh.expert = {mesh.expert}",
+            "use 'exchange' or 'gathered', or mesh.expert = 1",
+        )
+    _one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
+    if config.virtual_devices < 0:
+        raise Refused("virtual_devices", config.virtual_devices, "must be at least 0", "use 0")
+    if config.virtual_devices and config.platform != "cpu":
+        raise Refused(
+            "virtual_devices",
+            config.virtual_devices,
+            "virtual devices exist on the CPU only",
+            "set platform = 'cpu', or virtual_devices = 0",
+        )
+    needed = mesh.data * mesh.expert
+    if config.virtual_devices and needed > config.virtual_devices:
+        check_devices(config, config.virtual_devices)
+
+
+def check_devices(config: Config, num_devices: int) -> None:
+    """Refuses a mesh that needs more devices than there are."""
+    needed = config.mesh.data * config.mesh.expert
+    if needed > num_devices:
+        raise Refused(
+            "mesh",
+            f"data {config.mesh.data} x expert {config.mesh.expert}",
+            f"needs {needed} devices, but there are {num_devices}",
+            f"choose axes whose product is at most {num_devices}, or more virtual_devices",
+        )
+
+
+def _validate_data(config: Config) -> None:
+    data, model, mesh = config.data, config.model, config.mesh
+    _positive(data, "data", ("seq_len", "global_batch", "max_bytes"))
+    if data.seq_len > model.max_seq_len:
+        raise Refused(
+            "data.seq_len",
+            data.seq_len,
+            f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range",
+            f"shorten it, or set model.max_seq_len = {data.seq_len}",
+        )
+    devices = mesh.data * mesh.expert
+    for field, value in (
+        ("data.global_batch", data.global_batch),
+        ("train.eval_sequences", config.train.eval_sequences),
+    ):
+        if value % devices or value <= 0:
+            raise Refused(
+                field,
+                value,
+                f"must be a multiple of the {devices} devices of the mesh",
+                f"nearest: {_nearest_multiples(value, devices)}",
+            )
+    if not 0 < data.held_out_fraction < 1:
+        raise Refused(
+            "data.held_out_fraction", data.held_out_fraction, "must lie in (0, 1)", "use 0.1"
+        )
+    if model.vocab_size < 256:
+        raise Refused(
+            "model.vocab_size",
+            model.vocab_size,
+            "must be at least 256: tokens are bytes",
+            "use 256",
+        )
+
+
+def _validate_training(config: Config) -> None:
+    train, optimizer = config.train, config.optimizer
+    _positive(
+        train,
+        "train",
+        (
+            *("num_steps", "log_every", "eval_every", "eval_sequences"),
+            *("checkpoint_every", "checkpoints_kept", "max_bad_steps"),
+        ),
+    )
+    _positive(optimizer, "optimizer", ("learning_rate", "clip_norm"))
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise Refused(
+                f"optimizer.{name}", getattr(optimizer, name), "must lie in [0, 1)", "use 0.9"
+            )
+    for name in ("warmup_steps", "weight_decay"):
+        if getattr(optimizer, name) < 0:
+            raise Refused(
+                f"optimizer.{name}", getattr(optimizer, name), "must be at least 0", "use 0"
+            )
+
+
+def _nearest_divisors(value: int, of: int) -> str:
+    divisors = [n for n in range(1, of + 1) if of % n == 0]
+    below = [n for n in divisors if n <= value][-1:]
+    above = [n for n in divisors if n > value][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _nearest_multiples(value: int, of: int) -> str:
+    below = value // of * of
+    return " or ".join(str(n) for n in (below, below + of) if n > 0)

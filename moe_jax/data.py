@@ -1,0 +1,131 @@
+"""Text as bytes: a folder of files, split into train and held-out by file, in shuffled windows.
+
+Grain shuffles, repeats and batches the windows; its iterator's state is a small JSON value that
+goes into the checkpoint, so that a restarted run sees the batches it would have seen.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import sysconfig
+from typing import Any
+
+import grain
+import numpy as np
+
+from moe_jax.config import DataConfig
+from moe_jax.errors import Refused
+
+# Folders of the standard library that are not the library.
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst", ".json", ".csv", ".html", ".c", ".h"}
+SEPARATOR = 0  # the byte between two files
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """uint8 text of the two splits, files joined by `SEPARATOR`."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    name: str
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Reads the text files below `config.path`, in the order of their names' hashes.
+
+    Raises:
+      Refused: folder missing, not a folder, without text, or too short for one window a split.
+    """
+    folder, name = _folder(config)
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix in _TEXT_SUFFIXES
+        and not _LEFT_OUT & set(path.relative_to(folder).parts[:-1])
+        and path.is_file()
+    ]
+    # By hash, so that a prefix of `max_bytes` is a sample of all folders, the same on every host.
+    name_of = {path: path.relative_to(folder).as_posix() for path in files}
+    splits: dict[bool, list[bytes]] = {False: [], True: []}
+    total = 0
+    for path in sorted(files, key=lambda path: _share("order of " + name_of[path])):
+        if total >= config.max_bytes:
+            break
+        text = path.read_bytes()[: config.max_bytes - total]
+        total += len(text)
+        splits[_share(name_of[path]) < config.held_out_fraction].append(text + bytes([SEPARATOR]))
+    for held_out, parts in splits.items():
+        if sum(map(len, parts)) < config.seq_len + 1:
+            raise Refused(
+                "data.path",
+                str(folder),
+                f"must hold text files for the {'held-out' if held_out else 'train'} split, at "
+                f"least data.seq_len + 1 = {config.seq_len + 1} bytes (found {len(files)} files)",
+                f"add files that end in {', '.join(sorted(_TEXT_SUFFIXES))}",
+            )
+    train, held_out = (np.frombuffer(b"".join(splits[key]), np.uint8) for key in (False, True))
+    return Corpus(train, held_out, name)
+
+
+def _folder(config: DataConfig) -> tuple[pathlib.Path, str]:
+    if not config.path:
+        stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
+        return stdlib, f"python-{sysconfig.get_python_version()}-stdlib"
+    folder = pathlib.Path(config.path)
+    if not folder.is_dir():
+        raise Refused(
+            "data.path", config.path, "must be a folder of text files", "correct the path"
+        )
+    return folder, folder.name
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+class _Windows:
+    """A random-access source of int32 windows of seq_len + 1 tokens, side by side."""
+
+    def __init__(self, text: np.ndarray, seq_len: int):
+        self._text, self._seq_len = text, seq_len
+
+    def __len__(self) -> int:
+        return (len(self._text) - 1) // self._seq_len
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        start = int(index) * self._seq_len
+        return self._text[start : start + self._seq_len + 1].astype(np.int32)
+
+
+def batches(corpus: Corpus, config: DataConfig) -> grain.DatasetIterator:
+    """Endless shuffled batches, int32 [global_batch, seq_len + 1]; every epoch another order."""
+    windows: Any = _Windows(corpus.train, config.seq_len)
+    dataset = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(dataset.to_iter_dataset(options).batch(config.global_batch, drop_remainder=True))
+
+
+def held_out_windows(corpus: Corpus, seq_len: int, count: int, start: int = 0) -> np.ndarray:
+    """`count` held-out windows, int32 [count, seq_len + 1], spread over the split.
+
+    Windows are numbered in a fixed shuffled order; `start` skips that many, so that disjoint
+    ranges are disjoint text.
+    """
+    windows = _Windows(corpus.held_out, seq_len)
+    if start + count > len(windows):
+        raise Refused(
+            "held-out windows",
+            start + count,
+            f"the held-out split has {len(windows)} windows of {seq_len} tokens",
+            "ask for fewer, or raise data.held_out_fraction or data.max_bytes",
+        )
+    order = np.random.default_rng(0).permutation(len(windows))
+    return np.stack([windows[i] for i in order[start : start + count]])
+
+
+def unigram_loss(corpus: Corpus, vocab_size: int, windows: np.ndarray) -> float:
+    """Mean nats a token of the byte frequencies of the train split (plus one) on `windows`."""
+    counts = np.bincount(corpus.train, minlength=vocab_size).astype(np.float64) + 1
+    return float(-np.log(counts / counts.sum())[windows[:, 1:]].mean())

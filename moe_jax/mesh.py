@@ -1,0 +1,81 @@
+"""Devices: distributed initialisation, the mesh, and the one table logical axis -> mesh axis.
+
+All axes are Auto: XLA places what we do not place, and `shard_map` takes inputs placed anywhere.
+Tokens (`batch`) are split over both axes, so attention is data-parallel everywhere; experts are
+split over `expert` and replicated over `data`.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, EXPERT = AXES = ("data", "expert")
+
+# Logical axes that are not listed are replicated.
+RULES: dict[str, tuple[str, ...]] = {"batch": (DATA, EXPERT), "expert": (EXPERT,)}
+
+
+def initialize(platform: str, virtual_devices: int, multi_process: str = "auto") -> None:
+    """Chooses the platform and joins the other processes. Call once, before any device work.
+
+    Args:
+      platform: "cpu", "gpu", "tpu" or "" for what JAX finds.
+      virtual_devices: above 0: that many virtual CPU devices in this process.
+      multi_process: "off", "auto" (what Cloud TPU, Slurm or MPI say in the environment), or
+        "HOST:PORT,NUM_PROCESSES,PROCESS_ID".
+    """
+    if platform:
+        jax.config.update("jax_platforms", "cuda" if platform == "gpu" else platform)
+    if virtual_devices:
+        jax.config.update("jax_num_cpu_devices", virtual_devices)
+    if multi_process == "auto":
+        jax.distributed.initialize()
+    elif multi_process != "off":
+        address, num_processes, process_id = multi_process.split(",")
+        if platform == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, int(num_processes), int(process_id))
+
+
+def num_devices() -> int:
+    """Devices of all processes."""
+    return jax.device_count()
+
+
+def make(data: int, expert: int) -> Mesh:
+    """A `data x expert` mesh over the first data * expert devices, physical neighbours adjacent."""
+    devices = jax.devices()[: data * expert]
+    return jax.make_mesh(
+        (data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def spec(*logical_axes: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions carry these logical axes.
+
+    Raises:
+      ValueError: if two dimensions would be split over one mesh axis.
+    """
+    entries = [RULES.get(axis) if axis else None for axis in logical_axes]
+    used = [mesh_axis for entry in entries if entry for mesh_axis in entry]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {logical_axes} claim one mesh axis twice: {used}")
+    return PartitionSpec(*entries)
+
+
+def sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
+    """`spec` on a mesh."""
+    return NamedSharding(mesh, spec(*logical_axes))
+
+
+def put_batch(mesh: Mesh, batch: np.ndarray) -> jax.Array:
+    """A host array that every process holds whole, as a global array split over its first axis."""
+    placed = sharding(mesh, "batch", *[None] * (batch.ndim - 1))
+    return jax.make_array_from_callback(batch.shape, placed, lambda index: batch[index])
+
+
+def put_replicated(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """A host array that every process holds whole, on every device."""
+    return jax.make_array_from_callback(
+        value.shape, NamedSharding(mesh, PartitionSpec()), lambda index: value[index]
+    )

@@ -1,0 +1,144 @@
+"""What a run says: JSON lines that read back bit-equal, TensorBoard, and one line a log interval."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import files
+from moe_jax import mesh as mesh_lib
+
+
+class Writer:
+    """`metrics.jsonl` and `tensorboard/` in a work directory.
+
+    Line one is a header; then one object per step. Floats are written so that they read back
+    bit-equal; a value that is not finite is written as null.
+    """
+
+    def __init__(self, workdir: pathlib.Path, header: dict[str, Any], first_step: int):
+        """Opens for appending; lines of steps from `first_step` on (a run that was cut) are dropped."""
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / "metrics.jsonl"
+        kept = [json.dumps({"header": True, **header})]
+        kept += [json.dumps(row) for row in read(self._path)[1] if row["step"] < first_step]
+        with files.atomic_write(self._path, "w") as file:
+            file.write("\n".join(kept) + "\n")
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step, flush_secs=30
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line and one TensorBoard point per value."""
+        finite = {key: v if math.isfinite(v) else None for key, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._tensorboard.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+class NoWriter:
+    """What the processes other than the first write."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of a metrics.jsonl; a last line that a kill cut off is left out."""
+    header: dict[str, Any] = {}
+    rows = []
+    if pathlib.Path(path).exists():
+        for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if row.get("header"):
+                header = row
+            else:
+                rows.append(row)
+    return header, rows
+
+
+class Progress:
+    """Rate and time left, measured over the steps since the first finished one (compilation)."""
+
+    def __init__(self, first_step: int, last_step: int):
+        self._last_step = last_step
+        self._start: tuple[int, float] | None = None
+        self._previous = (first_step, time.perf_counter())
+
+    def update(self, step: int) -> tuple[float, float]:
+        """(steps per second since the last update, seconds left)."""
+        now = time.perf_counter()
+        steps, seconds = step - self._previous[0], now - self._previous[1]
+        self._previous = (step, now)
+        if self._start is None:
+            self._start = (step, now)
+            return steps / seconds, (self._last_step - step) * seconds / max(steps, 1)
+        rate = (step - self._start[0]) / max(now - self._start[1], 1e-9)
+        return steps / max(seconds, 1e-9), (self._last_step - step) / max(rate, 1e-9)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say(*parts: object) -> None:
+    """A line on stdout, from the first process alone."""
+    if jax.process_index() == 0:
+        print(*parts, flush=True)
+
+
+def measured_matmul_rate(mesh: Mesh, size: int = 1024, dtype: str = "float32") -> float:
+    """FLOP/s of dense size^3 matmuls, one on every device of the mesh at once (best of 5).
+
+    The yardstick of the FLOP utilisation: virtual devices share the machine's cores, so only all
+    of them together say what the machine can do.
+    """
+    devices = mesh.size
+    placed = mesh_lib.sharding(mesh, "batch", None, None)
+    side = size if jax.default_backend() == "cpu" else 4 * size
+    make = jax.jit(lambda: jnp.ones((devices, side, side), dtype), out_shardings=placed)
+    matrices = make()
+    multiply = jax.jit(lambda a: a @ a, out_shardings=placed)
+    multiply(matrices).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(matrices).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return devices * 2 * side**3 / min(seconds)
+
+
+def load_imbalance(computed_LP: np.ndarray, num_devices: int) -> float:
+    """Largest over mean rows per device, averaged over layers."""
+    per_device_LM = computed_LP.reshape(computed_LP.shape[0], num_devices, -1).sum(-1)
+    return float((per_device_LM.max(1) / np.maximum(per_device_LM.mean(1), 1)).mean())
+
+
+def fail(message: object) -> None:
+    """A line on stderr, from the first process alone."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)

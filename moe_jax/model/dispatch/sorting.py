@@ -1,0 +1,105 @@
+"""Rows to experts and back on one device: a stable sort by expert, moved by gathers both ways.
+
+Axes: X tokens at hand, K slots of top_k, A rows computed here (static bound), e experts here.
+Rows within an expert keep the token order, so that an expert sees the same rows in the same order
+wherever it lives: that is what makes outputs bit-identical under every placement.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sorting:
+    """Assignments at hand, sorted by local expert.
+
+    Attributes:
+      order_A: int32; the assignment (x * K + k) of each row, rows by expert, tokens in order.
+      position_XK: int32; the row of each assignment; A where the assignment is not computed here.
+      group_sizes_e: int32; rows of each local expert. Rows beyond their sum carry no token.
+    """
+
+    order_A: jax.Array
+    position_XK: jax.Array
+    group_sizes_e: jax.Array
+
+
+def sort_by_expert(local_XK: jax.Array, *, num_local: int) -> Sorting:
+    """Sorts assignments by local expert.
+
+    Args:
+      local_XK: int32 local expert of each assignment; `num_local` = not computed here.
+      num_local: number of experts here.
+
+    Returns:
+      `Sorting` with A = X * min(K, num_local): the experts of a token are distinct.
+    """
+    num_tokens, top_k = local_XK.shape
+    key_N = local_XK.reshape(-1)
+    order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
+    num_rows = num_tokens * min(top_k, num_local)
+    rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(key_N.size, dtype=jnp.int32))
+    group_sizes_e = jnp.sum(
+        key_N[:, None] == jnp.arange(num_local, dtype=jnp.int32), axis=0, dtype=jnp.int32
+    )
+    position_N = jnp.where(key_N < num_local, rank_N, num_rows)
+    return Sorting(order_N[:num_rows], position_N.reshape(local_XK.shape), group_sizes_e)
+
+
+def take_rows(rows_ND: jax.Array, index_A: jax.Array) -> jax.Array:
+    """Rows by index; zeros where the index lies beyond the rows."""
+    return jnp.take(rows_ND, index_A, axis=0, mode="fill", fill_value=0)
+
+
+def sum_in_rank_order(rows_XKD: jax.Array) -> jax.Array:
+    """Sum over K as ((r0 + r1) + r2) + ...: one order, whatever the compiler would like better."""
+    total_XD = rows_XKD[:, 0]
+    for k in range(1, rows_XKD.shape[1]):
+        total_XD = total_XD + rows_XKD[:, k]
+    return total_XD
+
+
+@jax.custom_vjp
+def fan_out(x_XD: jax.Array, sorting: Sorting) -> jax.Array:
+    """Rows of the assignments, [A, D], by expert. Backward: gathered home, summed in rank order."""
+    token_A = sorting.order_A // sorting.position_XK.shape[1]
+    return x_XD[token_A]
+
+
+def _fan_out_fwd(x_XD, sorting):
+    return fan_out(x_XD, sorting), sorting
+
+
+def _fan_out_bwd(sorting, g_AD):
+    return sum_in_rank_order(take_rows(g_AD, sorting.position_XK)), no_gradient(sorting)
+
+
+fan_out.defvjp(_fan_out_fwd, _fan_out_bwd)
+
+
+@jax.custom_vjp
+def fan_in(y_AD: jax.Array, sorting: Sorting) -> jax.Array:
+    """Rows of the assignments back in token order, [X, K, D]; zeros for those not computed here."""
+    return take_rows(y_AD, sorting.position_XK)
+
+
+def _fan_in_fwd(y_AD, sorting):
+    return fan_in(y_AD, sorting), sorting
+
+
+def _fan_in_bwd(sorting, g_XKD):
+    g_AD = g_XKD.reshape(-1, g_XKD.shape[-1])[sorting.order_A]
+    real_A = jnp.arange(g_AD.shape[0]) < sorting.group_sizes_e.sum()
+    return jnp.where(real_A[:, None], g_AD, 0), no_gradient(sorting)
+
+
+fan_in.defvjp(_fan_in_fwd, _fan_in_bwd)
+
+
+def no_gradient(tree):
+    """The cotangent of integers."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)

@@ -1,0 +1,48 @@
+"""Parameters with names for their dimensions: what sharding, permutation and checkpoints read.
+
+`axes` names the dimensions of one layer's array ("expert" is the physical expert). Layers are
+stacked by `jax.vmap` over the constructor of a block, so an array with one dimension more than
+names has "layer" in front.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def normal(key: jax.Array, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int) -> nnx.Param:
+    """Float32 normal values with variance 1 / fan_in."""
+    return nnx.Param(jax.random.normal(key, shape, jnp.float32) / math.sqrt(fan_in), axes=axes)
+
+
+def ones(axes: tuple[str, ...], shape: tuple[int, ...]) -> nnx.Param:
+    """Float32 ones: the scale of a norm."""
+    return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+
+def _is_param(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def logical_axes(tree: Any) -> Any:
+    """The same tree with each parameter's value replaced by the names of its dimensions.
+
+    Works on a model, on anything with a model's parameters inside (optimizer state), abstract or
+    not; leaves that are no parameters (counters) get ().
+    """
+
+    def of(node):
+        if not _is_param(node):
+            return Axes()
+        names = tuple(node.get_metadata()["axes"])
+        missing = node.ndim - len(names)
+        return node.replace(Axes(("layer",) * missing + names))
+
+    return jax.tree.map(of, tree, is_leaf=_is_param)
+
+
+class Axes(tuple):
+    """Names of the dimensions of one array, a leaf of a pytree (a plain tuple would be a node)."""

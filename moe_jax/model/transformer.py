@@ -1,0 +1,157 @@
+"""A decoder-only MoE transformer: modules hold parameters, functions hold the math.
+
+Layers are alike and stacked: every parameter of a block has "layer" in front, and the forward pass
+is one `lax.scan`, so that compile time does not grow with depth.
+
+Axes: B batch, S tokens at hand, C cached positions, D d_model, L layers, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
+from moe_jax.model import attention, moe, parameter
+from moe_jax.model.dispatch.schemes import Table
+
+
+class Block(nnx.Module):
+    """Pre-norm attention, pre-norm MoE."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        a, m = jax.random.split(key)
+        self.attention_norm_D = parameter.ones(("embed",), (config.d_model,))
+        self.attention = attention.Attention(
+            a,
+            d_model=config.d_model,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            d_head=config.d_head,
+        )
+        self.moe_norm_D = parameter.ones(("embed",), (config.d_model,))
+        self.moe = moe.MoE(
+            m, d_model=config.d_model, d_ff=config.d_ff, num_experts=config.num_experts
+        )
+
+
+class Transformer(nnx.Module):
+    """Embedding [V, D], stacked blocks, final norm, output projection [D, V]."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        e, b, u = jax.random.split(key, 3)
+        vocabulary, width = config.vocab_size, config.d_model
+        self.embedding_VD = parameter.normal(e, ("vocab", "embed"), (vocabulary, width), width)
+        self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(b, config.num_layers))
+        self.final_norm_D = parameter.ones(("embed",), (width,))
+        self.output_DV = parameter.normal(u, ("embed", "vocab"), (width, vocabulary), width)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Attributes:
+    logits_BSV: float32.
+    cache: keys and values of all layers, stacked, or None.
+    record: `LayerRecord` of all layers, stacked: expert_LBSK, traffic [L, ...], losses [L].
+    """
+
+    logits_BSV: jax.Array
+    cache: attention.LayerCache | None
+    record: moe.LayerRecord
+
+
+Forward = Callable[..., Output]
+
+
+def rms_norm(x_BSD: Float[Array, "B S D"], scale_D: Float[Array, "D"], eps: float):
+    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
+    x32_BSD = x_BSD.astype(jnp.float32)
+    inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
+    return (x32_BSD * inverse_BS1 * scale_D[None, None]).astype(x_BSD.dtype)
+
+
+def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = None) -> Forward:
+    """Chooses the parts of the model once.
+
+    Returns:
+      `forward(model, token_BS, table, *, position_BS=None, real_BS=None, cache=None) -> Output`;
+      `table` is stacked over layers. Positions default to 0..S-1, all real.
+    """
+    moe_layer = moe.build(
+        mesh, dispatch=config.dispatch, top_k=config.top_k, implementation=implementation
+    )
+    theta, eps, dtype = config.rope_theta, config.norm_eps, jnp.dtype(config.dtype)
+    split = mesh_lib.sharding(mesh, "batch", None, None)
+
+    def forward(
+        model: Transformer,
+        token_BS: Int[Array, "B S"],
+        table: Table,
+        *,
+        position_BS: Int[Array, "B S"] | None = None,
+        real_BS: Bool[Array, "B S"] | None = None,
+        cache: attention.LayerCache | None = None,
+    ) -> Output:
+        if position_BS is None:
+            position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
+        if real_BS is None:
+            real_BS = jnp.ones(token_BS.shape, bool)
+
+        def layer(x_BSD, inputs):
+            block, table_of_layer, cache_of_layer = inputs
+            with jax.named_scope("attention"):
+                normed_BSD = rms_norm(x_BSD, block.attention_norm_D[...], eps)
+                mixed_BSD, cache_of_layer = attention.attend(
+                    normed_BSD, block.attention, position_BS, theta, cache_of_layer
+                )
+            x_BSD = jax.lax.with_sharding_constraint(x_BSD + mixed_BSD, split)
+            normed_BSD = rms_norm(x_BSD, block.moe_norm_D[...], eps)
+            y_BSD, record = moe_layer(normed_BSD, block.moe, real_BS, table_of_layer)
+            return x_BSD + y_BSD, (cache_of_layer, record)
+
+        x_BSD = model.embedding_VD[...].astype(dtype)[token_BS]
+        x_BSD = jax.lax.with_sharding_constraint(x_BSD, split)
+        x_BSD, (cache, record) = jax.lax.scan(layer, x_BSD, (model.blocks, table, cache))
+        x_BSD = rms_norm(x_BSD, model.final_norm_D[...], eps)
+        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, model.output_DV[...].astype(dtype))
+        return Output(logits_BSV.astype(jnp.float32), cache, record)
+
+    return forward
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> attention.LayerCache:
+    """Zeros for `capacity` positions of `batch` sequences in all layers, split over the batch."""
+    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.d_head)
+    placed = mesh_lib.sharding(mesh, None, "batch", None, None, None)
+    zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
+    return attention.LayerCache(zeros(), zeros())
+
+
+def identity_table(num_layers: int, num_experts: int) -> Table:
+    """Physical = logical in every layer: the table of a model that was never placed."""
+    slot_LE1 = np.broadcast_to(np.arange(num_experts, dtype=np.int32), (num_layers, num_experts))
+    return Table(slot_LE1[:, :, None].copy(), np.ones((num_layers, num_experts), np.int32))
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Forward and backward FLOPs a token: 6 per active matmul weight, 12 S H Q / 2 for attention."""
+    heads = config.num_heads + config.num_kv_heads
+    attention_weights = 2 * config.d_model * heads * config.d_head
+    expert_weights = 3 * config.d_model * config.d_ff * config.top_k
+    router = config.d_model * config.num_experts
+    per_layer = 6 * (attention_weights + expert_weights + router)
+    per_layer += 6 * seq_len * config.num_heads * config.d_head  # causal: half of all pairs
+    return config.num_layers * per_layer + 6 * config.d_model * config.vocab_size
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """All parameters of the model."""
+    abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))

@@ -1,0 +1,156 @@
+"""Moves experts from one placement to another: parameters, optimizer state, checkpoints.
+
+A model that knows nothing of plans holds its experts in slots [P] on the dimension named "expert".
+Going from one placement to another is, per layer, a gather along that dimension, and the same
+gather for everything shaped like the parameters. Values are copied, never computed with, so going
+and coming back restores every bit; the logical -> physical table changes with them.
+"""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import checkpoint
+from moe_jax.errors import Refused
+from moe_jax.model import parameter
+from moe_jax.model.dispatch.schemes import Table
+from moe_jax.placement import plan as plan_lib
+from moe_jax.placement.plan import Placement
+
+
+def table(placement: Placement) -> Table:
+    """The argument through which a plan reaches a model, stacked over layers."""
+    return Table(placement.logical_to_physical_LER.copy(), placement.num_replicas_LE.copy())
+
+
+def source_slots(old: Placement, new: Placement) -> np.ndarray:
+    """int32 [L, P_new]: the slot of `old` whose expert belongs into each slot of `new`.
+
+    A copy on the same device is taken where there is one, else the first.
+    """
+    same = (old.num_layers, old.num_experts) == (new.num_layers, new.num_experts)
+    if not same:
+        raise Refused(
+            "placement",
+            f"{new.num_layers} layers x {new.num_experts} experts",
+            f"the experts lie in {old.num_layers} layers x {old.num_experts} experts",
+            "use a plan of this model",
+        )
+    source_LP = np.empty(new.physical_to_logical_LP.shape, np.int32)
+    for layer, expert_P in enumerate(new.physical_to_logical_LP):
+        copies_PR = old.logical_to_physical_LER[layer][expert_P]
+        device_P1 = (np.arange(new.num_slots) // new.slots_per_device)[:, None]
+        here_PR = (copies_PR // old.slots_per_device == device_P1) & (copies_PR >= 0)
+        best_P = np.where(here_PR.any(1), here_PR.argmax(1), 0)
+        source_LP[layer] = np.take_along_axis(copies_PR, best_P[:, None], axis=1)[:, 0]
+    return source_LP
+
+
+def apply(tree: Any, old: Placement, new: Placement) -> Any:
+    """The tree with its experts moved from `old` to `new`, in the shardings it had.
+
+    Args:
+      tree: a model, or anything with arrays shaped like its parameters (optimizer state).
+    """
+    source_LP = source_slots(old, new)
+    axes = jax.tree.leaves(parameter.logical_axes(tree))
+    leaves, structure = jax.tree.flatten(tree)
+    moved = [i for i, names in enumerate(axes) if "expert" in names]
+
+    def gather(arrays):
+        return [_take(array, source_LP, axes[i]) for i, array in zip(moved, arrays, strict=True)]
+
+    experts = [leaves[i] for i in moved]
+    shardings = [array.sharding for array in experts]
+    for i, array in zip(moved, jax.jit(gather, out_shardings=shardings)(experts), strict=True):
+        leaves[i] = array
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _take(array: Any, source_LP: np.ndarray, names: tuple[str, ...]) -> Any:
+    assert tuple(names[:2]) == ("layer", "expert"), names
+    return array[jnp.arange(len(source_LP))[:, None], jnp.asarray(source_LP)]
+
+
+def apply_to_arrays(
+    arrays: Mapping[str, np.ndarray],
+    infos: Mapping[str, checkpoint.ArrayInfo],
+    old: Placement,
+    new: Placement,
+) -> dict[str, np.ndarray]:
+    """`apply` for named host arrays."""
+    source_LP = source_slots(old, new)
+    rows = np.arange(len(source_LP))[:, None]
+    return {
+        name: array[rows, source_LP] if "expert" in infos[name].axes else array
+        for name, array in arrays.items()
+    }
+
+
+def apply_to_checkpoint(
+    plan_path: str | os.PathLike,
+    checkpoint_in: str | os.PathLike,
+    checkpoint_out: str | os.PathLike,
+) -> str:
+    """Writes a checkpoint with its experts where the plan says; the input stays as it is.
+
+    Args:
+      plan_path: the plan to apply.
+      checkpoint_in: a step directory, or a work directory (its newest step is taken).
+      checkpoint_out: what to make: a step directory, or a work directory if the input was one.
+
+    Returns:
+      A sentence for people: what was moved.
+    """
+    plan = plan_lib.Plan.read(plan_path)
+    source, workdir = _step_folder(pathlib.Path(checkpoint_in))
+    target = pathlib.Path(checkpoint_out).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Refused("CHECKPOINT_OUT", str(target), "exists already", "name a new directory")
+    contents = checkpoint.read_contents(source)
+    old = contents.plan.placement
+    plan_lib.check_fits(
+        plan,
+        num_layers=old.num_layers,
+        num_experts=old.num_experts,
+        num_devices=plan.placement.num_devices,
+    )
+    arrays = checkpoint.restore_numpy(source, contents)
+    moved = apply_to_arrays(arrays, contents.arrays, old, plan.placement)
+    infos = checkpoint.describe(moved, {name: info.axes for name, info in contents.arrays.items()})
+    new_contents = checkpoint.Contents(contents.step, infos, plan, contents.extra)
+    if workdir:
+        written = checkpoint.save(target / "checkpoints", moved, new_contents)
+        shutil.copyfile(workdir / "config.json", target / "config.json")
+    else:
+        written = checkpoint.save(target.parent / f".{target.name}.step", moved, new_contents)
+        written.rename(target)
+        written.parent.rmdir()
+        written = target
+    changed = int((source_slots(old, plan.placement) != np.arange(plan.placement.num_slots)).sum())
+    return (
+        f"{written}: {changed} of {plan.placement.num_layers * plan.placement.num_slots} expert "
+        f"slots changed, in {sum('expert' in i.axes for i in infos.values())} arrays; "
+        f"plan {old.digest[:12]} -> {plan.digest[:12]}"
+    )
+
+
+def _step_folder(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """(step directory, the work directory it was named by or None)."""
+    if (path / "meta.json").exists():
+        return path, None
+    found = checkpoint.steps(path / "checkpoints")
+    if not found:
+        raise Refused(
+            "CHECKPOINT_IN",
+            str(path),
+            "must be a step directory or a work directory with checkpoints/STEP",
+            "train first: python train.py --config=... --workdir=...",
+        )
+    return path / "checkpoints" / str(found[-1]), path

@@ -1,0 +1,147 @@
+"""One training step as a pure function of the state, the batch and the placement table."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import Config
+from moe_jax.model import parameter, transformer
+from moe_jax.model.dispatch.schemes import Table
+from moe_jax.model.dispatch.traffic import Traffic
+from moe_jax.train import optimizer as optimizer_lib
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and changes.
+
+    Attributes:
+      model: parameters, experts in physical order.
+      opt_state: optax state, shaped like the parameters.
+      key: uint32 PRNG key data; the run's randomness beyond initialisation starts from it.
+      bad_steps, bad_in_row: int32 counts of steps that changed nothing.
+    """
+
+    model: transformer.Transformer
+    opt_state: Any
+    key: jax.Array
+    bad_steps: jax.Array
+    bad_in_row: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """Scalars of one step, and its traffic by layer [L, ...]. `loss` is cross-entropy in nats."""
+
+    loss: jax.Array
+    load_balance: jax.Array
+    z: jax.Array
+    grad_norm: jax.Array
+    bad_steps: jax.Array
+    bad_in_row: jax.Array
+    traffic: Traffic
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without any array."""
+    optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
+    shapes = jax.eval_shape(lambda: _initial(config, optimizer))
+    axes = jax.tree.leaves(parameter.logical_axes(shapes))
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(
+        tree,
+        [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_lib.sharding(mesh, *names))
+            for leaf, names in zip(leaves, axes, strict=True)
+        ],
+    )
+
+
+def initial_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, made where it lives, experts in logical order."""
+    optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    # The same random bits whatever the mesh.
+    return jax.jit(lambda: _initial(config, optimizer), out_shardings=shardings)()
+
+
+def _initial(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    model = transformer.Transformer(init_key, config.model)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(model, optimizer.init(model), jax.random.key_data(run_key), zero, zero)
+
+
+def cross_entropy(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
+    """Mean nats a token."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, target_BS).mean()
+
+
+def build_step(
+    config: Config, mesh: Mesh
+) -> Callable[[TrainState, jax.Array, Table], tuple[TrainState, StepMetrics]]:
+    """`step(state, window_BS1, table) -> (state, metrics)`, jitted; the old state is donated.
+
+    A step whose loss or gradient norm is not finite returns parameters, optimizer state and key
+    with the bits they had, and counts itself.
+    """
+    forward = transformer.build_forward(config.model, mesh)
+    optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
+    coefs = (config.model.load_balance_coef, config.model.z_loss_coef)
+    clip, replicated = config.optimizer.clip_norm, mesh_lib.sharding(mesh)
+
+    def loss_fn(model, window_BS1, table):
+        output = forward(model, window_BS1[:, :-1], table)
+        loss = cross_entropy(output.logits_BSV, window_BS1[:, 1:])
+        load_balance, z = output.record.load_balance.mean(), output.record.z.mean()
+        total = loss + coefs[0] * load_balance + coefs[1] * z
+        return total, (loss, load_balance, z, output.record.traffic)
+
+    def step(state, window_BS1, table):
+        (total, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.model, window_BS1, table
+        )
+        loss, load_balance, z, traffic = parts
+        slot_LE = table.logical_to_physical_ER[:, :, 0]
+        norm = optimizer_lib.global_norm(grads, slot_LE, replicated)
+        good = jnp.isfinite(total) & jnp.isfinite(norm)
+        scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+
+        # `where`, not a product: 0 * NaN is NaN.
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
+        bad_steps = state.bad_steps + jnp.where(good, 0, 1).astype(jnp.int32)
+        bad_in_row = jnp.where(good, 0, state.bad_in_row + 1).astype(jnp.int32)
+        state = TrainState(
+            keep(model, state.model),
+            keep(opt_state, state.opt_state),
+            state.key,
+            bad_steps,
+            bad_in_row,
+        )
+        metrics = StepMetrics(loss, load_balance, z, norm, bad_steps, bad_in_row, traffic)
+        return state, metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def build_eval(config: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Table], jax.Array]:
+    """`evaluate(model, window_BS1, table) -> mean nats a token`, jitted."""
+    forward = transformer.build_forward(config.model, mesh)
+
+    def evaluate(model, window_BS1, table):
+        output = forward(model, window_BS1[:, :-1], table)
+        return cross_entropy(output.logits_BSV, window_BS1[:, 1:])
+
+    return jax.jit(evaluate)

@@ -1,0 +1,39 @@
+"""Trains an MoE language model: python train.py --config=configs/quickstart.py --workdir=DIR."""
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from moe_jax import config as config_lib
+from moe_jax import entry
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="A file in configs/, with ':variant' if it has one. Override fields with "
+    "--config.model.top_k=4 and the like."
+)  # fmt: skip
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; a run that finds checkpoints there goes on from them."
+)
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "off",
+    "Join other processes: 'auto' (Cloud TPU pod, Slurm, MPI: the same command on every host), "
+    "'HOST:PORT,NUM_PROCESSES,PROCESS_ID', or 'off'.",
+)
+
+
+def main(_: list[str]) -> None:
+    config = config_lib.from_config_dict(entry.required("--config", CONFIG.value))
+    workdir = pathlib.Path(entry.required("--workdir", WORKDIR.value))
+    from moe_jax import mesh
+    from moe_jax.train import loop
+
+    corpus, plan = loop.prepare(config, workdir)
+    mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
+    config_lib.check_devices(config, mesh.num_devices())
+    loop.train(config, workdir, corpus, plan)
+
+
+if __name__ == "__main__":
+    entry.run(main, app)
