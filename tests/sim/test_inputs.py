@@ -1,0 +1,85 @@
+"""metrics.jsonl and the output of `compare`: what is missing leaves a gap, nothing is made up."""
+
+import json
+
+import pytest
+
+from moe_jax.errors import Refused
+from moe_jax.sim import comparison, curves
+
+
+def read_curves(tmp_path, *lines):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    return curves.read(tmp_path / "metrics.jsonl")
+
+
+def test_curves_keep_the_last_of_a_repeated_step_and_order_by_step(tmp_path):
+    read = read_curves(
+        tmp_path,
+        '{"header": true, "unigram_loss": 3.5}',
+        '{"step": 2, "loss": 2.0, "heldout_loss": 2.25}',
+        '{"step": 1, "loss": 4.0, "heldout_loss": 4.25}',
+        '{"step": 2, "loss": 1.5}',
+        '{"step": 3, "loss": NaN}',
+        '{"step": 4}',
+        '{"step": 5, "lo',
+    )
+    assert list(read.train.items()) == [(1, 4.0), (2, 1.5)]
+    assert read.heldout == {1: 4.25, 2: 2.25}
+    assert read.last_heldout == 2.25
+    assert read.unigram == 3.5
+
+
+def test_curves_without_header_or_heldout(tmp_path):
+    read = read_curves(tmp_path, '{"step": 1, "loss": 4.0}', "")
+    assert read.unigram is None
+    assert read.last_heldout is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["{}"], "no step in it has a loss"),
+        (['{"step": 1, "lo', '{"step": 2, "loss": 1.0}'], "line 1"),
+        (['{"step": 1, "loss": 1.0}', "[]", ""], "line 2"),
+    ],
+)
+def test_bad_metrics_are_refused(tmp_path, lines, words):
+    with pytest.raises(Refused, match=words):
+        read_curves(tmp_path, *lines)
+
+
+EVIDENCE = {
+    "rows": {"exchange": {"value": 2.5, "low": 2.25, "high": 2.75}},
+    "top1": 0.25,
+    "load_mean": {"value": 1.125},
+}
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        {"methods": [{"name": "greedy", **EVIDENCE}]},
+        {"seconds": 3, "placements": {"greedy": {"held_out": EVIDENCE}}},
+        {"greedy": EVIDENCE},
+        [{"method": "greedy", "held_out": EVIDENCE, "seconds": 1.0}],
+    ],
+)
+def test_methods_are_found_where_they_are(tmp_path, printed):
+    (tmp_path / "compare.json").write_text(json.dumps(printed))
+    table = comparison.read(tmp_path / "compare.json")
+    assert table.rows == [("greedy", "2.500 [2.250, 2.750]", "-", "0.250", "1.125", "-")]
+    assert len(table.head) == len(table.rows[0])
+
+
+def test_a_comparison_without_methods_says_so(tmp_path):
+    (tmp_path / "compare.json").write_text('{"nothing": 1}')
+    table = comparison.read(tmp_path / "compare.json")
+    assert table.rows == []
+    assert "no method" in table.notes[0]
+
+
+def test_a_comparison_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "compare.json").write_text("contiguous 1.5")
+    with pytest.raises(Refused, match="--compare"):
+        comparison.read(tmp_path / "compare.json")

@@ -1,0 +1,217 @@
+"""The command as a whole: equality is demanded of every entry, and anything else is loud."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax.placement.plan import Placement, Plan
+
+
+def test_equal_runs_give_a_table_three_plots_and_a_page(case, capsys):
+    assert case.run() == 0
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    assert "Bit-identical answers: yes" in printed
+    assert "Measured = predicted rows: yes" in printed
+    assert "a unigram model has 3.300" in printed
+    for name in ("loss", "traffic", "load"):
+        path = case.folder / "out" / "plots" / f"{name}.png"
+        assert path.read_bytes().startswith(b"\x89PNG\r\n")
+        assert str(path) in printed
+    assert str(case.folder / "out" / "report.html") in printed
+    left_over = [p for p in (case.folder / "out").rglob("*") if p.suffix == ".tmp"]
+    assert left_over == []
+
+
+def test_figures_are_those_of_the_token_by_token_count(case, capsys, no_plots):
+    assert case.run("--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    routed = (case.before["expert_ids"] != 255).any(-1).sum()
+    for side in ("before", "after"):
+        arrays, column = getattr(case, side), {k: f[side] for k, f in printed["figures"].items()}
+        out, back = arrays["dispatch_LMM"].sum(), arrays["combine_LMM"].sum()
+        assert column["rows_out"] == out / routed
+        assert column["rows_back"] == back / routed
+        assert column["rows"] == (out + back) / routed
+        assert column["rows_deduplicated"] == 2 * out / routed
+        assert column["padding"] == 3 * 3 * 4 * 4 / routed
+        load_LM = arrays["computed_LP"].reshape(3, 4, 2).sum(-1)
+        worst_L = load_LM.max(1) / load_LM.mean(1)
+        assert column["load_mean"] == pytest.approx(worst_L.mean(), rel=1e-12)
+        assert column["load_worst"] == worst_L.max()
+    change = printed["figures"]["rows_out"]["change"]
+    assert change == pytest.approx(case.after["dispatch_LMM"].sum() / out_before(case) - 1)
+    assert printed["ok"]
+    assert printed["bit_identical"]
+    assert printed["measured_equals_predicted"]
+
+
+def out_before(case) -> int:
+    return case.before["dispatch_LMM"].sum()
+
+
+def one_row(arrays, entry, index, by=1):
+    changed = arrays[entry].copy()
+    changed[index] += by
+    arrays[entry] = changed
+
+
+def one_bit(arrays):
+    bits = arrays["logits"].view(np.uint32).copy()
+    bits[1, 4, 10] ^= 1
+    arrays["logits"] = bits.view(np.float32)
+
+
+def a_sign_of_zero(case):
+    case.before["logits"][0, 2, 3], case.after["logits"][0, 2, 3] = 0.0, -0.0
+
+
+def another_expert(arrays):
+    arrays["expert_ids"] = arrays["expert_ids"].copy()
+    arrays["expert_ids"][59, 2] = arrays["expert_ids"][59, 2][::-1]
+
+
+def shorter_text(arrays):
+    arrays["text_ids"] = arrays["text_ids"][:, :-1]
+
+
+MISMATCHES = {
+    "a row out before": (
+        lambda case: one_row(case.before, "dispatch_LMM", (1, 2, 3)),
+        "rows out, before: layer 1, source device 2, destination device 3",
+    ),
+    "a row out after": (
+        lambda case: one_row(case.after, "dispatch_LMM", (0, 0, 1)),
+        "rows out, after: layer 0, source device 0, destination device 1",
+    ),
+    "a row back before": (
+        lambda case: one_row(case.before, "combine_LMM", (2, 3, 0)),
+        "rows back, before: layer 2, source device 3, destination device 0",
+    ),
+    "a row back after": (
+        lambda case: one_row(case.after, "combine_LMM", (2, 3, 0)),
+        "rows back, after: layer 2, source device 3, destination device 0",
+    ),
+    "rows swapped, same total": (
+        lambda case: case.after.update(combine_LMM=case.after["combine_LMM"].swapaxes(1, 2)),
+        "rows back, after: layer 0",
+    ),
+    "a computed row": (
+        lambda case: one_row(case.after, "computed_LP", (2, 7)),
+        "rows computed, after: layer 2, slot 7",
+    ),
+    "a computed row before": (
+        lambda case: one_row(case.before, "computed_LP", (0, 0)),
+        "rows computed, before: layer 0, slot 0",
+    ),
+    "one bit of a logit": (
+        lambda case: one_bit(case.after),
+        "logits: sequence 1, position 4, vocabulary entry 10",
+    ),
+    "the sign of a zero": (a_sign_of_zero, "logits: sequence 0, position 2, vocabulary entry 3"),
+    "the digest of all logits": (
+        lambda case: case.after["meta"].update(logits_digest="cd" * 32),
+        "digest of all logits: SHA-256 abab",
+    ),
+    "a text id": (
+        lambda case: one_row(case.after, "text_ids", (1, 8)),
+        "greedy text: sequence 1, position 8",
+    ),
+    "the length of the text": (
+        lambda case: shorter_text(case.after),
+        "greedy text: shape (2, 9) before, (2, 8) after",
+    ),
+    "an expert id": (
+        lambda case: another_expert(case.after),
+        "expert ids: token 59, layer 2, choice 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_every_mismatch_is_named_and_fails(case, capsys, no_plots, name):
+    change, words = MISMATCHES[name]
+    change(case)
+    assert case.run() == 1
+    printed, errors = capsys.readouterr()
+    assert errors.startswith("FAILED: 1 of 10 checks")
+    assert words in errors
+    assert ": NO." in printed
+
+
+def test_a_failed_run_still_shows_what_it_found(case, capsys):
+    one_row(case.after, "dispatch_LMM", (0, 0, 1))
+    assert case.run("--json") == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert not printed["ok"]
+    assert printed["bit_identical"]
+    assert not printed["measured_equals_predicted"]
+    text = (case.folder / "out" / "report.html").read_text()
+    assert "FAILED: 1 of 10 checks do not hold" in text
+    assert "(1 of 48 entries differ)" in text
+
+
+def test_gathered_rows_are_predicted_too(gathered_case, capsys, no_plots):
+    assert gathered_case.run() == 0
+    assert "the same rows moved" in capsys.readouterr().out
+
+
+def test_no_saving_is_called_so(case, capsys, no_plots):
+    case.after, case.plan = case.before, Plan(Placement.contiguous(3, 8, 4))
+    assert case.run() == 0
+    assert "this plan saves no traffic" in capsys.readouterr().out
+
+
+def test_the_plan_before_may_be_given(case, capsys, no_plots):
+    case.before, case.after = case.after, case.before
+    shuffled, case.plan = case.plan, Plan(Placement.contiguous(3, 8, 4))
+    assert case.run() == 1  # without it, the contiguous plan is taken, which is not what ran
+    assert "--plan-before: digest" in capsys.readouterr().err
+    shuffled.write(case.folder / "first.json")
+    assert case.run(f"--plan-before={case.folder}/first.json") == 0
+
+
+REFUSALS = {
+    "another model": (
+        lambda case: case.after["meta"].update(model="another"),
+        "--after: meta.model = 'another'",
+    ),
+    "another plan": (
+        lambda case: case.after["meta"].update(plan_digest="0" * 64),
+        "ran with the plan 0000",
+    ),
+    "a plan for more experts": (
+        lambda case: setattr(case, "plan", Plan(Placement.contiguous(3, 16, 4))),
+        "plan num_experts = 16",
+    ),
+    "no metrics": (
+        lambda case: (case.folder / "metrics.jsonl").unlink(),
+        "--metrics = ",
+    ),
+    "a file where the folder should be": (
+        lambda case: (case.folder / "out").write_text(""),
+        "--out = ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_with_one_line(case, capsys, name):
+    change, words = REFUSALS[name]
+    change(case)
+    assert case.run("--json") == 1
+    printed, errors = capsys.readouterr()
+    assert printed == ""
+    assert errors.startswith("refused: ")
+    assert words in errors
+    assert len(errors.splitlines()) == 1
+    assert not (case.folder / "out").is_dir()
+
+
+def test_missing_flags_are_a_usage_error():
+    from moe_jax.sim import report
+
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--before=a.npz"])
+    assert stopped.value.code == 2
