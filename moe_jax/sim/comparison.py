@@ -9,27 +9,24 @@ object with `rows` in it or one level below (`held_out`); a figure is a number o
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe_jax.errors import Refused
 
 _NAMES = ("name", "method", "solver", "placement")
 
-# column head -> where the figure may stand inside a method
-_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "rows, exchange": (("rows", "exchange"),),
-    "devices per token": (("distinct_devices",),),
-    "best expert stays": (("top1",),),
-    "load max / mean": (("load_mean",), ("load_max_over_mean", "mean")),
-    "worst layer": (("load_worst",), ("load_max_over_mean", "worst")),
-}
+# where a figure may stand inside a method
+_ROWS = (("rows", "exchange"),)
+_LOAD_MEAN = (("load_mean",), ("load_max_over_mean", "mean"))
+_LOAD_WORST = (("load_worst",), ("load_max_over_mean", "worst"))
+_HEAD = ("", "rows, exchange", "change", "load max / mean", "worst layer")
 
 _NOTE = (
     "Per token and layer, on sequences that the plans were not made on, with 95 % intervals over "
     "sequences where they are known. Rows are those of an exchange that sends one row per device "
-    "out and back, with tokens spread evenly over the devices: compare methods with one another, "
-    "not with the measured rows above."
+    "out and back, with tokens spread evenly over the devices: compare methods with one another "
+    "(changes are from the first), not with the measured rows above."
 )
 
 
@@ -38,7 +35,7 @@ class Table:
     """Text, ready to print: one row per method, the first entry being its name."""
 
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     notes: tuple[str, ...]
 
 
@@ -51,12 +48,20 @@ def read(path: str | os.PathLike) -> Table:
         fix = "Give what `python -m moe_jax.placement compare --json` printed"
         rule = f"cannot be read as JSON ({error})"
         raise Refused("--compare", os.fspath(path), rule, fix) from None
+    methods = list(_methods(printed))
+    first = _number(_at(methods[0][1], _ROWS)) if methods else None
     rows = [
-        (name, *(_figure(figures, places) for places in _COLUMNS.values()))
-        for name, figures in _methods(printed)
+        (
+            name,
+            _text(_at(figures, _ROWS)),
+            _change(_number(_at(figures, _ROWS)), first),
+            _text(_at(figures, _LOAD_MEAN)),
+            _text(_at(figures, _LOAD_WORST)),
+        )
+        for name, figures in methods
     ]
     notes = (_NOTE,) if rows else ("The comparison holds no method that this page knows.",)
-    return Table(("", *_COLUMNS), rows, notes)
+    return Table(_HEAD, rows, notes)
 
 
 def _methods(printed: Any) -> Iterator[tuple[str, dict]]:
@@ -94,26 +99,35 @@ def _name(key: str, entry: dict) -> str:
     return named[0] if named else key
 
 
-def _figure(figures: dict, places: tuple[tuple[str, ...], ...]) -> str:
+def _at(figures: dict, places: tuple[tuple[str, ...], ...]) -> Any:
+    """The figure at the first of `places` that exists."""
     for place in places:
         value: Any = figures
         for key in place:
             value = value.get(key) if isinstance(value, dict) else None
-        text = _text(value)
-        if text:
-            return text
-    return "-"
+        if value is not None:
+            return value
+    return None
 
 
-def _text(value: Any) -> str | None:
-    if isinstance(value, dict):
-        centre = next((value[k] for k in ("value", "mean") if _is_number(value.get(k))), None)
-        low, high = value.get("low"), value.get("high")
-        if centre is not None and _is_number(low) and _is_number(high):
-            return f"{centre:.3f} [{low:.3f}, {high:.3f}]"
-        value = centre
-    return f"{value:.3f}" if _is_number(value) else None
+def _number(figure: Any) -> float | None:
+    """A number, or the middle of `{value, low, high}`."""
+    if isinstance(figure, dict):
+        figure = figure.get("value", figure.get("mean"))
+    is_number = isinstance(figure, int | float) and not isinstance(figure, bool)
+    return float(figure) if is_number else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _text(figure: Any) -> str:
+    middle = _number(figure)
+    if middle is None:
+        return "-"
+    ends = [_number(figure.get(end)) for end in ("low", "high")] if isinstance(figure, dict) else []
+    if not ends or None in ends:
+        return f"{middle:.3f}"
+    return f"{middle:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def _change(number: float | None, first: float | None) -> str:
+    """Relative to the first method."""
+    return f"{100 * (number - first) / first:+.1f} %" if number is not None and first else "-"

@@ -132,8 +132,6 @@ def _cells(
     for (row, column), value in np.ndenumerate(np.ma.getdata(values)):
         if np.ma.getmaskarray(values)[row, column]:
             continue
-        red, green, blue, _ = image.cmap(image.norm(value))
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         axes.text(
             column,
             row,
@@ -141,9 +139,16 @@ def _cells(
             ha="center",
             va="center",
             fontsize=7.5,
-            color="white" if dark else "black",
+            color=_ink(image.cmap(image.norm(value))),
         )
     return image
+
+
+def _ink(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever stands out more on the colour (WCAG relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if luminance < 0.179 else "black"
 
 
 def _device_axes(axes: "Axes", shape: tuple[int, ...], across: str, down: str) -> None:

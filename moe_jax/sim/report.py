@@ -17,7 +17,8 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 
 from moe_jax import files
 from moe_jax.errors import Refused
@@ -123,7 +124,7 @@ def write(summary: Summary, out: pathlib.Path) -> dict[str, str]:
 
 def as_text(summary: Summary, paths: dict[str, str]) -> str:
     """What people read in the terminal."""
-    lines = [words.setting(summary), ""]
+    lines = [*_wrapped([words.setting(summary)]), ""]
     head = ("per token and layer", "before", "after", "change")
     rows = [
         (f.label, f"{f.before:.3f}", f"{f.after:.3f}", table.change_text(f))
@@ -133,11 +134,11 @@ def as_text(summary: Summary, paths: dict[str, str]) -> str:
     if summary.comparison is not None:
         held_out = summary.comparison
         lines += _columns([("on held-out text", *held_out.head[1:]), *held_out.rows])
-        lines += [*held_out.notes, ""]
+        lines += [*_wrapped(held_out.notes), ""]
     lines += [words.headline(summary), *words.verdicts(summary)]
     training = words.training(summary)
     lines += [training] if training else []
-    lines += ["", *(f"Note: {note}" for note in words.notes(summary)), ""]
+    lines += ["", *_wrapped([f"Note: {note}" for note in words.notes(summary)]), ""]
     lines += [f"{name:8}{path}" for name, path in paths.items()]
     return "\n".join(lines)
 
@@ -214,6 +215,10 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     return [
         "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], rest)]).rstrip() for row in rows
     ]
+
+
+def _wrapped(texts: Iterable[str]) -> list[str]:
+    return [line for text in texts for line in textwrap.wrap(text, 100, subsequent_indent="  ")]
 
 
 def _failure(summary: Summary) -> str:

@@ -54,7 +54,9 @@ def headline(summary: Summary) -> str:
             f"device's load over the mean went from {load.before:.3f} to {load.after:.3f}."
         )
     if moved.after < moved.before:
-        return f"{same}, and {-100 * (moved.change or 0):.1f} % fewer rows out to the experts."
+        both = change_text(summary.figure("rows"))
+        fewer = f"{-100 * (moved.change or 0):.1f} % fewer rows out to the experts"
+        return f"{same}, and {fewer} ({both} counting both ways)."
     return f"{same}, but no fewer rows out to the experts: this plan saves no traffic."
 
 
@@ -110,8 +112,7 @@ def notes(summary: Summary) -> list[str]:
     if load.after > load.before:
         texts.append(
             "The busiest device computes more than before in the worst layer "
-            f"({load.before:.3f} to {load.after:.3f} times the mean): fewer rows were paid for "
-            "with balance."
+            f"({load.before:.3f} to {load.after:.3f} times the mean); the others wait for it."
         )
     if not np.array_equal(before.home_T, after.home_T):
         texts.append("The tokens were held by other devices after than before.")

@@ -51,7 +51,6 @@ def test_bad_metrics_are_refused(tmp_path, lines, words):
 
 EVIDENCE = {
     "rows": {"exchange": {"value": 2.5, "low": 2.25, "high": 2.75}},
-    "top1": 0.25,
     "load_mean": {"value": 1.125},
 }
 
@@ -68,8 +67,22 @@ EVIDENCE = {
 def test_methods_are_found_where_they_are(tmp_path, printed):
     (tmp_path / "compare.json").write_text(json.dumps(printed))
     table = comparison.read(tmp_path / "compare.json")
-    assert table.rows == [("greedy", "2.500 [2.250, 2.750]", "-", "0.250", "1.125", "-")]
+    assert table.rows == [("greedy", "2.500 [2.250, 2.750]", "+0.0 %", "1.125", "-")]
     assert len(table.head) == len(table.rows[0])
+
+
+def test_changes_are_from_the_first_method(tmp_path):
+    printed = {
+        "first": {"rows": {"exchange": 2.0}, "load_max_over_mean": {"mean": 1, "worst": 2}},
+        "second": {"rows": {"exchange": 1.5}},
+        "third": {"rows": {"coherent": 1.5}},
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(printed))
+    assert comparison.read(tmp_path / "compare.json").rows == [
+        ("first", "2.000", "+0.0 %", "1.000", "2.000"),
+        ("second", "1.500", "-25.0 %", "-", "-"),
+        ("third", "-", "-", "-", "-"),
+    ]
 
 
 def test_a_comparison_without_methods_says_so(tmp_path):
