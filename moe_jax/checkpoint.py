@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -81,6 +81,30 @@ def steps(directory: str | os.PathLike) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def newest_good_step(
+    directory: str | os.PathLike, warn: Callable[[str], None]
+) -> pathlib.Path | None:
+    """The newest step whose manifest holds; each bad one is named to `warn`. None if there is none.
+
+    Raises:
+      Refused: there are steps, and all of them are damaged.
+    """
+    directory = pathlib.Path(directory)
+    found = steps(directory)
+    for step in reversed(found):
+        try:
+            read_contents(directory / str(step))
+        except Refused as error:
+            warn(f"skipping checkpoint {step}: {error}")
+            continue
+        return directory / str(step)
+    if found:
+        raise Refused(
+            "checkpoints", str(directory), "every step is damaged", "restore one, or start anew"
+        )
+    return None
 
 
 def save(

@@ -142,3 +142,11 @@ def fail(message: object) -> None:
     """A line on stderr, from the first process alone."""
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def progress(message: str) -> None:
+    """A progress line on stderr: rewritten in place on a terminal, else one line each."""
+    if jax.process_index() == 0:
+        terminal = sys.stderr.isatty()
+        print(f"\r{message}\x1b[K" if terminal else message, end="" if terminal else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip

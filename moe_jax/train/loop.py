@@ -219,7 +219,7 @@ def _start_or_resume(
     config: Config, mesh: Mesh, workdir: pathlib.Path, corpus: data.Corpus, plan: plan_lib.Plan
 ) -> Run:
     batches = data.batches(corpus, config.data)
-    folder = newest_good_step(workdir / "checkpoints")
+    folder = checkpoint.newest_good_step(workdir / "checkpoints", warn=metrics.fail)
     if folder is None:
         state = step_lib.initial_state(config, mesh)
         logical = plan_lib.Placement.contiguous(
@@ -233,27 +233,6 @@ def _start_or_resume(
     arrays = checkpoint.restore(folder, contents, checkpoint.flatten(abstract), plan.placement)
     batches.set_state(contents.extra["data_state"])
     return Run(checkpoint.unflatten(abstract, arrays), batches, contents.step)
-
-
-def newest_good_step(directory: pathlib.Path) -> pathlib.Path | None:
-    """The newest step whose manifest holds; bad ones are named on stderr. None if there is none.
-
-    Raises:
-      Refused: there are steps, and all of them are damaged.
-    """
-    found = checkpoint.steps(directory)
-    for step in reversed(found):
-        try:
-            checkpoint.read_contents(directory / str(step))
-        except Refused as error:
-            metrics.fail(f"skipping checkpoint {step}: {error}")
-            continue
-        return directory / str(step)
-    if found:
-        raise Refused(
-            "checkpoints", str(directory), "every step is damaged", "restore one, or start anew"
-        )
-    return None
 
 
 def save(workdir: pathlib.Path, run: Run, plan: plan_lib.Plan, config: Config) -> None:

@@ -1,0 +1,51 @@
+"""Answers prompts with a trained model: python infer.py --workdir=DIR --prompt="def main("."""
+
+from absl import app, flags
+
+from moe_jax import entry
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File with one prompt a line.")
+PLACEMENT = flags.DEFINE_string(
+    "placement", None, "Plan to compute under; the experts are moved there as they are loaded. "
+    "Default: the plan stored with the checkpoint."
+)  # fmt: skip
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens after each prompt.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = greedy.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus: the smallest set of tokens of this mass.")
+SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+RECORD = flags.DEFINE_string("record", None, "Write the routing of all tokens to this .npz trace.")
+MEASURE = flags.DEFINE_string(
+    "measure", None, "Write outputs and counted rows on held-out text to this .npz."
+)
+BENCHMARK = flags.DEFINE_bool("benchmark", False, "Print tokens/s and rows moved per token.")
+HELD_OUT = flags.DEFINE_integer(
+    "held_out", 64, "Held-out sequences for --record, --measure and --benchmark without prompts."
+)
+HELD_OUT_START = flags.DEFINE_integer("held_out_start", 0, "Number of the first of them.")
+
+
+def main(_: list[str]) -> None:
+    workdir = entry.required("--workdir", WORKDIR.value)
+    from moe_jax.infer import run
+    from moe_jax.infer.sampling import Sampling
+
+    run.run(
+        run.Request(
+            workdir=workdir,
+            placement=PLACEMENT.value,
+            prompts=run.read_prompts(PROMPT.value, PROMPTS.value),
+            held_out=HELD_OUT.value,
+            held_out_start=HELD_OUT_START.value,
+            max_new_tokens=MAX_NEW_TOKENS.value,
+            sampling=Sampling(TEMPERATURE.value, TOP_P.value, SEED.value),
+            record=RECORD.value,
+            measure=MEASURE.value,
+            benchmark=BENCHMARK.value,
+        )
+    )
+
+
+if __name__ == "__main__":
+    entry.run(main, app)

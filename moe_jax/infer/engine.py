@@ -1,0 +1,206 @@
+"""Prefill and decode of a batch of prompts on the mesh, with the routing and traffic of each step.
+
+Prompts are padded on the right to a common power of two, and the batch to the number of devices;
+padding is routed nowhere, moves nothing, and its keys are overwritten before anyone attends to
+them. Programs are compiled once per (batch, length).
+
+Axes: B sequences, S positions at hand, C cache capacity, L layers, K top_k, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.infer import sampling as sampling_lib
+from moe_jax.model import transformer
+from moe_jax.model.dispatch.schemes import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What one prefill or decode step reported, on the host.
+
+    Attributes:
+      expert_LBSK: logical experts; -1 at positions without a token.
+      position_BS: position of each token in its sequence.
+      dispatch_LMM, combine_LMM, distinct_LMM, padding_LMM: rows on the wire, see `Traffic`.
+      computed_LP: rows computed by each slot.
+      seconds: from choosing the token (or from the prompt) until the logits were there.
+    """
+
+    expert_LBSK: np.ndarray
+    position_BS: np.ndarray
+    dispatch_LMM: np.ndarray
+    combine_LMM: np.ndarray
+    distinct_LMM: np.ndarray
+    padding_LMM: np.ndarray
+    computed_LP: np.ndarray
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Attributes:
+    tokens: per prompt, the tokens that followed it.
+    logits_BSV: float32 prefill logits of the padded batch, on the devices; see `fetch`.
+    records: the prefill's, then one per decode step.
+    home_B: the expert-axis coordinate of the device that holds each sequence.
+    """
+
+    tokens: list[list[int]]
+    logits_BSV: jax.Array
+    records: list[StepRecord]
+    home_B: np.ndarray
+
+
+class Engine:
+    """Compiled prefill and decode of one model under one placement."""
+
+    def __init__(self, config: Config, mesh: Mesh, model: transformer.Transformer, table: Table):
+        self._config, self._mesh, self._model = config, mesh, model
+        self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
+        forward = transformer.build_forward(config.model, mesh)
+
+        @jax.jit
+        def prefill(model, table, token_BS, length_B, cache):
+            real_BS = jnp.arange(token_BS.shape[1]) < length_B[:, None]
+            output = forward(model, token_BS, table, real_BS=real_BS, cache=cache)
+            last_BV = jnp.take_along_axis(
+                output.logits_BSV, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1
+            )[:, 0]
+            return output.logits_BSV, last_BV, output.cache, output.record
+
+        @functools.partial(jax.jit, donate_argnums=4)
+        def decode(model, table, token_B, position_B, cache):
+            output = forward(
+                model,
+                jnp.maximum(token_B, 0)[:, None],
+                table,
+                position_BS=position_B[:, None],
+                real_BS=(token_B >= 0)[:, None],
+                cache=cache,
+            )
+            return output.logits_BSV[:, 0], output.cache, output.record
+
+        self._prefill, self._decode = prefill, decode
+        self._choose = jax.jit(sampling_lib.choose, static_argnums=2)
+
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Refuses what cannot be run, before any device work."""
+        limit = self._config.model.max_seq_len
+        if max_new_tokens < 0:
+            raise Refused("--max_new_tokens", max_new_tokens, "must be at least 0", "use 64")
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                raise Refused(f"prompt {number}", "", "must not be empty", "write some text")
+            if len(prompt) + max_new_tokens > limit:
+                raise Refused(
+                    f"prompt {number} + --max_new_tokens",
+                    f"{len(prompt)} + {max_new_tokens} tokens",
+                    f"must be at most model.max_seq_len = {limit}, the rotary range",
+                    "shorten one of them",
+                )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: sampling_lib.Sampling,
+        on_token: Callable[[int, int], Any] = lambda sequence, token: None,
+    ) -> Generation:
+        """Continues every prompt.
+
+        Args:
+          prompts: token ids.
+          max_new_tokens: tokens after each prompt.
+          sampling: how they are chosen.
+          on_token: called with (prompt number, token) as soon as a token is on the host.
+        """
+        self.check(prompts, max_new_tokens)
+        token_BS, length_B = _pad(prompts, self._mesh.size)
+        batch, padded = token_BS.shape
+        capacity = _power_of_two(padded + max_new_tokens)
+        put = functools.partial(mesh_lib.put_batch, self._mesh)
+        cache = transformer.empty_cache(self._config.model, batch, capacity, self._mesh)
+
+        start = time.perf_counter()
+        logits_BSV, logits_BV, cache, record = self._prefill(
+            self._model, self._table, put(token_BS), put(length_B), cache
+        )
+        generated: list[np.ndarray] = []
+        position_BS = np.broadcast_to(np.arange(padded), token_BS.shape)
+        records = [_on_host(record, position_BS, logits_BV, start)]
+        for i in range(max_new_tokens):
+            # The token at position `length + i`, decided from the logits before it.
+            position_B = length_B + i
+            start = time.perf_counter()
+            chosen_B = fetch(self._choose(logits_BV, put(position_B), sampling))
+            generated.append(chosen_B)
+            for sequence in range(len(prompts)):
+                on_token(sequence, int(chosen_B[sequence]))
+            if i + 1 == max_new_tokens:
+                break
+            fed_B = np.where(length_B > 0, chosen_B, -1).astype(np.int32)
+            logits_BV, cache, record = self._decode(
+                self._model, self._table, put(fed_B), put(position_B.astype(np.int32)), cache
+            )
+            records.append(_on_host(record, position_B[:, None], logits_BV, start))
+        tokens = [[int(step_B[b]) for step_B in generated] for b in range(len(prompts))]
+        return Generation(tokens, logits_BSV, records, homes(batch, self._mesh))
+
+
+def homes(batch: int, mesh: Mesh) -> np.ndarray:
+    """The expert-axis coordinate of the device that holds each sequence of a batch, int32 [B]."""
+    device_B = np.arange(batch) // (batch // mesh.size)
+    return (device_B % mesh.shape[mesh_lib.EXPERT]).astype(np.int32)
+
+
+def _pad(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, S] and lengths [B]; sequences of length 0 fill the batch up."""
+    batch = -(-len(prompts) // multiple) * multiple
+    padded = _power_of_two(max(map(len, prompts)))
+    token_BS = np.zeros((batch, padded), np.int32)
+    length_B = np.zeros(batch, np.int32)
+    for row, prompt in enumerate(prompts):
+        token_BS[row, : len(prompt)] = prompt
+        length_B[row] = len(prompt)
+    return token_BS, length_B
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(3, (size - 1).bit_length())
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A global array on every host."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _on_host(record: Any, position_BS: np.ndarray, logits: jax.Array, start: float) -> StepRecord:
+    logits.block_until_ready()
+    seconds = time.perf_counter() - start
+    traffic = record.traffic
+    return StepRecord(
+        expert_LBSK=fetch(record.expert_BSK),
+        position_BS=position_BS,
+        dispatch_LMM=fetch(traffic.dispatch_MM).astype(np.int64),
+        combine_LMM=fetch(traffic.combine_MM).astype(np.int64),
+        distinct_LMM=fetch(traffic.distinct_MM).astype(np.int64),
+        padding_LMM=fetch(traffic.padding_MM).astype(np.int64),
+        computed_LP=fetch(traffic.computed_P).astype(np.int64),
+        seconds=seconds,
+    )

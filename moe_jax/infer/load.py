@@ -1,0 +1,92 @@
+"""A trained model from its work directory, its experts where a plan wants them."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import checkpoint, metrics, permute
+from moe_jax import config as config_lib
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.infer.engine import Engine
+from moe_jax.model import transformer
+from moe_jax.model.parameter import logical_axes
+from moe_jax.placement import plan as plan_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is known of a run before any device work.
+
+    Attributes:
+      config: the run's.
+      folder: the step directory.
+      contents: what it holds.
+      plan: the placement to compute under.
+    """
+
+    config: Config
+    folder: pathlib.Path
+    contents: checkpoint.Contents
+    plan: plan_lib.Plan
+
+
+def find(workdir: str, placement: str | None) -> Source:
+    """Reads config, newest good step and plan. Raises `Refused`; touches no device."""
+    root = pathlib.Path(workdir)
+    kept = root / "config.json"
+    if not kept.is_file():
+        raise Refused(
+            "--workdir",
+            workdir,
+            "must be the work directory of a training run (it has no config.json)",
+            "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
+        )
+    config = config_lib.from_json(kept.read_text(encoding="utf-8"))
+    folder = checkpoint.newest_good_step(root / "checkpoints", warn=metrics.fail)
+    if folder is None:
+        raise Refused("--workdir", workdir, "has no checkpoint", "train at least one interval")
+    contents = checkpoint.read_contents(folder)
+    plan = plan_lib.Plan.read(placement) if placement else contents.plan
+    plan_lib.check_fits(
+        plan,
+        num_layers=config.model.num_layers,
+        num_experts=config.model.num_experts,
+        num_devices=config.mesh.expert,
+    )
+    return Source(config, folder, contents, plan)
+
+
+def engine(source: Source, mesh: Mesh) -> Engine:
+    """Reads the parameters, permutes them if another plan was asked for, and compiles nothing yet."""
+    stored = source.contents.plan.placement
+    model = parameters(source, mesh)
+    if stored.digest != source.plan.digest:
+        metrics.say(
+            f"moving experts: stored as plan {stored.digest[:12]}, "
+            f"computing under {source.plan.digest[:12]}"
+        )
+        model = permute.apply(model, stored, source.plan.placement)
+    return Engine(source.config, mesh, model, permute.table(source.plan.placement))
+
+
+def parameters(source: Source, mesh: Mesh) -> transformer.Transformer:
+    """The model as it is stored."""
+    config = source.config
+    shapes = jax.eval_shape(lambda: transformer.Transformer(jax.random.key(0), config.model))
+    axes = logical_axes(shapes)
+
+    def target(shape: Any, names: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        placed = mesh_lib.sharding(mesh, *names)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=placed)
+
+    abstract = jax.tree.map(target, shapes, axes)
+    named = {f"model.{name}": leaf for name, leaf in checkpoint.flatten(abstract).items()}
+    arrays = checkpoint.restore(source.folder, source.contents, named, None)
+    return checkpoint.unflatten(
+        abstract, {name.removeprefix("model."): array for name, array in arrays.items()}
+    )

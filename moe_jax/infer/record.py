@@ -1,0 +1,114 @@
+"""What happened inside the program, as files: a routing trace and a measurement.
+
+A trace holds the logical experts of every token, sequence by sequence; a measurement holds, for
+one run under one placement, its outputs and the rows that the dispatch counted while it ran.
+Both come from the same `Generation`s.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+
+import numpy as np
+
+from moe_jax import files
+from moe_jax.config import Config
+from moe_jax.infer.engine import Generation, StepRecord, fetch
+from moe_jax.placement.plan import Plan
+from moe_jax.routing.trace import Trace
+
+MEASUREMENT_FORMAT, MEASUREMENT_VERSION = "moe_jax.measurement", 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Every token that was routed, sequences in order and contiguous.
+
+    Attributes:
+      expert_TLK: uint8 or uint16 logical experts.
+      home_T: int32 expert-axis coordinate of the device that held the token.
+      seq_len: int32 tokens routed of each sequence.
+    """
+
+    expert_TLK: np.ndarray
+    home_T: np.ndarray
+    seq_len: np.ndarray
+
+
+def routed_tokens(generations: list[Generation], num_experts: int) -> Tokens:
+    """Gathers the experts of all tokens of all sequences, in the order of their positions."""
+    dtype = np.uint8 if num_experts < 255 else np.uint16
+    experts, homes, lengths = [], [], []
+    for generation in generations:
+        for b in range(len(generation.tokens)):
+            parts = [_of_sequence(record, b) for record in generation.records]
+            expert_TLK = np.concatenate(parts).astype(dtype)
+            experts.append(expert_TLK)
+            homes.append(np.full(len(expert_TLK), generation.home_B[b], np.int32))
+            lengths.append(len(expert_TLK))
+    return Tokens(np.concatenate(experts), np.concatenate(homes), np.array(lengths, np.int32))
+
+
+def _of_sequence(record: StepRecord, sequence: int) -> np.ndarray:
+    expert_SLK = record.expert_LBSK[:, sequence].swapaxes(0, 1)
+    return expert_SLK[expert_SLK[:, 0, 0] >= 0]
+
+
+def trace(generations: list[Generation], config: Config, corpus: str) -> Trace:
+    """The routing trace of a run; `seq_home` says where each sequence was held."""
+    tokens = routed_tokens(generations, config.model.num_experts)
+    start = np.cumsum(tokens.seq_len) - tokens.seq_len
+    return Trace(
+        expert_ids_TLK=tokens.expert_TLK,
+        num_experts=config.model.num_experts,
+        seq_len=tokens.seq_len,
+        seq_home=tokens.home_T[start],
+        model=config.name,
+        corpus=corpus,
+    )
+
+
+def write_measurement(
+    path: str | os.PathLike,
+    generations: list[Generation],
+    prompts: list[list[int]],
+    config: Config,
+    plan: Plan,
+) -> None:
+    """Writes outputs and counted rows (.npz); all prompts have one length.
+
+    `logits` are those of all prompts' positions; the digest in `meta` is over the same bytes.
+    """
+    tokens = routed_tokens(generations, config.model.num_experts)
+    longest = max(map(len, prompts))
+    logits = np.concatenate([fetch(g.logits_BSV)[: len(g.tokens), :longest] for g in generations])
+    continued = [token for g in generations for token in g.tokens]
+    meta = {
+        "format": MEASUREMENT_FORMAT,
+        "version": MEASUREMENT_VERSION,
+        "model": config.name,
+        "num_experts": config.model.num_experts,
+        "top_k": config.model.top_k,
+        "num_devices": config.mesh.expert,
+        "dispatch": config.model.dispatch,
+        "combine": "exact",
+        "plan_digest": plan.digest,
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+        "logits_digest": hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest(),
+    }
+    counted = {
+        name: sum(getattr(record, name) for g in generations for record in g.records)
+        for name in ("dispatch_LMM", "combine_LMM", "padding_LMM", "computed_LP")
+    }
+    with files.atomic_write(path) as file:
+        np.savez(
+            file,
+            meta=np.array(json.dumps(meta)),
+            logits=logits,
+            text_ids=np.array([p + c for p, c in zip(prompts, continued, strict=True)], np.int32),
+            expert_ids=tokens.expert_TLK,
+            token_home=tokens.home_T,
+            **counted,
+        )

@@ -1,0 +1,173 @@
+"""The command behind infer.py: answer prompts, record routing, measure, benchmark."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax import data, metrics
+from moe_jax import mesh as mesh_lib
+from moe_jax.errors import Refused
+from moe_jax.infer import load, record
+from moe_jax.infer.engine import Engine, Generation
+from moe_jax.infer.sampling import Sampling
+from moe_jax.routing import trace as trace_lib
+
+BATCH = 32  # held-out sequences at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What infer.py was asked for; see its flags."""
+
+    workdir: str
+    placement: str | None
+    prompts: list[str]
+    held_out: int
+    held_out_start: int
+    max_new_tokens: int
+    sampling: Sampling
+    record: str | None
+    measure: str | None
+    benchmark: bool
+
+
+def run(request: Request) -> None:
+    """Checks everything, then runs. Raises `Refused` before any device work."""
+    source = load.find(request.workdir, request.placement)
+    config = source.config
+    asked_of_held_out = request.record or request.measure or request.benchmark
+    if request.prompts and request.measure:
+        raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
+    if not request.prompts and not asked_of_held_out:
+        raise Refused(
+            "--prompt", None, "is required", "give --prompt, --prompts, --record or --benchmark"
+        )
+    for flag, path in (("--record", request.record), ("--measure", request.measure)):
+        if path and not path.endswith(".npz"):
+            raise Refused(flag, path, "must end in .npz", f"write {path}.npz")
+    if request.prompts:
+        prompts = [list(prompt.encode()) for prompt in request.prompts]
+        corpus_name = "prompts"
+    else:
+        corpus = data.load_corpus(config.data)
+        windows = data.held_out_windows(
+            corpus, config.data.seq_len, _positive(request.held_out), request.held_out_start
+        )
+        prompts, corpus_name = windows[:, :-1].tolist(), f"{corpus.name} held-out"
+
+    mesh_lib.initialize(config.platform, config.virtual_devices, "off")
+    config_lib.check_devices(config, mesh_lib.num_devices())
+    mesh = mesh_lib.make(config.mesh.data, config.mesh.expert)
+    engine = load.engine(source, mesh)
+    engine.check(prompts, request.max_new_tokens)
+    if request.prompts:
+        generations = [_answer(engine, prompts, request)]
+    else:
+        generations = _in_batches(engine, prompts, request)
+    if request.record:
+        trace = record.trace(generations, config, corpus_name)
+        trace_lib.save(trace, request.record)
+        metrics.say(
+            f"{request.record}: {trace.num_tokens:,} tokens of {trace.num_sequences} sequences, "
+            f"{trace.num_layers} layers, top {trace.top_k} of {trace.num_experts}; "
+            f"digest {trace.digest[:12]}"
+        )
+    if request.measure:
+        record.write_measurement(request.measure, generations, prompts, config, source.plan)
+        metrics.say(f"{request.measure}: plan {source.plan.digest[:12]}, {_rows(generations)}")
+    if request.benchmark:
+        _benchmark(engine, prompts[:BATCH], request)
+
+
+def _positive(held_out: int) -> int:
+    if held_out < 1:
+        raise Refused("--held_out", held_out, "must be at least 1", "use 64")
+    return held_out
+
+
+def read_prompts(texts: list[str], path: str | None) -> list[str]:
+    """The prompts of --prompt and of the lines of --prompts."""
+    prompts = list(texts)
+    if path:
+        if not pathlib.Path(path).is_file():
+            raise Refused("--prompts", path, "must be a text file, one prompt a line", "correct it")
+        try:
+            lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise Refused("--prompts", path, f"must be UTF-8 ({error})", "convert it") from None
+        prompts += [line for line in lines if line.strip()]
+        if not prompts:
+            raise Refused("--prompts", path, "holds no prompt", "write one prompt a line")
+    return prompts
+
+
+def _answer(engine: Engine, prompts: list[list[int]], request: Request) -> Generation:
+    """Streams a single answer as it is made; several are printed one after the other."""
+    alone = len(prompts) == 1
+
+    def stream(_: int, token: int) -> None:
+        sys.stdout.buffer.write(bytes([token & 255]))
+        sys.stdout.flush()
+
+    if alone:
+        sys.stdout.buffer.write(bytes(prompts[0]))
+        sys.stdout.flush()
+    generation = engine.generate(
+        prompts, request.max_new_tokens, request.sampling, stream if alone else lambda *_: None
+    )
+    if not alone:
+        for number, (prompt, tokens) in enumerate(zip(prompts, generation.tokens, strict=True)):
+            text = bytes(prompt + tokens).decode("utf-8", errors="replace")
+            metrics.say(f"--- prompt {number}\n{text}")
+    metrics.say(f"\n--- {_rows([generation])}")
+    return generation
+
+
+def _in_batches(engine: Engine, prompts: list[list[int]], request: Request) -> list[Generation]:
+    """Held-out sequences, a batch at a time, with progress on stderr."""
+    generations: list[Generation] = []
+    new_tokens = request.max_new_tokens if request.measure else 0
+    start = time.perf_counter()
+    for first in range(0, len(prompts), BATCH):
+        batch = prompts[first : first + BATCH]
+        generations.append(engine.generate(batch, new_tokens, request.sampling))
+        done = first + len(batch)
+        elapsed = time.perf_counter() - start
+        left = elapsed * (len(prompts) - done) / done
+        metrics.progress(f"{done}/{len(prompts)} sequences, ETA {metrics.clock(left)}")
+    return generations
+
+
+def _rows(generations: list[Generation]) -> str:
+    records = [record for generation in generations for record in generation.records]
+    out = sum(int(record.dispatch_LMM.sum()) for record in records)
+    home = sum(int(record.combine_LMM.sum()) for record in records)
+    layers = len(records[0].expert_LBSK)
+    routed = sum(int((record.expert_LBSK[..., 0] >= 0).sum()) for record in records)
+    per = max(routed, 1)
+    return (
+        f"{routed // layers:,} tokens; rows moved per token and layer: "
+        f"{out / per:.3f} out, {home / per:.3f} back"
+    )
+
+
+def _benchmark(engine: Engine, prompts: list[list[int]], request: Request) -> None:
+    """Tokens/s of prefill and decode, best of 3 after one round that compiles."""
+    new_tokens = max(request.max_new_tokens, 8)
+    engine.generate(prompts, new_tokens, request.sampling)
+    prefill, decode = [], []
+    for round_ in range(3):
+        generation = engine.generate(prompts, new_tokens, request.sampling)
+        prefill.append(generation.records[0].seconds)
+        decode.append(float(np.median([r.seconds for r in generation.records[1:]])))
+        metrics.progress(f"round {round_ + 1}/3")
+    num_tokens = sum(map(len, prompts))
+    metrics.say(
+        f"{len(prompts)} sequences of {len(prompts[0])} + {new_tokens} tokens: "
+        f"prefill {num_tokens / min(prefill):,.0f} tokens/s, "
+        f"decode {len(prompts) / min(decode):,.0f} tokens/s; {_rows([generation])}"
+    )
