@@ -1,0 +1,227 @@
+"""Transitions along the layers: exact re-assignment of a layer, and a pool of partitions joined.
+
+Axes: L layers, E experts, M devices, C partitions of one layer in the pool.
+
+Only adjacent layers interact, so layers form a chain. With both neighbours fixed the best labels
+of one layer are an assignment problem (ilp.assign). With the *partitions* of all layers fixed, the
+best relative labelling of two adjacent ones is an M x M assignment that no other layer enters;
+hence for a pool of C partitions per layer the best choice of partitions and labels together is an
+exact dynamic program over the chain: states are partitions, edge weights are best labellings.
+
+On nodes x devices a transition that stays in its node keeps `node_likeness` of what staying on its
+device keeps. The best labelling of two partitions is then an assignment of nodes whose weights are
+assignments of devices, still exact.
+"""
+
+import dataclasses
+import functools
+import time
+
+import numpy as np
+from scipy import optimize
+
+from moe_jax.placement import ilp
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+    """Transitions to keep together, and what must hold.
+
+    Attributes:
+      keep_LEE: float64 [L - 1, E, E], gained when e of layer l and f of layer l + 1 share a device.
+      num_devices: M, numbered node by node.
+      devices_per_node: M on a flat machine.
+      node_likeness: the share that is gained on another device of the same node.
+      load_LE: float64.
+      cap_L: largest device load of each layer; inf where there is none.
+    """
+
+    keep_LEE: np.ndarray
+    num_devices: int
+    devices_per_node: int
+    node_likeness: float
+    load_LE: np.ndarray
+    cap_L: np.ndarray
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.keep_LEE) + 1
+
+    @functools.cached_property
+    def likeness_MM(self) -> np.ndarray:
+        return likeness(self.num_devices, self.devices_per_node, self.node_likeness)
+
+    def value(self, device_LE: np.ndarray) -> float:
+        """What the labels keep."""
+        like_LEE = self.likeness_MM[device_LE[:-1, :, None], device_LE[1:, None, :]]
+        return float((self.keep_LEE * like_LEE).sum())
+
+    def benefit_EM(self, device_LE: np.ndarray, layer: int, before: bool, after: bool):
+        """float64 [E, M]: what an expert keeps on each device, given its neighbours."""
+        total_EM = np.zeros((self.keep_LEE.shape[1], self.num_devices))
+        onehot_MM = np.eye(self.num_devices)
+        if before and layer:
+            total_EM += self.keep_LEE[layer - 1].T @ onehot_MM[device_LE[layer - 1]]
+        if after and layer + 1 < self.num_layers:
+            total_EM += self.keep_LEE[layer] @ onehot_MM[device_LE[layer + 1]]
+        return total_EM @ self.likeness_MM
+
+
+def sweep(chain: Chain, first_E: np.ndarray, deadline: float) -> np.ndarray:
+    """Greedy: layer after layer, each exactly, given the layer before it."""
+    device_LE = np.tile(first_E, (chain.num_layers, 1))
+    for layer in range(1, chain.num_layers):
+        benefit_EM = chain.benefit_EM(device_LE, layer, before=True, after=False)
+        device_LE[layer] = _reassigned(chain, benefit_EM, layer, device_LE[layer], deadline)
+    return device_LE
+
+
+def alternate(chain: Chain, device_LE: np.ndarray, deadline: float) -> np.ndarray:
+    """Re-assigns each layer given both neighbours until nothing improves."""
+    device_LE = device_LE.copy()
+    stale = 0
+    layers = [*range(chain.num_layers), *reversed(range(1, chain.num_layers - 1))]
+    while stale < len(layers):
+        for layer in layers:
+            if time.monotonic() >= deadline:
+                return device_LE
+            benefit_EM = chain.benefit_EM(device_LE, layer, before=True, after=True)
+            new_E = _reassigned(chain, benefit_EM, layer, device_LE[layer], deadline)
+            experts = np.arange(len(new_E))
+            gain = (benefit_EM[experts, new_E] - benefit_EM[experts, device_LE[layer]]).sum()
+            if gain > 1e-9 * (1.0 + abs(benefit_EM).sum()):
+                device_LE[layer] = new_E
+                stale = 0
+            else:
+                stale += 1
+            if stale >= len(layers):
+                break
+    return device_LE
+
+
+class Pool:
+    """Partitions per layer, without labels and without doubles, and the best chain through them."""
+
+    def __init__(self, chain: Chain, size: int):
+        self._chain, self._size = chain, size
+        self._found: list[dict[bytes, np.ndarray]] = [{} for _ in range(chain.num_layers)]
+
+    def add(self, device_LE: np.ndarray) -> None:
+        """Takes in the partitions of labels; the oldest leave when the pool is full."""
+        for layer, device_E in enumerate(device_LE):
+            canonical_E = _canonical(device_E, self._chain.devices_per_node)
+            known = self._found[layer]
+            known.pop(canonical_E.tobytes(), None)
+            known[canonical_E.tobytes()] = canonical_E
+            if len(known) > self._size:
+                del known[next(iter(known))]
+
+    def best_chain(self, worth=None) -> np.ndarray:
+        """int64 [L, E]: the best labels over all choices of partitions.
+
+        Args:
+          worth: (layer, device_E) -> what the partition is worth by itself; nothing by default.
+        """
+        pools = [np.stack(list(found.values())) for found in self._found]
+        value_C, edges = _worth(worth, 0, pools[0]), []
+        for layer in range(1, len(pools)):
+            weight_CC = _best_labelling_values(self._chain, layer, pools[layer - 1], pools[layer])
+            total_CC = value_C[:, None] + weight_CC
+            edges.append(total_CC.argmax(axis=0))
+            value_C = total_CC.max(axis=0) + _worth(worth, layer, pools[layer])
+        chosen = [int(value_C.argmax())]
+        for back_C in reversed(edges):
+            chosen.append(int(back_C[chosen[-1]]))
+        parts = [pool[c] for pool, c in zip(pools, reversed(chosen), strict=True)]
+        return align(self._chain, np.stack(parts))
+
+
+def align(chain: Chain, part_LE: np.ndarray) -> np.ndarray:
+    """Labels the groups of each layer so that it keeps most of the layer before it (exact)."""
+    device_LE = part_LE.copy()
+    for layer in range(1, len(part_LE)):
+        blocks_MM = _blocks(chain, layer, device_LE[layer - 1], part_LE[layer])
+        device_LE[layer] = _best_labels(chain, blocks_MM).device_of_group_M[part_LE[layer]]
+    return device_LE
+
+
+def likeness(num_devices: int, devices_per_node: int, node_likeness: float) -> np.ndarray:
+    """float64 [M, M]: 1 on one device, `node_likeness` on one node, else 0."""
+    node_M = np.arange(num_devices) // devices_per_node
+    like_MM = np.where(node_M[:, None] == node_M[None, :], node_likeness, 0.0)
+    np.fill_diagonal(like_MM, 1.0)
+    return like_MM
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Labels:
+    kept: float
+    device_of_group_M: np.ndarray
+
+
+def _best_labels(chain: Chain, blocks_MM: np.ndarray) -> _Labels:
+    """The device of each group of the later layer; blocks_MM [device before, group after]."""
+    each = chain.devices_per_node
+    if each == chain.num_devices:
+        return _assigned(blocks_MM)
+    nodes = chain.num_devices // each
+    tiles_NNDD = blocks_MM.reshape(nodes, each, nodes, each).transpose(0, 2, 1, 3)
+    inner = [[_assigned(tile_DD) for tile_DD in row] for row in tiles_NNDD]
+    like = chain.node_likeness
+    weight_NN = np.array([[(1 - like) * labels.kept for labels in row] for row in inner])
+    outer = _assigned(weight_NN + like * tiles_NNDD.sum(axis=(2, 3)))
+    device_M = np.empty(chain.num_devices, np.int64)
+    for group, node in enumerate(outer.device_of_group_M):
+        within_D = inner[node][group].device_of_group_M
+        device_M[group * each : (group + 1) * each] = node * each + within_D
+    return _Labels(outer.kept, device_M)
+
+
+def _assigned(weight_MM: np.ndarray) -> _Labels:
+    rows, columns = optimize.linear_sum_assignment(weight_MM, True)
+    device_M = np.empty(len(rows), np.int64)
+    device_M[columns] = rows
+    return _Labels(float(weight_MM[rows, columns].sum()), device_M)
+
+
+def _reassigned(chain: Chain, benefit_EM, layer: int, now_E: np.ndarray, deadline: float):
+    cap = chain.cap_L[layer]
+    if not np.isfinite(cap):
+        return ilp.assign(benefit_EM)
+    left = min(deadline - time.monotonic(), 1.0)
+    new_E = ilp.assign_capped(benefit_EM, chain.load_LE[layer], cap, left) if left > 0 else None
+    return now_E if new_E is None else new_E
+
+
+def _blocks(chain: Chain, layer: int, before_E: np.ndarray, part_E: np.ndarray) -> np.ndarray:
+    """float64 [M, M]: transitions from each device of layer - 1 to each group of layer."""
+    onehot_MM = np.eye(chain.num_devices)
+    return onehot_MM[before_E].T @ chain.keep_LEE[layer - 1] @ onehot_MM[part_E]
+
+
+def _best_labelling_values(chain: Chain, layer: int, before_CE, after_CE) -> np.ndarray:
+    """float64 [C, C]: what the best labelling of each pair of partitions keeps."""
+    onehot_MM = np.eye(chain.num_devices)
+    left_CME = onehot_MM[before_CE].transpose(0, 2, 1) @ chain.keep_LEE[layer - 1]
+    weight_CC = np.empty((len(before_CE), len(after_CE)))
+    for c, left_ME in enumerate(left_CME):
+        for d, blocks_MM in enumerate(left_ME @ onehot_MM[after_CE]):
+            weight_CC[c, d] = _best_labels(chain, blocks_MM).kept
+    return weight_CC
+
+
+def _worth(worth, layer: int, pool_CE: np.ndarray) -> np.ndarray:
+    if worth is None:
+        return np.zeros(len(pool_CE))
+    return np.array([worth(layer, device_E) for device_E in pool_CE])
+
+
+def _canonical(device_E: np.ndarray, devices_per_node: int) -> np.ndarray:
+    """One form per partition: nodes, and devices in them, in the order of their first experts."""
+    node_E = device_E // devices_per_node
+    _, first_node_E = np.unique(node_E, return_index=True)
+    _, first_E = np.unique(device_E, return_index=True)
+    device_M = np.argsort(
+        np.lexsort((first_E, first_node_E[np.unique(device_E) // devices_per_node]))
+    )
+    return device_M[device_E]

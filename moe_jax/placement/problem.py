@@ -1,0 +1,244 @@
+"""What is minimised: one `Problem` holds the trace's counts, the machine, and the objective.
+
+Axes: T tokens, L MoE layers, E experts, K experts per token, M devices.
+
+Objectives (all per layer, so that layers of different traces compare):
+- `seconds`: mean over layers of a step's seconds (seconds.py), for the dispatch that is used.
+- `rows`: rows on the wire per token and layer, both ways, one row per device (partial sums). With
+  hierarchical dispatch a row between nodes counts fast.bandwidth / slow.bandwidth times.
+- `exflow`: transitions of the best expert that leave their device, per token (ExFlow's objective
+  with its tokens summed up to counts). On several nodes, one that leaves its node counts
+  fast.bandwidth / slow.bandwidth times.
+- `load`: mean over layers of the largest device load over the mean one.
+
+Except for `exflow` and coherent dispatch a layer's value depends on that layer alone.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.placement import bounds, chain, clusters, cost, greedy
+from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.plan import Placement, check_divides
+from moe_jax.placement.seconds import Work
+from moe_jax.placement.topology import Topology
+from moe_jax.routing import affinity
+from moe_jax.routing.trace import Trace
+
+OBJECTIVES = ("seconds", "rows", "exflow", "load")
+UNITS = {
+    "seconds": "s per layer and step",
+    "rows": "rows per token and layer",
+    "exflow": "hops per token",
+    "load": "max / mean",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadCap:
+    """Largest device load of a layer over its mean; `relative`: over the best that is reachable."""
+
+    factor: float
+    relative: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "LoadCap":
+        """`1.1` or `1.1x`."""
+        try:
+            factor = float(text.removesuffix("x"))
+        except ValueError:
+            factor = float("nan")
+        if not 1.0 <= factor < float("inf"):
+            raise Refused(
+                "load_cap",
+                text,
+                "a factor of at least 1, as 1.1 (over the mean) or 1.1x (over what is reachable)",
+                "Use 1.1x if in doubt",
+            )
+        return cls(factor, text.endswith("x"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A trace to plan on, a machine, and what to minimise on it."""
+
+    trace: Trace
+    topology: Topology
+    objective: str = "seconds"
+    dispatch: str = "exchange"
+    work: Work = dataclasses.field(default_factory=Work)
+    load_cap: LoadCap | None = None
+
+    def __post_init__(self):
+        for field, allowed in (("objective", OBJECTIVES), ("dispatch", cost.DISPATCHES)):
+            if getattr(self, field) not in allowed:
+                raise Refused(
+                    field, getattr(self, field), "not known", f"Use one of {', '.join(allowed)}"
+                )
+        check_divides(self.trace.num_experts, self.topology.num_devices)
+        if self.objective == "rows" and self.dispatch == "gathered":
+            raise Refused(
+                "objective",
+                "rows",
+                "gathered dispatch moves the same rows under every placement",
+                "Use --objective=seconds or --objective=load",
+            )
+        if self.objective == "exflow" and self.trace.num_layers < 2:
+            raise Refused("objective", "exflow", "one layer has no transitions", "Use rows or load")
+
+    @property
+    def num_devices(self) -> int:
+        return self.topology.num_devices
+
+    @property
+    def slots(self) -> int:
+        return self.trace.num_experts // self.num_devices
+
+    @property
+    def separable(self) -> bool:
+        """A layer's value depends on that layer alone."""
+        return self.objective == "load" or (
+            self.objective != "exflow" and self.dispatch != "coherent"
+        )
+
+    @functools.cached_property
+    def load_LE(self) -> np.ndarray:
+        return affinity.load_LE(self.trace).astype(float)
+
+    @functools.cached_property
+    def coactivation_LEE(self) -> np.ndarray:
+        return affinity.coactivation_LEE(self.trace).astype(float)
+
+    @functools.cached_property
+    def top1_LEE(self) -> np.ndarray:
+        return affinity.transitions_top1_LEE(self.trace).astype(float)
+
+    @functools.cached_property
+    def best_to_all_LEE(self) -> np.ndarray:
+        return affinity.transitions_best_to_all_LEE(self.trace).astype(float)
+
+    @functools.cached_property
+    def tokens_of_size_LK(self) -> np.ndarray:
+        """int64 [L, K + 1]: tokens with that many experts."""
+        real_TL = (self.trace.expert_ids_TLK != self.trace.no_expert).sum(axis=2)
+        return np.stack([np.bincount(n, minlength=self.trace.top_k + 1) for n in real_TL.T])
+
+    @functools.cached_property
+    def token_layers(self) -> int:
+        return int(self.tokens_of_size_LK[:, 1:].sum())
+
+    @functools.cached_property
+    def balanced_LE(self) -> np.ndarray:
+        """The most even placement that packing and swaps find."""
+        return greedy.balanced(self.load_LE, self.num_devices)
+
+    @property
+    def tier_ratio(self) -> float:
+        """What a row between nodes costs, in rows inside a node."""
+        return self.topology.fast.bandwidth / self.topology.slow.bandwidth
+
+    @functools.cached_property
+    def cap_L(self) -> np.ndarray:
+        """float64 [L]: largest device load that is allowed; inf without a cap."""
+        layers = self.trace.num_layers
+        if self.load_cap is None:
+            return np.full(layers, np.inf)
+        mean_L = self.load_LE.sum(axis=1) / self.num_devices
+        reachable_L = loads(self.load_LE, self.balanced_LE, self.num_devices).max(axis=1)
+        cap_L = self.load_cap.factor * (reachable_L if self.load_cap.relative else mean_L)
+        if (over_L := reachable_L > cap_L * (1 + 1e-9)).any():
+            ratio_L = reachable_L / np.maximum(mean_L, 1e-300)
+            layer = int(np.where(over_L, ratio_L, 0).argmax())
+            proven = bounds.load_lower(self.load_LE[layer], self.num_devices) / mean_L[layer]
+            raise Refused(
+                "load_cap",
+                self.load_cap.factor,
+                f"layer {self.trace.layer_ids[layer]} cannot be balanced better than "
+                f"{ratio_L[layer]:.4f} (proven: not below {proven:.4f})",
+                f"Use {np.ceil(ratio_L[layer] * 1e4) / 1e4:.4f} or more, or a relative cap as 1.1x",
+            )
+        return cap_L
+
+    @property
+    def node_likeness(self) -> float:
+        """What sharing a node is worth, sharing a device being 1, for this objective."""
+        if self.topology.num_nodes == 1:
+            return 0.0
+        ratio = self.tier_ratio
+        if self.objective == "exflow":
+            return (ratio - 1) / ratio
+        if self.dispatch != "hierarchical":
+            return 0.0
+        nodes, each = self.topology.num_nodes, self.topology.devices_per_node
+        slow = ratio * (nodes - 1) / nodes
+        return slow / (slow + (each - 1) / each)
+
+    def layer(self, layer: int, cap: float) -> clusters.Layer:
+        """The clustering problem of one layer."""
+        per_node = self.topology.devices_per_node
+        like_MM = chain.likeness(self.num_devices, per_node, self.node_likeness)
+        return clusters.Layer(self.coactivation_LEE[layer], self.load_LE[layer], like_MM, cap)
+
+    def chain(self, keep_LEE: np.ndarray) -> chain.Chain:
+        """The transition problem over all layers."""
+        return chain.Chain(
+            keep_LEE,
+            self.num_devices,
+            self.topology.devices_per_node,
+            self.node_likeness,
+            self.load_LE,
+            self.cap_L,
+        )
+
+    def value(self, device_LE: np.ndarray) -> float:
+        """The objective of a whole placement."""
+        if self.objective == "exflow":
+            return self.hops(self.chain(self.top1_LEE).value(device_LE))
+        return float(self.values_L(device_LE).mean())
+
+    def hops(self, kept: float) -> float:
+        """Weighted hops per token, from the transitions that are kept."""
+        ratio = self.tier_ratio if self.topology.num_nodes > 1 else 1.0
+        moves = self.top1_LEE.sum()
+        return float(len(self.top1_LEE) * ratio * (moves - kept) / max(moves, 1.0))
+
+    def values_L(self, device_LE: np.ndarray) -> np.ndarray:
+        """The objective by layer; the whole is their mean. Not for `exflow`."""
+        if self.objective == "load":
+            load_LM = loads(self.load_LE, device_LE, self.num_devices)
+            return load_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
+        placement = Placement.from_device_LE(device_LE, self.num_devices)
+        rows = cost.rows(
+            self.trace.expert_ids_TLK,
+            placement,
+            self.dispatch,
+            devices_per_node=self.topology.devices_per_node,
+        )
+        if self.objective == "rows":
+            scale = self.trace.num_layers / self.token_layers
+            return self.weighted(rows.total_LMM) * scale
+        load_LM = loads(self.load_LE, device_LE, self.num_devices)
+        return seconds_lib.seconds(
+            rows, load_LM, self.topology, self.work, self.dispatch, self.trace.num_tokens
+        ).total_L
+
+    def weighted(self, rows_LMM: np.ndarray) -> np.ndarray:
+        """float64 [L]: rows of both tiers; see `rows` at the head of this file."""
+        if self.dispatch != "hierarchical":
+            return rows_LMM.sum(axis=(1, 2))
+        node_M = self.topology.node_M
+        weight_MM = np.where(node_M[:, None] == node_M[None, :], 1.0, self.tier_ratio)
+        return (rows_LMM * weight_MM).sum(axis=(1, 2))
+
+
+def loads(load_LE: np.ndarray, device_LE: np.ndarray, devices: int) -> np.ndarray:
+    """float64 [L, M]: load of every device."""
+    return np.stack(
+        [
+            np.bincount(device_E, weights=load_E, minlength=devices)
+            for load_E, device_E in zip(load_LE, device_LE, strict=True)
+        ]
+    )
