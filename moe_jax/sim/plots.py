@@ -10,7 +10,7 @@ Axes: L layers, M devices.
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -144,7 +144,7 @@ def _cells(
     return image
 
 
-def _ink(colour: tuple[float, ...]) -> str:
+def _ink(colour: Sequence[float] | np.ndarray) -> str:
     """Black or white, whichever stands out more on the colour (WCAG relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
