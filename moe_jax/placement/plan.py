@@ -150,7 +150,7 @@ class Plan:
     """
 
     placement: Placement
-    layer_ids: tuple[int, ...] | None = None
+    layer_ids: tuple[int, ...] = ()
     topology: dict[str, Any] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -209,7 +209,7 @@ class Plan:
                 raise Refused(field, fields[field], "a JSON object", "Solve the plan again")
         return cls(
             placement,
-            fields.get("layer_ids"),
+            fields.get("layer_ids", ()),
             fields.get("topology", {}),
             fields.get("provenance", {}),
         )

@@ -20,7 +20,7 @@ import functools
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import bounds, chain, clusters, cost, greedy
+from moe_jax.placement import bounds, chain, clusters, contacts, cost, greedy, ways
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement, check_divides
 from moe_jax.placement.seconds import Work
@@ -176,6 +176,22 @@ class Problem:
         slow = ratio * (nodes - 1) / nodes
         return slow / (slow + (each - 1) / each)
 
+    def allowed(self, layer: int, device_E: np.ndarray) -> bool:
+        """The layer keeps its load cap."""
+        if not np.isfinite(cap := self.cap_L[layer]):
+            return True
+        load_M = np.bincount(device_E, weights=self.load_LE[layer])
+        return bool(load_M.max() <= cap * (1 + 1e-9))
+
+    def all_allowed(self, device_LE: np.ndarray) -> bool:
+        return all(self.allowed(layer, row_E) for layer, row_E in enumerate(device_LE))
+
+    def load_excess(self, layer: int, device_E: np.ndarray) -> float:
+        """How far the largest load is above what is proven, as a share."""
+        load_M = np.bincount(device_E, weights=self.load_LE[layer])
+        least = bounds.load_lower(self.load_LE[layer], self.num_devices)
+        return float(load_M.max() / max(least, 1e-300) - 1)
+
     def layer(self, layer: int, cap: float) -> clusters.Layer:
         """The clustering problem of one layer."""
         per_node = self.topology.devices_per_node
@@ -207,31 +223,57 @@ class Problem:
 
     def values_L(self, device_LE: np.ndarray) -> np.ndarray:
         """The objective by layer; the whole is their mean. Not for `exflow`."""
-        if self.objective == "load":
-            load_LM = loads(self.load_LE, device_LE, self.num_devices)
-            return load_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
-        placement = Placement.from_device_LE(device_LE, self.num_devices)
+        if self.separable:
+            return np.array([self.layer_value(n, row_E) for n, row_E in enumerate(device_LE)])
         rows = cost.rows(
             self.trace.expert_ids_TLK,
-            placement,
+            Placement.from_device_LE(device_LE, self.num_devices),
             self.dispatch,
-            devices_per_node=self.topology.devices_per_node,
         )
         if self.objective == "rows":
-            scale = self.trace.num_layers / self.token_layers
-            return self.weighted(rows.total_LMM) * scale
+            return rows.total_LMM.sum(axis=(1, 2)) * (self.trace.num_layers / self.token_layers)
         load_LM = loads(self.load_LE, device_LE, self.num_devices)
         return seconds_lib.seconds(
             rows, load_LM, self.topology, self.work, self.dispatch, self.trace.num_tokens
         ).total_L
 
-    def weighted(self, rows_LMM: np.ndarray) -> np.ndarray:
-        """float64 [L]: rows of both tiers; see `rows` at the head of this file."""
-        if self.dispatch != "hierarchical":
-            return rows_LMM.sum(axis=(1, 2))
-        node_M = self.topology.node_M
-        weight_MM = np.where(node_M[:, None] == node_M[None, :], 1.0, self.tier_ratio)
-        return (rows_LMM * weight_MM).sum(axis=(1, 2))
+    def layer_value(self, layer: int, device_E: np.ndarray) -> float:
+        """The objective of one layer, where it depends on that layer alone."""
+        load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
+        if self.objective == "load":
+            return float(load_M.max() / max(load_M.mean(), 1e-300))
+        node_E = device_E // self.topology.devices_per_node
+        return float(
+            self.scores(
+                layer,
+                self.sets[layer].touched_M(device_E, self.num_devices)[None],
+                self.sets[layer].touched_M(node_E, self.topology.num_nodes)[None],
+                load_M[None],
+            )[0]
+        )
+
+    def scores(self, layer: int, touched_PM, node_PN, load_PM) -> np.ndarray:
+        """float64 [P]: `rows` or `seconds` of one layer from contacts and loads, P at a time."""
+        if self.objective == "rows":
+            scale = self.trace.num_layers / self.token_layers
+            return scale * ways.rows(self.topology, self.dispatch, touched_PM, node_PN)
+        scale = self.work.batch_tokens / self.trace.num_tokens
+        way_P = ways.seconds(
+            self.topology,
+            self.dispatch,
+            touched_PM * (scale * self.work.row_bytes),
+            node_PN * (scale * self.work.row_bytes),
+            self.tokens_of_size_LK[layer, 1:].sum() * (scale * self.work.row_bytes),
+        )
+        compute_PM = seconds_lib.compute_seconds(
+            load_PM, self.topology, self.work, self.trace.num_tokens
+        )
+        return way_P + compute_PM.max(axis=1)
+
+    @functools.cached_property
+    def sets(self) -> list[contacts.Sets]:
+        """The distinct expert sets of every layer."""
+        return [contacts.sets_of(self.trace, layer) for layer in range(self.trace.num_layers)]
 
 
 def loads(load_LE: np.ndarray, device_LE: np.ndarray, devices: int) -> np.ndarray:

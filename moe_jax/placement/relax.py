@@ -18,7 +18,7 @@ SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
 
 def lower_bound(problem: Problem, deadline: float, steps: int = 300) -> float:
-    """No placement has a smaller objective. Stops refining at the deadline, never stops being true."""
+    """No placement has a smaller objective; at the deadline it stops refining, and stays true."""
     if problem.objective == "exflow":
         return SAFETY * problem.hops(_most_kept(problem, problem.top1_LEE, deadline, steps))
     if problem.objective == "load":

@@ -11,8 +11,8 @@ from moe_jax.errors import Refused
 
 
 def valid_layer_ids(layer_ids: Any, num_layers: int) -> tuple[int, ...]:
-    """Distinct, non-negative numbers, one per layer."""
-    if layer_ids is None:
+    """Distinct, non-negative numbers, one per layer; the empty tuple stands for 0..L-1."""
+    if layer_ids is None or (isinstance(layer_ids, tuple) and not layer_ids):
         return tuple(range(num_layers))
     layer_ids = list(layer_ids) if isinstance(layer_ids, (list, tuple, np.ndarray)) else [None]
     valid = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in layer_ids)

@@ -50,7 +50,7 @@ class Trace:
     expert_weights_TLK: np.ndarray | None = None
     seq_name: tuple[str, ...] | None = None
     seq_home: np.ndarray | None = None
-    layer_ids: tuple[int, ...] | None = None
+    layer_ids: tuple[int, ...] = ()
     model: str = ""
     corpus: str = ""
 
@@ -182,7 +182,7 @@ def load(path: str | os.PathLike, num_experts: int | None = None) -> Trace:
         expert_weights_TLK=arrays.get("expert_weights"),
         seq_name=None if "seq_name" not in arrays else _strings(arrays["seq_name"]),
         seq_home=arrays.get("seq_home"),
-        layer_ids=meta.get("layer_ids"),
+        layer_ids=meta.get("layer_ids", ()),
         model=str(meta.get("model", "")),
         corpus=str(meta.get("corpus", "")),
     )

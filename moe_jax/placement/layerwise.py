@@ -1,0 +1,179 @@
+"""Search for objectives whose layers are independent: each layer by itself, kept if it is better.
+
+Axes: L MoE layers, E experts, M devices, P swaps.
+
+For each layer: clusterings by co-activation under a ladder of load caps (rows and balance pull in
+opposite directions, seconds lie in between), judged by the exact objective; the best of them is
+polished with exact swaps (contacts.py), and with rotations: one expert is taken out of each device
+and the M of them are put back by an exact assignment program. Where a layer is small enough the
+whole integer program decides it, with proof.
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import optimize
+
+from moe_jax.placement import clusters, greedy, ilp
+from moe_jax.placement.problem import Problem
+
+LADDER = (np.inf, 1.6, 1.35, 1.2, 1.1, 1.04, 1.01)  # caps, as multiples of what is reachable
+STARTS = 16
+SHAKES = 6
+ROTATIONS = 30
+POLISHED = 3  # best clusterings that are polished
+WHOLE = 600  # contacts variables up to which a layer is solved as one integer program
+
+
+def search(
+    problem: Problem, device_LE: np.ndarray, rng: np.random.Generator, deadline: float
+) -> Iterator[np.ndarray]:
+    """Yields the whole placement after every layer that got better."""
+    device_LE = device_LE.copy()
+    layers = problem.trace.num_layers
+    for layer in range(layers):
+        now = time.monotonic()
+        if now >= deadline:
+            return
+        share = now + (deadline - now) / (layers - layer)
+        device_E = best_of_layer(problem, layer, device_LE[layer], rng, share)
+        if not np.array_equal(device_E, device_LE[layer]):
+            device_LE[layer] = device_E
+            yield device_LE.copy()
+
+
+def best_of_layer(
+    problem: Problem, layer: int, start_E: np.ndarray, rng: np.random.Generator, deadline: float
+) -> np.ndarray:
+    """The best labels of one layer that were found; `start_E` if nothing is better."""
+    found = [start_E, problem.balanced_LE[layer]]
+    if problem.objective == "load" or problem.dispatch == "gathered":
+        found.append(_evened(problem, layer, deadline))
+    else:
+        found += [_clustered(problem, layer, cap, rng, deadline) for cap in _ladder(problem, layer)]
+        found.sort(key=lambda device_E: _value(problem, layer, device_E))
+        found += [_polished(problem, layer, d, rng, deadline) for d in found[:POLISHED]]
+        found.append(_proven(problem, layer, deadline))
+    return min(found, key=lambda device_E: _value(problem, layer, device_E))
+
+
+def clustered(
+    problem: Problem, layer: int, cap: float, rng: np.random.Generator, deadline: float
+) -> np.ndarray:
+    """int64 [E]: groups by co-activation under a cap."""
+    return _clustered(problem, layer, cap, rng, deadline)
+
+
+def _clustered(problem, layer, cap, rng, deadline) -> np.ndarray:
+    task = problem.layer(layer, cap)
+    experts, devices = problem.trace.num_experts, problem.num_devices
+    count = max(2, min(STARTS, 2**21 // (experts * experts)))
+    starts = clusters.random_starts(experts, devices, count, rng)
+    starts[0] = greedy.grown(task, problem.slots)
+    starts[1] = problem.balanced_LE[layer]
+    return clusters.improve(task, starts, rng, SHAKES, deadline)
+
+
+def _ladder(problem: Problem, layer: int) -> list[float]:
+    """Caps to try, none above the problem's own; rows want the loosest only."""
+    limit = problem.cap_L[layer]
+    if problem.objective == "rows":
+        return [limit]
+    load_M = np.bincount(problem.balanced_LE[layer], weights=problem.load_LE[layer])
+    return sorted({min(limit, float(load_M.max()) * factor) for factor in LADDER}, reverse=True)
+
+
+def _evened(problem: Problem, layer: int, deadline: float) -> np.ndarray:
+    """Least largest load: the integer program, where packing and swaps leave something to gain."""
+    balanced_E = problem.balanced_LE[layer]
+    left = deadline - time.monotonic()
+    device_E = None
+    if left > 0 and problem.load_excess(layer, balanced_E) > 1e-4:
+        device_E = ilp.balance(problem.load_LE[layer], problem.num_devices, min(left, 2.0))
+    return balanced_E if device_E is None else device_E
+
+
+def _polished(problem: Problem, layer: int, device_E: np.ndarray, rng, deadline) -> np.ndarray:
+    if not problem.allowed(layer, device_E):
+        return device_E
+    device_E = _swapped(problem, layer, device_E, deadline)
+    if problem.objective == "rows" and problem.node_likeness == 0:
+        for _ in range(ROTATIONS):
+            if time.monotonic() >= deadline:
+                break
+            device_E = _rotated(problem, layer, device_E, rng)
+        device_E = _swapped(problem, layer, device_E, deadline)
+    return device_E
+
+
+def _swapped(problem: Problem, layer: int, device_E: np.ndarray, deadline: float) -> np.ndarray:
+    """Best-swap descent on the exact objective; swaps that pass the cap do not count."""
+    device_E = device_E.copy()
+    devices, each = problem.num_devices, problem.topology.devices_per_node
+    load_E = problem.load_LE[layer]
+    value = problem.layer_value(layer, device_E)
+    while time.monotonic() < deadline:
+        apart_EE = device_E[:, None] != device_E[None, :]
+        if problem.dispatch == "hierarchical":  # contacts of nodes stay as they are
+            apart_EE &= (device_E // each)[:, None] == (device_E // each)[None, :]
+        e_P, f_P = np.nonzero(np.triu(apart_EE))
+        if not e_P.size:
+            break
+        load_PM = np.tile(np.bincount(device_E, weights=load_E, minlength=devices), (len(e_P), 1))
+        pair = np.arange(len(e_P))
+        load_PM[pair, device_E[e_P]] += load_E[f_P] - load_E[e_P]
+        load_PM[pair, device_E[f_P]] += load_E[e_P] - load_E[f_P]
+        node_N = problem.sets[layer].touched_M(device_E // each, problem.topology.num_nodes)
+        touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
+        node_PN = np.broadcast_to(node_N, (len(e_P), len(node_N)))
+        score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
+        score_P[load_PM.max(axis=1) > problem.cap_L[layer] * (1 + 1e-9)] = np.inf
+        best = int(score_P.argmin())
+        if not score_P[best] < value * (1 - 1e-9):
+            break
+        value = float(score_P[best])
+        e, f = e_P[best], f_P[best]
+        device_E[e], device_E[f] = device_E[f], device_E[e]
+    return device_E
+
+
+def _rotated(problem: Problem, layer: int, device_E: np.ndarray, rng) -> np.ndarray:
+    """One expert out of each device, put back by the assignment with the fewest contacts."""
+    devices, load_E = problem.num_devices, problem.load_LE[layer]
+    members_MS = np.argsort(device_E, kind="stable").reshape(devices, -1)
+    out_E = members_MS[np.arange(devices), rng.integers(members_MS.shape[1], size=devices)]
+    arrivals_EM = problem.sets[layer].arrivals_EM(device_E, devices, out_E)
+    rest_M = np.bincount(device_E, weights=load_E, minlength=devices) - load_E[out_E]
+    over_EM = rest_M[None, :] + load_E[out_E][:, None] > problem.cap_L[layer] * (1 + 1e-9)
+    arrivals_EM[over_EM] += 10 * problem.sets[layer].count_Q.sum()
+    now = np.trace(arrivals_EM)
+    rows, columns = optimize.linear_sum_assignment(arrivals_EM)
+    if not arrivals_EM[rows, columns].sum() < now * (1 - 1e-12):
+        return device_E
+    device_E = device_E.copy()
+    device_E[out_E[rows]] = columns
+    return device_E
+
+
+def _proven(problem: Problem, layer: int, deadline: float) -> np.ndarray:
+    """The whole layer as one integer program, where that is small."""
+    whole = whole_layer(problem, layer, deadline)
+    return problem.balanced_LE[layer] if whole is None else whole.device
+
+
+def whole_layer(problem: Problem, layer: int, deadline: float) -> ilp.Solved | None:
+    """The layer with the fewest contacts and the proof; None where that is too large."""
+    sets, left = problem.sets[layer], deadline - time.monotonic()
+    flat = problem.node_likeness == 0 and not np.isfinite(problem.cap_L[layer])
+    size = len(sets.count_Q) * problem.num_devices
+    if problem.objective != "rows" or not flat or size > WHOLE or left <= 0:
+        return None
+    experts = np.arange(problem.trace.num_experts)
+    member_QE = (sets.expert_QK[:, :, None] == experts).any(axis=1)
+    return ilp.whole_layer(member_QE, sets.count_Q, problem.num_devices, left)
+
+
+def _value(problem: Problem, layer: int, device_E: np.ndarray) -> float:
+    allowed = problem.allowed(layer, device_E)
+    return problem.layer_value(layer, device_E) if allowed else np.inf

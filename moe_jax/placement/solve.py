@@ -1,0 +1,231 @@
+"""Plans: greedy first, then search with exact integer programs, and a proven bound beside it.
+
+    Solution = solve(trace, topology, objective=..., dispatch=..., seed=..., time_limit=...)
+
+Anytime: greedy answers in milliseconds, everything after only replaces it by something better.
+Seeded and deterministic, unless the time limit cuts the search short (`Report.finished` says so).
+The bound is proven (bounds.py, or an integer program that ran to its end) and never above the
+objective.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.placement import baselines, chain, chainwise, greedy, layerwise, relax
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.problem import UNITS, LoadCap, Problem
+from moe_jax.placement.seconds import Work
+from moe_jax.placement.topology import Topology
+from moe_jax.routing.trace import Trace
+
+BOUND_SHARE = 0.3  # of the time, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a running solve stands."""
+
+    stage: str
+    seconds: float
+    time_limit: float
+    objective: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        return _gap(self.objective, self.bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How a placement came about.
+
+    Attributes:
+      objective_name, dispatch, unit: what was minimised.
+      objective: its value on the trace that was planned on.
+      bound: proven; no placement has less.
+      greedy: value of the greedy start.
+      seconds: wall time.
+      finished: the search ended by itself, before the time limit.
+      history: (seconds, objective) of every improvement.
+      note: what a reader has to know, in words.
+    """
+
+    objective_name: str
+    dispatch: str
+    unit: str
+    objective: float
+    bound: float
+    greedy: float
+    seconds: float
+    finished: bool
+    history: tuple[tuple[float, float], ...]
+    note: str = ""
+
+    @property
+    def gap(self) -> float:
+        return _gap(self.objective, self.bound)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "gap": self.gap}
+
+
+class Solution(NamedTuple):
+    """A placement and its report."""
+
+    placement: Placement
+    report: Report
+
+
+def solve(
+    trace: Trace,
+    topology: Topology,
+    *,
+    objective: str = "seconds",
+    dispatch: str = "exchange",
+    work: Work | None = None,
+    load_cap: LoadCap | None = None,
+    seed: int = 0,
+    time_limit: float = 60.0,
+    progress: Callable[[Progress], None] | None = None,
+) -> Solution:
+    """The best placement that was found for this trace and machine.
+
+    Args:
+      trace: what to plan on; judge on another one (trace.split).
+      topology: the machine.
+      objective: one of problem.OBJECTIVES.
+      dispatch: how rows travel, one of cost.DISPATCHES.
+      work: sizes of the model and the step, for `seconds`.
+      load_cap: largest device load of any layer.
+      seed: of the search.
+      time_limit: seconds; 0 returns the greedy placement.
+      progress: called at every step with a `Progress`.
+    """
+    if not 0 <= time_limit < float("inf"):
+        raise Refused("time_limit", time_limit, "seconds, at least 0", "Use 60")
+    started = time.monotonic()
+    problem = Problem(trace, topology, objective, dispatch, work or Work(), load_cap)
+    run = _Run(problem, started, time_limit, progress)
+    run.offer("greedy", constructed(problem))
+    run.greedy = run.best
+    deadline = started + time_limit
+    if time_limit == 0:
+        run.prove("bound", relax.lower_bound(problem, deadline, steps=1))
+        return run.solution("time limit 0: this is the greedy placement")
+    now = time.monotonic()
+    run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))
+    run.search(seed, deadline)
+    return run.solution("" if run.finished else "the time limit ended the search")
+
+
+def constructed(problem: Problem) -> np.ndarray:
+    """int64 [L, E]: the best of the constructions that keep the load cap; no search."""
+    layers = range(problem.trace.num_layers)
+    candidates = [problem.balanced_LE]
+    far = time.monotonic() + 3600.0
+    if problem.objective == "exflow":
+        first_E = problem.balanced_LE[0]
+        candidates.append(chain.sweep(problem.chain(problem.top1_LEE), first_E, far))
+    elif problem.objective != "load":
+        grown_LE = np.stack(
+            [greedy.grown(problem.layer(n, problem.cap_L[n]), problem.slots) for n in layers]
+        )
+        candidates.append(_labelled(problem, grown_LE))
+    allowed = [device_LE for device_LE in candidates if problem.all_allowed(device_LE)]
+    return min(allowed, key=problem.value)
+
+
+class _Run:
+    """The best placement and bound so far, and how they came about."""
+
+    def __init__(self, problem: Problem, started: float, time_limit: float, progress):
+        self._problem, self._started, self._limit = problem, started, time_limit
+        self._progress = progress
+        self._history: list[tuple[float, float]] = []
+        self.best, self.bound, self.greedy, self.finished = np.inf, 0.0, np.inf, False
+        self.best_LE = baselines.contiguous(
+            problem.trace.num_layers, problem.trace.num_experts, problem.num_devices
+        )
+
+    def offer(self, stage: str, device_LE: np.ndarray) -> None:
+        if not self._problem.all_allowed(device_LE):
+            return
+        value = self._problem.value(device_LE)
+        if value < self.best:
+            self.best, self.best_LE = value, device_LE
+            self._history.append((time.monotonic() - self._started, value))
+        self._tell(stage)
+
+    def prove(self, stage: str, bound: float) -> None:
+        self.bound = max(self.bound, min(bound, self.best))
+        self._tell(stage)
+
+    def search(self, seed: int, deadline: float) -> None:
+        problem, rng = self._problem, np.random.default_rng(seed)
+        for device_LE in _steps(problem, self.best_LE, rng, deadline):
+            self.offer("search", device_LE)
+        self._whole(deadline)
+        if problem.separable and problem.trace.num_layers > 1:
+            self.best_LE = _labelled(problem, self.best_LE)
+        self.finished = time.monotonic() < deadline
+
+    def solution(self, note: str) -> Solution:
+        problem = self._problem
+        report = Report(
+            objective_name=problem.objective,
+            dispatch=problem.dispatch,
+            unit=UNITS[problem.objective],
+            objective=self.best,
+            bound=self.bound,
+            greedy=self.greedy,
+            seconds=time.monotonic() - self._started,
+            finished=self.finished,
+            history=tuple(self._history),
+            note=note,
+        )
+        return Solution(Placement.from_device_LE(self.best_LE, problem.num_devices), report)
+
+    def _whole(self, deadline: float) -> None:
+        """Integer programs of the whole, where they are small enough to prove optimality."""
+        problem = self._problem
+        if (all_layers := chainwise.whole(problem, deadline)) is not None:
+            self.offer("integer program", all_layers.device)
+            self.prove("integer program", problem.hops(all_layers.bound) * relax.SAFETY)
+        if problem.objective != "rows" or not problem.separable:
+            return
+        layers = [
+            layerwise.whole_layer(problem, n, deadline) for n in range(problem.trace.num_layers)
+        ]
+        if all(layer is not None for layer in layers):
+            contacts = sum(layer.bound for layer in layers if layer is not None)
+            devices = problem.num_devices
+            rows = contacts * 2 * (devices - 1) / devices / problem.token_layers
+            self.prove("integer program", rows * relax.SAFETY)
+
+    def _tell(self, stage: str) -> None:
+        if self._progress is not None:
+            seconds = time.monotonic() - self._started
+            self._progress(Progress(stage, seconds, self._limit, self.best, self.bound))
+
+
+def _steps(problem: Problem, start_LE, rng, deadline: float) -> Iterator[np.ndarray]:
+    if problem.objective == "exflow":
+        return chainwise.transitions(problem, start_LE, rng, deadline)
+    if problem.separable:
+        return layerwise.search(problem, start_LE, rng, deadline)
+    return chainwise.coherent(problem, start_LE, rng, deadline)
+
+
+def _labelled(problem: Problem, part_LE: np.ndarray) -> np.ndarray:
+    """Device numbers that keep tokens where they are from layer to layer; costs nothing else."""
+    return chain.align(problem.chain(problem.top1_LEE), part_LE)
+
+
+def _gap(objective: float, bound: float) -> float:
+    return (objective - bound) / objective if objective > 0 else 0.0
