@@ -9,6 +9,7 @@ with homes drawn uniformly, per token and layer; `coherent` also as cost.py coun
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -78,8 +79,11 @@ class Evidence:
     imbalance_ratio: float
     load_cv: float
 
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        """Every figure as {value, low, high}; the loads under one key."""
+        fields = dataclasses.asdict(self)
+        loads = {"mean": fields.pop("load_mean"), "worst": fields.pop("load_worst")}
+        return {**fields, "load_max_over_mean": loads}
 
 
 def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0) -> Evidence:

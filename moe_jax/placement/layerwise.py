@@ -23,6 +23,7 @@ STARTS = 16
 SHAKES = 6
 ROTATIONS = 30
 POLISHED = 3  # best clusterings that are polished
+BALANCE_SECONDS = 0.4  # of the integer program that evens one layer's load
 WHOLE = 600  # contacts variables up to which a layer is solved as one integer program
 
 
@@ -90,7 +91,9 @@ def _evened(problem: Problem, layer: int, deadline: float) -> np.ndarray:
     left = deadline - time.monotonic()
     device_E = None
     if left > 0 and problem.load_excess(layer, balanced_E) > 1e-4:
-        device_E = ilp.balance(problem.load_LE[layer], problem.num_devices, min(left, 2.0))
+        device_E = ilp.balance(
+            problem.load_LE[layer], problem.num_devices, min(left, BALANCE_SECONDS)
+        )
     return balanced_E if device_E is None else device_E
 
 

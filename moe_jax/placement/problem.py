@@ -176,6 +176,12 @@ class Problem:
         slow = ratio * (nodes - 1) / nodes
         return slow / (slow + (each - 1) / each)
 
+    def prepare(self) -> None:
+        """Counts what every value needs, so that later timings do not contain it."""
+        _ = self.load_LE, self.top1_LEE, self.coactivation_LEE, self.tokens_of_size_LK
+        if self.separable and self.objective != "load":
+            _ = self.sets
+
     def allowed(self, layer: int, device_E: np.ndarray) -> bool:
         """The layer keeps its load cap."""
         if not np.isfinite(cap := self.cap_L[layer]):

@@ -107,10 +107,20 @@ def solve(
       time_limit: seconds; 0 returns the greedy placement.
       progress: called at every step with a `Progress`.
     """
+    problem = Problem(trace, topology, objective, dispatch, work or Work(), load_cap)
+    return solve_problem(problem, seed, time_limit, progress)
+
+
+def solve_problem(
+    problem: Problem,
+    seed: int,
+    time_limit: float,
+    progress: Callable[[Progress], None] | None = None,
+) -> Solution:
+    """`solve` for a problem that is put together already."""
     if not 0 <= time_limit < float("inf"):
         raise Refused("time_limit", time_limit, "seconds, at least 0", "Use 60")
     started = time.monotonic()
-    problem = Problem(trace, topology, objective, dispatch, work or Work(), load_cap)
     run = _Run(problem, started, time_limit, progress)
     run.offer("greedy", constructed(problem))
     run.greedy = run.best

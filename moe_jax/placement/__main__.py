@@ -1,0 +1,162 @@
+"""Command line: python -m moe_jax.placement solve | evaluate | compare | apply (also `moe-place`).
+
+Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from moe_jax.errors import Refused
+from moe_jax.placement import commands
+from moe_jax.placement.cost import DISPATCHES
+from moe_jax.placement.problem import OBJECTIVES
+from moe_jax.placement.seconds import Work
+
+DESCRIPTION = """\
+Decides which device holds which expert of a Mixture-of-Experts model, from a routing trace.
+Needs no accelerator and no JAX."""
+
+EXAMPLES = """\
+examples:
+  # plan for 8 devices: which experts together so that fewer rows travel and nobody waits
+  python -m moe_jax.placement solve trace.npz --devices=8 --out=plan.json
+  # two nodes; no device above 1.1 times the mean load
+  python -m moe_jax.placement solve trace.npz --devices=16 --nodes=2 --dispatch=hierarchical \\
+      --load-cap=1.1 --out=plan.json
+  # what would it bring, against what everybody else does?
+  python -m moe_jax.placement compare trace.npz --devices=8
+  # figures of plans that exist, on any trace of the same model
+  python -m moe_jax.placement evaluate other_trace.npz plan.json old_plan.json
+  # move the experts of a checkpoint
+  python -m moe_jax.placement apply plan.json runs/x/checkpoints/9 runs/y/checkpoints/9
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except Refused as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"refused: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def apply_command(options: argparse.Namespace) -> str:
+    """Hands over to moe_jax.permute, the one command that needs JAX."""
+    from moe_jax import permute
+
+    return str(permute.apply_to_checkpoint(options.plan, options.before, options.after))
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    top = argparse.ArgumentParser(
+        prog="python -m moe_jax.placement",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands_ = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    solve = _command(commands_, "solve", "plan on half of the sequences, judge on the other half")
+    _trace(solve)
+    solve.add_argument("--out", required=True, metavar="PLAN.json", help="where the plan goes")
+    _machine(solve)
+    _objective(solve)
+    solve.set_defaults(run=commands.solve_command)
+
+    evaluate = _command(commands_, "evaluate", "true rows, locality, load, seconds of plans")
+    _trace(evaluate)
+    evaluate.add_argument("plans", nargs="+", metavar="PLAN", help="plan files")
+    _machine(evaluate)
+    evaluate.set_defaults(run=commands.evaluate_command)
+
+    compare = _command(commands_, "compare", "baselines, greedy and planner, held-out")
+    _trace(compare)
+    _machine(compare)
+    _objective(compare)
+    compare.add_argument("--out-plans", metavar="DIR", help="write every method's plan there")
+    compare.set_defaults(run=commands.compare_command)
+
+    apply = _command(commands_, "apply", "move the experts of a checkpoint (needs JAX)")
+    apply.add_argument("plan", metavar="PLAN", help="plan file")
+    apply.add_argument("before", metavar="CHECKPOINT_IN", help="a step, or a work directory")
+    apply.add_argument("after", metavar="CHECKPOINT_OUT", help="what to make")
+    apply.set_defaults(run=apply_command)
+    return top
+
+
+def _command(commands_, name: str, text: str) -> argparse.ArgumentParser:
+    return commands_.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+
+
+def _trace(command: argparse.ArgumentParser) -> None:
+    command.add_argument("trace", metavar="TRACE", help="routing trace (.npz)")
+    command.add_argument(
+        "--num-experts", type=int, help="experts per layer, for traces that do not say it"
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+
+
+def _machine(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("machine and model sizes")
+    group.add_argument("--devices", type=int, help="expert-parallel devices, all nodes together")
+    group.add_argument("--nodes", type=int, default=1, help="equal nodes (default 1)")
+    group.add_argument("--topology", metavar="NAME", help="configs/topology/NAME.json, or a path")
+    sizes = Work()
+    for name, text in (
+        ("d_model", "values of a row"),
+        ("d_ff", "hidden size of an expert"),
+        ("value_bytes", "bytes of a value on the wire"),
+        ("kv_values", "key and value entries per token and layer, for coherent dispatch"),
+        ("batch_tokens", "tokens of a step over all devices"),
+    ):
+        default = getattr(sizes, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=default,
+            help=f"{text} (default {default})",
+        )
+
+
+def _objective(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("what to minimise")
+    group.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="seconds",
+        help="seconds of a layer (default), rows on the wire, ExFlow's transitions, largest load",
+    )
+    group.add_argument(
+        "--dispatch",
+        choices=DISPATCHES,
+        default="exchange",
+        help="how rows travel: what a placement can save depends on it (default exchange)",
+    )
+    group.add_argument(
+        "--load-cap",
+        metavar="C",
+        help="largest device load of a layer: 1.1 (over the mean), 1.1x (over what is reachable)",
+    )
+    group.add_argument(
+        "--time-limit", type=float, default=60.0, help="seconds; 0 is greedy only (default 60)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the halves and of the search")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
