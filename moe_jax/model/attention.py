@@ -4,11 +4,12 @@ Axes: B batch, S tokens at hand, C cached positions, H query heads, G key/value 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model import parameter
 
@@ -70,7 +71,8 @@ def attend(
     query_BSHQ = rotate(query_BSHQ, position_BS, rope_theta)
     key_BSGQ = rotate(key_BSGQ, position_BS, rope_theta)
     if cache is None or x_BSD.shape[1] > 1:
-        mixed_BSHQ = jax.nn.dot_product_attention(query_BSHQ, key_BSGQ, value_BSGQ, is_causal=True)
+        seen_1SC = jnp.tril(jnp.ones((x_BSD.shape[1],) * 2, bool))[None]
+        mixed_BSHQ = mix(query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC)
         cache = cache and LayerCache(
             _write_prefix(cache.key_BCGQ, key_BSGQ), _write_prefix(cache.value_BCGQ, value_BSGQ)
         )
@@ -81,11 +83,36 @@ def attend(
             _write_one(cache.value_BCGQ, value_BSGQ, position_B),
         )
         seen_BC = jnp.arange(cache.key_BCGQ.shape[1]) <= position_B[:, None]
-        mixed_BSHQ = jax.nn.dot_product_attention(
-            query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, mask=seen_BC[:, None, None]
-        )
+        mixed_BSHQ = mix(query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, seen_BC[:, None])
     output_HQD = weights.output_HQD[...].astype(dtype)
     return jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD), cache
+
+
+def mix(
+    query_BSHQ: Float[Array, "B S H Q"],
+    key_BCGQ: Float[Array, "B C G Q"],
+    value_BCGQ: Float[Array, "B C G Q"],
+    seen_BSC: Bool[Array, "#B S C"],
+) -> Float[Array, "B S H Q"]:
+    """softmax(q k / sqrt(Q)) v over the positions seen; softmax in float32.
+
+    The queries of all heads that share a key/value head stand in one matrix, so that there is one
+    plain matmul per (sequence, key/value head).
+    """
+    batch, length, num_heads, width = query_BSHQ.shape
+    groups = key_BCGQ.shape[2]
+    per_group = num_heads // groups
+    # Heads h = g * per_group + r; the rows of one matrix are (r, s).
+    rows_BGXQ = query_BSHQ.reshape(batch, length, groups, per_group, width)
+    rows_BGXQ = rows_BGXQ.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
+    key_BGCQ, value_BGCQ = key_BCGQ.swapaxes(1, 2), value_BCGQ.swapaxes(1, 2)
+    logits_BGXC = jnp.einsum("bgxq,bgcq->bgxc", rows_BGXQ, key_BGCQ).astype(jnp.float32)
+    seen_B1XC = jnp.tile(seen_BSC, (1, per_group, 1))[:, None]
+    logits_BGXC = jnp.where(seen_B1XC, logits_BGXC / math.sqrt(width), -jnp.inf)
+    share_BGXC = jax.nn.softmax(logits_BGXC, axis=-1).astype(query_BSHQ.dtype)
+    mixed_BGXQ = jnp.einsum("bgxc,bgcq->bgxq", share_BGXC, value_BGCQ)
+    mixed_BGRSQ = mixed_BGXQ.reshape(batch, groups, per_group, length, width)
+    return mixed_BGRSQ.transpose(0, 3, 1, 2, 4).reshape(query_BSHQ.shape)
 
 
 def _write_prefix(cached_BCGQ: jax.Array, new_BSGQ: jax.Array) -> jax.Array:
