@@ -20,7 +20,7 @@ _NAMES = ("name", "method", "solver", "placement")
 _ROWS = (("rows", "exchange"),)
 _LOAD_MEAN = (("load_mean",), ("load_max_over_mean", "mean"))
 _LOAD_WORST = (("load_worst",), ("load_max_over_mean", "worst"))
-_HEAD = ("", "rows, exchange", "change", "load max / mean", "worst layer")
+_HEAD = ("", "objective", "rows, exchange", "change", "load max / mean", "worst layer")
 
 _NOTE = (
     "Per token and layer, on sequences that the plans were not made on, with 95 % intervals over "
@@ -49,23 +49,48 @@ def read(path: str | os.PathLike) -> Table:
         rule = f"cannot be read as JSON ({error})"
         raise Refused("--compare", os.fspath(path), rule, fix) from None
     methods = list(_methods(printed))
-    first = _number(_at(methods[0][1], _ROWS)) if methods else None
+    first = _number(_at(methods[0][2], _ROWS)) if methods else None
     rows = [
         (
             name,
+            _objective(entry),
             _text(_at(figures, _ROWS)),
             _change(_number(_at(figures, _ROWS)), first),
             _text(_at(figures, _LOAD_MEAN)),
             _text(_at(figures, _LOAD_WORST)),
         )
-        for name, figures in methods
+        for name, entry, figures in methods
     ]
-    notes = (_NOTE,) if rows else ("The comparison holds no method that this page knows.",)
-    return Table(_HEAD, rows, notes)
+    if not rows:
+        return Table(_HEAD, rows, ("The comparison holds no method that this page knows.",))
+    return Table(_HEAD, rows, (*_aim(printed), _NOTE))
 
 
-def _methods(printed: Any) -> Iterator[tuple[str, dict]]:
-    """(name, figures) of every method in the first container that holds any."""
+def _aim(printed: Any) -> tuple[str, ...]:
+    """What the plans were made for: a plan is only as good as it can be at that."""
+    aim = {
+        key: printed.get(key) if isinstance(printed, dict) else None
+        for key in ("objective_name", "unit", "dispatch", "planned_on")
+    }
+    if not isinstance(aim["objective_name"], str):
+        return ()
+    text = f"Planned for the objective '{aim['objective_name']}'"
+    for key, before, after in (
+        ("unit", " (", ")"),
+        ("dispatch", ", dispatch ", ""),
+        ("planned_on", ", on ", ""),
+    ):
+        text += f"{before}{aim[key]}{after}" if isinstance(aim[key], str) else ""
+    return (text + "; other columns may get worse where that one gets better.",)
+
+
+def _objective(entry: dict) -> str:
+    number = _number(entry.get("held_out_objective"))
+    return "-" if number is None else f"{number:.4g}"
+
+
+def _methods(printed: Any) -> Iterator[tuple[str, dict, dict]]:
+    """(name, entry, figures) of every method in the first container that holds any."""
     if isinstance(printed, dict):
         containers = [printed, *printed.values()]
     else:
@@ -78,7 +103,7 @@ def _methods(printed: Any) -> Iterator[tuple[str, dict]]:
         else:
             continue
         found = [(key, entry, _with_rows(entry)) for key, entry in entries]
-        methods = [(_name(key, entry), figures) for key, entry, figures in found if figures]
+        methods = [(_name(key, entry), entry, figures) for key, entry, figures in found if figures]
         if methods:
             yield from methods
             return
@@ -125,7 +150,7 @@ def _text(figure: Any) -> str:
     ends = [_number(figure.get(end)) for end in ("low", "high")] if isinstance(figure, dict) else []
     if not ends or None in ends:
         return f"{middle:.3f}"
-    return f"{middle:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+    return f"{middle:.3f} [{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
 def _change(number: float | None, first: float | None) -> str:

@@ -32,7 +32,7 @@ p, li { max-width: 75ch; }
 .verdict { border-left: .3rem solid var(--good); background: var(--card); padding: .6rem 1rem;
   margin: 1rem 0; }
 .verdict.bad { border-color: var(--bad); }
-.good { color: var(--good); } .bad { color: var(--bad); }
+.bad { color: var(--bad); }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
   border-radius: .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem;

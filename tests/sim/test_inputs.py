@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from moe_jax.errors import Refused
+from moe_jax.placement import __main__ as placement_command
+from moe_jax.routing import trace
 from moe_jax.sim import comparison, curves
 
 
@@ -67,22 +70,46 @@ EVIDENCE = {
 def test_methods_are_found_where_they_are(tmp_path, printed):
     (tmp_path / "compare.json").write_text(json.dumps(printed))
     table = comparison.read(tmp_path / "compare.json")
-    assert table.rows == [("greedy", "2.500 [2.250, 2.750]", "+0.0 %", "1.125", "-")]
+    assert table.rows == [("greedy", "-", "2.500 [2.25, 2.75]", "+0.0 %", "1.125", "-")]
     assert len(table.head) == len(table.rows[0])
 
 
 def test_changes_are_from_the_first_method(tmp_path):
     printed = {
-        "first": {"rows": {"exchange": 2.0}, "load_max_over_mean": {"mean": 1, "worst": 2}},
-        "second": {"rows": {"exchange": 1.5}},
-        "third": {"rows": {"coherent": 1.5}},
+        "objective_name": "seconds",
+        "unit": "s",
+        "dispatch": "exchange",
+        "methods": [
+            {"name": "first", "held_out_objective": 0.00125, "held_out": {"rows": {"exchange": 2}}},
+            {"name": "second", "held_out": {"rows": {"exchange": 1.5}, **LOAD}},
+            {"name": "third", "held_out": {"rows": {"coherent": 1.5}}},
+        ],
     }
     (tmp_path / "compare.json").write_text(json.dumps(printed))
-    assert comparison.read(tmp_path / "compare.json").rows == [
-        ("first", "2.000", "+0.0 %", "1.000", "2.000"),
-        ("second", "1.500", "-25.0 %", "-", "-"),
-        ("third", "-", "-", "-", "-"),
+    table = comparison.read(tmp_path / "compare.json")
+    assert table.rows == [
+        ("first", "0.00125", "2.000", "+0.0 %", "-", "-"),
+        ("second", "-", "1.500", "-25.0 %", "1.000", "2.000"),
+        ("third", "-", "-", "-", "-", "-"),
     ]
+    assert "Planned for the objective 'seconds' (s), dispatch exchange;" in table.notes[0]
+
+
+LOAD = {"load_max_over_mean": {"mean": 1, "worst": 2}}
+
+
+def test_what_the_compare_command_prints_is_understood(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    ids_TLK = rng.permuted(np.tile(np.arange(8, dtype=np.uint8), (40, 2, 1)), axis=2)[..., :2]
+    trace.save(trace.Trace(ids_TLK, 8, np.full(4, 10)), tmp_path / "trace.npz")
+    command = ["compare", f"{tmp_path}/trace.npz", "--devices=4", "--json"]
+    assert placement_command.main(command) == 0
+    (tmp_path / "compare.json").write_text(capsys.readouterr().out)
+    table = comparison.read(tmp_path / "compare.json")
+    names = [row[0] for row in table.rows]
+    for part in ("contiguous", "random", "EPLB", "greedy", "ILP"):
+        assert any(part in name for name in names)
+    assert all("-" not in row[1:3] and "-" not in row[4:] for row in table.rows)
 
 
 def test_a_comparison_without_methods_says_so(tmp_path):
