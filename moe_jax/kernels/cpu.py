@@ -7,10 +7,9 @@ where the group stands in the buffer, nor on the other groups, N or G.
 Axes: N rows, D d_model, F d_ff, G groups, T rows of one tile.
 
 Algorithm: an outer loop visits the non-empty groups and slices their weights once. A group's rows
-are cut from its first row on into tiles of the sizes in `_LADDER`: as many of the largest as fit,
-then at most one of each smaller size. What is left is less than the smallest tile: that one tile
-alone reaches beyond its group, is read and written through a mask, and no buffer needs padding.
-dw adds up over a group's tiles in that order.
+are cut from its first row on into whole tiles of `_WHOLE` rows; what is left goes into one tile of
+the smallest size of `_REST` that holds it. Only that last tile can reach beyond its group: it alone
+is read and written through a mask, and no buffer needs padding. dw adds up in tile order.
 
 Backward passes recompute the pre-activations in the tile: nothing but the inputs is kept.
 """
@@ -25,7 +24,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 # Independent of the buffer's shape on purpose: that is what makes a row's bits independent of it.
-_LADDER = (256, 128, 64, 32, 16)
+# Few sizes, because each is a loop of its own to compile.
+_WHOLE = 128
+_REST = (16, 64, 128)
 
 
 # --- the tiles of the groups -----------------------------------------------------------------
@@ -34,6 +35,7 @@ _LADDER = (256, 128, 64, 32, 16)
 class _Tile(NamedTuple):
     """`size` consecutive rows of one group from `start` on, `real` of them its own."""
 
+    group: Array
     size: int
     start: Array
     real: Array | None  # None: all of them, and the tile lies inside the buffer
@@ -58,6 +60,11 @@ class _Tile(NamedTuple):
         new_TD = jnp.where(mine_T1, _rotate(y_TD, -shift), old_TD)
         return lax.dynamic_update_slice_in_dim(out_ND, new_TD, start, 0)
 
+    def add(self, dw_GDF: Array, dw_DF: Array) -> Array:
+        """Adds to the tile's group, in place: no sum is carried, zeroed or copied."""
+        dw_DF = dw_DF + lax.dynamic_index_in_dim(dw_GDF, self.group, keepdims=False)
+        return lax.dynamic_update_index_in_dim(dw_GDF, dw_DF, self.group, 0)
+
     def _inside(self, num_rows: int) -> tuple[Array, Array]:
         """Where to slice so that the tile ends inside the buffer, and by how much that is early."""
         start = jnp.minimum(self.start, num_rows - self.size)
@@ -72,19 +79,12 @@ def _rotate(x_TD: Array, shift: Array) -> Array:
 
 def _for_each_tile(
     group_sizes_G: Array,
-    num_rows: int,
+    weights: tuple[Array, ...],
     buffers: Any,
-    *,
-    open_group: Callable[[Array], Any],
-    visit: Callable[[Any, _Tile, Any, Any], tuple[Any, Any]],
-    close_group: Callable[[Array, Any, Any], Any] = lambda group, sums, buffers: buffers,
-    sums: Any = (),
+    visit: Callable[[Any, Any, "_Tile"], Any],
+    num_rows: int,
 ) -> Any:
-    """Runs `visit(weights, tile, buffers, sums) -> (buffers, sums)` over all tiles of all groups.
-
-    `open_group(group)` gives the group's weights; `sums` start afresh with every group and end in
-    `close_group(group, sums, buffers) -> buffers`.
-    """
+    """Runs `buffers = visit(buffers, weights of the group, tile)` over all tiles of all groups."""
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), num_rows)
     starts_G = jnp.concatenate([jnp.zeros_like(ends_G[:1]), ends_G[:-1]])
     occupied_G = ends_G > starts_G
@@ -92,31 +92,35 @@ def _for_each_tile(
 
     def group_body(visited: Array, buffers: Any) -> Any:
         group = groups_G[visited]
-        weights = open_group(group)
-        start, end = starts_G[group], ends_G[group]
-        carry = (buffers, sums)
-        for size, first, times, real in _cut(start, end, num_rows):
+        group_weights = [_f32(lax.dynamic_index_in_dim(w, group, keepdims=False)) for w in weights]
+        for size, first, times, real in _cut(starts_G[group], ends_G[group], num_rows):
 
-            def tile_body(i, carry, size=size, first=first, real=real):
-                return visit(weights, _Tile(size, first + i * size, real), *carry)
+            def tile_body(i, buffers, size=size, first=first, real=real):
+                return visit(buffers, group_weights, _Tile(group, size, first + i * size, real))
 
-            carry = _repeat(times, tile_body, carry)
-        buffers, group_sums = carry
-        return close_group(group, group_sums, buffers)
+            buffers = _repeat(times, tile_body, buffers)
+        return buffers
 
     return _repeat(jnp.sum(occupied_G, dtype=jnp.int32), group_body, buffers)
 
 
 def _cut(start: Array, end: Array, num_rows: int) -> list[tuple[int, Array, Array, Array | None]]:
-    """(tile size, first row, number of tiles, real rows if not all) in row order."""
+    """(tile size, first row, number of tiles, real rows if not all) in row order.
+
+    At most one of the sizes of `_REST` has a tile; those no group can need are left out.
+    """
     cuts: list[tuple[int, Array, Array, Array | None]] = []
-    for size in _LADDER:
-        if size > num_rows:
-            continue  # no group is that large, and no slice could be
-        times = (end - start) // size
-        cuts.append((size, start, times, None))
-        start = start + times * size
-    cuts.append((_LADDER[-1], start, (end > start).astype(jnp.int32), end - start))
+    if num_rows >= _WHOLE:
+        times = (end - start) // _WHOLE
+        cuts.append((_WHOLE, start, times, None))
+        start = start + times * _WHOLE
+    rest, smaller = end - start, 0
+    for size in _REST:
+        fits = (smaller < rest) & (rest <= size)
+        cuts.append((size, start, fits.astype(jnp.int32), rest))
+        smaller = size
+        if size >= num_rows:
+            break
     return cuts
 
 
@@ -142,12 +146,16 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
-def _weights(w_GDF: Array, group: Array) -> Array:
-    return _f32(lax.dynamic_index_in_dim(w_GDF, group, keepdims=False))
+def _zero_grads(x_ND: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Buffers for dx and every dw; a dw adds up in float32."""
+    dw = (_zeros(w.shape, jnp.float32, x_ND) for w in weights)
+    return _zeros(x_ND.shape, x_ND.dtype, x_ND), *dw
 
 
-def _put(w_GDF: Array, w_DF: Array, group: Array) -> Array:
-    return lax.dynamic_update_index_in_dim(w_GDF, w_DF.astype(w_GDF.dtype), group, 0)
+def _as_cotangents(grads: tuple[Array, ...], weights: tuple[Array, ...]) -> tuple[Any, ...]:
+    """(dx, dw ...) in the dtypes of their arguments; group sizes have no gradient."""
+    dx_ND, *dw = grads
+    return dx_ND, *(g.astype(w.dtype) for g, w in zip(dw, weights, strict=True)), None
 
 
 def _dot(x_TD: Array, w_DF: Array) -> Array:
@@ -165,8 +173,9 @@ def _dot_xt(x_TD: Array, y_TF: Array) -> Array:
 
 
 def _with_room(x_ND: Array) -> Array:
-    """A buffer shorter than the smallest tile is filled up to it."""
-    missing = max(0, _LADDER[-1] - x_ND.shape[0])
+    """A buffer shorter than the largest tile it may be cut into is filled up to it."""
+    num_rows = x_ND.shape[0]
+    missing = min((size for size in _REST if size >= num_rows), default=num_rows) - num_rows
     return jnp.pad(x_ND, ((0, missing), (0, 0))) if missing else x_ND
 
 
@@ -190,45 +199,31 @@ def matmul(x_ND: Array, w_GDF: Array, group_sizes_G: Array, out_dtype: DTypeLike
 
 
 def _matmul_impl(out_dtype, x_ND, w_GDF, group_sizes_G):
-    def visit(w_DF, tile, y_NF, sums):
-        return tile.write(y_NF, _dot(tile.read(x_ND), w_DF)), sums
+    def visit(y_NF, weights, tile):
+        (w_DF,) = weights
+        return tile.write(y_NF, _dot(tile.read(x_ND), w_DF))
 
-    return _for_each_tile(
-        group_sizes_G,
-        x_ND.shape[0],
-        _zeros((x_ND.shape[0], w_GDF.shape[2]), out_dtype, x_ND),
-        open_group=lambda group: _weights(w_GDF, group),
-        visit=visit,
-    )
+    num_rows = x_ND.shape[0]
+    y_NF = _zeros((num_rows, w_GDF.shape[2]), out_dtype, x_ND)
+    return _for_each_tile(group_sizes_G, (w_GDF,), y_NF, visit, num_rows)
 
 
-def _matmul_fwd(out_dtype, x_ND, w_GDF, group_sizes_G):
-    return _matmul_impl(out_dtype, x_ND, w_GDF, group_sizes_G), (x_ND, w_GDF, group_sizes_G)
+def _matmul_fwd(out_dtype, *args):
+    return _matmul_impl(out_dtype, *args), args
 
 
 def _matmul_bwd(out_dtype, saved, dy_NF):
-    x_ND, w_GDF, group_sizes_G = saved
+    x_ND, *weights, group_sizes_G = saved
 
-    def visit(w_DF, tile, buffers, dw_DF):
-        dx_ND, dw_GDF = buffers
-        dy_TF = tile.read(dy_NF)
-        dx_ND = tile.write(dx_ND, _dot_wt(dy_TF, w_DF))
-        return (dx_ND, dw_GDF), dw_DF + _dot_xt(tile.read(x_ND), dy_TF)
+    def visit(grads, weights, tile):
+        (w_DF,) = weights
+        dx_ND, dw_GDF = grads
+        x_TD, dy_TF = tile.read(x_ND), tile.read(dy_NF)
+        return tile.write(dx_ND, _dot_wt(dy_TF, w_DF)), tile.add(dw_GDF, _dot_xt(x_TD, dy_TF))
 
-    def close_group(group, dw_DF, buffers):
-        dx_ND, dw_GDF = buffers
-        return dx_ND, _put(dw_GDF, dw_DF, group)
-
-    dx_ND, dw_GDF = _for_each_tile(
-        group_sizes_G,
-        x_ND.shape[0],
-        (_zeros(x_ND.shape, x_ND.dtype, x_ND), _zeros(w_GDF.shape, w_GDF.dtype, x_ND)),
-        open_group=lambda group: _weights(w_GDF, group),
-        visit=visit,
-        close_group=close_group,
-        sums=_zeros(w_GDF.shape[1:], jnp.float32, x_ND),
-    )
-    return dx_ND, dw_GDF, None
+    grads = _zero_grads(x_ND, weights)
+    grads = _for_each_tile(group_sizes_G, weights, grads, visit, x_ND.shape[0])
+    return _as_cotangents(grads, weights)
 
 
 _matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0,))
@@ -244,19 +239,14 @@ def swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, group_sizes_G: Array
 
 
 def _swiglu_impl(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G):
-    def visit(weights, tile, h_NF, sums):
+    def visit(h_NF, weights, tile):
         w_gate_DF, w_up_DF = weights
         x_TD = tile.read(x_ND)
-        h_TF = _swiglu_tile(_dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF))
-        return tile.write(h_NF, h_TF), sums
+        return tile.write(h_NF, _swiglu_tile(_dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF)))
 
-    return _for_each_tile(
-        group_sizes_G,
-        x_ND.shape[0],
-        _zeros((x_ND.shape[0], w_gate_GDF.shape[2]), x_ND.dtype, x_ND),
-        open_group=lambda group: (_weights(w_gate_GDF, group), _weights(w_up_GDF, group)),
-        visit=visit,
-    )
+    num_rows = x_ND.shape[0]
+    h_NF = _zeros((num_rows, w_gate_GDF.shape[2]), x_ND.dtype, x_ND)
+    return _for_each_tile(group_sizes_G, (w_gate_GDF, w_up_GDF), h_NF, visit, num_rows)
 
 
 def _swiglu_fwd(*args):
@@ -264,35 +254,23 @@ def _swiglu_fwd(*args):
 
 
 def _swiglu_bwd(saved, dh_NF):
-    x_ND, w_gate_GDF, w_up_GDF, group_sizes_G = saved
+    x_ND, *weights, group_sizes_G = saved
 
-    def visit(weights, tile, buffers, sums):
+    def visit(grads, weights, tile):
         w_gate_DF, w_up_DF = weights
-        dx_ND, *dw = buffers
-        dw_gate_DF, dw_up_DF = sums
-        x_TD = tile.read(x_ND)
-        dgate_TF, dup_TF = _swiglu_tile_bwd(
-            _dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF), tile.read(dh_NF)
+        dx_ND, dw_gate_GDF, dw_up_GDF = grads
+        x_TD, dh_TF = tile.read(x_ND), tile.read(dh_NF)
+        gate_TF, up_TF = _dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF)
+        dgate_TF, dup_TF = _swiglu_tile_bwd(gate_TF, up_TF, dh_TF)
+        return (
+            tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF)),
+            tile.add(dw_gate_GDF, _dot_xt(x_TD, dgate_TF)),
+            tile.add(dw_up_GDF, _dot_xt(x_TD, dup_TF)),
         )
-        dx_ND = tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF))
-        sums = (dw_gate_DF + _dot_xt(x_TD, dgate_TF), dw_up_DF + _dot_xt(x_TD, dup_TF))
-        return (dx_ND, *dw), sums
 
-    def close_group(group, sums, buffers):
-        dx_ND, *dw = buffers
-        return (dx_ND, *(_put(w, s, group) for w, s in zip(dw, sums, strict=True)))
-
-    weights = (w_gate_GDF, w_up_GDF)
-    grads = _for_each_tile(
-        group_sizes_G,
-        x_ND.shape[0],
-        tuple(_zeros(a.shape, a.dtype, x_ND) for a in (x_ND, *weights)),
-        open_group=lambda group: tuple(_weights(w, group) for w in weights),
-        visit=visit,
-        close_group=close_group,
-        sums=tuple(_zeros(w.shape[1:], jnp.float32, x_ND) for w in weights),
-    )
-    return (*grads, None)
+    grads = _zero_grads(x_ND, weights)
+    grads = _for_each_tile(group_sizes_G, weights, grads, visit, x_ND.shape[0])
+    return _as_cotangents(grads, weights)
 
 
 _swiglu = jax.custom_vjp(_swiglu_impl)
@@ -310,20 +288,15 @@ def ffn(
 
 
 def _ffn_impl(x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G):
-    def visit(weights, tile, y_ND, sums):
+    def visit(y_ND, weights, tile):
         w_gate_DF, w_up_DF, w_down_FD = weights
         x_TD = tile.read(x_ND)
         h_TF = _swiglu_tile(_dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF))
-        return tile.write(y_ND, _dot(h_TF, w_down_FD)), sums
+        return tile.write(y_ND, _dot(h_TF, w_down_FD))
 
     weights = (w_gate_GDF, w_up_GDF, w_down_GFD)
-    return _for_each_tile(
-        group_sizes_G,
-        x_ND.shape[0],
-        _zeros(x_ND.shape, x_ND.dtype, x_ND),
-        open_group=lambda group: tuple(_weights(w, group) for w in weights),
-        visit=visit,
-    )
+    y_ND = _zeros(x_ND.shape, x_ND.dtype, x_ND)
+    return _for_each_tile(group_sizes_G, weights, y_ND, visit, x_ND.shape[0])
 
 
 def _ffn_fwd(*args):
@@ -333,35 +306,22 @@ def _ffn_fwd(*args):
 def _ffn_bwd(saved, dy_ND):
     x_ND, *weights, group_sizes_G = saved
 
-    def visit(group_weights, tile, buffers, sums):
-        w_gate_DF, w_up_DF, w_down_FD = group_weights
-        dw_gate_DF, dw_up_DF, dw_down_FD = sums
-        dx_ND, *dw = buffers
+    def visit(grads, weights, tile):
+        w_gate_DF, w_up_DF, w_down_FD = weights
+        dx_ND, dw_gate_GDF, dw_up_GDF, dw_down_GFD = grads
         x_TD, dy_TD = tile.read(x_ND), tile.read(dy_ND)
         gate_TF, up_TF = _dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF)
         dgate_TF, dup_TF = _swiglu_tile_bwd(gate_TF, up_TF, _dot_wt(dy_TD, w_down_FD))
-        dx_ND = tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF))
-        sums = (
-            dw_gate_DF + _dot_xt(x_TD, dgate_TF),
-            dw_up_DF + _dot_xt(x_TD, dup_TF),
-            dw_down_FD + _dot_xt(_swiglu_tile(gate_TF, up_TF), dy_TD),
+        return (
+            tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF)),
+            tile.add(dw_gate_GDF, _dot_xt(x_TD, dgate_TF)),
+            tile.add(dw_up_GDF, _dot_xt(x_TD, dup_TF)),
+            tile.add(dw_down_GFD, _dot_xt(_swiglu_tile(gate_TF, up_TF), dy_TD)),
         )
-        return (dx_ND, *dw), sums
 
-    def close_group(group, sums, buffers):
-        dx_ND, *dw = buffers
-        return (dx_ND, *(_put(w, s, group) for w, s in zip(dw, sums, strict=True)))
-
-    grads = _for_each_tile(
-        group_sizes_G,
-        x_ND.shape[0],
-        tuple(_zeros(a.shape, a.dtype, x_ND) for a in (x_ND, *weights)),
-        open_group=lambda group: tuple(_weights(w, group) for w in weights),
-        visit=visit,
-        close_group=close_group,
-        sums=tuple(_zeros(w.shape[1:], jnp.float32, x_ND) for w in weights),
-    )
-    return (*grads, None)
+    grads = _zero_grads(x_ND, weights)
+    grads = _for_each_tile(group_sizes_G, weights, grads, visit, x_ND.shape[0])
+    return _as_cotangents(grads, weights)
 
 
 _ffn = jax.custom_vjp(_ffn_impl)
