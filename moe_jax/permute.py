@@ -6,6 +6,7 @@ gather for everything shaped like the parameters. Values are copied, never compu
 and coming back restores every bit; the logical -> physical table changes with them.
 """
 
+import functools
 import os
 import pathlib
 import shutil
@@ -62,20 +63,24 @@ def apply(tree: Any, old: Placement, new: Placement) -> Any:
     axes = jax.tree.leaves(parameter.logical_axes(tree))
     leaves, structure = jax.tree.flatten(tree)
     moved = [i for i, names in enumerate(axes) if "expert" in names]
-
-    def gather(arrays):
-        return [_take(array, source_LP, axes[i]) for i, array in zip(moved, arrays, strict=True)]
+    assert all(axes[i][:2] == ("layer", "expert") for i in moved), axes
 
     experts = [leaves[i] for i in moved]
-    shardings = [array.sharding for array in experts]
-    for i, array in zip(moved, jax.jit(gather, out_shardings=shardings)(experts), strict=True):
+    gather = _gather(tuple(array.sharding for array in experts))
+    for i, array in zip(moved, gather(experts, source_LP), strict=True):
         leaves[i] = array
     return jax.tree.unflatten(structure, leaves)
 
 
-def _take(array: Any, source_LP: np.ndarray, names: tuple[str, ...]) -> Any:
-    assert tuple(names[:2]) == ("layer", "expert"), names
-    return array[jnp.arange(len(source_LP))[:, None], jnp.asarray(source_LP)]
+@functools.cache
+def _gather(shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
+    """Compiled once per model and mesh, whatever the placements."""
+
+    def gather(arrays, source_LP):
+        rows = jnp.arange(len(source_LP))[:, None]
+        return [array[rows, source_LP] for array in arrays]
+
+    return jax.jit(gather, out_shardings=list(shardings))
 
 
 def apply_to_arrays(

@@ -73,7 +73,7 @@ class Engine:
 
         @jax.jit
         def prefill(model, table, token_BS, length_B, cache):
-            real_BS = jnp.arange(token_BS.shape[1]) < length_B[:, None]
+            real_BS = jnp.arange(token_BS.shape[1])[None] < length_B[:, None]
             output = forward(model, token_BS, table, real_BS=real_BS, cache=cache)
             last_BV = jnp.take_along_axis(
                 output.logits_BSV, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1
@@ -95,22 +95,6 @@ class Engine:
         self._prefill, self._decode = prefill, decode
         self._choose = jax.jit(sampling_lib.choose, static_argnums=2)
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        """Refuses what cannot be run, before any device work."""
-        limit = self._config.model.max_seq_len
-        if max_new_tokens < 0:
-            raise Refused("--max_new_tokens", max_new_tokens, "must be at least 0", "use 64")
-        for number, prompt in enumerate(prompts):
-            if not prompt:
-                raise Refused(f"prompt {number}", "", "must not be empty", "write some text")
-            if len(prompt) + max_new_tokens > limit:
-                raise Refused(
-                    f"prompt {number} + --max_new_tokens",
-                    f"{len(prompt)} + {max_new_tokens} tokens",
-                    f"must be at most model.max_seq_len = {limit}, the rotary range",
-                    "shorten one of them",
-                )
-
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -126,7 +110,7 @@ class Engine:
           sampling: how they are chosen.
           on_token: called with (prompt number, token) as soon as a token is on the host.
         """
-        self.check(prompts, max_new_tokens)
+        check_prompts(prompts, max_new_tokens, self._config.model.max_seq_len)
         token_BS, length_B = _pad(prompts, self._mesh.size)
         batch, padded = token_BS.shape
         capacity = _power_of_two(padded + max_new_tokens)
@@ -157,6 +141,22 @@ class Engine:
             records.append(_on_host(record, position_B[:, None], logits_BV, start))
         tokens = [[int(step_B[b]) for step_B in generated] for b in range(len(prompts))]
         return Generation(tokens, logits_BSV, records, homes(batch, self._mesh))
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
+    """Refuses what cannot be run."""
+    if max_new_tokens < 0:
+        raise Refused("--max_new_tokens", max_new_tokens, "must be at least 0", "use 64")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise Refused(f"prompt {number}", "", "must not be empty", "write some text")
+        if len(prompt) + max_new_tokens > max_seq_len:
+            raise Refused(
+                f"prompt {number} + --max_new_tokens",
+                f"{len(prompt)} + {max_new_tokens} tokens",
+                f"must be at most model.max_seq_len = {max_seq_len}, the rotary range",
+                "shorten one of them",
+            )
 
 
 def homes(batch: int, mesh: Mesh) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -46,8 +47,8 @@ def find(workdir: str, placement: str | None) -> Source:
             "must be the work directory of a training run (it has no config.json)",
             "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
         )
-    config = config_lib.from_json(kept.read_text(encoding="utf-8"))
-    folder = checkpoint.newest_good_step(root / "checkpoints", warn=metrics.fail)
+    config = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
+    folder = checkpoint.newest_good_step(root / "checkpoints", warn=_warn)
     if folder is None:
         raise Refused("--workdir", workdir, "has no checkpoint", "train at least one interval")
     contents = checkpoint.read_contents(folder)
@@ -61,8 +62,12 @@ def find(workdir: str, placement: str | None) -> Source:
     return Source(config, folder, contents, plan)
 
 
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)  # metrics.fail would ask JAX which process this is
+
+
 def engine(source: Source, mesh: Mesh) -> Engine:
-    """Reads the parameters, permutes them if another plan was asked for, and compiles nothing yet."""
+    """Reads the parameters, permutes them if another plan was asked for."""
     stored = source.contents.plan.placement
     model = parameters(source, mesh)
     if stored.digest != source.plan.digest:

@@ -1,6 +1,7 @@
 """The command behind infer.py: answer prompts, record routing, measure, benchmark."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -12,7 +13,7 @@ from moe_jax import data, metrics
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.infer import load, record
-from moe_jax.infer.engine import Engine, Generation
+from moe_jax.infer.engine import Engine, Generation, check_prompts
 from moe_jax.infer.sampling import Sampling
 from moe_jax.routing import trace as trace_lib
 
@@ -37,33 +38,24 @@ class Request:
 
 def run(request: Request) -> None:
     """Checks everything, then runs. Raises `Refused` before any device work."""
+    _check_flags(request)
     source = load.find(request.workdir, request.placement)
     config = source.config
-    asked_of_held_out = request.record or request.measure or request.benchmark
-    if request.prompts and request.measure:
-        raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
-    if not request.prompts and not asked_of_held_out:
-        raise Refused(
-            "--prompt", None, "is required", "give --prompt, --prompts, --record or --benchmark"
-        )
-    for flag, path in (("--record", request.record), ("--measure", request.measure)):
-        if path and not path.endswith(".npz"):
-            raise Refused(flag, path, "must end in .npz", f"write {path}.npz")
     if request.prompts:
-        prompts = [list(prompt.encode()) for prompt in request.prompts]
+        prompts = [list(os.fsencode(prompt)) for prompt in request.prompts]
         corpus_name = "prompts"
     else:
         corpus = data.load_corpus(config.data)
         windows = data.held_out_windows(
-            corpus, config.data.seq_len, _positive(request.held_out), request.held_out_start
+            corpus, config.data.seq_len, request.held_out, request.held_out_start
         )
         prompts, corpus_name = windows[:, :-1].tolist(), f"{corpus.name} held-out"
+    check_prompts(prompts, _new_tokens(request), config.model.max_seq_len)
 
     mesh_lib.initialize(config.platform, config.virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
     mesh = mesh_lib.make(config.mesh.data, config.mesh.expert)
     engine = load.engine(source, mesh)
-    engine.check(prompts, request.max_new_tokens)
     if request.prompts:
         generations = [_answer(engine, prompts, request)]
     else:
@@ -83,10 +75,29 @@ def run(request: Request) -> None:
         _benchmark(engine, prompts[:BATCH], request)
 
 
-def _positive(held_out: int) -> int:
-    if held_out < 1:
-        raise Refused("--held_out", held_out, "must be at least 1", "use 64")
-    return held_out
+def _check_flags(request: Request) -> None:
+    """Rules between flags, before a checkpoint is read (and its files compared with their sums)."""
+    of_held_out = request.record or request.measure or request.benchmark
+    if request.prompts and request.measure:
+        raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
+    if not request.prompts and not of_held_out:
+        raise Refused(
+            "--prompt", None, "is required", "give --prompt, --prompts, --record or --benchmark"
+        )
+    for flag, value, least, fix in (
+        ("--held_out", request.held_out, 1, "use 64"),
+        ("--held_out_start", request.held_out_start, 0, "use 0"),
+        ("--max_new_tokens", request.max_new_tokens, 0, "use 64"),
+    ):
+        if value < least:
+            raise Refused(flag, value, f"must be at least {least}", fix)
+
+
+def _new_tokens(request: Request) -> int:
+    """The most tokens that will follow a prompt."""
+    if request.benchmark:
+        return max(request.max_new_tokens, 8)
+    return request.max_new_tokens if request.prompts or request.measure else 0
 
 
 def read_prompts(texts: list[str], path: str | None) -> list[str]:
@@ -157,7 +168,7 @@ def _rows(generations: list[Generation]) -> str:
 
 def _benchmark(engine: Engine, prompts: list[list[int]], request: Request) -> None:
     """Tokens/s of prefill and decode, best of 3 after one round that compiles."""
-    new_tokens = max(request.max_new_tokens, 8)
+    new_tokens = _new_tokens(request)
     engine.generate(prompts, new_tokens, request.sampling)
     prefill, decode = [], []
     for round_ in range(3):

@@ -42,7 +42,8 @@ class Attention(nnx.Module):
 def rotate(
     x_BSHQ: Float[Array, "B S H Q"], position_BS: Int[Array, "B S"], theta: float
 ) -> Float[Array, "B S H Q"]:
-    """Rotary embedding (RoFormer, arXiv 2104.09864): pairs (i, i + Q/2), angle pos theta^(-2i/Q)."""
+    """Rotary embedding (RoFormer, arXiv 2104.09864): pairs (i, i + Q/2), angle
+    position theta^(-2i/Q)."""
     half = x_BSHQ.shape[-1] // 2
     frequency_F = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BSF = position_BS.astype(jnp.float32)[:, :, None] * frequency_F[None, None]
@@ -82,7 +83,7 @@ def attend(
             _write_one(cache.key_BCGQ, key_BSGQ, position_B),
             _write_one(cache.value_BCGQ, value_BSGQ, position_B),
         )
-        seen_BC = jnp.arange(cache.key_BCGQ.shape[1]) <= position_B[:, None]
+        seen_BC = jnp.arange(cache.key_BCGQ.shape[1])[None] <= position_B[:, None]
         mixed_BSHQ = mix(query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, seen_BC[:, None])
     output_HQD = weights.output_HQD[...].astype(dtype)
     return jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD), cache
@@ -121,5 +122,5 @@ def _write_prefix(cached_BCGQ: jax.Array, new_BSGQ: jax.Array) -> jax.Array:
 
 def _write_one(cached_BCGQ: jax.Array, new_B1GQ: jax.Array, position_B: jax.Array) -> jax.Array:
     """A select, not a scatter: it stays on the device that holds the row."""
-    here_BC = jnp.arange(cached_BCGQ.shape[1]) == position_B[:, None]
+    here_BC = jnp.arange(cached_BCGQ.shape[1])[None] == position_B[:, None]
     return jnp.where(here_BC[:, :, None, None], new_B1GQ, cached_BCGQ)

@@ -7,10 +7,8 @@ K top_k, M devices on the expert axis, A rows computed on one device.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -65,64 +63,21 @@ def build(mesh: Mesh, *, dispatch: str, top_k: int, implementation: str | None =
     Returns:
       `layer(x_BSD, weights, real_BS, table) -> (y_BSD, LayerRecord)`.
     """
-    scheme = schemes.SCHEMES[dispatch]
-
-    def on_device(x_TD, expert_TK, weight_TK, table, gate_eDF, up_eDF, down_eFD):
-        # Weights are equal on all data replicas, rows are not: say so once, here, so that the
-        # gradients of the weights are summed over `data` at this line.
-        vary = functools.partial(jax.lax.pcast, axis_name=mesh_lib.DATA, to="varying")
-        gate_eDF, up_eDF, down_eFD = vary(gate_eDF), vary(up_eDF), vary(down_eFD)
-        table = jax.tree.map(lambda t: _vary_over_all(t), table)
-
-        def experts_fn(rows_AD, group_sizes_e):
-            with jax.named_scope("experts"):
-                return grouped_matmul.grouped_ffn(
-                    rows_AD,
-                    gate_eDF,
-                    up_eDF,
-                    down_eFD,
-                    group_sizes_e,
-                    implementation=implementation,
-                )
-
-        num_physical = gate_eDF.shape[0] * jax.lax.axis_size(mesh_lib.EXPERT)
-        y_TD, traffic = scheme(
-            x_TD,
-            expert_TK,
-            weight_TK,
-            table,
-            experts_fn,
-            num_physical=num_physical,
-            axis=mesh_lib.EXPERT,
-        )
-        return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, mesh_lib.DATA), traffic)
-
-    tokens = mesh_lib.spec("batch", None)
-    experts = mesh_lib.spec("expert", None, None)
-    from_source = PartitionSpec(mesh_lib.EXPERT)
-    sharded = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(tokens, tokens, tokens, PartitionSpec(), experts, experts, experts),
-        out_specs=(tokens, from_source),
-    )
+    compute = build_dispatch(mesh, dispatch=dispatch, implementation=implementation)
 
     def layer(x_BSD, weights, real_BS, table):
         batch, sequence, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
         with jax.named_scope("route"):
             routing = router.route_top_k(x_TD, weights.router_DE[...], real_BS.reshape(-1), top_k)
-        with jax.named_scope("dispatch"):
-            cast = functools.partial(_cast, dtype=x_BSD.dtype)
-            y_TD, traffic = sharded(
-                x_TD,
-                routing.expert_TK,
-                routing.weight_TK,
-                table,
-                cast(weights.gate_PDF),
-                cast(weights.up_PDF),
-                cast(weights.down_PFD),
-            )
+        experts = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
+        y_TD, traffic = compute(
+            x_TD,
+            routing.expert_TK,
+            routing.weight_TK,
+            table,
+            *(param[...].astype(x_BSD.dtype) for param in experts),
+        )
         expert_BSK = routing.expert_TK.reshape(batch, sequence, top_k)
         record = LayerRecord(expert_BSK, traffic, routing.load_balance, routing.z)
         return y_TD.reshape(x_BSD.shape), record
@@ -130,9 +85,49 @@ def build(mesh: Mesh, *, dispatch: str, top_k: int, implementation: str | None =
     return layer
 
 
-def _cast(param: Any, dtype: jnp.dtype) -> jax.Array:
-    return param[...].astype(dtype)
+def build_dispatch(
+    mesh: Mesh, *, dispatch: str, implementation: str | None = None
+) -> Callable[..., tuple[jax.Array, Traffic]]:
+    """The part of the layer that knows where experts live, as a function of global arrays.
 
+    Returns:
+      `compute(x_TD, expert_TK, weight_TK, table, gate_PDF, up_PDF, down_PFD) -> (y_TD, Traffic)`;
+      T is a multiple of the devices, P of the expert axis.
+    """
+    scheme = schemes.SCHEMES[dispatch]
+    vary_over_data = functools.partial(jax.lax.pcast, axis_name=mesh_lib.DATA, to="varying")
+    vary_over_all = functools.partial(jax.lax.pcast, axis_name=mesh_lib.AXES, to="varying")
 
-def _vary_over_all(array: jax.Array) -> jax.Array:
-    return jax.lax.pcast(array, mesh_lib.AXES, to="varying")
+    def on_device(x_TD, expert_TK, weight_TK, table, *weights):
+        # Weights are equal on all data replicas, rows are not. Saying so here makes this the line
+        # at which the gradients of the weights are summed over `data`.
+        weights = [vary_over_data(weight) for weight in weights]
+        table = jax.tree.map(vary_over_all, table)
+
+        def experts_fn(rows_AD, group_sizes_e):
+            with jax.named_scope("experts"):
+                return grouped_matmul.grouped_ffn(
+                    rows_AD, *weights, group_sizes_e, implementation=implementation
+                )
+
+        num_physical = weights[0].shape[0] * jax.lax.axis_size(mesh_lib.EXPERT)
+        with jax.named_scope("dispatch"):
+            y_TD, traffic = scheme(
+                x_TD,
+                expert_TK,
+                weight_TK,
+                table,
+                experts_fn,
+                num_physical=num_physical,
+                axis=mesh_lib.EXPERT,
+            )
+        return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, mesh_lib.DATA), traffic)
+
+    tokens = mesh_lib.spec("batch", None)
+    experts = mesh_lib.spec("expert", None, None)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, PartitionSpec(), experts, experts, experts),
+        out_specs=(tokens, PartitionSpec(mesh_lib.EXPERT)),
+    )

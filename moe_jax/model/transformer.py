@@ -141,7 +141,7 @@ def identity_table(num_layers: int, num_experts: int) -> Table:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Forward and backward FLOPs a token: 6 per active matmul weight, 12 S H Q / 2 for attention."""
+    """Forward and backward FLOPs a token: 6 per active matmul weight, 6 S H Q for attention."""
     heads = config.num_heads + config.num_kv_heads
     attention_weights = 2 * config.d_model * heads * config.d_head
     expert_weights = 3 * config.d_model * config.d_ff * config.top_k

@@ -4,10 +4,11 @@ Every scheme is a function
 
     dispatch(x_TD, expert_TK, weight_TK, table, experts_fn) -> (y_TD, Traffic)
 
-of this device's tokens; `Traffic` holds this device's row of each table. The router is logical; `table` alone knows where experts live, so outputs
-cannot depend on it except through the order of sums. `exchange` sums at home in rank order, for
-outputs and for gradients (the `exact` combine: bit-identical under every placement); `gathered`
-sums on the way (a reduce-scatter), which is equal only within rounding.
+of this device's tokens; `Traffic` holds this device's row of each table. The router is logical;
+`table` alone knows where experts live, so outputs cannot depend on it except through the order of
+sums. `exchange` sums at home in rank order, for outputs and for gradients (the `exact` combine:
+bit-identical under every placement); `gathered` sums on the way (a reduce-scatter), which is equal
+only within rounding.
 
 Axes: T tokens here, M devices on the expert axis, X = M * T tokens of all of them, K top_k,
 e experts here, P = M * e physical experts, A rows computed here, D d_model.
@@ -19,7 +20,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moe_jax.model.dispatch import sorting as sorting_lib
 from moe_jax.model.dispatch import wire
@@ -183,7 +183,7 @@ def _plan_route(slot_TK: jax.Array, num_local: int, axis: str) -> _Route:
         slot_TK < 0, assignment_N.size, home_position_N.reshape(slot_TK.shape)
     )
     assignments_to_M = jnp.sum(
-        device_TK.reshape(-1, 1) == jnp.arange(num_devices), axis=0, dtype=jnp.int32
+        device_TK.reshape(-1, 1) == jnp.arange(num_devices)[None], axis=0, dtype=jnp.int32
     )
 
     # Expert side: the same from everybody's slots.
@@ -294,7 +294,7 @@ def _local_expert(slot_XK: jax.Array, num_local: int, axis: str) -> jax.Array:
 def _goes_to(slot_TK: jax.Array, num_local: int, num_devices: int) -> jax.Array:
     """bool [T, M]: does token t have an expert on device m?"""
     device_TK1 = jnp.where(slot_TK < 0, num_devices, slot_TK // num_local)[:, :, None]
-    return (device_TK1 == jnp.arange(num_devices)).any(axis=1)
+    return (device_TK1 == jnp.arange(num_devices)[None, None]).any(axis=1)
 
 
 def _indices_of_true(mask: jax.Array, *, size: int) -> jax.Array:

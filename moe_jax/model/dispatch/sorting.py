@@ -44,7 +44,7 @@ def sort_by_expert(local_XK: jax.Array, *, num_local: int) -> Sorting:
     num_rows = num_tokens * min(top_k, num_local)
     rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(key_N.size, dtype=jnp.int32))
     group_sizes_e = jnp.sum(
-        key_N[:, None] == jnp.arange(num_local, dtype=jnp.int32), axis=0, dtype=jnp.int32
+        key_N[:, None] == jnp.arange(num_local, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32
     )
     position_N = jnp.where(key_N < num_local, rank_N, num_rows)
     return Sorting(order_N[:num_rows], position_N.reshape(local_XK.shape), group_sizes_e)
