@@ -4,8 +4,12 @@ Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 13
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+# Before NumPy is imported: the matrices are small, threads would only wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from moe_jax.errors import Refused
 from moe_jax.placement import commands

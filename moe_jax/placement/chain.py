@@ -116,19 +116,17 @@ class Pool:
             if len(known) > self._size:
                 del known[next(iter(known))]
 
-    def best_chain(self, worth=None) -> np.ndarray:
-        """int64 [L, E]: the best labels over all choices of partitions.
-
-        Args:
-          worth: (layer, device_E) -> what the partition is worth by itself; nothing by default.
-        """
+    def best_chain(self, deadline: float) -> np.ndarray | None:
+        """int64 [L, E]: the best labels over all choices of partitions; None if time ran out."""
         pools = [np.stack(list(found.values())) for found in self._found]
-        value_C, edges = _worth(worth, 0, pools[0]), []
+        value_C, edges = np.zeros(len(pools[0])), []
         for layer in range(1, len(pools)):
+            if time.monotonic() >= deadline:
+                return None
             weight_CC = _best_labelling_values(self._chain, layer, pools[layer - 1], pools[layer])
             total_CC = value_C[:, None] + weight_CC
             edges.append(total_CC.argmax(axis=0))
-            value_C = total_CC.max(axis=0) + _worth(worth, layer, pools[layer])
+            value_C = total_CC.max(axis=0)
         chosen = [int(value_C.argmax())]
         for back_C in reversed(edges):
             chosen.append(int(back_C[chosen[-1]]))
@@ -208,12 +206,6 @@ def _best_labelling_values(chain: Chain, layer: int, before_CE, after_CE) -> np.
         for d, blocks_MM in enumerate(left_ME @ onehot_MM[after_CE]):
             weight_CC[c, d] = _best_labels(chain, blocks_MM).kept
     return weight_CC
-
-
-def _worth(worth, layer: int, pool_CE: np.ndarray) -> np.ndarray:
-    if worth is None:
-        return np.zeros(len(pool_CE))
-    return np.array([worth(layer, device_E) for device_E in pool_CE])
 
 
 def _canonical(device_E: np.ndarray, devices_per_node: int) -> np.ndarray:

@@ -22,7 +22,7 @@ POOL = 24
 STARTS = 8  # between two dynamic programs
 ROUNDS = 60
 PATIENCE = 8  # rounds without gain after which the search ends
-WHOLE = 1500  # variables up to which all layers are solved as one integer program
+WHOLE = 400  # variables up to which all layers are solved as one integer program
 
 
 def transitions(
@@ -42,7 +42,9 @@ def transitions(
             if time.monotonic() >= deadline:
                 return
             if start == STARTS:
-                new_LE = pool.best_chain()
+                new_LE = pool.best_chain(deadline)
+                if new_LE is None:
+                    return
             elif start % 2:
                 new_LE = _shaken(best_LE, rng)
             else:

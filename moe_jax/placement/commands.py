@@ -14,9 +14,10 @@ from typing import Any
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
-from moe_jax.placement import cost, evidence, solve, tables
+from moe_jax.placement import evaluate as evaluate_lib
+from moe_jax.placement import evidence, solve, tables
 from moe_jax.placement import topology as topology_lib
-from moe_jax.placement.plan import Placement, Plan, check_fits
+from moe_jax.placement.plan import Plan, check_fits
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.seconds import Work
@@ -61,48 +62,23 @@ def solve_command(options: argparse.Namespace) -> str:
 def evaluate_command(options: argparse.Namespace) -> str:
     """True figures of plans on a whole trace."""
     trace = trace_lib.load(options.trace, options.num_experts)
-    rows, answers = [], []
-    for path in options.plans:
-        plan = Plan.read(path)
-        topology = evaluation_topology(options, plan)
+    plans = [Plan.read(path) for path in options.plans]
+    machines = [evaluation_topology(options, plan) for plan in plans]
+    for plan, topology in zip(plans, machines, strict=True):
         check_fits(
             plan,
             num_layers=trace.num_layers,
             num_experts=trace.num_experts,
             num_devices=topology.num_devices,
         )
-        found = evidence.judge(trace, plan.placement, topology)
-        seconds = {
-            dispatch: Problem(trace, topology, "seconds", dispatch, work_of(options)).value(
-                plan.placement.device_LE
-            )
-            for dispatch in cost.DISPATCHES
-        }
-        rows.append([pathlib.Path(path).name, *tables.evidence_cells(found)])
-        rows[-1] += [f"{1e3 * seconds[dispatch]:.4g}" for dispatch in cost.DISPATCHES]
-        answers.append(
-            {
-                "plan": str(path),
-                "plan_digest": plan.digest,
-                "topology": topology.name,
-                "figures": found.to_json(),
-                "seconds_per_layer": seconds,
-                "recorded_homes": recorded_rows(trace, plan.placement, topology),
-            }
-        )
+    evaluated = [
+        evaluate_lib.evaluate(path, plan, trace, topology, work_of(options))
+        for path, plan, topology in zip(options.plans, plans, machines, strict=True)
+    ]
     if options.json:
+        answers = [one.to_json() for one in evaluated]
         return json.dumps({"trace_digest": trace.digest, "plans": answers})
-    heads = ["plan", *(name for name, _ in tables.COLUMNS)]
-    heads += [f"ms {dispatch}" for dispatch in ("exch.", "hier.", "coh.", "gath.")]
-    text = f"{describe(trace)}\n\n{tables.table(heads, rows)}\n\n{tables.legend()}\n"
-    text += "  ms ...    milliseconds per layer and step, by dispatch\n"
-    if trace.seq_home is not None:
-        text += "\nRows with the homes recorded in the trace, out + back (exact | partial sums):\n"
-        for answer in answers:
-            text += (
-                f"  {pathlib.Path(answer['plan']).name}: {home_text(answer['recorded_homes'])}\n"
-            )
-    return text.rstrip()
+    return f"{describe(trace)}\n\n{evaluate_lib.text(evaluated)}"
 
 
 def compare_command(options: argparse.Namespace) -> str:
@@ -228,39 +204,6 @@ def provenance(
 def planned_on(trace: Trace, halved: bool) -> str:
     part = "a random half" if halved else "all"
     return f"{part} of the sequences: {trace.num_sequences}, {trace.num_tokens} tokens"
-
-
-def recorded_rows(trace: Trace, placement: Placement, topology: Topology) -> dict | None:
-    """Exact integer rows with the homes in the trace, by dispatch and combine; None without."""
-    if trace.seq_home is None or int(trace.seq_home.max()) >= placement.num_devices:
-        return None
-    return {
-        dispatch: {
-            combine: {"out": int(rows.dispatch_LMM.sum()), "back": int(rows.combine_LMM.sum())}
-            for combine in cost.COMBINES
-            for rows in [
-                cost.rows(
-                    trace.expert_ids_TLK,
-                    placement,
-                    dispatch,
-                    trace.home_T,
-                    combine,
-                    topology.devices_per_node,
-                )
-            ]
-        }
-        for dispatch in cost.DISPATCHES
-    }
-
-
-def home_text(rows: dict | None) -> str:
-    if rows is None:
-        return "the recorded homes are of another number of devices"
-    return ", ".join(
-        f"{dispatch} {of['exact']['out']:,} + {of['exact']['back']:,} | "
-        f"{of['partial']['out']:,} + {of['partial']['back']:,}"
-        for dispatch, of in rows.items()
-    )
 
 
 def solve_text(options, trace, problem, placement, report, halves, held_out) -> str:

@@ -5,8 +5,8 @@ Axes: L MoE layers, E experts, M devices, P swaps.
 For each layer: clusterings by co-activation under a ladder of load caps (rows and balance pull in
 opposite directions, seconds lie in between), judged by the exact objective; the best of them is
 polished with exact swaps (contacts.py), and with rotations: one expert is taken out of each device
-and the M of them are put back by an exact assignment program. Where a layer is small enough the
-whole integer program decides it, with proof.
+and the M of them are put back by an exact assignment program. `whole_layer` decides a layer that is
+small enough by one integer program, with proof.
 """
 
 import time
@@ -24,7 +24,7 @@ SHAKES = 6
 ROTATIONS = 30
 POLISHED = 3  # best clusterings that are polished
 BALANCE_SECONDS = 0.4  # of the integer program that evens one layer's load
-WHOLE = 600  # contacts variables up to which a layer is solved as one integer program
+WHOLE = 250  # contacts up to which a layer is solved as one integer program
 
 
 def search(
@@ -55,7 +55,6 @@ def best_of_layer(
         found += [_clustered(problem, layer, cap, rng, deadline) for cap in _ladder(problem, layer)]
         found.sort(key=lambda device_E: _value(problem, layer, device_E))
         found += [_polished(problem, layer, d, rng, deadline) for d in found[:POLISHED]]
-        found.append(_proven(problem, layer, deadline))
     return min(found, key=lambda device_E: _value(problem, layer, device_E))
 
 
@@ -157,12 +156,6 @@ def _rotated(problem: Problem, layer: int, device_E: np.ndarray, rng) -> np.ndar
     device_E = device_E.copy()
     device_E[out_E[rows]] = columns
     return device_E
-
-
-def _proven(problem: Problem, layer: int, deadline: float) -> np.ndarray:
-    """The whole layer as one integer program, where that is small."""
-    whole = whole_layer(problem, layer, deadline)
-    return problem.balanced_LE[layer] if whole is None else whole.device
 
 
 def whole_layer(problem: Problem, layer: int, deadline: float) -> ilp.Solved | None:

@@ -24,6 +24,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 BOUND_SHARE = 0.3  # of the time, at most
+WHOLE_SECONDS = 5.0  # of the integer programs of the whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,20 +204,27 @@ class _Run:
 
     def _whole(self, deadline: float) -> None:
         """Integer programs of the whole, where they are small enough to prove optimality."""
-        problem = self._problem
+        problem, stage = self._problem, "integer program"
+        deadline = min(deadline, time.monotonic() + WHOLE_SECONDS)
         if (all_layers := chainwise.whole(problem, deadline)) is not None:
-            self.offer("integer program", all_layers.device)
-            self.prove("integer program", problem.hops(all_layers.bound) * relax.SAFETY)
+            self.offer(stage, all_layers.device)
+            self.prove(stage, problem.hops(all_layers.bound) * relax.SAFETY)
         if problem.objective != "rows" or not problem.separable:
             return
-        layers = [
-            layerwise.whole_layer(problem, n, deadline) for n in range(problem.trace.num_layers)
-        ]
-        if all(layer is not None for layer in layers):
-            contacts = sum(layer.bound for layer in layers if layer is not None)
-            devices = problem.num_devices
-            rows = contacts * 2 * (devices - 1) / devices / problem.token_layers
-            self.prove("integer program", rows * relax.SAFETY)
+        contacts, device_LE = 0.0, self.best_LE.copy()
+        for layer in range(problem.trace.num_layers):
+            solved = layerwise.whole_layer(problem, layer, deadline)
+            if solved is None:
+                return
+            contacts += solved.bound
+            if problem.layer_value(layer, solved.device) < problem.layer_value(
+                layer, device_LE[layer]
+            ):
+                device_LE[layer] = solved.device
+        self.offer(stage, device_LE)
+        devices = problem.num_devices
+        rows = contacts * 2 * (devices - 1) / devices / problem.token_layers
+        self.prove(stage, rows * relax.SAFETY)
 
     def _tell(self, stage: str) -> None:
         if self._progress is not None:

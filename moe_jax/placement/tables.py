@@ -1,6 +1,6 @@
 """Prints figures of placements side by side: one row per placement, plain text, fits a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from moe_jax.placement.evidence import Evidence, Figure
 from moe_jax.placement.plan import Placement
@@ -66,7 +66,3 @@ def sizes(placement: Placement) -> str:
         f"{placement.num_layers} layers x {placement.num_experts} experts on "
         f"{placement.num_devices} devices, {placement.slots_per_device} slots each"
     )
-
-
-def without_none(fields: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in fields.items() if value is not None}

@@ -1,0 +1,197 @@
+"""The command line: what it prints, what it writes, what it refuses, and that it needs no JAX."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moe_jax.placement import __main__ as command_line
+from moe_jax.placement import cost, evaluate, topology
+from moe_jax.placement.plan import Placement, Plan
+from moe_jax.routing import synthetic
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+
+
+@pytest.fixture
+def trace_path(tmp_path) -> pathlib.Path:
+    trace = synthetic.realistic(
+        num_tokens=600, num_layers=3, num_experts=8, top_k=2, seed=0, num_sequences=12
+    )
+    homes = np.arange(12) % 4
+    path = tmp_path / "t.npz"
+    trace_lib.save(Trace(trace.expert_ids_TLK, 8, trace.seq_len, seq_home=homes), path)
+    return path
+
+
+def run(*words) -> int:
+    return command_line.main([str(word) for word in words])
+
+
+def test_solve_writes_a_plan_and_prints_one_object(trace_path, tmp_path, capsys):
+    out = tmp_path / "plans" / "p.json"
+    assert run("solve", trace_path, "--devices=4", f"--out={out}", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bound"] <= answer["objective"]
+    gap = (answer["objective"] - answer["bound"]) / answer["objective"]
+    assert answer["gap"] == pytest.approx(gap)
+    assert answer["seconds"] > 0
+    held_out = answer["held_out"]
+    assert set(held_out["rows"]) == {"exchange", "hierarchical", "coherent", "gathered"}
+    for figure in (
+        *held_out["rows"].values(),
+        held_out["top1"],
+        held_out["distinct_devices"],
+        held_out["load_max_over_mean"]["mean"],
+        held_out["load_max_over_mean"]["worst"],
+    ):
+        assert figure["low"] <= figure["high"]
+    plan = Plan.read(out)
+    assert plan.digest == answer["plan_digest"]
+    assert plan.provenance["trace_digest"] == trace_lib.load(trace_path).digest
+    assert plan.topology["devices_per_node"] == 4
+
+
+def test_solve_says_where_its_figures_come_from(trace_path, tmp_path, capsys):
+    options = ("--nodes=2", "--dispatch=hierarchical", "--load-cap=1.3x", "--time-limit=2")
+    assert run("solve", trace_path, "--devices=4", f"--out={tmp_path / 'p.json'}", *options) == 0
+    text = capsys.readouterr().out
+    assert "Planned on a random half of the sequences: 6" in text
+    assert "Judged on the other 6 sequences" in text
+    assert "proven bound" in text
+
+
+def test_solve_with_one_sequence_says_that_nothing_is_held_out(trace_path, tmp_path, capsys):
+    one = trace_lib.load(trace_path).select(np.array([0]))
+    trace_lib.save(one, trace_path)
+    assert run("solve", trace_path, "--devices=4", f"--out={tmp_path / 'p.json'}", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["held_out"] is None
+    assert "no held-out half" in captured.err
+    assert run("compare", trace_path, "--devices=4") == 1
+
+
+def test_compare_prints_every_method(trace_path, tmp_path, capsys):
+    words = ("compare", trace_path, "--devices=4", "--time-limit=2", "--objective=rows")
+    assert run(*words, "--json", f"--out-plans={tmp_path / 'plans'}") == 0
+    answer = json.loads(capsys.readouterr().out)
+    names = [method["name"] for method in answer["methods"]]
+    assert names == [
+        "contiguous",
+        "round-robin",
+        "random (mean of 10)",
+        "EPLB-style packing",
+        "greedy",
+        "greedy + ILP",
+    ]
+    planned = {method["name"]: method["objective"] for method in answer["methods"]}
+    assert planned["greedy + ILP"] <= planned["greedy"] <= planned["random (mean of 10)"]
+    assert answer["methods"][-1]["bound"] <= planned["greedy + ILP"]
+    written = sorted((tmp_path / "plans").glob("*.json"))
+    assert len(written) == 6
+    digests = {Plan.read(path).digest for path in written}
+    assert digests == {method["plan_digest"] for method in answer["methods"]}
+    assert run(*words) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in names)
+    assert "gap" in text
+
+
+def test_evaluate_counts_with_recorded_homes(trace_path, tmp_path, capsys):
+    placement = Placement.contiguous(3, 8, 4)
+    Plan(placement).write(tmp_path / "p.json")
+    assert run("evaluate", trace_path, tmp_path / "p.json", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)["plans"][0]
+    trace = trace_lib.load(trace_path)
+    rows = cost.rows(trace.expert_ids_TLK, placement, "exchange", trace.home_T, "exact")
+    assert answer["recorded_homes"]["exchange"]["exact"] == {
+        "out": int(rows.dispatch_LMM.sum()),
+        "back": int(rows.combine_LMM.sum()),
+    }
+    assert run("evaluate", trace_path, tmp_path / "p.json", tmp_path / "p.json") == 0
+    assert "homes in the trace" in capsys.readouterr().out
+
+
+def test_homes_of_another_mesh_are_left_out(trace_path):
+    placement = Placement.contiguous(3, 8, 2)
+    trace = trace_lib.load(trace_path)
+    assert evaluate.recorded_rows(trace, placement, topology.flat(2)) is None
+
+
+REFUSED = {
+    "devices do not divide": (["--devices=3"], "Use 2 or 4"),
+    "more devices than experts": (["--devices=16"], "num_devices"),
+    "no devices": ([], "--devices=8"),
+    "devices 0": (["--devices=0"], "devices"),
+    "nodes do not divide": (["--devices=4", "--nodes=3"], "nodes"),
+    "topology unknown": (["--topology=moon"], "h100x8"),
+    "topology contradicts": (["--topology=h100x8", "--devices=4"], "has 8 devices"),
+    "cap below one": (["--devices=4", "--load-cap=0.5"], "load_cap"),
+    "cap a word": (["--devices=4", "--load-cap=low"], "load_cap"),
+    "cap out of reach": (["--devices=4", "--load-cap=1.0"], "cannot be balanced"),
+    "time negative": (["--devices=4", "--time-limit=-1"], "time_limit"),
+    "rows of gathered": (["--devices=4", "--objective=rows", "--dispatch=gathered"], "gathered"),
+    "d_model 0": (["--devices=4", "--d-model=0"], "d_model"),
+    "num_experts contradicts": (["--devices=4", "--num-experts=16"], "the trace says 8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_solve_refuses_in_one_line_and_writes_nothing(name, trace_path, tmp_path, capsys):
+    words, message = REFUSED[name]
+    assert run("solve", trace_path, f"--out={tmp_path / 'p.json'}", *words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [trace_path]
+
+
+def test_refuses_bad_files(trace_path, tmp_path, capsys):
+    (tmp_path / "bad.npz").write_bytes(trace_path.read_bytes()[:100])
+    Plan(Placement.contiguous(2, 8, 4)).write(tmp_path / "other.json")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "file").write_text("")
+    out = f"--out={tmp_path / 'p.json'}"
+    for words in (
+        ("solve", tmp_path / "bad.npz", "--devices=4", out),
+        ("solve", tmp_path / "none.npz", "--devices=4", out),
+        ("solve", trace_path, "--devices=4", f"--out={tmp_path}"),
+        ("solve", trace_path, "--devices=4", f"--out={tmp_path / 'file' / 'p.json'}"),
+        ("evaluate", trace_path, tmp_path / "other.json"),
+        ("evaluate", trace_path, tmp_path / "bad.json"),
+        ("evaluate", trace_path, tmp_path / "none.json"),
+    ):
+        assert run(*words) == 1, words
+        assert capsys.readouterr().err.startswith("refused: ")
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["plan"], ["solve"], ["solve", "t.npz", "--objective=x"]])
+def test_usage_errors_exit_with_two(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*words)
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_planning_never_imports_jax(trace_path, tmp_path):
+    program = (
+        "import sys; from moe_jax.placement import __main__ as m; "
+        f"code = m.main(['solve', {str(trace_path)!r}, '--devices=4', '--time-limit=1', "
+        f"'--out={tmp_path / 'p.json'}']); "
+        "heavy = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
