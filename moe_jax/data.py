@@ -38,23 +38,25 @@ def load_corpus(config: DataConfig) -> Corpus:
       Refused: folder missing, not a folder, without text, or too short for one window a split.
     """
     folder, name = _folder(config)
+    left_out = set() if config.path else _LEFT_OUT
     files = [
         path
         for path in folder.rglob("*")
         if path.suffix in _TEXT_SUFFIXES
-        and not _LEFT_OUT & set(path.relative_to(folder).parts[:-1])
+        and not (left_out & set(path.relative_to(folder).parts[:-1]))
         and path.is_file()
     ]
     # By hash, so that a prefix of `max_bytes` is a sample of all folders, the same on every host.
     name_of = {path: path.relative_to(folder).as_posix() for path in files}
     splits: dict[bool, list[bytes]] = {False: [], True: []}
-    total = 0
+    budget = {True: int(config.max_bytes * config.held_out_fraction)}
+    budget[False] = config.max_bytes - budget[True]
     for path in sorted(files, key=lambda path: _share("order of " + name_of[path])):
-        if total >= config.max_bytes:
-            break
-        text = path.read_bytes()[: config.max_bytes - total]
-        total += len(text)
-        splits[_share(name_of[path]) < config.held_out_fraction].append(text + bytes([SEPARATOR]))
+        held_out = _share(name_of[path]) < config.held_out_fraction
+        if budget[held_out] > 0:
+            text = path.read_bytes()[: budget[held_out]] + bytes([SEPARATOR])
+            budget[held_out] -= len(text)
+            splits[held_out].append(text)
     for held_out, parts in splits.items():
         if sum(map(len, parts)) < config.seq_len + 1:
             raise Refused(
@@ -114,6 +116,13 @@ def held_out_windows(corpus: Corpus, seq_len: int, count: int, start: int = 0) -
     ranges are disjoint text.
     """
     windows = _Windows(corpus.held_out, seq_len)
+    if start < 0 or count < 1:
+        raise Refused(
+            "held-out windows",
+            (start, count),
+            "start at 0 or later, and are 1 or more",
+            "use 0, 64",
+        )
     if start + count > len(windows):
         raise Refused(
             "held-out windows",

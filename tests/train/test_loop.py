@@ -1,0 +1,124 @@
+"""A run from start to end: what it leaves behind, and that stopping in between changes nothing."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, metrics
+from moe_jax.errors import Refused
+from moe_jax.placement.plan import Plan
+from moe_jax.train import loop, step
+from tests import tiny
+
+
+def train(config, workdir):
+    workdir.mkdir(exist_ok=True)
+    corpus, plan = loop.prepare(config, workdir)
+    loop.train(config, workdir, corpus, plan)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 6 steps."""
+    workdir = tmp_path_factory.mktemp("whole")
+    with jax.numpy_dtype_promotion("standard"):
+        train(tiny.config(), workdir)
+    return workdir
+
+
+def curve(workdir):
+    rows = metrics.read(workdir / "metrics.jsonl")[1]
+    return [(row["step"], row["loss"], row["grad_norm"], row.get("heldout_loss")) for row in rows]
+
+
+def test_work_directory(whole):
+    header, rows = metrics.read(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert header["unigram_loss"] > 0
+    assert rows[2]["heldout_loss"] > 0
+    assert rows[5]["tokens_per_s"] > 0
+    assert checkpoint.steps(whole / "checkpoints") == [3, 6]
+    assert json.loads((whole / "config.json").read_text())["name"] == "tiny"
+    assert list((whole / "tensorboard").iterdir())
+    assert not list(whole.rglob("*.tmp"))
+
+
+def test_resumed_curve_is_bit_identical(whole, tmp_path):
+    resumed = tmp_path / "resumed"
+    _copy_until(whole, resumed, 3)
+    train(tiny.config(), resumed)
+    assert curve(resumed) == curve(whole)
+    for first, second in _final_arrays(whole, resumed):
+        np.testing.assert_array_equal(first, second)
+
+
+def _copy_until(source, target, last_step):
+    """What a kill right after the checkpoint of `last_step` leaves: later lines half written."""
+    shutil.copytree(
+        source / "checkpoints" / str(last_step), target / "checkpoints" / str(last_step)
+    )
+    shutil.copy(source / "config.json", target)
+    text = (source / "metrics.jsonl").read_text()
+    (target / "metrics.jsonl").write_text(text[: len(text) - 40])
+
+
+def _final_arrays(*workdirs):
+    arrays = []
+    for workdir in workdirs:
+        folder = workdir / "checkpoints" / "6"
+        arrays.append(checkpoint.restore_numpy(folder, checkpoint.read_contents(folder)))
+    assert arrays[0].keys() == arrays[1].keys()
+    return [(arrays[0][name], arrays[1][name]) for name in arrays[0]]
+
+
+def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, tmp_path, capsys):
+    _copy_until(whole, tmp_path / "run", 3)
+    _copy_until(whole, tmp_path / "run6", 6)
+    (tmp_path / "run6/checkpoints/6").rename(tmp_path / "run/checkpoints/6")
+    victim = max((tmp_path / "run/checkpoints/6/state").rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    train(tiny.config(), tmp_path / "run")
+    assert victim.name in capsys.readouterr().err
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+def test_a_run_stops_after_bad_steps_in_a_row(tmp_path, monkeypatch):
+    build = step.build_step
+
+    def poisoned(config, mesh):
+        train_step = build(config, mesh)
+
+        def run(state, window, table):
+            scale = state.model.final_norm_D
+            scale[...] = scale[...] * np.float32(np.nan)
+            return train_step(state, window, table)
+
+        return run
+
+    monkeypatch.setattr(step, "build_step", poisoned)
+    with pytest.raises(Refused, match="2 steps in a row were not finite"):
+        train(tiny.config(train__max_bad_steps=2), tmp_path)
+    rows = metrics.read(tmp_path / "metrics.jsonl")[1]
+    assert [row["loss"] for row in rows] == [None, None]
+    assert rows[-1]["bad_steps"] == 2
+    assert not checkpoint.steps(tmp_path / "checkpoints")
+
+
+def test_training_under_a_plan_gives_the_same_curve(whole, tmp_path):
+    Plan(tiny.random_placement(3)).write(tmp_path / "plan.json")
+    train(tiny.config(placement=str(tmp_path / "plan.json")), tmp_path / "run")
+    assert curve(tmp_path / "run") == curve(whole)
+    rows, expected = (metrics.read(w / "metrics.jsonl")[1] for w in (tmp_path / "run", whole))
+    assert [r["rows_moved"] for r in rows] != [r["rows_moved"] for r in expected]
+
+
+def test_another_plan_than_the_stored_one_is_refused(whole, tmp_path):
+    _copy_until(whole, tmp_path / "run", 3)
+    Plan(tiny.random_placement(3)).write(tmp_path / "plan.json")
+    with pytest.raises(Refused, match="permute it first"):
+        train(tiny.config(placement=str(tmp_path / "plan.json")), tmp_path / "run")
