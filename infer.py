@@ -1,6 +1,6 @@
 """Answers prompts with a trained model: python infer.py --workdir=DIR --prompt="def main("."""
 
-from absl import app, flags
+from absl import flags
 
 from moe_jax import entry
 
@@ -26,8 +26,10 @@ HELD_OUT = flags.DEFINE_integer(
 HELD_OUT_START = flags.DEFINE_integer("held_out_start", 0, "Number of the first of them.")
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     workdir = entry.required("--workdir", WORKDIR.value)
+    entry.check_output("--record", RECORD.value, suffix=".npz")
+    entry.check_output("--measure", MEASURE.value, suffix=".npz")
     from moe_jax.infer import run
     from moe_jax.infer.sampling import Sampling
 
@@ -48,4 +50,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, app)
+    entry.run(main, __doc__)

@@ -2,16 +2,15 @@
 
 import pathlib
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from moe_jax import config as config_lib
 from moe_jax import entry
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="A file in configs/, with ':variant' if it has one. Override fields with "
-    "--config.model.top_k=4 and the like."
-)  # fmt: skip
+CONFIG = entry.define_config(
+    "A file in configs/, with ':variant' if it has one. Override any field of moe_jax/config.py "
+    "with --config.model.top_k=4 and the like."
+)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; a run that finds checkpoints there goes on from them."
 )
@@ -23,12 +22,14 @@ DISTRIBUTED = flags.DEFINE_string(
 )
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     config = config_lib.from_config_dict(entry.required("--config", CONFIG.value))
     workdir = pathlib.Path(entry.required("--workdir", WORKDIR.value))
+    entry.check_output("--workdir", WORKDIR.value)
     from moe_jax import mesh
     from moe_jax.train import loop
 
+    mesh.parse_processes(DISTRIBUTED.value)
     corpus, plan = loop.prepare(config, workdir)
     mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
     config_lib.check_devices(config, mesh.num_devices())
@@ -36,4 +37,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, app)
+    entry.run(main, __doc__)

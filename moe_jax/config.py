@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_jax.errors import Refused
@@ -146,6 +147,60 @@ def digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def complete(config_dict: Any) -> None:
+    """Sets every field with a default that a `ConfigDict` leaves out, so that it can be overridden.
+
+    Whole numbers given for real ones become real. What is wrong stays, for `from_config_dict`.
+    """
+    _complete(Config, config_dict)
+
+
+def _complete(cls: type, group: Any) -> None:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            if field.name not in group and field.default is not dataclasses.MISSING:
+                group[field.name] = type(group)()
+            if isinstance(group.get(field.name), type(group)):
+                _complete(typing.cast(type, hint), group[field.name])
+        elif field.name not in group:
+            if field.default is not dataclasses.MISSING:
+                group[field.name] = field.default
+        elif hint is float and type(group[field.name]) is int:
+            with group.ignore_type():
+                group[field.name] = float(group[field.name])
+
+
+def unknown_field(
+    lead: str, prefix: str, name: str, value: object, known: Iterable[str]
+) -> Refused:
+    """The refusal of a field there is not, with the nearest one of its group, or of another group.
+
+    Args:
+      lead: "--config." on the command line, "" in a file.
+      prefix: the group, with its dot, or "".
+      name: of the field.
+      value: what it was to be.
+      known: the names in that group.
+    """
+    elsewhere = {
+        leaf.name: f"{group.name}.{leaf.name}"
+        for group in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(group.type)
+        for leaf in dataclasses.fields(group.type)
+    }
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    far = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8)
+    if far and (far[0] == name or not near):
+        fix = f"did you mean {lead}{elsewhere[far[0]]}"
+    elif near:
+        fix = f"did you mean {lead}{prefix}{near[0]}"
+    else:
+        fix = f"known: {', '.join(known) or 'nothing below it'}"
+    return Refused(f"{lead}{prefix}{name}", value, "is not a config field", fix)
+
+
 def _build(cls: type, values: Any, prefix: str) -> Any:
     """One dataclass from one mapping, recursively; the checks that need no other field."""
     if not isinstance(values, Mapping):
@@ -154,9 +209,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
-            fix = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
-            raise Refused(f"{prefix}{name}", values[name], "is not a config field", fix.rstrip("?"))
+            raise unknown_field("", prefix, str(name), values[name], fields)
     made = {}
     for name, field in fields.items():
         hint = hints[name]
@@ -184,6 +237,8 @@ def _typed(hint: Any, value: Any, field: str) -> Any:
             f"must be of type {hint.__name__}, not {type(value).__name__}",
             f"write it as {hint.__name__}",
         )
+    if hint is float and not math.isfinite(value):
+        raise Refused(field, value, "must be finite", "give a number")
     return value
 
 
@@ -336,6 +391,9 @@ def _validate_training(config: Config) -> None:
             *("checkpoint_every", "checkpoints_kept", "max_bad_steps"),
         ),
     )
+    for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
+        if not 0 <= seed < 2**31:
+            raise Refused(field, seed, "must lie in [0, 2^31)", "use 0")
     _positive(optimizer, "optimizer", ("learning_rate", "clip_norm"))
     for name in ("b1", "b2"):
         if not 0 <= getattr(optimizer, name) < 1:

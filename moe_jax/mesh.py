@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.errors import Refused
+
 DATA, EXPERT = AXES = ("data", "expert")
 
 # Logical axes that are not listed are replicated.
@@ -24,22 +26,55 @@ def initialize(platform: str, virtual_devices: int, multi_process: str = "auto")
       multi_process: "off", "auto" (what Cloud TPU, Slurm or MPI say in the environment), or
         "HOST:PORT,NUM_PROCESSES,PROCESS_ID".
     """
+    processes = parse_processes(multi_process)
     if platform:
         jax.config.update("jax_platforms", "cuda" if platform == "gpu" else platform)
     if virtual_devices:
-        jax.config.update("jax_num_cpu_devices", virtual_devices)
+        try:
+            jax.config.update("jax_num_cpu_devices", virtual_devices)
+        except RuntimeError:  # the same number again is no error
+            raise Refused(
+                "virtual_devices",
+                virtual_devices,
+                f"this process has made its {jax.device_count()} devices already",
+                f"start a new process, or set virtual_devices = {jax.device_count()}",
+            ) from None
     if multi_process == "auto":
         jax.distributed.initialize()
-    elif multi_process != "off":
-        address, num_processes, process_id = multi_process.split(",")
+    elif processes:
         if platform == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(address, int(num_processes), int(process_id))
+        jax.distributed.initialize(*processes)
+
+
+def parse_processes(text: str) -> tuple[str, int, int] | None:
+    """(address, processes, own number) of "HOST:PORT,NUM_PROCESSES,PROCESS_ID"; None for words."""
+    if text in ("off", "auto"):
+        return None
+    address, _, numbers = text.partition(",")
+    count, _, number = numbers.partition(",")
+    whole = count.isdecimal() and number.isdecimal() and 0 <= int(number) < int(count)
+    if not whole or not address.rpartition(":")[2].isdecimal():
+        raise Refused(
+            "--distributed",
+            text,
+            "must be 'off', 'auto' or 'HOST:PORT,NUM_PROCESSES,PROCESS_ID', the last from 0",
+            "for two processes on this machine: localhost:12345,2,0 and localhost:12345,2,1",
+        )
+    return address, int(count), int(number)
 
 
 def num_devices() -> int:
     """Devices of all processes."""
-    return jax.device_count()
+    try:
+        return jax.device_count()
+    except RuntimeError as error:  # a platform that was asked for is not there
+        raise Refused(
+            "platform",
+            jax.config.values["jax_platforms"],
+            " ".join(str(error).split()),
+            "choose a platform that this machine has, or '' for what JAX finds",
+        ) from None
 
 
 def make(data: int, expert: int) -> Mesh:

@@ -43,7 +43,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
     if workdir.exists() and not workdir.is_dir():
         raise Refused("--workdir", str(workdir), "is not a directory", "name another one")
     if kept.exists():
-        old = config_lib.from_json(kept.read_text(encoding="utf-8"))
+        old = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
         if config_lib.digest(old) != config_lib.digest(config):
             raise Refused(
                 "--workdir",
@@ -51,7 +51,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
                 f"holds a run of another config ({_first_difference(old, config)})",
                 "use another --workdir, or the config in its config.json",
             )
-    return data.load_corpus(config.data), plan
+    corpus = data.load_corpus(config.data)
+    data.held_out_windows(corpus, config.data.seq_len, config.train.eval_sequences)
+    return corpus, plan
 
 
 def load_plan(config: Config) -> plan_lib.Plan:
