@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 
 from moe_jax.errors import Refused
 
-IMPLEMENTATIONS = ("reference", "cpu")
+IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu", "pallas_tpu_interpret")
 _DTYPES = ("float32", "bfloat16", "float16")
 # "cpu" is plain JAX: it runs on a GPU as well, correct but not fast.
-_BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu"}
+_BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu", "tpu": "pallas_tpu"}
 
 
 def grouped_matmul(

@@ -1,0 +1,64 @@
+"""Compiles the TPU kernels for a topology that need not be there, and says what came of it.
+
+Runs in a process of its own (see test_pallas_tpu.py): libtpu reads its environment once.
+
+    python tests/kernels/compile_for_tpu.py v5e:2x4
+
+prints one JSON object: per shape, the numbers of kernels and of transposes of floats in the program
+for the forward and backward passes of an FFN on every device of the topology.
+"""
+
+import json
+import os
+import re
+import sys
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5p-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+)
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.kernels import grouped_matmul as gm
+
+# rows, d_model, d_ff and groups per device; the second has axes that are no multiple of a tile
+SHAPES = [("bfloat16", 1024, 1024, 768, 8), ("float32", 200, 96, 640, 3)]
+
+
+def main(topology: str) -> None:
+    devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    mesh = Mesh(np.array(devices), ("expert",), axis_types=(AxisType.Auto,))
+    sharding, num_devices = NamedSharding(mesh, P("expert")), len(devices)
+
+    def shape(dtype, *dims):
+        return jax.ShapeDtypeStruct((num_devices * dims[0], *dims[1:]), dtype, sharding=sharding)
+
+    def local(x_ND, weights, sizes_G, dy_ND):
+        y_ND, vjp = jax.vjp(
+            lambda x, w: gm.grouped_ffn(x, *w, sizes_G, implementation="pallas_tpu"), x_ND, weights
+        )
+        return y_ND, vjp(dy_ND)
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("expert"), out_specs=P("expert")))
+    report = {}
+    for dtype, n, d, f, g in SHAPES:
+        weights = [shape(dtype, g, d, f), shape(dtype, g, d, f), shape(dtype, g, f, d)]
+        x_ND = shape(dtype, n, d)
+        program = run.lower(x_ND, weights, shape("int32", g), x_ND).compile().as_text()
+        report[f"{dtype} N={n} D={d} F={f} G={g}"] = {
+            "kernels": program.count('custom_call_target="tpu_custom_call"'),
+            "transposes": len(re.findall(r"= (?:bf16|f32)\S* transpose\(", program)),
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
