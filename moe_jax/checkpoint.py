@@ -29,6 +29,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import plan as plan_lib
 
 FORMAT, VERSION = "moe_jax.checkpoint", 1
+MANIFEST = "integrity.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +268,7 @@ def _check_arrays(contents: Contents, target: Mapping[str, Any]) -> None:
 
 
 def _write_manifest(folder: pathlib.Path) -> None:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest = {
         path.relative_to(folder).as_posix(): {
             "size": path.stat().st_size,
@@ -275,21 +276,21 @@ def _write_manifest(folder: pathlib.Path) -> None:
         }
         for path in paths
     }
-    with files.atomic_write(folder / "integrity.json", "w") as file:
+    with files.atomic_write(folder / MANIFEST, "w") as file:
         json.dump(manifest, file, indent=1)
 
 
 def _check_manifest(folder: pathlib.Path) -> None:
     """Every file listed, none more, each with its size and digest."""
     try:
-        manifest = json.loads((folder / "integrity.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder / "integrity.json", f"is missing or unreadable ({error})") from None
+        raise _damaged(folder / MANIFEST, f"is missing or unreadable ({error})") from None
     present = {
         path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")
-        if path.is_file() and path != folder / "integrity.json"
+        if path.is_file() and path != folder / MANIFEST
     }
     for name in sorted(listed.keys() ^ present.keys()):
         verb = "is missing" if name in listed else "does not belong there"

@@ -1,0 +1,50 @@
+# make quickstart | test | venv | lint | bench | faults          PYTHON=python3.12 chooses the interpreter
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+CONFIG ?= configs/quickstart.py
+# Devices of the quickstart's expert axis, for the planner.
+DEVICES ?= 4
+export JAX_PLATFORMS = cpu
+export TPU_SKIP_MDS_QUERY = 1
+export PYTHONUNBUFFERED = 1
+
+.PHONY: quickstart test venv lint bench faults clean
+
+quickstart: $(VENV)/.installed
+	@rm -rf $(RUN)
+	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
+	$(BIN)/python infer.py --workdir=$(RUN) --record=$(RUN)/trace.npz --held_out=256
+	$(BIN)/python -m moe_jax.placement compare $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.1x --time-limit=10 --json > $(RUN)/compare.json
+	$(BIN)/python -m moe_jax.placement solve $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.1x --time-limit=10 --out=$(RUN)/plan.json
+	$(BIN)/python -m moe_jax.placement apply $(RUN)/plan.json $(RUN) $(RUN)/placed
+	$(BIN)/python infer.py --workdir=$(RUN) --measure=$(RUN)/before.npz --held_out=32 --held_out_start=256 --max_new_tokens=32
+	$(BIN)/python infer.py --workdir=$(RUN)/placed --measure=$(RUN)/after.npz --held_out=32 --held_out_start=256 --max_new_tokens=32
+	$(BIN)/python -m moe_jax.sim.report --before=$(RUN)/before.npz --after=$(RUN)/after.npz --plan=$(RUN)/plan.json --compare=$(RUN)/compare.json --metrics=$(RUN)/metrics.jsonl --out=$(RUN)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
+	@touch $@
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m moe_jax.kernels.bench
+
+faults: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m faults
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,148 @@
+"""Checkpoints: bit-equal there and back, and nothing silent when a file is not what it was."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import checkpoint
+from moe_jax import mesh as mesh_lib
+from moe_jax.errors import Refused
+from moe_jax.placement.plan import Plan
+from tests import tiny
+
+AXES = {"a.w": ("layer", "expert"), "a.b": ("",), "n": ()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    mesh = mesh_lib.make(2, 4)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a.w": jax.device_put(
+            rng.normal(size=(2, 8)).astype(np.float32),
+            NamedSharding(mesh, PartitionSpec(None, "expert")),
+        ),
+        "a.b": jnp.asarray(rng.normal(size=5), jnp.bfloat16),
+        "n": jnp.asarray(7, jnp.int32),
+    }
+    contents = checkpoint.Contents(
+        4, checkpoint.describe(arrays, AXES), Plan(tiny.contiguous()), {"data_state": [1, {"x": 2}]}
+    )
+    return checkpoint.save(tmp_path / "checkpoints", arrays, contents), arrays
+
+
+def _target(arrays, mesh_shape=(4, 2)):
+    """Another mesh than the one it was saved from."""
+    mesh = mesh_lib.make(*mesh_shape)
+    spec = {"a.w": PartitionSpec(None, "expert")}
+    return {
+        name: jax.ShapeDtypeStruct(
+            array.shape,
+            array.dtype,
+            sharding=NamedSharding(mesh, spec.get(name, PartitionSpec())),
+        )
+        for name, array in arrays.items()
+    }
+
+
+def test_round_trip_on_another_mesh(saved):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    assert (contents.step, contents.extra) == (4, {"data_state": [1, {"x": 2}]})
+    assert contents.arrays["a.w"].axes == ("layer", "expert")
+    restored = checkpoint.restore(folder, contents, _target(arrays), contents.plan.placement)
+    for name, array in arrays.items():
+        assert restored[name].dtype == array.dtype
+        np.testing.assert_array_equal(restored[name], array)
+    assert restored["a.w"].sharding == _target(arrays)["a.w"].sharding
+    for name, array in checkpoint.restore_numpy(folder, contents).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_another_placement_is_refused(saved):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    with pytest.raises(Refused, match="permute it first"):
+        checkpoint.restore(folder, contents, _target(arrays), tiny.random_placement(0))
+
+
+def test_other_arrays_are_refused(saved):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    target = _target(arrays)
+    target["a.w"] = jax.ShapeDtypeStruct((2, 9), jnp.float32)
+    target["a.b"] = jax.ShapeDtypeStruct((5,), jnp.float32)
+    target["new"] = jax.ShapeDtypeStruct((), jnp.float32)
+    with pytest.raises(Refused) as refusal:
+        checkpoint.restore(folder, contents, target, None)
+    for part in ("float32[2, 8]", "float32[2, 9]", "bfloat16[5]", "new: absent", "3 arrays differ"):
+        assert part in str(refusal.value)
+
+
+def _every_file(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_changed_file_is_named(saved):
+    folder, _ = saved
+    for path in _every_file(folder):
+        good = path.read_bytes()
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 0x10
+        for bad in (bytes(flipped), good[:-1], good + b"x"):
+            path.write_bytes(bad)
+            with pytest.raises(Refused, match=path.name.replace(".", r"\.")):
+                checkpoint.read_contents(folder)
+        path.write_bytes(good)
+    checkpoint.read_contents(folder)
+
+
+def test_missing_and_surplus_files_are_named(saved):
+    folder, _ = saved
+    (folder / "surplus").write_text("x")
+    with pytest.raises(Refused, match="surplus"):
+        checkpoint.read_contents(folder)
+    (folder / "surplus").unlink()
+    (folder / "plan.json").unlink()
+    with pytest.raises(Refused, match=r"plan\.json"):
+        checkpoint.read_contents(folder)
+
+
+def test_unknown_version_is_refused(saved):
+    folder, _ = saved
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"version": 99}))
+    checkpoint._write_manifest(folder)
+    with pytest.raises(Refused, match="version 1"):
+        checkpoint.read_contents(folder)
+
+
+def test_newest_good_step(saved, tmp_path):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    newer = checkpoint.Contents(9, contents.arrays, contents.plan, {})
+    checkpoint.save(folder.parent, arrays, newer)
+    (folder.parent / ".12.tmp").mkdir()  # what a kill in the middle of a save leaves
+    said: list[str] = []
+    assert checkpoint.newest_good_step(folder.parent, said.append).name == "9"
+    (folder.parent / "9" / "meta.json").write_text("{}")
+    assert checkpoint.newest_good_step(folder.parent, said.append).name == "4"
+    assert len(said) == 1
+    assert "meta.json" in said[0]
+    (folder / "meta.json").write_text("{}")
+    with pytest.raises(Refused, match="every step is damaged"):
+        checkpoint.newest_good_step(folder.parent, said.append)
+    assert checkpoint.newest_good_step(tmp_path / "none", said.append) is None
+
+
+def test_old_steps_are_removed(saved):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    for step in (5, 6, 7):
+        newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
+        checkpoint.save(folder.parent, arrays, newer, keep=2)
+    assert checkpoint.steps(folder.parent) == [6, 7]

@@ -1,0 +1,122 @@
+"""Moving experts: values are copied, never changed; there and back restores every bit."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, permute
+from moe_jax.errors import Refused
+from moe_jax.model import parameter
+from moe_jax.placement.plan import Placement, Plan
+from moe_jax.train import step as step_lib
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A training state whose moments are not zero, all values different."""
+    config = tiny.config()
+    state = step_lib.initial_state(config, tiny.mesh(config))
+    leaves, structure = jax.tree.flatten(state)
+    rng = np.random.default_rng(0)
+    filled = [
+        jax.device_put(rng.normal(size=leaf.shape).astype(np.float32), leaf.sharding)
+        if leaf.dtype == np.float32
+        else leaf
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(structure, filled)
+
+
+def test_apply_then_invert_restores_parameters_and_moments(state):
+    for seed in range(100):
+        placement = tiny.random_placement(seed)
+        there = permute.apply(state, tiny.contiguous(), placement)
+        back = permute.apply(there, placement, tiny.contiguous())
+        jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def test_every_expert_lands_in_its_slot(state):
+    placement = tiny.random_placement(5)
+    moved = permute.apply(state, tiny.contiguous(), placement)
+    for name in ("gate_PDF", "up_PDF", "down_PFD"):
+        for tree in ("model", "mu", "nu"):
+            before, after = (
+                np.asarray(getattr(_part(s, tree).blocks.moe, name)[...]) for s in (state, moved)
+            )
+            for layer, slots in enumerate(placement.physical_to_logical_LP):
+                for slot, expert in enumerate(slots):
+                    np.testing.assert_array_equal(after[layer, slot], before[layer, expert])
+    untouched = (moved.model.embedding_VD, state.model.embedding_VD)
+    np.testing.assert_array_equal(untouched[0][...], untouched[1][...])
+
+
+def _part(state, tree):
+    return state.model if tree == "model" else getattr(state.opt_state[0], tree)
+
+
+def test_sharding_is_kept(state):
+    moved = permute.apply(state, tiny.contiguous(), tiny.random_placement(1))
+    before, after = jax.tree.leaves(state), jax.tree.leaves(moved)
+    assert [leaf.sharding for leaf in after] == [leaf.sharding for leaf in before]
+
+
+def test_composition(state):
+    """a -> b -> c is a -> c."""
+    b, c = tiny.random_placement(1), tiny.random_placement(2)
+    twice = permute.apply(permute.apply(state, tiny.contiguous(), b), b, c)
+    once = permute.apply(state, tiny.contiguous(), c)
+    jax.tree.map(np.testing.assert_array_equal, twice, once)
+
+
+def test_replicas_take_the_copy_on_their_own_device():
+    old = Placement(np.array([[0, 1, 2, 0, 3, 1, 2, 3]], np.int32), 4, 4)
+    new = Placement(np.array([[1, 0, 2, 3, 0, 3, 1, 2]], np.int32), 4, 4)
+    source = permute.source_slots(old, new)
+    #                         device 0     1     2     3
+    np.testing.assert_array_equal(source, [[1, 0, 2, 4, 0, 4, 1, 6]])
+
+
+def _save(state, folder, plan):
+    arrays = checkpoint.flatten(state)
+    axes = checkpoint.flatten(parameter.logical_axes(state))
+    contents = checkpoint.Contents(3, checkpoint.describe(arrays, axes), plan, {"a": 1})
+    return checkpoint.save(folder, arrays, contents)
+
+
+def test_checkpoint_is_permuted_like_the_live_state(state, tmp_path):
+    source = _save(state, tmp_path / "checkpoints", Plan(tiny.contiguous()))
+    placement = tiny.random_placement(7)
+    Plan(placement).write(tmp_path / "plan.json")
+    told = permute.apply_to_checkpoint(tmp_path / "plan.json", source, tmp_path / "out" / "3")
+    assert placement.digest[:12] in told
+    contents = checkpoint.read_contents(tmp_path / "out" / "3")
+    assert contents.plan.placement == placement
+    assert (contents.step, contents.extra) == (3, {"a": 1})
+    arrays = checkpoint.restore_numpy(tmp_path / "out" / "3", contents)
+    live = checkpoint.flatten(permute.apply(state, tiny.contiguous(), placement))
+    assert arrays.keys() == live.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, live[name])
+
+    # and back, from the file alone
+    Plan(tiny.contiguous()).write(tmp_path / "back.json")
+    permute.apply_to_checkpoint(tmp_path / "back.json", tmp_path / "out" / "3", tmp_path / "back")
+    contents = checkpoint.read_contents(tmp_path / "back")
+    original = checkpoint.flatten(state)
+    for name, array in checkpoint.restore_numpy(tmp_path / "back", contents).items():
+        np.testing.assert_array_equal(array, original[name])
+
+
+def test_refusals(state, tmp_path):
+    source = _save(state, tmp_path / "checkpoints", Plan(tiny.contiguous()))
+    other = Placement.contiguous(tiny.LAYERS + 1, tiny.EXPERTS, 4)
+    Plan(other).write(tmp_path / "other.json")
+    with pytest.raises(Refused, match="another model"):
+        permute.apply_to_checkpoint(tmp_path / "other.json", source, tmp_path / "out")
+    Plan(tiny.random_placement(0)).write(tmp_path / "plan.json")
+    with pytest.raises(Refused, match="exists already"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", source, source)
+    with pytest.raises(Refused, match="must be a step directory"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", tmp_path / "no", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
