@@ -49,9 +49,7 @@ def transitions(
                 new_LE = _shaken(best_LE, rng)
             else:
                 new_LE = chain_lib.sweep(chain, _first(problem, rng), deadline)
-            if not problem.all_allowed(new_LE):
-                new_LE = _repaired(problem, new_LE)
-            new_LE = chain_lib.alternate(chain, new_LE, deadline)
+            new_LE = chain_lib.alternate(chain, problem.repaired(new_LE), deadline)
             pool.add(new_LE)
             if chain.value(new_LE) > best * (1 + 1e-12) and problem.all_allowed(new_LE):
                 best_LE, best = new_LE, chain.value(new_LE)
@@ -74,19 +72,17 @@ def coherent(
         ]
     )
     yield chain_lib.align(chain, problem.balanced_LE)
+    near_LE: list[np.ndarray | None] = [None] * problem.trace.num_layers
     for rung, factor in enumerate(factors):
         now = time.monotonic()
         if now >= deadline:
             return
         share = now + (deadline - now) / (len(factors) - rung)
         cap_L = np.minimum(problem.cap_L, reachable_L * factor)
-        part_LE = np.stack(
-            [
-                layerwise.clustered(problem, layer, cap, rng, share)
-                for layer, cap in enumerate(cap_L)
-            ]
-        )
-        yield chain_lib.align(chain, part_LE)
+        for layer, cap in enumerate(cap_L):
+            near_LE[layer] = layerwise.clustered(problem, layer, cap, near_LE[layer], rng, share)
+        part_LE = np.stack([device_E for device_E in near_LE if device_E is not None])
+        yield chain_lib.align(chain, problem.repaired(part_LE))
 
 
 def whole(problem: Problem, deadline: float) -> ilp.Solved | None:
@@ -115,13 +111,4 @@ def _shaken(device_LE: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for layer in range(first, min(first + width, layers)):
         chosen = rng.choice(experts, size=max(2, experts // 4), replace=False)
         device_LE[layer, chosen] = device_LE[layer, rng.permutation(chosen)]
-    return device_LE
-
-
-def _repaired(problem: Problem, device_LE: np.ndarray) -> np.ndarray:
-    """Layers above their cap are replaced by the most even ones."""
-    device_LE = device_LE.copy()
-    for layer, device_E in enumerate(device_LE):
-        if not problem.allowed(layer, device_E):
-            device_LE[layer] = problem.balanced_LE[layer]
     return device_LE

@@ -52,27 +52,40 @@ def best_of_layer(
     if problem.objective == "load" or problem.dispatch == "gathered":
         found.append(_evened(problem, layer, deadline))
     else:
-        found += [_clustered(problem, layer, cap, rng, deadline) for cap in _ladder(problem, layer)]
+        found += _rungs(problem, layer, rng, deadline)
         found.sort(key=lambda device_E: _value(problem, layer, device_E))
         found += [_polished(problem, layer, d, rng, deadline) for d in found[:POLISHED]]
     return min(found, key=lambda device_E: _value(problem, layer, device_E))
 
 
 def clustered(
-    problem: Problem, layer: int, cap: float, rng: np.random.Generator, deadline: float
+    problem: Problem,
+    layer: int,
+    cap: float,
+    near_E: np.ndarray | None,
+    rng: np.random.Generator,
+    deadline: float,
 ) -> np.ndarray:
-    """int64 [E]: groups by co-activation under a cap."""
-    return _clustered(problem, layer, cap, rng, deadline)
-
-
-def _clustered(problem, layer, cap, rng, deadline) -> np.ndarray:
+    """int64 [E]: groups by co-activation under a cap, `near_E` being one of the starts if given."""
     task = problem.layer(layer, cap)
     experts, devices = problem.trace.num_experts, problem.num_devices
-    count = max(2, min(STARTS, 2**21 // (experts * experts)))
+    count = max(2, min(STARTS, 2**17 // (experts * experts)))
     starts = clusters.random_starts(experts, devices, count, rng)
-    starts[0] = greedy.grown(task, problem.slots)
+    starts[0] = greedy.grown(task, problem.slots) if near_E is None else near_E
     starts[1] = problem.balanced_LE[layer]
     return clusters.improve(task, starts, rng, SHAKES, deadline)
+
+
+def _rungs(problem: Problem, layer: int, rng, deadline: float) -> list[np.ndarray]:
+    """Clusterings under tighter and tighter caps, each from the one before it."""
+    caps, found, near_E = _ladder(problem, layer), [], None
+    for rung, cap in enumerate(caps):
+        now = time.monotonic()
+        # half of the time is for polishing
+        share = now + max(deadline - now, 0.0) / (len(caps) - rung + 1)
+        near_E = clustered(problem, layer, cap, near_E, rng, share)
+        found.append(near_E)
+    return found
 
 
 def _ladder(problem: Problem, layer: int) -> list[float]:

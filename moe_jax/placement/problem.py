@@ -192,6 +192,11 @@ class Problem:
     def all_allowed(self, device_LE: np.ndarray) -> bool:
         return all(self.allowed(layer, row_E) for layer, row_E in enumerate(device_LE))
 
+    def repaired(self, device_LE: np.ndarray) -> np.ndarray:
+        """Layers above their cap are replaced by the most even ones."""
+        over = [not self.allowed(layer, row_E) for layer, row_E in enumerate(device_LE)]
+        return np.where(np.array(over)[:, None], self.balanced_LE, device_LE)
+
     def load_excess(self, layer: int, device_E: np.ndarray) -> float:
         """How far the largest load is above what is proven, as a share."""
         load_M = np.bincount(device_E, weights=self.load_LE[layer])

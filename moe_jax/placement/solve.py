@@ -129,6 +129,7 @@ def solve_problem(
     if time_limit == 0:
         run.prove("bound", relax.lower_bound(problem, deadline, steps=1))
         return run.solution("time limit 0: this is the greedy placement")
+    run.tell("bound")
     now = time.monotonic()
     run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))
     run.search(seed, deadline)
@@ -136,20 +137,20 @@ def solve_problem(
 
 
 def constructed(problem: Problem) -> np.ndarray:
-    """int64 [L, E]: the best of the constructions that keep the load cap; no search."""
+    """int64 [L, E]: the best of the constructions, all of which keep the load cap; no search."""
     layers = range(problem.trace.num_layers)
     candidates = [problem.balanced_LE]
     far = time.monotonic() + 3600.0
     if problem.objective == "exflow":
         first_E = problem.balanced_LE[0]
-        candidates.append(chain.sweep(problem.chain(problem.top1_LEE), first_E, far))
+        swept_LE = chain.sweep(problem.chain(problem.top1_LEE), first_E, far)
+        candidates.append(problem.repaired(swept_LE))
     elif problem.objective != "load":
         grown_LE = np.stack(
             [greedy.grown(problem.layer(n, problem.cap_L[n]), problem.slots) for n in layers]
         )
-        candidates.append(_labelled(problem, grown_LE))
-    allowed = [device_LE for device_LE in candidates if problem.all_allowed(device_LE)]
-    return min(allowed, key=problem.value)
+        candidates.append(_labelled(problem, problem.repaired(grown_LE)))
+    return min(candidates, key=problem.value)
 
 
 class _Run:
@@ -171,13 +172,14 @@ class _Run:
         if value < self.best:
             self.best, self.best_LE = value, device_LE
             self._history.append((time.monotonic() - self._started, value))
-        self._tell(stage)
+        self.tell(stage)
 
     def prove(self, stage: str, bound: float) -> None:
         self.bound = max(self.bound, min(bound, self.best))
-        self._tell(stage)
+        self.tell(stage)
 
     def search(self, seed: int, deadline: float) -> None:
+        self.tell("search")
         problem, rng = self._problem, np.random.default_rng(seed)
         for device_LE in _steps(problem, self.best_LE, rng, deadline):
             self.offer("search", device_LE)
@@ -226,7 +228,7 @@ class _Run:
         rows = contacts * 2 * (devices - 1) / devices / problem.token_layers
         self.prove(stage, rows * relax.SAFETY)
 
-    def _tell(self, stage: str) -> None:
+    def tell(self, stage: str) -> None:
         if self._progress is not None:
             seconds = time.monotonic() - self._started
             self._progress(Progress(stage, seconds, self._limit, self.best, self.bound))
