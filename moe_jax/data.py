@@ -66,8 +66,10 @@ def load_corpus(config: DataConfig) -> Corpus:
                 f"least data.seq_len + 1 = {config.seq_len + 1} bytes (found {len(files)} files)",
                 f"add files that end in {', '.join(sorted(_TEXT_SUFFIXES))}",
             )
-    train, held_out = (np.frombuffer(b"".join(splits[key]), np.uint8) for key in (False, True))
-    return Corpus(train, held_out, name)
+    train_text, held_out_text = (
+        np.frombuffer(b"".join(splits[key]), np.uint8) for key in (False, True)
+    )
+    return Corpus(train_text, held_out_text, name)
 
 
 def _folder(config: DataConfig) -> tuple[pathlib.Path, str]:

@@ -84,7 +84,7 @@ def _first_difference(old: Config, new: Config) -> str:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
@@ -111,7 +111,7 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
     held_out = data.held_out_windows(corpus, data_config.seq_len, train_config.eval_sequences)
     held_out_loss = _HeldOut(config, mesh, held_out)
     reporter = Reporter(config, mesh, workdir, run.step, corpus, held_out)
-    pending: tuple[int, Any, float | None] | None = None
+    pending: tuple[int, Any, jax.Array | None] | None = None
     try:
         while run.step < train_config.num_steps:
             window_BS1 = mesh_lib.put_batch(mesh, next(run.batches))
@@ -138,7 +138,7 @@ class _HeldOut:
         self._evaluate = step_lib.build_eval(config, mesh)
         self._windows = mesh_lib.put_batch(mesh, windows)
 
-    def __call__(self, model: transformer.Transformer, table: Table) -> float:
+    def __call__(self, model: transformer.Transformer, table: Table) -> jax.Array:
         return self._evaluate(model, self._windows, table)
 
 
@@ -179,7 +179,8 @@ class Reporter:
         rows = int(traffic.dispatch_MM.sum()) + int(traffic.combine_MM.sum())
         names = ("loss", "load_balance", "z", "grad_norm", "bad_steps")
         values = {name: float(getattr(step_metrics, name)) for name in names}
-        values["load_imbalance"] = metrics.load_imbalance(traffic.computed_P, self._num_devices)
+        computed_LP = np.asarray(traffic.computed_P)
+        values["load_imbalance"] = metrics.load_imbalance(computed_LP, self._num_devices)
         values["rows_moved"] = float(rows)
         values["rows_padding"] = float(traffic.padding_MM.sum())
         if held_out is not None:
