@@ -3,9 +3,10 @@
     python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode] [--implementation=cpu]
                                     [--seconds=4] [--no-ragged] [--json]
 
-All contenders of a row run interleaved in one process, each in its best of many rounds, so that a
-busy machine slows them alike. A ratio is dense time / time: 1.00 is dense speed, more is faster.
-Dense means one matrix (or FFN) over the rows that are really used, whatever the buffer's length.
+All contenders of a row run interleaved in one process. Milliseconds are the best of many rounds; a
+ratio is dense time / time within one round, the median over rounds: 1.00 is dense speed, more is
+faster, and what else the machine does slows both sides of a ratio alike. Dense means one matrix (or
+FFN) over the rows that are really used, whatever the buffer's length.
 """
 
 import argparse
@@ -32,6 +33,7 @@ class Shape(NamedTuple):
     d_ff: int
     num_groups: int
     patterns: tuple[str, ...]
+    directions: int = 2  # 1: nobody trains on it
 
 
 _ALL = ("uniform", "multinomial", "zipf", "half-empty", "one-group")
@@ -39,7 +41,7 @@ SHAPES = {
     "g16": Shape("matmul", 4096, 4096, 512, 1024, 16, _ALL),
     "g64": Shape("matmul", 4096, 4096, 512, 1024, 64, _ALL),
     "quickstart": Shape("ffn", 8192, 1500, 128, 256, 4, ("uniform", "multinomial", "zipf")),
-    "decode": Shape("ffn", 64, 2, 128, 256, 4, ("half-empty",)),
+    "decode": Shape("ffn", 64, 2, 128, 256, 4, ("half-empty",), directions=1),
 }
 
 
@@ -82,7 +84,7 @@ def contenders(
         run_forward, run_backward = jax.jit(f), jax.jit(functools.partial(backward, f))
         return (lambda: run_forward(*inputs)), (lambda: run_backward(*inputs, dy))
 
-    _, n, used, d, ff, g, _ = shape
+    _, n, used, d, ff, g, *_ = shape
     sizes = jnp.asarray(group_sizes(pattern, used, g), jnp.int32)
     x = normal(n, d)
     if shape.op == "matmul":
@@ -107,7 +109,10 @@ def contenders(
         if ragged:
             ffn = functools.partial(ragged_ffn, sizes)
             calls["ragged_dot"] = pair(ffn, backward, x, *weights, dy)
-    return {name: {who: c[i] for who, c in calls.items()} for i, name in enumerate(names)}
+    return {
+        name: {who: c[i] for who, c in calls.items()}
+        for i, name in enumerate(names[: shape.directions])
+    }
 
 
 def dense_ffn(x, w_gate, w_up, w_down):
@@ -119,24 +124,24 @@ def ragged_ffn(sizes, x, w_gate, w_up, w_down):
     return dot(jax.nn.silu(dot(x, w_gate)) * dot(x, w_up), w_down)
 
 
-def best_times(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Best time of each call in seconds; rounds over all of them for `seconds`, at least three.
+def time_rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, np.ndarray]:
+    """Times of each call in seconds, one per round over all of them, for at least three rounds.
 
-    A call 20 times slower than the best would eat the time of the others: it runs twice.
+    A call 20 times slower than the fastest would eat the time of the others: it runs once more, and
+    that time stands for all rounds.
     """
-    best = {}
+    first = {}
     for name, call in calls.items():
         jax.block_until_ready(call())  # compiles
-        best[name] = _time(call)
-    slow = {name for name in calls if best[name] > 20 * min(best.values())}
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or time.perf_counter() < end:
-        for name in calls.keys() - slow:
-            best[name] = min(best[name], _time(calls[name]))
-        rounds += 1
-    for name in slow:
-        best[name] = min(best[name], _time(calls[name]))
-    return best
+        first[name] = _time(call)
+    slow = {name for name, t in first.items() if t > 20 * min(first.values())}
+    times: dict[str, list[float]] = {name: [] for name in calls if name not in slow}
+    end = time.perf_counter() + seconds
+    while len(times["dense"]) < 3 or time.perf_counter() < end:
+        for name, column in times.items():
+            column.append(_time(calls[name]))
+    once = {name: [min(first[name], _time(calls[name]))] for name in slow}
+    return {name: np.asarray((times | once)[name]) for name in calls}
 
 
 def _time(call: Callable[[], Any]) -> float:
@@ -151,13 +156,18 @@ def measure(names: list[str], implementation: str, seconds: float, ragged: bool)
         shape = SHAPES[name]
         for pattern in shape.patterns:
             for direction, calls in contenders(shape, pattern, implementation, ragged).items():
-                best = best_times(calls, seconds)
+                times = time_rounds(calls, seconds)
+                dense = times["dense"]
                 yield {
                     "shape": name,
                     "pattern": pattern,
                     "direction": direction,
-                    "milliseconds": {who: t * 1e3 for who, t in best.items()},
-                    "ratio": {who: best["dense"] / t for who, t in best.items() if who != "dense"},
+                    "milliseconds": {who: 1e3 * float(t.min()) for who, t in times.items()},
+                    "ratio": {
+                        who: float(np.median(dense / t))
+                        for who, t in times.items()
+                        if who != "dense"
+                    },
                 }
             done += 1
             left = (time.perf_counter() - start) / done * (total - done)
@@ -203,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({**machine, "shapes": shapes, "rows": rows}))
     else:
         for name in names:
-            op, n, used, d, ff, g, _ = SHAPES[name]
+            op, n, used, d, ff, g, *_ = SHAPES[name]
             print(f"{name}: {op}, {used} of {n} rows used, D={d}, F={ff}, G={g}, float32")
         print(f"device {machine['device']}, jax {machine['jax']}\n\n{table(rows)}")
     return 0

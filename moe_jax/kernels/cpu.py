@@ -14,7 +14,7 @@ is read and written through a mask, and no buffer needs padding. dw adds up in t
 Backward passes recompute the pre-activations in the tile: nothing but the inputs is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +79,7 @@ def _rotate(x_TD: Array, shift: Array) -> Array:
 
 def _for_each_tile(
     group_sizes_G: Array,
-    weights: tuple[Array, ...],
+    weights: Sequence[Array],
     buffers: Any,
     visit: Callable[[Any, Any, "_Tile"], Any],
     num_rows: int,
@@ -146,13 +146,13 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
-def _zero_grads(x_ND: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+def _zero_grads(x_ND: Array, weights: Sequence[Array]) -> tuple[Array, ...]:
     """Buffers for dx and every dw; a dw adds up in float32."""
     dw = (_zeros(w.shape, jnp.float32, x_ND) for w in weights)
     return _zeros(x_ND.shape, x_ND.dtype, x_ND), *dw
 
 
-def _as_cotangents(grads: tuple[Array, ...], weights: tuple[Array, ...]) -> tuple[Any, ...]:
+def _as_cotangents(grads: tuple[Array, ...], weights: Sequence[Array]) -> tuple[Any, ...]:
     """(dx, dw ...) in the dtypes of their arguments; group sizes have no gradient."""
     dx_ND, *dw = grads
     return dx_ND, *(g.astype(w.dtype) for g, w in zip(dw, weights, strict=True)), None

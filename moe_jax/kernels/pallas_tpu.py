@@ -181,9 +181,8 @@ def _rows_times_weights(
 
         @pl.when(step == steps - 1)
         def _():
-            previous = jnp.maximum(item - 1, 0)
-            new_tile = (item == 0) | (work.tile_W[previous] != work.tile_W[item])
-            others_TB = jnp.where(new_tile, 0.0, y_ref[...].astype(jnp.float32))
+            # rows of other groups keep what is there: a result, or what their turn will replace
+            others_TB = y_ref[...].astype(jnp.float32)
             own_T1 = _own_rows(work, item, tile_rows)
             y_ref[...] = jnp.where(own_T1, sum_ref[...], others_TB).astype(y_ref.dtype)
 

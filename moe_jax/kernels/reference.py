@@ -47,10 +47,11 @@ def _only_used(y_NF: Array, mask_GN: Array) -> Array:
 
 
 def _matmul(x_ND: Array, w_GDF: Array, mask_GN: Array) -> Array:
-    # `where` and not a product: unused rows may hold anything, NaN included.
-    x_GND = jnp.where(mask_GN[:, :, None], x_ND.astype(jnp.float32)[None], 0.0)
-    w_GDF = w_GDF.astype(jnp.float32)
-    return jnp.einsum("gnd,gdf->nf", x_GND, w_GDF, precision=_EXACT)
+    # `where` and not a product: unused rows and other groups' weights may hold anything.
+    mask_GN1 = mask_GN[:, :, None]
+    x_GND = jnp.where(mask_GN1, x_ND.astype(jnp.float32)[None], 0.0)
+    y_GNF = jnp.einsum("gnd,gdf->gnf", x_GND, w_GDF.astype(jnp.float32), precision=_EXACT)
+    return jnp.where(mask_GN1, y_GNF, 0.0).sum(axis=0)
 
 
 def _swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, mask_GN: Array) -> Array:
