@@ -10,9 +10,12 @@ export JAX_PLATFORMS = cpu
 export TPU_SKIP_MDS_QUERY = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: quickstart test venv lint bench faults clean
+.PHONY: quickstart quickstart-commands test venv lint bench faults clean
 
-quickstart: $(VENV)/.installed
+quickstart: $(VENV)/.installed quickstart-commands
+
+# The same in an environment that is there already: BIN names its folder of programs.
+quickstart-commands:
 	@rm -rf $(RUN)
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
 	$(BIN)/python infer.py --workdir=$(RUN) --record=$(RUN)/trace.npz --held_out=256

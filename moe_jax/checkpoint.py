@@ -110,7 +110,7 @@ def newest_good_step(
 
 def save(
     directory: str | os.PathLike,
-    arrays: Mapping[str, jax.Array],
+    arrays: Mapping[str, jax.Array | np.ndarray],
     contents: Contents,
     keep: int | None = None,
 ) -> pathlib.Path:
@@ -118,7 +118,7 @@ def save(
 
     Args:
       directory: the run's `checkpoints` directory.
-      arrays: global arrays, by name.
+      arrays: global arrays (or host arrays, in a single process), by name.
       contents: what goes beside them; `contents.arrays` must describe `arrays`.
       keep: number of newest steps to leave; None = all.
     """

@@ -101,7 +101,7 @@ class Config:
     placement: str = ""  # plan file to train under; "" = contiguous
 
 
-def from_config_dict(config_dict: Mapping[str, Any]) -> Config:
+def from_config_dict(config_dict: Any) -> Config:
     """Builds and validates a `Config`.
 
     Args:

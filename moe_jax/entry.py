@@ -14,7 +14,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, no_type_check
 
 import ml_collections
 from absl import flags
@@ -57,6 +57,7 @@ def check_output(flag: str, path: str | None, *, suffix: str = "") -> None:
         raise Refused(flag, path, f"cannot be written below {above}", "name another place")
 
 
+@no_type_check  # absl finds the program among the callers: no wrapper may stand between
 def define_config(help_string: str) -> flags.FlagHolder[Any]:
     """The flag --config; its value is a ConfigDict with every override applied."""
     holder = config_flags.DEFINE_config_file("config", help_string=help_string)

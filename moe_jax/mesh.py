@@ -5,6 +5,8 @@ Tokens (`batch`) are split over both axes, so attention is data-parallel everywh
 split over `expert` and replicated over `data`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -77,9 +79,13 @@ def num_devices() -> int:
         ) from None
 
 
-def make(data: int, expert: int) -> Mesh:
-    """A `data x expert` mesh over the first data * expert devices, physical neighbours adjacent."""
-    devices = jax.devices()[: data * expert]
+def make(data: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `data x expert` mesh over the first data * expert devices, physical neighbours adjacent.
+
+    Args:
+      devices: of a topology that is compiled for but not there; None = those that are.
+    """
+    devices = list(jax.devices() if devices is None else devices)[: data * expert]
     return jax.make_mesh(
         (data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=devices
     )

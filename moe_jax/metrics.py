@@ -1,4 +1,4 @@
-"""What a run says: JSON lines that read back bit-equal, TensorBoard, and one line a log interval."""
+"""What a run says: JSON lines that read back bit-equal, TensorBoard, one line a log interval."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class Writer:
     """
 
     def __init__(self, workdir: pathlib.Path, header: dict[str, Any], first_step: int):
-        """Opens for appending; lines of steps from `first_step` on (a run that was cut) are dropped."""
+        """Opens for appending; drops steps from `first_step` on (of a run that was cut)."""
         from tensorboardX import SummaryWriter
 
         self._path = workdir / "metrics.jsonl"

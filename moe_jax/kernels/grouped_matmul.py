@@ -83,9 +83,13 @@ def grouped_ffn(
     return _choose(implementation).ffn(*args)
 
 
-def default_implementation() -> str:
-    """What `implementation=None` means on this machine. The only place that decides it."""
-    platform = jax.default_backend()
+def default_implementation(platform: str | None = None) -> str:
+    """What `implementation=None` means on a platform. The only place that decides it.
+
+    Args:
+      platform: as in `jax.Device.platform`; None = the one that JAX runs on.
+    """
+    platform = platform or jax.default_backend()
     if platform not in _BY_PLATFORM:
         raise Refused(
             "implementation",

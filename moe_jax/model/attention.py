@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model import parameter
+from moe_jax.pytree import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -19,8 +20,8 @@ from moe_jax.model import parameter
 class LayerCache:
     """Keys and values of one layer (of all layers when stacked): [B, C, G, Q] each."""
 
-    key_BCGQ: jax.Array
-    value_BCGQ: jax.Array
+    key_BCGQ: Leaf
+    value_BCGQ: Leaf
 
 
 class Attention(nnx.Module):

@@ -15,8 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 from moe_jax import mesh as mesh_lib
 from moe_jax.kernels import grouped_matmul
 from moe_jax.model import parameter, router
-from moe_jax.model.dispatch import schemes
+from moe_jax.model.dispatch import schemes, wire
 from moe_jax.model.dispatch.traffic import Traffic
+from moe_jax.pytree import Leaf
 
 
 class MoE(nnx.Module):
@@ -44,10 +45,10 @@ class LayerRecord:
       load_balance, z: the router's losses, scalars.
     """
 
-    expert_BSK: jax.Array
+    expert_BSK: Leaf
     traffic: Traffic
-    load_balance: jax.Array
-    z: jax.Array
+    load_balance: Leaf
+    z: Leaf
 
 
 MoELayer = Callable[[jax.Array, MoE, jax.Array, schemes.Table], tuple[jax.Array, LayerRecord]]
@@ -95,13 +96,17 @@ def build_dispatch(
       T is a multiple of the devices, P of the expert axis.
     """
     scheme = schemes.SCHEMES[dispatch]
+    # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
+    platform = mesh.devices.flat[0].platform
+    transport = wire.transport_of(platform)
+    implementation = implementation or grouped_matmul.default_implementation(platform)
     vary_over_data = functools.partial(jax.lax.pcast, axis_name=mesh_lib.DATA, to="varying")
     vary_over_all = functools.partial(jax.lax.pcast, axis_name=mesh_lib.AXES, to="varying")
 
     def on_device(x_TD, expert_TK, weight_TK, table, *weights):
         # Weights are equal on all data replicas, rows are not. Saying so here makes this the line
         # at which the gradients of the weights are summed over `data`.
-        weights = [vary_over_data(weight) for weight in weights]
+        weights = tuple(vary_over_data(weight) for weight in weights)
         table = jax.tree.map(vary_over_all, table)
 
         def experts_fn(rows_AD, group_sizes_e):
@@ -120,6 +125,7 @@ def build_dispatch(
                 experts_fn,
                 num_physical=num_physical,
                 axis=mesh_lib.EXPERT,
+                transport=transport,
             )
         return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, mesh_lib.DATA), traffic)
 

@@ -8,7 +8,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.pytree import Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -21,10 +23,10 @@ class Routing:
     z: scalar; mean squared log-partition of the router's logits.
     """
 
-    expert_TK: Int[Array, "T K"]
-    weight_TK: Float[Array, "T K"]
-    load_balance: Float[Array, ""]
-    z: Float[Array, ""]
+    expert_TK: Leaf
+    weight_TK: Leaf
+    load_balance: Leaf
+    z: Leaf
 
 
 def route_top_k(

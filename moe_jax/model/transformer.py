@@ -20,6 +20,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.model import attention, moe, parameter
 from moe_jax.model.dispatch.schemes import Table
+from moe_jax.pytree import Leaf
 
 
 class Block(nnx.Module):
@@ -62,7 +63,7 @@ class Output:
     record: `LayerRecord` of all layers, stacked: expert_LBSK, traffic [L, ...], losses [L].
     """
 
-    logits_BSV: jax.Array
+    logits_BSV: Leaf
     cache: attention.LayerCache | None
     record: moe.LayerRecord
 

@@ -52,21 +52,39 @@ class Layer:
 def descend(layer: Layer, device_BE: np.ndarray, deadline: float) -> np.ndarray:
     """Best-swap descent of every start; returns new labels."""
     device_BE = device_BE.copy()
-    starts, experts = device_BE.shape
-    active_B = np.arange(starts)
+    active_B = np.arange(len(device_BE))
+    # on a flat machine swaps between other devices do not change a swap's gain
+    flat = np.array_equal(layer.likeness_MM, np.eye(len(layer.likeness_MM)))
+    at_once = max(1, len(layer.likeness_MM) // 2) if flat else 1
+    least = 1e-9 * (1.0 + layer.affinity_EE.sum())
     while active_B.size and time.monotonic() < deadline:
-        delta_BEE = _deltas(layer, device_BE[active_B])
-        flat_B = delta_BEE.reshape(len(active_B), -1).argmax(axis=1)
-        better = np.take_along_axis(
-            delta_BEE.reshape(len(active_B), -1), flat_B[:, None], 1
-        ).ravel() > 1e-9 * (1.0 + layer.affinity_EE.sum())
-        active_B, flat_B = active_B[better], flat_B[better]
-        e_B, f_B = flat_B // experts, flat_B % experts
-        device_BE[active_B, e_B], device_BE[active_B, f_B] = (
-            device_BE[active_B, f_B],
-            device_BE[active_B, e_B],
-        )
+        moved_BE = device_BE[active_B]
+        gained_B = _swap(moved_BE, _deltas(layer, moved_BE), at_once, least)
+        device_BE[active_B] = moved_BE
+        active_B = active_B[gained_B]
     return device_BE
+
+
+def _swap(device_BE: np.ndarray, delta_BEE: np.ndarray, at_once: int, least: float) -> np.ndarray:
+    """Makes the best swaps in place, each on devices of its own; returns who gained, bool [B]."""
+    starts, experts = device_BE.shape
+    row_B = np.arange(starts)
+    gained_B = np.zeros(starts, bool)
+    before_BE = device_BE.copy()
+    for _ in range(at_once):
+        best_B = delta_BEE.reshape(starts, -1).argmax(axis=1)
+        e_B, f_B = best_B // experts, best_B % experts
+        better_B = delta_BEE[row_B, e_B, f_B] > least
+        if not better_B.any():
+            break
+        gained_B |= better_B
+        row, e, f = row_B[better_B], e_B[better_B], f_B[better_B]
+        device_BE[row, e], device_BE[row, f] = device_BE[row, f], device_BE[row, e]
+        a_B, b_B = before_BE[row_B, e_B], before_BE[row_B, f_B]
+        used_BE = (before_BE == a_B[:, None]) | (before_BE == b_B[:, None])
+        delta_BEE[used_BE] = 0.0
+        delta_BEE.transpose(0, 2, 1)[used_BE] = 0.0
+    return gained_B
 
 
 def improve(

@@ -19,9 +19,10 @@ A token without an expert in a layer sends nothing there, in any dispatch, and s
 """
 
 import dataclasses
+from typing import no_type_check
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Integer, Num
 
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Placement
@@ -48,8 +49,9 @@ class Rows:
         return self.dispatch_LMM + self.combine_LMM
 
 
+@no_type_check  # `_check` refuses the same in words that name the fix
 def rows(
-    expert_ids_TLK: Int[np.ndarray, "T L K"],
+    expert_ids_TLK: Integer[np.ndarray, "T L K"],
     placement: Placement,
     dispatch: str,
     home_T: Int[np.ndarray, " T"] | None = None,
@@ -102,7 +104,7 @@ def rows(
 
 
 def computed_LP(
-    expert_ids_TLK: Int[np.ndarray, "T L K"], placement: Placement
+    expert_ids_TLK: Integer[np.ndarray, "T L K"], placement: Placement
 ) -> Int[np.ndarray, "L P"]:
     """Rows that every physical expert computes (int64)."""
     _refuse_replicas(placement)
@@ -116,7 +118,7 @@ def computed_LP(
 
 
 def computed_LM(
-    expert_ids_TLK: Int[np.ndarray, "T L K"], placement: Placement
+    expert_ids_TLK: Integer[np.ndarray, "T L K"], placement: Placement
 ) -> Int[np.ndarray, "L M"]:
     """Rows that every device computes (int64)."""
     load_LP = computed_LP(expert_ids_TLK, placement)
@@ -124,8 +126,8 @@ def computed_LM(
 
 
 def devices_TK(
-    expert_ids_TLK: Int[np.ndarray, "T L K"], placement: Placement, layer: int
-) -> Int[np.ndarray, "T K"]:
+    expert_ids_TLK: Integer[np.ndarray, "T L K"], placement: Placement, layer: int
+) -> Integer[np.ndarray, "T K"]:
     """int64: the device of every assignment of one layer, -1 where there is no expert."""
     _refuse_replicas(placement)
     ids_TK = expert_ids_TLK[:, layer].astype(np.int64)
@@ -134,7 +136,7 @@ def devices_TK(
     return np.where(valid_TK, device_E[np.where(valid_TK, ids_TK, 0)], UNKNOWN)
 
 
-def first_of(device_TK: Int[np.ndarray, "T K"]) -> np.ndarray:
+def first_of(device_TK: Integer[np.ndarray, "T K"]) -> np.ndarray:
     """bool [T, K]: the first assignment of its token on its device (or node)."""
     first_TK = device_TK >= 0
     for k in range(1, device_TK.shape[1]):

@@ -9,8 +9,9 @@ and the M of them are put back by an exact assignment program. `whole_layer` dec
 small enough by one integer program, with proof.
 """
 
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import optimize
@@ -18,7 +19,16 @@ from scipy import optimize
 from moe_jax.placement import clusters, greedy, ilp
 from moe_jax.placement.problem import Problem
 
-LADDER = (np.inf, 1.6, 1.35, 1.2, 1.1, 1.04, 1.01)  # caps, as multiples of what is reachable
+LADDER: tuple[float, ...] = (
+    np.inf,
+    1.6,
+    1.35,
+    1.2,
+    1.1,
+    1.04,
+    1.01,
+)  # caps, as multiples of what is reachable
+PILOTS, KEPT = 3, 2
 STARTS = 16
 SHAKES = 6
 ROTATIONS = 30
@@ -30,32 +40,63 @@ WHOLE = 250  # contacts up to which a layer is solved as one integer program
 def search(
     problem: Problem, device_LE: np.ndarray, rng: np.random.Generator, deadline: float
 ) -> Iterator[np.ndarray]:
-    """Yields the whole placement after every layer that got better."""
+    """Yields the whole placement after every layer that got better.
+
+    The first PILOTS layers climb the whole ladder and take more time; the others only try the KEPT
+    caps that did best there.
+    """
     device_LE = device_LE.copy()
-    layers = problem.trace.num_layers
+    layers, factors = problem.trace.num_layers, LADDER
+    if problem.objective == "rows":  # the loosest cap is always the best one
+        factors = LADDER[:1]
+    losses: list[np.ndarray] = []
     for layer in range(layers):
         now = time.monotonic()
         if now >= deadline:
             return
-        share = now + (deadline - now) / (layers - layer)
-        device_E = best_of_layer(problem, layer, device_LE[layer], rng, share)
-        if not np.array_equal(device_E, device_LE[layer]):
-            device_LE[layer] = device_E
+        parts = max(layers - layer, 1) / (len(LADDER) if layer < PILOTS else 1)
+        found = best_of_layer(
+            problem, layer, device_LE[layer], factors, rng, now + (deadline - now) / max(parts, 1)
+        )
+        if not np.array_equal(found.device_E, device_LE[layer]):
+            device_LE[layer] = found.device_E
             yield device_LE.copy()
+        if layer < PILOTS and len(factors) > KEPT and found.loss_F is not None:
+            losses.append(found.loss_F)
+            if layer == PILOTS - 1:
+                best_F = np.argsort(np.mean(losses, axis=0), kind="stable")[:KEPT]
+                factors = tuple(factors[f] for f in sorted(best_F))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """The best labels of a layer, and by how much each rung of the ladder missed the best rung."""
+
+    device_E: np.ndarray
+    loss_F: np.ndarray | None = None
 
 
 def best_of_layer(
-    problem: Problem, layer: int, start_E: np.ndarray, rng: np.random.Generator, deadline: float
-) -> np.ndarray:
+    problem: Problem,
+    layer: int,
+    start_E: np.ndarray,
+    factors: Sequence[float],
+    rng: np.random.Generator,
+    deadline: float,
+) -> Found:
     """The best labels of one layer that were found; `start_E` if nothing is better."""
-    found = [start_E, problem.balanced_LE[layer]]
+    found, loss_F = [start_E, problem.balanced_LE[layer]], None
     if problem.objective == "load" or problem.dispatch == "gathered":
         found.append(_evened(problem, layer, deadline))
     else:
-        found += _rungs(problem, layer, rng, deadline)
-        found.sort(key=lambda device_E: _value(problem, layer, device_E))
+        rungs = _rungs(problem, layer, factors, rng, deadline)
+        value_F = np.array([_value(problem, layer, device_E) for device_E in rungs])
+        if np.isfinite(value_F).all():
+            loss_F = value_F / max(value_F.min(), 1e-300)
+        found = sorted(found + rungs, key=lambda device_E: _value(problem, layer, device_E))
         found += [_polished(problem, layer, d, rng, deadline) for d in found[:POLISHED]]
-    return min(found, key=lambda device_E: _value(problem, layer, device_E))
+    best_E = min(found, key=lambda device_E: _value(problem, layer, device_E))
+    return Found(best_E, loss_F)
 
 
 def clustered(
@@ -76,25 +117,18 @@ def clustered(
     return clusters.improve(task, starts, rng, SHAKES, deadline)
 
 
-def _rungs(problem: Problem, layer: int, rng, deadline: float) -> list[np.ndarray]:
+def _rungs(problem: Problem, layer: int, factors, rng, deadline: float) -> list[np.ndarray]:
     """Clusterings under tighter and tighter caps, each from the one before it."""
-    caps, found, near_E = _ladder(problem, layer), [], None
-    for rung, cap in enumerate(caps):
+    load_M = np.bincount(problem.balanced_LE[layer], weights=problem.load_LE[layer])
+    found: list[np.ndarray] = []
+    for rung, factor in enumerate(factors):
         now = time.monotonic()
         # half of the time is for polishing
-        share = now + max(deadline - now, 0.0) / (len(caps) - rung + 1)
-        near_E = clustered(problem, layer, cap, near_E, rng, share)
-        found.append(near_E)
+        share = now + max(deadline - now, 0.0) / (len(factors) - rung + 1)
+        cap = min(problem.cap_L[layer], float(load_M.max()) * factor)
+        near_E = found[-1] if found else None
+        found.append(clustered(problem, layer, cap, near_E, rng, share))
     return found
-
-
-def _ladder(problem: Problem, layer: int) -> list[float]:
-    """Caps to try, none above the problem's own; rows want the loosest only."""
-    limit = problem.cap_L[layer]
-    if problem.objective == "rows":
-        return [limit]
-    load_M = np.bincount(problem.balanced_LE[layer], weights=problem.load_LE[layer])
-    return sorted({min(limit, float(load_M.max()) * factor) for factor in LADDER}, reverse=True)
 
 
 def _evened(problem: Problem, layer: int, deadline: float) -> np.ndarray:

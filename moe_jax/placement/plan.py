@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ class Plan:
     """
 
     placement: Placement
-    layer_ids: tuple[int, ...] = ()
+    layer_ids: Sequence[int] = ()
     topology: dict[str, Any] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -209,7 +210,7 @@ class Plan:
                 raise Refused(field, fields[field], "a JSON object", "Solve the plan again")
         return cls(
             placement,
-            fields.get("layer_ids", ()),
+            checks.valid_layer_ids(fields.get("layer_ids", ()), placement.num_layers),
             fields.get("topology", {}),
             fields.get("provenance", {}),
         )

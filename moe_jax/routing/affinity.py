@@ -39,17 +39,17 @@ def coactivation_LEE(trace: Trace) -> Int64[np.ndarray, "L E E"]:
     return counts_LEE + counts_LEE.transpose(0, 2, 1)
 
 
-def transitions_top1_LEE(trace: Trace) -> Int64[np.ndarray, "L-1 E E"]:
+def transitions_top1_LEE(trace: Trace) -> Int64[np.ndarray, "pairs E E"]:
     """Tokens whose best expert is e in layer l and f in layer l + 1."""
     return _transitions(trace, 1, 1)
 
 
-def transitions_all_LEE(trace: Trace) -> Int64[np.ndarray, "L-1 E E"]:
+def transitions_all_LEE(trace: Trace) -> Int64[np.ndarray, "pairs E E"]:
     """Pairs (an expert of the token in layer l, one in layer l + 1), all K x K of them."""
     return _transitions(trace, trace.top_k, trace.top_k)
 
 
-def transitions_best_to_all_LEE(trace: Trace) -> Int64[np.ndarray, "L-1 E E"]:
+def transitions_best_to_all_LEE(trace: Trace) -> Int64[np.ndarray, "pairs E E"]:
     """Pairs (the token's best expert in layer l, any of its experts in layer l + 1)."""
     return _transitions(trace, 1, trace.top_k)
 

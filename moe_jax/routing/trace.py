@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ class Trace:
     expert_weights_TLK: np.ndarray | None = None
     seq_name: tuple[str, ...] | None = None
     seq_home: np.ndarray | None = None
-    layer_ids: tuple[int, ...] = ()
+    layer_ids: Sequence[int] = ()
     model: str = ""
     corpus: str = ""
 
@@ -175,6 +176,7 @@ def load(path: str | os.PathLike, num_experts: int | None = None) -> Trace:
     if experts is None:
         chosen = ids[ids != np.iinfo(ids.dtype).max]
         experts = int(chosen.max()) + 1 if chosen.size else 1
+    experts = checks.valid_num_experts(experts, ids)
     return Trace(
         expert_ids_TLK=ids,
         num_experts=experts,
@@ -182,7 +184,7 @@ def load(path: str | os.PathLike, num_experts: int | None = None) -> Trace:
         expert_weights_TLK=arrays.get("expert_weights"),
         seq_name=None if "seq_name" not in arrays else _strings(arrays["seq_name"]),
         seq_home=arrays.get("seq_home"),
-        layer_ids=meta.get("layer_ids", ()),
+        layer_ids=checks.valid_layer_ids(meta.get("layer_ids", ()), ids.shape[1]),
         model=str(meta.get("model", "")),
         corpus=str(meta.get("corpus", "")),
     )

@@ -135,7 +135,7 @@ def _cells(
         axes.text(
             column,
             row,
-            text(value),
+            text(float(value)),
             ha="center",
             va="center",
             fontsize=7.5,

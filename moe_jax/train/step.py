@@ -14,6 +14,7 @@ from moe_jax.config import Config
 from moe_jax.model import parameter, transformer
 from moe_jax.model.dispatch.schemes import Table
 from moe_jax.model.dispatch.traffic import Traffic
+from moe_jax.pytree import Leaf
 from moe_jax.train import optimizer as optimizer_lib
 
 
@@ -31,9 +32,9 @@ class TrainState:
 
     model: transformer.Transformer
     opt_state: Any
-    key: jax.Array
-    bad_steps: jax.Array
-    bad_in_row: jax.Array
+    key: Leaf
+    bad_steps: Leaf
+    bad_in_row: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -41,12 +42,12 @@ class TrainState:
 class StepMetrics:
     """Scalars of one step, and its traffic by layer [L, ...]. `loss` is cross-entropy in nats."""
 
-    loss: jax.Array
-    load_balance: jax.Array
-    z: jax.Array
-    grad_norm: jax.Array
-    bad_steps: jax.Array
-    bad_in_row: jax.Array
+    loss: Leaf
+    load_balance: Leaf
+    z: Leaf
+    grad_norm: Leaf
+    bad_steps: Leaf
+    bad_in_row: Leaf
     traffic: Traffic
 
 

@@ -19,6 +19,7 @@ os.environ.update(
     TPU_ACCELERATOR_TYPE="v5p-8",
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_WORKER_ID="0",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is run: no other process is in the way
 )
 
 import jax

@@ -20,10 +20,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moe_jax.model.dispatch import sorting as sorting_lib
-from moe_jax.model.dispatch import wire
 from moe_jax.model.dispatch.traffic import Traffic
+from moe_jax.model.dispatch.wire import Wire
+from moe_jax.pytree import Leaf
 
 # (rows_AD sorted by local expert, group_sizes_e) -> [A, D]; zeros beyond the groups
 ExpertsFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -40,32 +42,35 @@ class Table:
       num_replicas_E: int32; valid entries of each row.
     """
 
-    logical_to_physical_ER: jax.Array
-    num_replicas_E: jax.Array
+    logical_to_physical_ER: Leaf
+    num_replicas_E: Leaf
 
 
-def physical_of(expert_TK: jax.Array, table: Table) -> jax.Array:
+def physical_of(expert_TK: Int[Array, "T K"], table: Table) -> Int[Array, "T K"]:
     """The slot of every assignment: the first copy. -1 stays -1 (a position without a token)."""
     slot_TK = table.logical_to_physical_ER[:, 0][expert_TK]
     return jnp.where(expert_TK < 0, -1, slot_TK).astype(jnp.int32)
 
 
-def combine_at_home(rows_TKD: jax.Array, weight_TK: jax.Array) -> jax.Array:
+def combine_at_home(
+    rows_TKD: Float[Array, "T K D"], weight_TK: Float[Array, "T K"]
+) -> Float[Array, "T D"]:
     """sum_k weight * row in rank order, in float32."""
     weighted_TKD = rows_TKD.astype(jnp.float32) * weight_TK[:, :, None]
     return sorting_lib.sum_in_rank_order(weighted_TKD).astype(rows_TKD.dtype)
 
 
 def local(
-    x_TD: jax.Array,
-    expert_TK: jax.Array,
-    weight_TK: jax.Array,
+    x_TD: Float[Array, "T D"],
+    expert_TK: Int[Array, "T K"],
+    weight_TK: Float[Array, "T K"],
     table: Table,
     experts_fn: ExpertsFn,
     *,
     num_physical: int,
     axis: str,
-) -> tuple[jax.Array, Traffic]:
+    transport: str,
+) -> tuple[Float[Array, "T D"], Traffic]:
     """All experts on this device: sort, compute, unsort, combine."""
     assert jax.lax.axis_size(axis) == 1, "local dispatch keeps every expert on one device"
     slot_TK = physical_of(expert_TK, table)
@@ -78,15 +83,16 @@ def local(
 
 
 def gathered(
-    x_TD: jax.Array,
-    expert_TK: jax.Array,
-    weight_TK: jax.Array,
+    x_TD: Float[Array, "T D"],
+    expert_TK: Int[Array, "T K"],
+    weight_TK: Float[Array, "T K"],
     table: Table,
     experts_fn: ExpertsFn,
     *,
     num_physical: int,
     axis: str,
-) -> tuple[jax.Array, Traffic]:
+    transport: str,
+) -> tuple[Float[Array, "T D"], Traffic]:
     """All-gather tokens, compute the local experts, reduce-scatter the weighted sums."""
     num_devices = jax.lax.axis_size(axis)
     num_local = num_physical // num_devices
@@ -108,15 +114,16 @@ def gathered(
 
 
 def exchange(
-    x_TD: jax.Array,
-    expert_TK: jax.Array,
-    weight_TK: jax.Array,
+    x_TD: Float[Array, "T D"],
+    expert_TK: Int[Array, "T K"],
+    weight_TK: Float[Array, "T K"],
     table: Table,
     experts_fn: ExpertsFn,
     *,
     num_physical: int,
     axis: str,
-) -> tuple[jax.Array, Traffic]:
+    transport: str,
+) -> tuple[Float[Array, "T D"], Traffic]:
     """Each token once to every distinct device of its experts; one row per assignment back.
 
     Dropless. The slots of all tokens are all-gathered (K integers a token), from which every
@@ -124,14 +131,13 @@ def exchange(
     """
     num_devices = jax.lax.axis_size(axis)
     slot_TK = physical_of(expert_TK, table)
+    wire = Wire.of(axis, transport, num_tokens=x_TD.shape[0])
     route = _plan_route(slot_TK, num_physical // num_devices, axis)
-    y_AD = experts_fn(_send(axis, x_TD, route), route.sorting.group_sizes_e)
-    y_TD = combine_at_home(_send_home(axis, y_AD, route), weight_TK)
+    y_AD = experts_fn(_send(wire, x_TD, route), route.sorting.group_sizes_e)
+    y_TD = combine_at_home(_send_home(wire, y_AD, route), weight_TK)
 
-    chunk = wire.chunk_rows(x_TD.shape[0], num_devices)
     out_M, home_M = route.tokens_to_M, route.assignments_from_M
-    padding_M = wire.padding_M(out_M, chunk=chunk, axis=axis)
-    padding_M += wire.padding_M(home_M, chunk=chunk, axis=axis)
+    padding_M = wire.padding_M(out_M) + wire.padding_M(home_M)
     out_M, home_M = _off_diagonal(out_M, axis), _off_diagonal(home_M, axis)
     group_sizes_e = route.sorting.group_sizes_e
     return y_TD, Traffic.of_source(out_M, home_M, out_M, padding_M, group_sizes_e)
@@ -153,16 +159,16 @@ class _Route:
         `to` counts what this device's tokens cause and `from` what it computes for others.
     """
 
-    token_R: jax.Array
-    assignment_N: jax.Array
-    home_position_TK: jax.Array
-    arrival_A: jax.Array
-    position_by_source_A: jax.Array
-    arrival_by_assignment_A: jax.Array
-    tokens_to_M: jax.Array
-    tokens_from_M: jax.Array
-    assignments_to_M: jax.Array
-    assignments_from_M: jax.Array
+    token_R: Leaf
+    assignment_N: Leaf
+    home_position_TK: Leaf
+    arrival_A: Leaf
+    position_by_source_A: Leaf
+    arrival_by_assignment_A: Leaf
+    tokens_to_M: Leaf
+    tokens_from_M: Leaf
+    assignments_to_M: Leaf
+    assignments_from_M: Leaf
     sorting: sorting_lib.Sorting
 
 
@@ -212,30 +218,25 @@ def _plan_route(slot_TK: jax.Array, num_local: int, axis: str) -> _Route:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send(axis: str, x_TD: jax.Array, route: _Route) -> jax.Array:
+def _send(wire: Wire, x_TD: jax.Array, route: _Route) -> jax.Array:
     """Tokens to the devices of their experts, expanded there to one row per assignment, [A, D].
 
     Backward: one row per assignment comes home and is summed there in rank order. Summing where
     the rows were expanded would save rows, but its order would depend on the placement.
     """
-    num_devices, num_tokens = jax.lax.axis_size(axis), x_TD.shape[0]
-    arrived_XD = wire.ragged_exchange(
-        x_TD[route.token_R],
-        route.tokens_to_M,
-        route.tokens_from_M,
-        num_received=num_devices * num_tokens,
-        chunk=wire.chunk_rows(num_tokens, num_devices),
-        axis=axis,
+    num_received = jax.lax.axis_size(wire.axis) * x_TD.shape[0]
+    arrived_XD = wire.exchange(
+        x_TD[route.token_R], route.tokens_to_M, route.tokens_from_M, num_received
     )
     return _zero_beyond_groups(arrived_XD[route.arrival_A], route)
 
 
-def _send_fwd(axis, x_TD, route):
-    return _send(axis, x_TD, route), route
+def _send_fwd(wire, x_TD, route):
+    return _send(wire, x_TD, route), route
 
 
-def _send_bwd(axis, route, g_AD):
-    g_TKD = _send_home(axis, g_AD, route)
+def _send_bwd(wire, route, g_AD):
+    g_TKD = _send_home(wire, g_AD, route)
     return sorting_lib.sum_in_rank_order(g_TKD), sorting_lib.no_gradient(route)
 
 
@@ -243,35 +244,27 @@ _send.defvjp(_send_fwd, _send_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send_home(axis: str, y_AD: jax.Array, route: _Route) -> jax.Array:
+def _send_home(wire: Wire, y_AD: jax.Array, route: _Route) -> jax.Array:
     """Computed rows, one per assignment, back to the devices of their tokens, [T, K, D]."""
-    num_tokens, top_k = route.home_position_TK.shape
-    num_devices = jax.lax.axis_size(axis)
-    home_ND = wire.ragged_exchange(
+    home_ND = wire.exchange(
         sorting_lib.take_rows(y_AD, route.position_by_source_A),
         route.assignments_from_M,
         route.assignments_to_M,
-        num_received=num_tokens * top_k,
-        chunk=wire.chunk_rows(num_tokens, num_devices),
-        axis=axis,
+        route.home_position_TK.size,
     )
     return sorting_lib.take_rows(home_ND, route.home_position_TK)
 
 
-def _send_home_fwd(axis, y_AD, route):
-    return _send_home(axis, y_AD, route), route
+def _send_home_fwd(wire, y_AD, route):
+    return _send_home(wire, y_AD, route), route
 
 
-def _send_home_bwd(axis, route, g_TKD):
-    num_tokens, _, width = g_TKD.shape
-    num_devices = jax.lax.axis_size(axis)
-    arrived_AD = wire.ragged_exchange(
-        g_TKD.reshape(-1, width)[route.assignment_N],
+def _send_home_bwd(wire, route, g_TKD):
+    arrived_AD = wire.exchange(
+        g_TKD.reshape(-1, g_TKD.shape[-1])[route.assignment_N],
         route.assignments_to_M,
         route.assignments_from_M,
-        num_received=route.sorting.order_A.size,
-        chunk=wire.chunk_rows(num_tokens, num_devices),
-        axis=axis,
+        route.sorting.order_A.size,
     )
     g_AD = _zero_beyond_groups(arrived_AD[route.arrival_by_assignment_A], route)
     return g_AD, sorting_lib.no_gradient(route)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.pytree import Leaf
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Sorting:
       group_sizes_e: int32; rows of each local expert. Rows beyond their sum carry no token.
     """
 
-    order_A: jax.Array
-    position_XK: jax.Array
-    group_sizes_e: jax.Array
+    order_A: Leaf
+    position_XK: Leaf
+    group_sizes_e: Leaf
 
 
 def sort_by_expert(local_XK: jax.Array, *, num_local: int) -> Sorting:

@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.pytree import Leaf
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,11 @@ class Traffic:
       computed_P: rows computed by each physical expert.
     """
 
-    dispatch_MM: jax.Array
-    combine_MM: jax.Array
-    distinct_MM: jax.Array
-    padding_MM: jax.Array
-    computed_P: jax.Array
+    dispatch_MM: Leaf
+    combine_MM: Leaf
+    distinct_MM: Leaf
+    padding_MM: Leaf
+    computed_P: Leaf
 
     @classmethod
     def of_source(
@@ -40,5 +42,14 @@ class Traffic:
         computed_e: jax.Array,
     ) -> "Traffic":
         """What one device sent and computed: its row of each table, to be joined by `shard_map`."""
-        rows_M = (dispatch_M, combine_M, distinct_M, padding_M)
-        return cls(*(row_M.astype(jnp.int32)[None] for row_M in rows_M), computed_e)
+
+        def row(rows_M: jax.Array) -> jax.Array:
+            return rows_M.astype(jnp.int32)[None]
+
+        return cls(
+            dispatch_MM=row(dispatch_M),
+            combine_MM=row(combine_M),
+            distinct_MM=row(distinct_M),
+            padding_MM=row(padding_M),
+            computed_P=computed_e,
+        )

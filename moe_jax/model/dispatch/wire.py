@@ -1,6 +1,6 @@
 """Uneven all-to-all with static shapes: every device sends any number of rows to every device.
 
-`ragged_exchange` has the meaning of `jax.lax.ragged_all_to_all` with dense segments. On TPU and
+`Wire.exchange` has the meaning of `jax.lax.ragged_all_to_all` with dense segments. On TPU and
 GPU it is that; the CPU backend has no implementation of it, so there the rows go out in chunks:
 for each distance s a loop of `ppermute`s carries `chunk` rows at a time from device i to i + s, as
 many times as the fullest pair of that distance needs. All devices of the mesh agree on the count
@@ -13,6 +13,7 @@ in the other direction.
 Axes: N rows sent, R rows received, D values a row, M devices.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -21,9 +22,9 @@ import jax.numpy as jnp
 from moe_jax import mesh as mesh_lib
 
 
-def chunk_rows(num_tokens: int, num_devices: int) -> int:
-    """Rows a chunk: about a quarter of what a pair moves when a token goes one place at random."""
-    return max(1, num_tokens // (4 * num_devices))
+def transport_of(platform: str) -> str:
+    """How rows travel on the devices of a mesh: the CPU has no `ragged_all_to_all`."""
+    return "per_shift" if platform == "cpu" else "ragged"
 
 
 def exclusive_cumsum(counts_M: jax.Array) -> jax.Array:
@@ -31,44 +32,57 @@ def exclusive_cumsum(counts_M: jax.Array) -> jax.Array:
     return jnp.cumsum(counts_M) - counts_M
 
 
-def ragged_exchange(
-    rows_ND: jax.Array,
-    send_counts_M: jax.Array,
-    receive_counts_M: jax.Array,
-    *,
-    num_received: int,
-    chunk: int,
-    axis: str,
-) -> jax.Array:
-    """Sends segment m of `rows_ND` to device m; returns the received segments by source.
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """How the rows of one layer travel. Called inside `shard_map`.
 
-    Args:
-      rows_ND: rows for device 0, then for device 1, ...; what follows the segments is not sent.
-      send_counts_M: rows for each device, int32.
-      receive_counts_M: rows that each device sends here, int32.
-      num_received: static number of rows R of the result, at least the sum received.
-      chunk: rows a `ppermute` where the backend has no ragged all-to-all.
-      axis: mesh axis, inside `shard_map`.
-
-    Returns:
-      [R, D]: rows from device 0, then from device 1, ...; zeros beyond.
+    Attributes:
+      axis: mesh axis over which rows travel.
+      transport: "ragged" or "per_shift", see `transport_of`.
+      chunk: rows a `ppermute`, for "per_shift".
     """
-    implementation = functools.partial(_per_shift, chunk=chunk)
-    if jax.default_backend() in ("tpu", "gpu"):
-        implementation = _ragged_all_to_all
-    return implementation(
-        rows_ND, send_counts_M, receive_counts_M, num_received=num_received, axis=axis
-    )
 
+    axis: str
+    transport: str
+    chunk: int
 
-def padding_M(send_counts_M: jax.Array, *, chunk: int, axis: str) -> jax.Array:
-    """Rows without a token that `ragged_exchange` sends from here to each device, int32 [M]."""
-    if jax.default_backend() in ("tpu", "gpu"):
-        return jnp.zeros_like(send_counts_M)
-    size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    shift_M = (jnp.arange(size, dtype=jnp.int32) - me) % size
-    sent_M = (_chunks_by_shift(send_counts_M, chunk, axis) * chunk)[shift_M]
-    return jnp.where(shift_M == 0, 0, sent_M - send_counts_M)
+    @classmethod
+    def of(cls, axis: str, transport: str, num_tokens: int) -> "Wire":
+        """A chunk is about a quarter of what a pair moves when a token goes one place at random."""
+        return cls(axis, transport, max(1, num_tokens // (4 * jax.lax.axis_size(axis))))
+
+    def exchange(
+        self,
+        rows_ND: jax.Array,
+        send_counts_M: jax.Array,
+        receive_counts_M: jax.Array,
+        num_received: int,
+    ) -> jax.Array:
+        """Sends segment m of `rows_ND` to device m; returns the received segments by source.
+
+        Args:
+          rows_ND: rows for device 0, then for device 1, ...; what follows them is not sent.
+          send_counts_M: rows for each device, int32.
+          receive_counts_M: rows that each device sends here, int32.
+          num_received: static number of rows R of the result, at least the sum received.
+
+        Returns:
+          [R, D]: rows from device 0, then from device 1, ...; zeros beyond.
+        """
+        counts = (send_counts_M, receive_counts_M)
+        if self.transport == "ragged":
+            return _ragged_all_to_all(rows_ND, *counts, num_received, self.axis)
+        return _per_shift(rows_ND, *counts, num_received, self.axis, self.chunk)
+
+    def padding_M(self, send_counts_M: jax.Array) -> jax.Array:
+        """Rows without a token that `exchange` sends from here to each device, int32 [M]."""
+        if self.transport == "ragged":
+            return jnp.zeros_like(send_counts_M)
+        size, me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
+        shift_M = (jnp.arange(size, dtype=jnp.int32) - me) % size
+        chunks_M = _chunks_by_shift(send_counts_M, self.chunk, self.axis)
+        sent_M = (chunks_M * self.chunk)[shift_M]
+        return jnp.where(shift_M == 0, 0, sent_M - send_counts_M)
 
 
 def _chunks_by_shift(send_counts_M: jax.Array, chunk: int, axis: str) -> jax.Array:
@@ -82,10 +96,9 @@ def _per_shift(
     rows_ND: jax.Array,
     send_counts_M: jax.Array,
     receive_counts_M: jax.Array,
-    *,
     num_received: int,
-    chunk: int,
     axis: str,
+    chunk: int,
 ) -> jax.Array:
     size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     send_start_M = exclusive_cumsum(send_counts_M)
@@ -124,7 +137,6 @@ def _ragged_all_to_all(
     rows_ND: jax.Array,
     send_counts_M: jax.Array,
     receive_counts_M: jax.Array,
-    *,
     num_received: int,
     axis: str,
 ) -> jax.Array:
