@@ -1,4 +1,4 @@
-"""A 3.6 M-parameter MoE on the standard library's own text, on 8 virtual CPU devices.
+"""A 3.4 M-parameter MoE on the standard library's own text, on 8 virtual CPU devices.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "data": {
                 "path": "",
                 "seq_len": 64 if smoke else 128,
-                "global_batch": 16 if smoke else 32,
+                "global_batch": 16,
                 "max_bytes": 1_000_000 if smoke else 12_000_000,
                 "held_out_fraction": 0.1,
                 "seed": 0,

@@ -1,4 +1,4 @@
-"""Compiles the whole training step for a TPU topology that need not be there.
+"""Compiles the whole training step of configs/moe_100m.py for a TPU topology that is not there.
 
     python tests/train/compile_for_tpu.py v5e:2x4
 
@@ -9,7 +9,9 @@ the program. Runs in a process of its own: libtpu reads its environment once.
 import collections
 import json
 import os
+import pathlib
 import re
+import runpy
 import sys
 import time
 
@@ -31,43 +33,35 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch.schemes import Table
 from moe_jax.train import step as step_lib
 
-MODEL = {
-    "vocab_size": 1024,
-    "num_layers": 4,
-    "d_model": 512,
-    "num_heads": 8,
-    "num_kv_heads": 4,
-    "d_head": 64,
-    "d_ff": 512,
-    "num_experts": 16,
-    "top_k": 2,
-    "max_seq_len": 2048,
-    "dtype": "bfloat16",
-}
+CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "moe_100m.py"
 
 
 def main(topology: str, dispatch: str) -> None:
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
-    data, expert = len(devices) // 4, 4
-    config = config_lib.from_config_dict(
+    data, expert = len(devices) // 8, 8
+    plain = runpy.run_path(str(CONFIG))["get_config"]()
+    plain.update_from_flattened_dict(
         {
-            "name": "compiled",
-            "model": MODEL | {"dispatch": dispatch},
-            "mesh": {"data": data, "expert": expert},
-            "data": {"seq_len": 512, "global_batch": len(devices)},
-            "train": {"num_steps": 100, "eval_sequences": len(devices)},
+            "mesh.data": data,
+            "mesh.expert": expert,
+            "model.dispatch": dispatch,
+            "data.global_batch": 2 * len(devices),
         }
     )
+    plain.train.eval_sequences = len(devices)
+    config = config_lib.from_config_dict(plain)
     mesh = mesh_lib.make(data, expert, devices)
     state = step_lib.abstract_state(config, mesh)
     replicated = mesh_lib.sharding(mesh)
-    shape_LE = (MODEL["num_layers"], MODEL["num_experts"])
+    shape_LE = (config.model.num_layers, config.model.num_experts)
     table = Table(
         jax.ShapeDtypeStruct((*shape_LE, 1), jnp.int32, sharding=replicated),
         jax.ShapeDtypeStruct(shape_LE, jnp.int32, sharding=replicated),
     )
     window = jax.ShapeDtypeStruct(
-        (len(devices), 513), jnp.int32, sharding=mesh_lib.sharding(mesh, "batch", None)
+        (config.data.global_batch, config.data.seq_len + 1),
+        jnp.int32,
+        sharding=mesh_lib.sharding(mesh, "batch", None),
     )
     start = time.perf_counter()
     lowered = step_lib.build_step(config, mesh).lower(state, window, table)
