@@ -29,7 +29,9 @@ def main() -> None:
     from moe_jax import mesh
     from moe_jax.train import loop
 
-    mesh.parse_processes(DISTRIBUTED.value)
+    processes = mesh.parse_processes(DISTRIBUTED.value)
+    if config.virtual_devices and DISTRIBUTED.value != "auto":
+        config_lib.check_devices(config, config.virtual_devices * (processes or ("", 1, 0))[1])
     corpus, plan = loop.prepare(config, workdir)
     mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
     config_lib.check_devices(config, mesh.num_devices())

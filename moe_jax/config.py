@@ -51,6 +51,10 @@ class MeshConfig:
     data: int = 1
     expert: int = 1
 
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.expert
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -97,7 +101,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     platform: str = ""  # "cpu", "gpu", "tpu"; "" = what JAX finds
-    virtual_devices: int = 0  # > 0: that many virtual CPU devices (platform "cpu" only)
+    virtual_devices: int = 0  # > 0: that many virtual CPU devices a process (platform "cpu" only)
     placement: str = ""  # plan file to train under; "" = contiguous
 
 
@@ -329,14 +333,11 @@ def _validate_mesh(config: Config) -> None:
             "virtual devices exist on the CPU only",
             "set platform = 'cpu', or virtual_devices = 0",
         )
-    needed = mesh.data * mesh.expert
-    if config.virtual_devices and needed > config.virtual_devices:
-        check_devices(config, config.virtual_devices)
 
 
 def check_devices(config: Config, num_devices: int) -> None:
-    """Refuses a mesh that needs more devices than there are."""
-    needed = config.mesh.data * config.mesh.expert
+    """Refuses a mesh that needs more devices than all processes have together."""
+    needed = config.mesh.num_devices
     if needed > num_devices:
         raise Refused(
             "mesh",
@@ -356,7 +357,7 @@ def _validate_data(config: Config) -> None:
             f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range",
             f"shorten it, or set model.max_seq_len = {data.seq_len}",
         )
-    devices = mesh.data * mesh.expert
+    devices = mesh.num_devices
     for field, value in (
         ("data.global_batch", data.global_batch),
         ("train.eval_sequences", config.train.eval_sequences),

@@ -52,7 +52,10 @@ def run(request: Request) -> None:
         prompts, corpus_name = windows[:, :-1].tolist(), f"{corpus.name} held-out"
     check_prompts(prompts, _new_tokens(request), config.model.max_seq_len)
 
-    mesh_lib.initialize(config.platform, config.virtual_devices, "off")
+    virtual_devices = config.virtual_devices
+    if virtual_devices:  # those of all the processes that trained, in one
+        virtual_devices = max(virtual_devices, config.mesh.num_devices)
+    mesh_lib.initialize(config.platform, virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
     mesh = mesh_lib.make(config.mesh.data, config.mesh.expert)
     engine = load.engine(source, mesh)

@@ -73,7 +73,7 @@ def traffic(before: Side, after: Side, width: Width = "wide") -> bytes:
     grid = figure.subplots(*((2, 2) if wide else (4, 1)), squeeze=False)
     images = []
     for axes, (way, side, rows_MM, baseline) in zip(grid.flat, panels, strict=True):
-        change = "" if side is before else f" ({_percent(rows_MM.sum(), baseline)})"
+        change = "" if side is before else f" ({_percent(int(rows_MM.sum()), int(baseline))})"
         axes.set_title(f"{way}, {side.name}\n{rows_MM.sum():,} rows{change}")
         own = np.eye(len(rows_MM), dtype=bool)
         cells = np.ma.masked_array(rows_MM, own)

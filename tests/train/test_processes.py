@@ -1,0 +1,69 @@
+"""Two processes with four devices each train as one process with eight does."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+from moe_jax import metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def command(workdir, num_steps, *more):
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--config=configs/quickstart.py:smoke",
+        f"--workdir={workdir}",
+        "--config.model.d_model=16",
+        "--config.data.seq_len=32",
+        "--config.data.max_bytes=300000",
+        "--config.train.eval_sequences=8",
+        "--config.train.log_every=1",
+        "--config.train.checkpoint_every=2",
+        f"--config.train.num_steps={num_steps}",
+        *more,
+    ]
+
+
+def run_all(commands):
+    started = [
+        subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for c in commands
+    ]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * len(started), said[0][-3000:]
+    return said
+
+
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    apart = [f"--distributed=localhost:{port},2,{number}" for number in range(2)]
+    said = run_all(
+        [command(tmp_path / "two", 2, "--config.virtual_devices=4", flag) for flag in apart]
+    )
+    assert "step     2/2" in said[0]
+    assert "step" not in said[1]  # the first process speaks for all
+    run_all([command(tmp_path / "one", 2)])
+
+    two, one = (metrics.read(tmp_path / name / "metrics.jsonl")[1] for name in ("two", "one"))
+    assert [row["step"] for row in two] == [1, 2]
+    # the same tokens take the same ways; sums over processes are made in another order
+    for row, expected in zip(two, one, strict=True):
+        assert row["rows_moved"] == expected["rows_moved"]
+        assert row["load_imbalance"] == expected["load_imbalance"]
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-5)
+
+    # a checkpoint of two processes goes on in one
+    said = run_all([command(tmp_path / "two", 3)])
+    assert "resuming after step 2" in said[0]
