@@ -6,10 +6,12 @@ size in the archive's directory and against what deflate can pack before an arra
 array is then filled piece by piece, so that pages are only touched by bytes that arrived.
 """
 
+import io
 import math
 import os
 import pathlib
 import struct
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -27,6 +29,7 @@ _BROKEN = (
     struct.error,
     ValueError,
     SyntaxError,
+    tokenize.TokenError,  # numpy cleans headers of Python 2 with a tokenizer
     EOFError,
     KeyError,
     OSError,
@@ -102,7 +105,7 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
         ) from error
 
 
-def _read_array(file: IO[bytes], name: str, file_size: int) -> np.ndarray:
+def _read_array(file: IO[bytes] | io.BufferedIOBase, name: str, file_size: int) -> np.ndarray:
     """One npy array of `file_size` bytes, its header included."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):

@@ -1,8 +1,9 @@
 """From one file to another: plans to plans, traces to our trace, counts to counts.
 
 What a file is follows from its extension and its contents; what is written from the extension of
-the output, and `--format` where JSON has several meanings. A two-dimensional `.npy` has two: it is
-a trace of ExFlow where a trace is asked for (an output `.npz`), else a map of sglang-jax.
+the output, and `--format` where JSON has several meanings. A `.npy` is counts where its name has
+`logical_count` in it, SGLang's ids of a trace where it has three axes, and with two axes a trace of
+ExFlow where a trace is asked for (an output `.npz`), else a map of sglang-jax.
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     if suffix == ".npz":
         return _read_npz(path, hints)
     if suffix == ".npy":
-        return _read_npy(npz.read_npy(path), hints, wants_trace)
+        return _read_npy(npz.read_npy(path), path.stem, hints, wants_trace)
     if suffix == ".json":
         return _read_json(path, hints)
     if suffix in (".yaml", ".yml"):
@@ -94,7 +95,7 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
             "in",
             str(path),
             "pickled files can run programs and are never read",
-            "Save the arrays in the program that made them: numpy.savez(out, topk_ids_of_layer=...)",
+            "Save its arrays where it was made: numpy.savez(out, topk_ids_of_layer=...)",
         )
     raise Refused(
         "in",
@@ -115,7 +116,9 @@ def _read_npz(path: pathlib.Path, hints: Hints) -> Found:
     return Found(trace, "own")
 
 
-def _read_npy(array: np.ndarray, hints: Hints, wants_trace: bool) -> Found:
+def _read_npy(array: np.ndarray, stem: str, hints: Hints, wants_trace: bool) -> Found:
+    if "logical_count" in stem:
+        return Found(counts_lib.read_sglang_array(array, hints), "SGLang")
     if array.ndim == 3:
         return Found(traces.read_sglang_arrays({traces.IDS: array}, hints), "SGLang")
     if wants_trace:

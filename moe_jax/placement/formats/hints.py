@@ -49,9 +49,9 @@ class Hints:
             )
         return raw.whole_number(devices, "devices", 1)
 
-    def experts_of(self, said: int | None, ids: np.ndarray) -> int:
-        """The number of experts: the file's, else the option's, else the largest id + 1."""
-        experts = agree("num_experts", self.num_experts, said)
+    def experts_of(self, ids: np.ndarray) -> int:
+        """The number of experts of a trace: the option's, else the largest id + 1."""
+        experts = self.num_experts
         if experts is None:
             experts = int(ids.max()) + 1
             self.note(
@@ -68,6 +68,11 @@ class Hints:
                 "Correct the file or --num-experts",
             )
         return experts
+
+    def experts_in_map(self, slots_LP: np.ndarray) -> int:
+        """The number of experts of a map, in which every expert has a slot."""
+        experts = int(slots_LP.max()) + 1
+        return raw.whole_number(agree("num_experts", self.num_experts, experts), "num_experts", 1)
 
     def name_layers(self, count: int) -> tuple[int, ...]:
         """Numbers of `count` rows in a format that has none: the option's, else 0, 1, 2, ..."""
@@ -117,6 +122,5 @@ def shown_layers(numbers: tuple[int, ...]) -> str:
 def agree(field: str, option: int | None, said: int | None) -> int | None:
     """What the file says, else the option; refused where they differ."""
     if option is not None and said is not None and option != said:
-        name = "--" + field.replace("_", "-")
-        raise Refused(field, option, f"the file says {said}", f"Leave {name} out")
+        raise Refused(field, option, f"the file says {said}", f"Leave {field} out")
     return said if option is None else option

@@ -45,14 +45,14 @@ def plan_by_layer(slots_LP: np.ndarray, numbers: tuple[int, ...], name: str, hin
     """A plan of a format whose rows carry the model's layer numbers."""
     rows, layer_ids = hints.select_layers(numbers)
     slots_LP = slots_LP[rows]
-    experts = hints.experts_of(None, slots_LP)
+    experts = hints.experts_in_map(slots_LP)
     placement = Placement(slots_LP, experts, hints.devices_of(None, name))
     return Plan(placement, layer_ids, provenance={"format": name})
 
 
 def read_vllm(fields: dict[str, Any], hints: Hints) -> Plan:
     """vLLM's mapping: slots, ranks, or both, which then have to agree."""
-    said = {
+    said: dict[str, int] = {
         key: raw.whole_number(fields[key], key, 1)
         for key in ("ep_size", "num_logical_experts", "num_physical_experts", "num_moe_layers")
         if key in fields
@@ -65,7 +65,7 @@ def read_vllm(fields: dict[str, Any], hints: Hints) -> Plan:
     devices = hints.devices_of(devices, "vLLM")
     if MAP in fields:
         slots_LP = raw.int_table(fields[MAP], MAP, ("layers", "slots"))
-        experts = hints.experts_of(said.get("num_logical_experts"), slots_LP)
+        experts = hints.experts_in_map(slots_LP)
         placement = Placement(slots_LP, experts, devices)
         _check_ranks(rank_LE, placement)
     elif rank_LE is not None:

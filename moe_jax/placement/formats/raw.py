@@ -62,7 +62,14 @@ def json_object(value: Any, where: str) -> dict[str, Any]:
 def whole_number(value: Any, field: str, least: int = 0) -> int:
     """A JSON or YAML number that is whole and fits into int32."""
     if type(value) is not int or not least <= value < 2**31:
-        raise Refused(field, value, f"a whole number from {least}", "Correct the file")
+        raise Refused(field, shown(value), f"a whole number from {least}", "Correct it")
+    return value
+
+
+def shown(value: Any) -> Any:
+    """A value for an error message: lists and objects, which may be huge or deep, by their size."""
+    if isinstance(value, (list, dict)):
+        return f"{'list' if isinstance(value, list) else 'object'} of {len(value)}"
     return value
 
 
@@ -74,7 +81,10 @@ def int_table(value: Any, field: str, axes: Sequence[str]) -> np.ndarray:
         for at, entry in enumerate(entries):
             if not isinstance(entry, list) or not entry:
                 raise Refused(
-                    _name(field, at, shape), entry, f"a list over {axis}, not empty", "Correct it"
+                    _name(field, at, shape),
+                    shown(entry),
+                    f"a list over {axis}, not empty",
+                    "Correct it",
                 )
             if len(entry) != len(entries[0]):
                 raise Refused(
@@ -87,7 +97,9 @@ def int_table(value: Any, field: str, axes: Sequence[str]) -> np.ndarray:
         entries = [inner for entry in entries for inner in entry]
     for at, entry in enumerate(entries):
         if type(entry) is not int or not -(2**31) <= entry < 2**31:
-            raise Refused(_name(field, at, shape), entry, "entries are whole numbers", "Correct it")
+            raise Refused(
+                _name(field, at, shape), shown(entry), "entries are whole numbers", "Correct it"
+            )
     return np.array(entries, np.int64).reshape(shape)
 
 

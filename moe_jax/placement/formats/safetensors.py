@@ -54,12 +54,9 @@ def write(path: str | os.PathLike, tensors: dict[str, np.ndarray]) -> None:
     header: dict[str, Any] = {}
     at = 0
     for name, array in tensors.items():
-        header[name] = {
-            "dtype": "I64",
-            "shape": list(array.shape),
-            "data_offsets": [at, at + 8 * array.size],
-        }
-        at += 8 * array.size
+        end = at + 8 * array.size
+        header[name] = {"dtype": "I64", "shape": list(array.shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with files.atomic_write(path) as file:
@@ -73,11 +70,13 @@ def _span(name: str, entry: Any) -> tuple[str, int, int, str, tuple[int, ...]]:
     entry = raw.json_object(entry, name)
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Refused(f"{name} dtype", dtype, "whole numbers: I64, I32, ..., U8", "Convert it")
+        raise Refused(
+            f"{name} dtype", raw.shown(dtype), "whole numbers: I64, I32, ..., U8", "Convert it"
+        )
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        raise Refused(name, entry, "has a shape and two data_offsets", _FIX)
+        raise Refused(name, raw.shown(shape), "has a shape and two data_offsets", _FIX)
     if not all(type(n) is int and 0 <= n < 2**62 for n in shape + offsets):
-        raise Refused(name, entry, "shape and data_offsets are whole numbers", _FIX)
+        raise Refused(name, raw.shown(shape), "shape and data_offsets are whole numbers", _FIX)
     claimed = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if claimed != offsets[1] - offsets[0]:
         raise Refused(f"{name} shape", shape, f"{claimed} bytes, data_offsets are {offsets}", _FIX)

@@ -47,7 +47,9 @@ def read_sglang_json(fields: dict[str, Any], hints: Hints) -> Trace:
     """One array, or the `records` of a per-token dump one after the other."""
     records = fields.get("records", [fields])
     if not isinstance(records, list) or not records:
-        raise Refused("records", records, "a list of forward passes", "Record at least one token")
+        raise Refused(
+            "records", raw.shown(records), "a list of forward passes", "Record at least one token"
+        )
     parts: list[np.ndarray] = []
     lens: list[int] = []
     for number, record in enumerate(records):
@@ -59,17 +61,19 @@ def read_sglang_json(fields: dict[str, Any], hints: Hints) -> Trace:
                 "a trace needs the experts of every token",
                 "Record with --expert-distribution-recorder-mode=per_token",
             )
-        part_LTK = raw.int_table(record[IDS], f"{name}.{IDS}", _AXES)
-        if parts and (part_LTK.shape[0], part_LTK.shape[2]) != (
-            parts[0].shape[0],
-            parts[0].shape[2],
-        ):
+        ids = record[IDS]
+        if isinstance(ids, list) and ids and all(row == [] for row in ids):
+            continue  # a forward pass without tokens
+        part_LTK = raw.int_table(ids, f"{name}.{IDS}", _AXES)
+        if parts and part_LTK[:, 0].shape != parts[0][:, 0].shape:
             raise Refused(f"{name}.{IDS}", part_LTK.shape, "as in the first record", "Record again")
         said = record.get(SEQ_LENS)
         if said is not None:
             said = raw.int_table(said, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
         parts.append(part_LTK)
         lens += _lengths(said, part_LTK.shape[1], f"{name}.{SEQ_LENS}")
+    if not parts:
+        raise Refused("records", f"list of {len(records)}", "no token", "Record at least one token")
     slots_LP = fields.get(SLOTS)
     if slots_LP is not None:
         slots_LP = raw.int_table(slots_LP, SLOTS, ("layers", "slots"))
@@ -200,7 +204,7 @@ def make_trace(
     seq_name: tuple[str, ...] | None = None,
 ) -> Trace:
     """A Trace of signed ids (-1 = no expert), without the tokens that chose none."""
-    experts = hints.experts_of(None, ids_TLK)
+    experts = hints.experts_of(ids_TLK)
     if experts > 65535:
         raise Refused("num_experts", experts, "at most 65535", "Correct the file")
     chose_T = (ids_TLK >= 0).any(axis=(1, 2))
