@@ -100,14 +100,15 @@ def written_plan(plan: Plan, tmp_path):
     return tmp_path / "ours.json"
 
 
+@pytest.mark.parametrize("numbers", [(3, 4, 7), (7, 3, 4)])
 @pytest.mark.parametrize("name", PLANS)
-def test_layer_numbers_survive_or_are_given_again(name, tmp_path):
-    plan = Plan(plain().placement, (3, 4, 7), {"name": "x"}, {"seconds": 1.0})
+def test_layer_numbers_survive_or_are_given_again(name, numbers, tmp_path):
+    plan = Plan(plain().placement, numbers, {"name": "x"}, {"seconds": 1.0})
     path = tmp_path / PLANS[name]
     done = convert_lib.convert(written_plan(plan, tmp_path), path, name, Hints())
     assert ("topology and provenance are lost" in done.notes) == (name != "own")
-    again = convert_lib.read(path, Hints(4, 8, (3, 4, 7))).value
-    assert (again.digest, again.layer_ids) == (plan.digest, (3, 4, 7))
+    again = convert_lib.read(path, Hints(4, 8, numbers)).value
+    assert (again.digest, again.layer_ids) == (plan.digest, numbers)
 
 
 def test_rows_of_sglang_are_the_layers_of_the_model(tmp_path):
@@ -346,6 +347,21 @@ def test_safetensors_by_hand(tmp_path):
     assert counts.layer_ids == (3, 4)
 
 
+def test_steps_and_layers_of_counts_are_in_order(tmp_path):
+    tensors = {f"{step}_{layer}": np.array([step, layer]) for step in (8, 5) for layer in (9, 1)}
+    safetensors.write(tmp_path / "c.safetensors", tensors)
+    counts = convert_lib.read(tmp_path / "c.safetensors", Hints()).value
+    assert counts.layer_ids == (1, 9)
+    assert counts.count_SLE.tolist() == [[[5, 1], [5, 9]], [[8, 1], [8, 9]]]
+
+
+def test_arrays_of_old_programs_are_read(tmp_path):
+    """Python 2 wrote long integers into headers: numpy reads them with a warning."""
+    old = npy_bytes(np.array([[1, 0]], np.int32)).replace(b"(1, 2), ", b"(1L, 2L)")
+    plan = read(tmp_path, "j.npy", old, Hints(devices=1))
+    assert plan.placement.physical_to_logical_LP.tolist() == [[1, 0]]
+
+
 # The command.
 
 
@@ -522,6 +538,9 @@ BAD = {
     "npy: truncated": ("a.npy", npy_bytes(np.zeros((2, 2), np.int32))[:-3], "present"),
     "npy: header only": ("a.npy", npy_bytes(np.zeros((2, 2), np.int32))[:50], "not a whole .npy"),
     "npy: huge claim": ("a.npy", huge_npy(), "claimed"),
+    "npy: header with a bracket too many": (
+        "a.npy", npy_bytes(np.zeros((1, 2), np.int32)).replace(b"), }  ", b"), }})"), "whole .npy"
+    ),
     "npy: pickled": ("a.npy", npy_bytes(np.array([{}, None], object)), "pickled"),
     "npy: rank one": ("a.npy", npy_bytes(np.zeros(4, np.int32)), "layers, slots"),
     "npy: rank four": ("a.npy", npy_bytes(np.zeros((1, 1, 1, 1), np.int32)), "layers, slots"),

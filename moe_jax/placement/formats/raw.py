@@ -29,7 +29,9 @@ def read_text(path: str | os.PathLike) -> str:
     """The whole file as UTF-8 text."""
     path = existing_file(path)
     if (size := path.stat().st_size) > MAX_TEXT:
-        raise Refused("in", str(path), f"{size} bytes, at most {MAX_TEXT} are read", "Cut the file")
+        raise Refused(
+            "in", str(path), f"{size} bytes, at most {MAX_TEXT} are read", "Split it, or save .npz"
+        )
     return decode(path.read_bytes(), str(path))
 
 
