@@ -6,9 +6,9 @@ Counts are enough to balance loads, and for nothing else: they do not say which 
 chose together, nor which it chose in the next layer. So counts become other counts, a trace can
 become counts (one step), and counts never become a trace.
 
-- SGLang: `logical_count` [S, L, E] (or [L, E]) as `.npz`, `.npy`-like arrays or JSON; rows are the
-  model's layers, so rows without any count are dense layers. Its `--init-expert-location` reads the
-  JSON.
+- SGLang: `logical_count` [S, L, E] (or [L, E]) as `.npz`, JSON, or a `.npy` of this name; rows are
+  the model's layers, so rows without any count are dense layers. Its `--init-expert-location` reads
+  the JSON.
 - TensorRT-LLM: safetensors, one vector [E] per key `"{iteration}_{layer}"`.
 """
 
@@ -102,13 +102,14 @@ def sglang_text(counts: Counts, hints: Hints) -> str:
     rows = max(counts.layer_ids) + 1
     if rows > MAX_ROWS:
         raise Refused("layer_ids", rows - 1, f"at most {MAX_ROWS - 1}", "Number the layers anew")
-    steps = len(counts.count_SLE)
-    table = np.zeros((steps, rows, counts.num_experts), np.int64)
-    table[:, list(counts.layer_ids)] = counts.count_SLE
+    lines = []
+    for count_LE in counts.count_SLE:  # one by one: the rows of all steps may not fit
+        table = np.zeros((rows, counts.num_experts), np.int64)
+        table[list(counts.layer_ids)] = count_LE
+        lines.append(str(table.tolist()))
     if rows > len(counts.layer_ids):
         hints.note(f"{rows - len(counts.layer_ids)} rows of layers without counts are zero")
-    lines = ",\n  ".join(str(step) for step in table.tolist())
-    return f'{{\n "{COUNT}": [\n  {lines}\n ]\n}}\n'
+    return f'{{\n "{COUNT}": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 def write_safetensors(path: str | os.PathLike, counts: Counts, hints: Hints) -> None:
