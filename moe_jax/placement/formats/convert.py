@@ -77,7 +77,6 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".jsonl":
         return Found(traces.read_megatron(path, hints), "Megatron-LM")
-    raw.existing_file(path)
     if suffix == ".npz":
         return _read_npz(path, hints)
     if suffix == ".npy":
