@@ -26,7 +26,7 @@ SWEEPS = (1000, 400)  # of an annealing from hot, and from warm
 WARM = (0.2, 0.1, 0.05)  # first temperatures from the best so far
 SWEPT = 4  # greedy sweeps of a round without annealing, and as many shakes of the best so far
 ROUNDS = 200
-PATIENCE = 12  # rounds without gain after which the search ends
+PATIENCE = 6  # rounds without gain after which the search ends
 NESTED_SHARE = 0.5  # of the time, on several nodes
 WHOLE = 400  # variables up to which all layers are solved as one integer program
 
@@ -134,7 +134,8 @@ class _Search:
             warm = cycle if self.even_LE is None else turn - 1
             start_BLE, hot = np.tile(best_LE, (copies, 1, 1)), WARM[warm % len(WARM)]
             sweeps = SWEEPS[1]
-        most = max(50, 2**28 // (best_LE.size * self.chain.num_devices))
+        experts = best_LE.shape[1]
+        most = min(40 * experts, max(50, 2**28 // (best_LE.size * self.chain.num_devices)))
         return list(
             anneal.anneal(self.chain, start_BLE, self.rng, min(sweeps, most), deadline, hot)
         )
