@@ -17,7 +17,8 @@ from moe_jax.placement import compare as compare_lib
 from moe_jax.placement import evaluate as evaluate_lib
 from moe_jax.placement import evidence, solve, tables
 from moe_jax.placement import topology as topology_lib
-from moe_jax.placement.plan import Plan, check_fits
+from moe_jax.placement import verdict as verdict_lib
+from moe_jax.placement.plan import Placement, Plan, check_fits
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.seconds import Work
@@ -126,6 +127,41 @@ def compare_command(options: argparse.Namespace) -> str:
             f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %.",
         ]
     )
+
+
+def verdict_command(options: argparse.Namespace) -> str:
+    """Whether a better placement is worth it."""
+    settings = verdict_lib.Settings(
+        options.split, options.seed, options.time_limit, options.steps, options.expert_bytes
+    )
+    trace = trace_lib.load(options.trace, options.num_experts)
+    problem = problem_of(options, trace)
+    before = in_use(options.before, trace, problem.topology) if options.before else None
+    print(verdict_lib.estimate(settings), file=sys.stderr)
+    with Ticker() as ticker:
+        found = verdict_lib.verdict(problem, before, settings, ticker.tell)
+    if options.json:
+        sizes = {"dispatch": problem.dispatch, "objective_name": problem.objective}
+        return json.dumps({"trace_digest": trace.digest, **sizes, **found.to_json()})
+    name = pathlib.Path(options.before).name if options.before else "contiguous"
+    machine = f"{problem.dispatch} dispatch on {problem.topology.name}, planned for"
+    return (
+        f"{describe(trace)}\n{name} now; {machine} {problem.objective}.\n"
+        f"{verdict_lib.text(found, name)}"
+    )
+
+
+def in_use(path: str, trace: Trace, topology: Topology) -> Placement:
+    """The placement of a plan file, which has to fit the trace and the machine."""
+    plan = Plan.read(path)
+    check_fits(
+        plan,
+        num_layers=trace.num_layers,
+        num_experts=trace.num_experts,
+        num_devices=topology.num_devices,
+    )
+    _ = plan.placement.device_LE  # refuses replicas
+    return plan.placement
 
 
 def problem_of(options: argparse.Namespace, trace: Trace) -> Problem:

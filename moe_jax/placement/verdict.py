@@ -1,0 +1,435 @@
+"""Is a better placement worth it? Planned on window A, judged on window B, the move counted.
+
+Axes: B bootstrap samples, L MoE layers.
+
+The rule, on the seconds of window B that the new placement saves against the one in use, with the
+95 % interval over sequences (paired.py), W being "the move pays for itself within `steps` steps":
+- not enough data: fewer than MIN_SEQUENCES sequences judge; or the interval contains 0 and at its
+  upper end W holds, so that more sequences may decide it;
+- recommended: the interval's lower end is above 0, and W holds for the saving itself;
+- not recommended: everything else.
+The rule looks at seconds whatever the objective of the plan was. It does not look at the cost of
+planning, nor at a pause of the server while experts move.
+
+Beside it, with figures of window B throughout:
+- the null test: the same on the same trace without affinity (windows.py). It keeps what popularity
+  alone is worth; the rest of the gain is affinity.
+- more recording: plans from a half, a quarter and an eighth of window A. Where the last doubling
+  still gained, the next one may.
+- for split=time: the gain on window A itself (in-sample, so optimistic) and on each quarter of
+  window B. Where it falls, the plan goes stale.
+- for split=name: the gain on every group, from the plan that never saw it. The gain of the whole is
+  the mean over groups by tokens, and the move that is counted is the dearest one.
+
+Time: --time-limit for the plan, as much for the null test, and a quarter for each of the four plans
+of the third table: TIMES x time limit at most, and the judging. Windows share these.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_jax.errors import Refused
+from moe_jax.placement import move as move_lib
+from moe_jax.placement import paired, solve, tables
+from moe_jax.placement import windows as windows_lib
+from moe_jax.placement.move import Move
+from moe_jax.placement.paired import Gain
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.problem import Problem
+from moe_jax.placement.solve import Progress
+from moe_jax.placement.windows import Window
+from moe_jax.routing.trace import Trace
+
+RECOMMENDED, NOT_RECOMMENDED, NOT_ENOUGH = "recommended", "not recommended", "not enough data"
+MIN_SEQUENCES = 20
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of window A
+SHARE_LIMIT = 0.25  # of the time limit, for each of them
+TIMES = 3  # time limits that everything takes together
+GATHERED = "gathered dispatch moves the same rows whatever the placement: it can gain by load only"
+
+Tell = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked, besides the problem.
+
+    Attributes:
+      split: one of windows.SPLITS.
+      seed: of the halves, the search, the resampling and the null test.
+      time_limit: seconds of the plan.
+      steps: within which the move has to pay for itself.
+      expert_bytes: that move with an expert; None: three matrices of d_model x d_ff.
+    """
+
+    split: str = "sequence"
+    seed: int = 0
+    time_limit: float = 60.0
+    steps: int = 100_000
+    expert_bytes: int | None = None
+
+    def __post_init__(self):
+        for field, least in (("steps", 1), ("expert_bytes", 1)):
+            value = getattr(self, field)
+            if value is not None and not least <= value < 2**62:
+                raise Refused(field, value, f"a whole number of at least {least}", "Correct it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A gain of the seconds on a part of the trace.
+
+    Attributes:
+      name: of the part.
+      sequences: in it; for the table of evidence, that were planned on.
+      gain: None where no plan could be made (the load cap is out of reach of so few sequences).
+    """
+
+    name: str
+    sequences: int
+    gain: Gain | None
+
+    def to_json(self) -> dict[str, Any]:
+        gain = self.gain.to_json() if self.gain else None
+        return {"name": self.name, "sequences": self.sequences, "seconds": gain}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The answer and all its figures.
+
+    Attributes:
+      answer: RECOMMENDED, NOT_RECOMMENDED or NOT_ENOUGH.
+      reason: one sentence.
+      planned, judged: sequences; every sequence is judged once.
+      gains: of seconds (per layer and step), rows and load.
+      null: of the seconds, without affinity.
+      move: what it costs; before_relabelling: what it would without the new device numbers.
+      steps: to pay for the move; None: never. steps_low: at the lower end of the interval.
+      parts: groups (split=name), or in-sample and quarters (split=time).
+      evidence: plans from less of window A.
+      notes: what a reader has to know.
+    """
+
+    answer: str
+    reason: str
+    settings: Settings
+    planned: int
+    judged: int
+    gains: dict[str, Gain]
+    null: Gain
+    move: Move
+    before_relabelling: Move
+    steps: float | None
+    steps_low: float | None
+    parts: tuple[Named, ...]
+    evidence: tuple[Named, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON data."""
+        return {
+            "verdict": self.answer,
+            "reason": self.reason,
+            "split": self.settings.split,
+            "within_steps": self.settings.steps,
+            "planned_on_sequences": self.planned,
+            "judged_on_sequences": self.judged,
+            "gains": {name: gain.to_json() for name, gain in self.gains.items()},
+            "null_test": {"seconds": self.null.to_json()},
+            "move": {
+                **self.move.to_json(),
+                "bytes_before_relabelling": self.before_relabelling.bytes,
+                "steps_to_pay": self.steps,
+                "steps_to_pay_at_lower_end": self.steps_low,
+            },
+            "parts": [part.to_json() for part in self.parts],
+            "evidence": [part.to_json() for part in self.evidence],
+            "notes": list(self.notes),
+        }
+
+
+def verdict(
+    problem: Problem,
+    before: Placement | None = None,
+    settings: Settings | None = None,
+    progress: Tell | None = None,
+) -> Verdict:
+    """Plans, judges, counts the move, and says what that comes to.
+
+    Args:
+      problem: the whole trace, the machine, and what a plan minimises.
+      before: what is in use; contiguous if None.
+      settings: how it is split and judged.
+      progress: called at every step of every plan.
+    """
+    settings = settings or Settings()
+    trace = problem.trace
+    if before is None:
+        before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
+    found = windows_lib.windows(trace, settings.split, settings.seed)
+    judge = _Judge(problem, before, found, settings, progress)
+    raw = judge.plans("plan", [window.plan for window in found])
+    after = [move_lib.relabelled(problem, before, placement) for placement in raw]
+    gains = judge.gains(after)
+    size = problem.work.expert_bytes if settings.expert_bytes is None else settings.expert_bytes
+    moves = [move_lib.move(before, plan, problem.topology, size) for plan in after]
+    raw_moves = [move_lib.move(before, plan, problem.topology, size) for plan in raw]
+    dearest = max(range(len(moves)), key=lambda index: moves[index].seconds)
+    move, layers = moves[dearest], trace.num_layers
+    judged = sum(window.judge.num_sequences for window in found)
+    saved = gains["seconds"].difference
+    answer, reason = decide(gains["seconds"], move, layers, judged, settings.steps)
+    return Verdict(
+        answer,
+        reason,
+        settings,
+        planned=max(window.plan.num_sequences for window in found),
+        judged=judged,
+        gains=gains,
+        null=judge.without_affinity(),
+        move=move,
+        before_relabelling=raw_moves[dearest],
+        steps=move.steps(layers * saved.value),
+        steps_low=move.steps(layers * saved.low),
+        parts=tuple(judge.parts(after)),
+        evidence=tuple(judge.evidence()),
+        notes=(GATHERED,) if problem.dispatch == "gathered" else (),
+    )
+
+
+def decide(gain: Gain, move: Move, layers: int, judged: int, steps: int) -> tuple[str, str]:
+    """The verdict and its reason in a sentence; the rule is at the head of this file.
+
+    Args:
+      gain: of the seconds per layer and step.
+      move: what it costs.
+      layers: of the model.
+      judged: sequences that judged.
+      steps: within which the move has to pay for itself.
+    """
+    saved, share = gain.difference, gain.share
+
+    def worth(seconds: float) -> bool:
+        needed = move.steps(layers * seconds)
+        return needed is not None and needed <= steps
+
+    interval = f"{_percent(share.low)} to {_percent(share.high)} of the time of a layer"
+    if judged < MIN_SEQUENCES:
+        return NOT_ENOUGH, (
+            f"only {judged} sequences judge, at least {MIN_SEQUENCES} are needed: record more"
+        )
+    if saved.low <= 0 <= saved.high:
+        if worth(saved.high):
+            return NOT_ENOUGH, (
+                f"the saving is {interval}, which contains 0 but may be worth it: record more"
+            )
+        return NOT_RECOMMENDED, f"the saving is {interval}: nothing that would pay for a move"
+    if saved.low > 0 and worth(saved.value):
+        needed = move.steps(layers * saved.value)
+        return RECOMMENDED, (
+            f"it saves {interval}, and the move has paid for itself after "
+            f"{_steps(needed)} of at most {steps:,} steps"
+        )
+    if saved.low > 0:
+        return NOT_RECOMMENDED, (
+            f"it saves {interval}, but the move needs {_steps(move.steps(layers * saved.value))} "
+            f"steps to pay for itself, more than {steps:,}"
+        )
+    return NOT_RECOMMENDED, f"the saving is {interval}: the plan costs time"
+
+
+class _Judge:
+    """The windows, what is in use, and the plans and gains that are asked of them."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        before: Placement,
+        windows: Sequence[Window],
+        settings: Settings,
+        progress: Tell | None,
+    ):
+        self._problem, self._before, self._windows = problem, before, windows
+        self._settings, self._progress = settings, progress
+        total = sum(window.judge.num_sequences for window in windows)
+        # one draw over all windows; a group that is not drawn has no tokens in that sample
+        weight_BS = paired.weights(total, settings.seed)
+        self._weights, start = [], 0
+        for window in windows:
+            self._weights.append(weight_BS[:, start : start + window.judge.num_sequences])
+            start += window.judge.num_sequences
+
+    def plans(self, stage: str, traces: Sequence[Trace], share: float = 1.0) -> list[Placement]:
+        """One plan for each trace; they share the time limit (or this share of it)."""
+        limit = share * self._settings.time_limit / len(traces)
+        made = []
+        for number, trace in enumerate(traces, start=1):
+            name = stage if len(traces) == 1 else f"{stage} {number} of {len(traces)}"
+            problem = dataclasses.replace(self._problem, trace=trace)
+            placement, _ = solve.solve_problem(
+                problem, self._settings.seed, limit, self._telling(name)
+            )
+            made.append(placement)
+        return made
+
+    def gains(
+        self, after: Sequence[Placement], judges: Sequence[Trace] | None = None
+    ) -> dict[str, Gain]:
+        """Of one plan per window, on the windows' judging parts (or others of the same sizes)."""
+        if judges is None:
+            judges = [window.judge for window in self._windows]
+        before_all, after_all = [], []
+        for trace, placement, weight_BS in zip(judges, after, self._weights, strict=True):
+            judging = self._judging(trace)
+            before_all.append(paired.sample(judging, self._before, weight_BS))
+            after_all.append(paired.sample(judging, placement, weight_BS))
+        return paired.gains(paired.pooled(before_all), paired.pooled(after_all))
+
+    def without_affinity(self) -> Gain:
+        """The gain of the seconds when both parts of every window have lost their affinity."""
+        seed = self._settings.seed
+        shuffled = [windows_lib.without_affinity(window.plan, seed) for window in self._windows]
+        judges = [windows_lib.without_affinity(window.judge, seed + 1) for window in self._windows]
+        return self.gains(self.plans("null test", shuffled), judges)["seconds"]
+
+    def parts(self, after: Sequence[Placement]) -> list[Named]:
+        """Groups, or how the gain develops in time."""
+        if self._settings.split == "name":
+            pairs = zip(self._windows, after, strict=True)
+            return [self._alone(window.name, window.judge, plan) for window, plan in pairs]
+        if self._settings.split == "time":
+            window, plan = self._windows[0], after[0]
+            rows = [self._alone("planned on (in-sample)", window.plan, plan)]
+            for number, trace in enumerate(windows_lib.quarters(window.judge), start=1):
+                rows.append(self._alone(f"quarter {number} after", trace, plan))
+            return rows
+        return []
+
+    def evidence(self) -> list[Named]:
+        """What plans from a share of window A gain."""
+        rows: dict[int, Named] = {}
+        for share in SHARES:
+            traces = [windows_lib.part(w.plan, share, self._settings.seed) for w in self._windows]
+            sequences = max(trace.num_sequences for trace in traces)
+            if sequences in rows:
+                continue
+            stage = f"plan from 1/{round(1 / share)}"
+            try:
+                gain = self.gains(self.plans(stage, traces, SHARE_LIMIT))["seconds"]
+            except Refused:  # few sequences may be harder to balance than all of them
+                gain = None
+            name = "all" if share == 1 else f"1/{round(1 / share)}"
+            rows[sequences] = Named(name, sequences, gain)
+        return list(rows.values())
+
+    def _alone(self, name: str, trace: Trace, placement: Placement) -> Named:
+        weight_BS = paired.weights(trace.num_sequences, self._settings.seed)
+        judging = self._judging(trace)
+        before = paired.sample(judging, self._before, weight_BS)
+        after = paired.sample(judging, placement, weight_BS)
+        return Named(name, trace.num_sequences, paired.gains(before, after)["seconds"])
+
+    def _judging(self, trace: Trace) -> Problem:
+        return dataclasses.replace(self._problem, trace=trace, load_cap=None)
+
+    def _telling(self, name: str) -> Tell | None:
+        tell = self._progress
+        if tell is None:
+            return None
+        return lambda step: tell(dataclasses.replace(step, stage=f"{name}: {step.stage}"))
+
+
+def estimate(settings: Settings) -> str:
+    """How long it will take, for people who wait."""
+    return (
+        f"At most about {TIMES * settings.time_limit:.0f} s of planning ({TIMES} x the time limit "
+        f"of {settings.time_limit:g} s: the plan, the null test, plans from fewer sequences), and "
+        "the judging."
+    )
+
+
+def text(found: Verdict, now: str) -> str:
+    """The report; `now` names what is in use."""
+    lines = [
+        f"Planned on {found.planned} sequences, judged on {found.judged} others "
+        f"(split {found.settings.split}, seed {found.settings.seed}).",
+        "",
+        _gains_table(found.gains, now),
+        "",
+        f"Null test, no affinity left: {_percent_of(found.null)}; with it: "
+        f"{_percent_of(found.gains['seconds'])}.",
+        "  What the null test keeps is popularity, the rest of the saving is affinity.",
+        "",
+        _move_text(found),
+    ]
+    if found.parts:
+        lines += ["", "Saving on each part:", _named_table(found.parts, "judged on")]
+    lines += [
+        "",
+        "Would more recording help? Saving on the same judging sequences of plans from fewer "
+        f"(time limit {SHARE_LIMIT * found.settings.time_limit:g} s each):",
+        _named_table(found.evidence, "planned on"),
+        *(f"\nNote: {note}." for note in found.notes),
+        "",
+        f"Verdict: {found.answer}. {found.reason[0].upper()}{found.reason[1:]}.",
+    ]
+    return "\n".join(lines)
+
+
+def _gains_table(gains: dict[str, Gain], now: str) -> str:
+    names = {
+        "seconds": ("microseconds per layer and step", 1e6),
+        "rows": ("rows per token and layer", 1.0),
+        "load": ("largest load over the mean", 1.0),
+    }
+    rows = []
+    for name, (title, scale) in names.items():
+        gain = gains[name]
+        cells = [f"{scale * value:.4g}" for value in (gain.before, gain.after)]
+        difference = gain.difference
+        ends = f"[{scale * difference.low:.4g}, {scale * difference.high:.4g}]"
+        rows.append(
+            [title, *cells, f"{scale * difference.value:.4g}", ends, _percent(gain.share.value)]
+        )
+    heads = ["held out", now, "planned", "saved", "95 % interval", "of it"]
+    return tables.table(heads, rows)
+
+
+def _named_table(parts: Sequence[Named], what: str) -> str:
+    rows = []
+    for part in parts:
+        if part.gain is None:
+            rows.append([part.name, str(part.sequences), "load cap out of reach", ""])
+            continue
+        share = part.gain.share
+        ends = f"[{_percent(share.low)}, {_percent(share.high)}]"
+        rows.append([part.name, str(part.sequences), _percent(share.value), ends])
+    return tables.table([what, "sequences", "saved", "95 % interval"], rows)
+
+
+def _move_text(found: Verdict) -> str:
+    move, raw = found.move, found.before_relabelling
+    paid = _steps(found.steps)
+    return (
+        f"The move: {move.experts} of {move.of_experts} experts change device "
+        f"({raw.experts} before devices were renumbered), {move.bytes / 1e9:.3g} GB, "
+        f"{1e3 * move.seconds:.3g} ms over the links.\n"
+        f"  Paid for after {paid} steps; at the interval's lower end {_steps(found.steps_low)}."
+    )
+
+
+def _percent_of(gain: Gain) -> str:
+    share = gain.share
+    return (
+        f"{_percent(share.value)} of the time saved [{_percent(share.low)}, {_percent(share.high)}]"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _steps(steps: float | None) -> str:
+    return "never" if steps is None else f"{int(-(-steps // 1)):,}"
