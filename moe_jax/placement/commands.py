@@ -137,9 +137,12 @@ def verdict_command(options: argparse.Namespace) -> str:
     trace = trace_lib.load(options.trace, options.num_experts)
     problem = problem_of(options, trace)
     before = in_use(options.before, trace, problem.topology) if options.before else None
-    print(verdict_lib.estimate(settings), file=sys.stderr)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     with Ticker() as ticker:
-        found = verdict_lib.verdict(problem, before, settings, ticker.tell)
+        found = verdict_lib.verdict(problem, before, settings, ticker.tell, say)
     if options.json:
         sizes = {"dispatch": problem.dispatch, "objective_name": problem.objective}
         return json.dumps({"trace_digest": trace.digest, **sizes, **found.to_json()})

@@ -26,6 +26,7 @@ of the third table: TIMES x time limit at most, and the judging. Windows share t
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,10 +71,12 @@ class Settings:
     expert_bytes: int | None = None
 
     def __post_init__(self):
-        for field, least in (("steps", 1), ("expert_bytes", 1)):
+        for field, least in (("steps", 1), ("expert_bytes", 1), ("seed", 0)):
             value = getattr(self, field)
             if value is not None and not least <= value < 2**62:
                 raise Refused(field, value, f"a whole number of at least {least}", "Correct it")
+        if not 0 <= self.time_limit < float("inf"):
+            raise Refused("time_limit", self.time_limit, "seconds, at least 0", "Use 60")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Verdict:
       reason: one sentence.
       planned, judged: sequences; every sequence is judged once.
       gains: of seconds (per layer and step), rows and load.
-      null: of the seconds, without affinity.
+      null: the same without affinity.
       move: what it costs; before_relabelling: what it would without the new device numbers.
       steps: to pay for the move; None: never. steps_low: at the lower end of the interval.
       parts: groups (split=name), or in-sample and quarters (split=time).
@@ -118,7 +121,7 @@ class Verdict:
     planned: int
     judged: int
     gains: dict[str, Gain]
-    null: Gain
+    null: dict[str, Gain]
     move: Move
     before_relabelling: Move
     steps: float | None
@@ -137,7 +140,7 @@ class Verdict:
             "planned_on_sequences": self.planned,
             "judged_on_sequences": self.judged,
             "gains": {name: gain.to_json() for name, gain in self.gains.items()},
-            "null_test": {"seconds": self.null.to_json()},
+            "null_test": {name: gain.to_json() for name, gain in self.null.items()},
             "move": {
                 **self.move.to_json(),
                 "bytes_before_relabelling": self.before_relabelling.bytes,
@@ -155,6 +158,7 @@ def verdict(
     before: Placement | None = None,
     settings: Settings | None = None,
     progress: Tell | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Verdict:
     """Plans, judges, counts the move, and says what that comes to.
 
@@ -163,12 +167,17 @@ def verdict(
       before: what is in use; contiguous if None.
       settings: how it is split and judged.
       progress: called at every step of every plan.
+      say: is told how long it will take, once the input is accepted.
     """
     settings = settings or Settings()
     trace = problem.trace
     if before is None:
         before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
     found = windows_lib.windows(trace, settings.split, settings.seed)
+    for window in found:
+        _ = dataclasses.replace(problem, trace=window.plan).cap_L  # refuses caps out of reach
+    if say is not None:
+        say(estimate(settings))
     judge = _Judge(problem, before, found, settings, progress)
     raw = judge.plans("plan", [window.plan for window in found])
     after = [move_lib.relabelled(problem, before, placement) for placement in raw]
@@ -230,12 +239,12 @@ def decide(gain: Gain, move: Move, layers: int, judged: int, steps: int) -> tupl
         needed = move.steps(layers * saved.value)
         return RECOMMENDED, (
             f"it saves {interval}, and the move has paid for itself after "
-            f"{_steps(needed)} of at most {steps:,} steps"
+            f"{_steps(needed)} ({steps:,} were allowed)"
         )
     if saved.low > 0:
         return NOT_RECOMMENDED, (
             f"it saves {interval}, but the move needs {_steps(move.steps(layers * saved.value))} "
-            f"steps to pay for itself, more than {steps:,}"
+            f"to pay for itself, more than the {steps:,} allowed"
         )
     return NOT_RECOMMENDED, f"the saving is {interval}: the plan costs time"
 
@@ -268,10 +277,11 @@ class _Judge:
         for number, trace in enumerate(traces, start=1):
             name = stage if len(traces) == 1 else f"{stage} {number} of {len(traces)}"
             problem = dataclasses.replace(self._problem, trace=trace)
-            placement, _ = solve.solve_problem(
-                problem, self._settings.seed, limit, self._telling(name)
-            )
+            tell = self._telling(name)
+            placement, report = solve.solve_problem(problem, self._settings.seed, limit, tell)
             made.append(placement)
+            if tell is not None:
+                tell(Progress("judging", report.seconds, limit, report.objective, report.bound))
         return made
 
     def gains(
@@ -287,12 +297,12 @@ class _Judge:
             after_all.append(paired.sample(judging, placement, weight_BS))
         return paired.gains(paired.pooled(before_all), paired.pooled(after_all))
 
-    def without_affinity(self) -> Gain:
-        """The gain of the seconds when both parts of every window have lost their affinity."""
+    def without_affinity(self) -> dict[str, Gain]:
+        """The gains when both parts of every window have lost their affinity."""
         seed = self._settings.seed
         shuffled = [windows_lib.without_affinity(window.plan, seed) for window in self._windows]
         judges = [windows_lib.without_affinity(window.judge, seed + 1) for window in self._windows]
-        return self.gains(self.plans("null test", shuffled), judges)["seconds"]
+        return self.gains(self.plans("null test", shuffled), judges)
 
     def parts(self, after: Sequence[Placement]) -> list[Named]:
         """Groups, or how the gain develops in time."""
@@ -358,9 +368,9 @@ def text(found: Verdict, now: str) -> str:
         "",
         _gains_table(found.gains, now),
         "",
-        f"Null test, no affinity left: {_percent_of(found.null)}; with it: "
-        f"{_percent_of(found.gains['seconds'])}.",
-        "  What the null test keeps is popularity, the rest of the saving is affinity.",
+        "Null test: the same with the affinity shuffled away. What it still saves is popularity, "
+        "the rest is affinity:",
+        _null_table(found),
         "",
         _move_text(found),
     ]
@@ -401,30 +411,37 @@ def _named_table(parts: Sequence[Named], what: str) -> str:
     rows = []
     for part in parts:
         if part.gain is None:
-            rows.append([part.name, str(part.sequences), "load cap out of reach", ""])
-            continue
-        share = part.gain.share
-        ends = f"[{_percent(share.low)}, {_percent(share.high)}]"
-        rows.append([part.name, str(part.sequences), _percent(share.value), ends])
-    return tables.table([what, "sequences", "saved", "95 % interval"], rows)
+            rows.append([part.name, str(part.sequences), "load cap out of reach"])
+        else:
+            rows.append([part.name, str(part.sequences), _percent_interval(part.gain)])
+    return tables.table([what, "sequences", "saved [95 % interval]"], rows)
 
 
 def _move_text(found: Verdict) -> str:
     move, raw = found.move, found.before_relabelling
-    paid = _steps(found.steps)
+    paid, low = (
+        "never paid for" if steps is None else f"paid for after {_steps(steps)}"
+        for steps in (found.steps, found.steps_low)
+    )
     return (
         f"The move: {move.experts} of {move.of_experts} experts change device "
         f"({raw.experts} before devices were renumbered), {move.bytes / 1e9:.3g} GB, "
         f"{1e3 * move.seconds:.3g} ms over the links.\n"
-        f"  Paid for after {paid} steps; at the interval's lower end {_steps(found.steps_low)}."
+        f"  It is {paid}; at the lower end of the interval {low}."
     )
 
 
-def _percent_of(gain: Gain) -> str:
+def _null_table(found: Verdict) -> str:
+    rows = []
+    for name, gain in found.gains.items():
+        cells = [_percent_interval(one) for one in (gain, found.null[name])]
+        rows.append([name, *cells])
+    return tables.table(["saved of", "true trace", "without affinity"], rows)
+
+
+def _percent_interval(gain: Gain) -> str:
     share = gain.share
-    return (
-        f"{_percent(share.value)} of the time saved [{_percent(share.low)}, {_percent(share.high)}]"
-    )
+    return f"{_percent(share.value)} [{_percent(share.low)}, {_percent(share.high)}]"
 
 
 def _percent(share: float) -> str:
@@ -432,4 +449,7 @@ def _percent(share: float) -> str:
 
 
 def _steps(steps: float | None) -> str:
-    return "never" if steps is None else f"{int(-(-steps // 1)):,}"
+    if steps is None:
+        return "never"
+    whole = math.ceil(steps)
+    return f"{whole:,} step" + ("" if whole == 1 else "s")

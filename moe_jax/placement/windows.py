@@ -75,24 +75,35 @@ def without_affinity(trace: Trace, seed: int) -> Trace:
     rng = np.random.default_rng(seed)
     ids_TLK = trace.expert_ids_TLK.copy()
     for layer in range(trace.num_layers):
-        for _ in range(EXCHANGES):
-            _exchange(ids_TLK[:, layer], trace.no_expert, rng)
+        ids_TLK[:, layer] = _exchanged(ids_TLK[:, layer], trace.no_expert, rng)
     return dataclasses.replace(trace, expert_ids_TLK=ids_TLK, expert_weights_TLK=None)
 
 
-def _exchange(ids_TK: np.ndarray, no_expert: int, rng: np.random.Generator) -> None:
-    """Each token offers each rank's expert to another token, in place; doubles are turned down."""
-    half = len(ids_TK) // 2
-    order_T = rng.permutation(len(ids_TK))
-    one_H = order_T[:half]
-    for k in range(ids_TK.shape[1]):
-        other_H = np.roll(order_T[half : 2 * half], rng.integers(max(half, 1)))
-        mine_H, theirs_H = ids_TK[one_H, k], ids_TK[other_H, k]
-        double_H = (ids_TK[one_H] == theirs_H[:, None]).any(axis=1)
-        double_H |= (ids_TK[other_H] == mine_H[:, None]).any(axis=1)
-        taken_H = ~double_H & (mine_H != no_expert) & (theirs_H != no_expert)
-        ids_TK[one_H[taken_H], k] = theirs_H[taken_H]
-        ids_TK[other_H[taken_H], k] = mine_H[taken_H]
+def _exchanged(ids_TK: np.ndarray, no_expert: int, rng: np.random.Generator) -> np.ndarray:
+    """Tokens in random pairs exchange the experts of one rank, many times over."""
+    token_T, half = np.arange(len(ids_TK)), len(ids_TK) // 2
+    ids_KT = np.ascontiguousarray(ids_TK.T)  # one layer as rows: an order of magnitude faster
+    for _ in range(EXCHANGES):
+        order_T = rng.permutation(len(token_T))
+        token_T, ids_KT = token_T[order_T], ids_KT[:, order_T]
+        one_KH, rest_KT = ids_KT[:, :half], ids_KT[:, half:]
+        for k in range(len(ids_KT)):  # other pairs for every rank, so that ranks part company
+            shift = int(rng.integers(max(half, 1)))
+            token_T[half:] = np.roll(token_T[half:], shift)
+            rest_KT[:] = np.roll(rest_KT, shift, axis=1)
+            _exchange(one_KH, rest_KT[:, :half], k, no_expert)
+    exchanged_TK = np.empty_like(ids_TK)
+    exchanged_TK[token_T] = ids_KT.T
+    return exchanged_TK
+
+
+def _exchange(one_KH: np.ndarray, other_KH: np.ndarray, k: int, no_expert: int) -> None:
+    """In place, rank k, unless an expert would be twice on a token or is none."""
+    mine_H, theirs_H = one_KH[k].copy(), other_KH[k].copy()
+    taken_H = ~((one_KH == theirs_H).any(axis=0) | (other_KH == mine_H).any(axis=0))
+    taken_H &= (mine_H != no_expert) & (theirs_H != no_expert)
+    one_KH[k] = np.where(taken_H, theirs_H, mine_H)
+    other_KH[k] = np.where(taken_H, mine_H, theirs_H)
 
 
 def _by_name(trace: Trace) -> list[Window]:
