@@ -14,8 +14,8 @@ Devices of a node stay together in either case. Of two numberings the placement 
 has unless the other moves less.
 
 Seconds are those of the links alone: the busiest device of the slower tier, all experts at once.
-A server that stands still meanwhile, or moves layer by layer, needs longer. Experts that change their
-slot within a device stay in its memory and are not counted.
+A server that stands still meanwhile, or moves layer by layer, needs longer. Experts that change
+their slot within a device stay in its memory and are not counted.
 """
 
 import dataclasses

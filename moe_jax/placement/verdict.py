@@ -22,7 +22,8 @@ Beside it, with figures of window B throughout:
   the mean over groups by tokens, and the move that is counted is the dearest one.
 
 Time: --time-limit for the plan, as much for the null test, and a quarter for each of the four plans
-of the third table: TIMES x time limit at most, and the judging. Windows share these.
+of the third table: TIMES x time limit at most. Windows share these. Counting, shuffling and judging
+come on top, about SECONDS_PER_ID for every expert id of every window.
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ MIN_SEQUENCES = 20
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of window A
 SHARE_LIMIT = 0.25  # of the time limit, for each of them
 TIMES = 3  # time limits that everything takes together
+SECONDS_PER_ID = 0.8e-6
 GATHERED = "gathered dispatch moves the same rows whatever the placement: it can gain by load only"
 
 Tell = Callable[[Progress], None]
@@ -177,7 +179,7 @@ def verdict(
     for window in found:
         _ = dataclasses.replace(problem, trace=window.plan).cap_L  # refuses caps out of reach
     if say is not None:
-        say(estimate(settings))
+        say(estimate(settings, found))
     judge = _Judge(problem, before, found, settings, progress)
     raw = judge.plans("plan", [window.plan for window in found])
     after = [move_lib.relabelled(problem, before, placement) for placement in raw]
@@ -351,12 +353,13 @@ class _Judge:
         return lambda step: tell(dataclasses.replace(step, stage=f"{name}: {step.stage}"))
 
 
-def estimate(settings: Settings) -> str:
+def estimate(settings: Settings, windows: Sequence[Window]) -> str:
     """How long it will take, for people who wait."""
+    ids = sum(w.plan.expert_ids_TLK.size + w.judge.expert_ids_TLK.size for w in windows)
     return (
-        f"At most about {TIMES * settings.time_limit:.0f} s of planning ({TIMES} x the time limit "
-        f"of {settings.time_limit:g} s: the plan, the null test, plans from fewer sequences), and "
-        "the judging."
+        f"At most about {TIMES * settings.time_limit + SECONDS_PER_ID * ids:.0f} s: {TIMES} x the "
+        f"time limit of {settings.time_limit:g} s (the plan, the null test, plans from fewer "
+        f"sequences), and counting and judging (windows: {len(windows)})."
     )
 
 
