@@ -348,12 +348,10 @@ def test_few_sequences_are_not_enough():
 
 
 def test_what_is_in_use_already_is_not_recommended_again():
-    trace = grouped(1)
-    problem = Problem(trace, WIRES)
-    first = solve.solve_problem(
-        Problem(windows.windows(trace, "sequence", 0)[0].plan, FLAT), 0, 0.3
-    )
-    found = verdict.verdict(problem, first.placement, FAST)
+    trace, settings = grouped(1), Settings(time_limit=0.0)
+    (window,) = windows.windows(trace, "sequence", settings.seed)
+    in_use = solve.solve_problem(Problem(window.plan, WIRES), settings.seed, 0.0).placement
+    found = verdict.verdict(Problem(trace, WIRES), in_use, settings)
     assert found.answer == NOT_RECOMMENDED
     assert found.move.bytes == 0
     assert found.gains["seconds"].difference == Figure(0.0, 0.0, 0.0)
