@@ -90,7 +90,8 @@ def test_the_first_sample_is_what_the_planner_and_the_evidence_say(dispatch, mac
 
 @pytest.mark.parametrize("dispatch", cost.DISPATCHES)
 def test_a_sample_is_the_trace_with_its_sequences_drawn(dispatch):
-    trace = realistic()
+    uneven = np.array([5, 95, 10, 90, 20, 80, 30, 70, 40, 60, 50, 50], np.int32)
+    trace = dataclasses.replace(realistic(), seq_len=uneven)
     placement, weight_BS = at_random(trace, 4, 2), paired.weights(trace.num_sequences, 3)[:5]
     samples = paired.sample(Problem(trace, NODES, "seconds", dispatch), placement, weight_BS)
     for weight_S, found in zip(weight_BS, samples.seconds_B, strict=True):
@@ -123,6 +124,15 @@ def test_equal_placements_differ_by_exactly_nothing():
             assert gain.difference == Figure(0.0, 0.0, 0.0)
         both = paired.pooled([samples, samples])
         assert paired.gains(both, both)["seconds"].difference == Figure(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_interval_is_stretched_by_twice_the_bias_by_hand(sign):
+    saved_B = np.array([10.0, *range(101)])  # mean 50: off by 40, so shifted by -80
+    gain = paired.gain(np.full(102, 200.0), 200.0 - sign * saved_B)
+    ends = sorted([sign * (2.5 - 80.0), sign * 97.5])
+    assert gain.difference == Figure(sign * 10.0, *(pytest.approx(end) for end in ends))
+    assert gain.share.value == pytest.approx(sign * 0.05)
 
 
 def topical(sequences: int, seed: int = 0) -> Trace:
@@ -218,7 +228,7 @@ def test_without_affinity_nothing_is_left_within_a_layer_or_between():
     apart_EE = ~np.eye(12, dtype=bool)
     for counts_LEE, mean in (
         (affinity.coactivation_LEE(null)[:, apart_EE], expected),
-        (affinity.transitions_top1_LEE(null), trace.num_tokens / 144),
+        (affinity.transitions_all_LEE(null), trace.num_tokens * 4 / 144),
     ):
         assert np.abs(counts_LEE / mean - 1).max() < 0.5
     assert affinity.coactivation_LEE(trace)[:, apart_EE].max() > 4 * expected
