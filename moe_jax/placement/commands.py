@@ -131,6 +131,12 @@ def compare_command(options: argparse.Namespace) -> str:
 
 def verdict_command(options: argparse.Namespace) -> str:
     """Whether a better placement is worth it."""
+    if options.out:
+        files_ok(options.out)
+        if options.split == "name":
+            raise Refused(
+                "out", options.out, "split=name judges one plan per group", "Leave --out out"
+            )
     settings = verdict_lib.Settings(
         options.split, options.seed, options.time_limit, options.steps, options.expert_bytes
     )
@@ -143,6 +149,8 @@ def verdict_command(options: argparse.Namespace) -> str:
 
     with Ticker() as ticker:
         found = verdict_lib.verdict(problem, before, settings, ticker.tell, say)
+    if options.out:
+        judged_plan(trace, problem, found).write(options.out)
     if options.json:
         sizes = {"dispatch": problem.dispatch, "objective_name": problem.objective}
         return json.dumps({"trace_digest": trace.digest, **sizes, **found.to_json()})
@@ -152,6 +160,21 @@ def verdict_command(options: argparse.Namespace) -> str:
         f"{describe(trace)}\n{name} now; {machine} {problem.objective}.\n"
         f"{verdict_lib.text(found, name)}"
     )
+
+
+def judged_plan(trace: Trace, problem: Problem, found: verdict_lib.Verdict) -> Plan:
+    """The plan that was judged, whatever the verdict; the verdict travels with it."""
+    origin = {
+        "trace_digest": trace.digest,
+        "planned_on": f"split {found.settings.split}: {found.planned} sequences",
+        "solver": "greedy + integer programs (HiGHS), devices numbered so that least moves",
+        "seed": found.settings.seed,
+        "objective_name": problem.objective,
+        "dispatch": problem.dispatch,
+        "verdict": found.answer,
+        "reason": found.reason,
+    }
+    return Plan(found.placement, trace.layer_ids, problem.topology.to_json(), origin)
 
 
 def in_use(path: str, trace: Trace, topology: Topology) -> Placement:

@@ -115,6 +115,8 @@ class Verdict:
       parts: groups (split=name), or in-sample and quarters (split=time).
       evidence: plans from less of window A.
       notes: what a reader has to know.
+      placement: the new one, with the device numbers that move least; of the dearest move where
+        there are several windows.
     """
 
     answer: str
@@ -131,6 +133,7 @@ class Verdict:
     parts: tuple[Named, ...]
     evidence: tuple[Named, ...]
     notes: tuple[str, ...]
+    placement: Placement
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON data."""
@@ -139,6 +142,7 @@ class Verdict:
             "reason": self.reason,
             "split": self.settings.split,
             "within_steps": self.settings.steps,
+            "plan_digest": self.placement.digest,
             "planned_on_sequences": self.planned,
             "judged_on_sequences": self.judged,
             "gains": {name: gain.to_json() for name, gain in self.gains.items()},
@@ -207,6 +211,7 @@ def verdict(
         parts=tuple(judge.parts(after)),
         evidence=tuple(judge.evidence()),
         notes=(GATHERED,) if problem.dispatch == "gathered" else (),
+        placement=after[dearest],
     )
 
 
