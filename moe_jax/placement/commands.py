@@ -15,7 +15,7 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
 from moe_jax.placement import evaluate as evaluate_lib
-from moe_jax.placement import evidence, solve, tables
+from moe_jax.placement import evidence, solve, tables, verdict_text
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement import verdict as verdict_lib
 from moe_jax.placement.plan import Placement, Plan, check_fits
@@ -158,7 +158,7 @@ def verdict_command(options: argparse.Namespace) -> str:
     machine = f"{problem.dispatch} dispatch on {problem.topology.name}, planned for"
     return (
         f"{describe(trace)}\n{name} now; {machine} {problem.objective}.\n"
-        f"{verdict_lib.text(found, name)}"
+        f"{verdict_text.text(found, name)}"
     )
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
-from moe_jax.placement import paired, solve, tables
+from moe_jax.placement import paired, solve
 from moe_jax.placement import windows as windows_lib
 from moe_jax.placement.move import Move
 from moe_jax.placement.paired import Gain
@@ -231,7 +231,7 @@ def decide(gain: Gain, move: Move, layers: int, judged: int, steps: int) -> tupl
         needed = move.steps(layers * seconds)
         return needed is not None and needed <= steps
 
-    interval = f"{_percent(share.low)} to {_percent(share.high)} of the time of a layer"
+    interval = f"{percent(share.low)} to {percent(share.high)} of the time of a layer"
     if judged < MIN_SEQUENCES:
         return NOT_ENOUGH, (
             f"only {judged} sequences judge, at least {MIN_SEQUENCES} are needed: record more"
@@ -246,11 +246,11 @@ def decide(gain: Gain, move: Move, layers: int, judged: int, steps: int) -> tupl
         needed = move.steps(layers * saved.value)
         return RECOMMENDED, (
             f"it saves {interval}, and the move has paid for itself after "
-            f"{_steps(needed)} ({steps:,} were allowed)"
+            f"{steps_of(needed)} ({steps:,} were allowed)"
         )
     if saved.low > 0:
         return NOT_RECOMMENDED, (
-            f"it saves {interval}, but the move needs {_steps(move.steps(layers * saved.value))} "
+            f"it saves {interval}, but the move needs {steps_of(move.steps(layers * saved.value))} "
             f"to pay for itself, more than the {steps:,} allowed"
         )
     return NOT_RECOMMENDED, f"the saving is {interval}: the plan costs time"
@@ -368,95 +368,11 @@ def estimate(settings: Settings, windows: Sequence[Window]) -> str:
     )
 
 
-def text(found: Verdict, now: str) -> str:
-    """The report; `now` names what is in use."""
-    lines = [
-        f"Planned on {found.planned} sequences, judged on {found.judged} others "
-        f"(split {found.settings.split}, seed {found.settings.seed}).",
-        "",
-        _gains_table(found.gains, now),
-        "",
-        "Null test: the same with the affinity shuffled away. What it still saves is popularity, "
-        "the rest is affinity:",
-        _null_table(found),
-        "",
-        _move_text(found),
-    ]
-    if found.parts:
-        lines += ["", "Saving on each part:", _named_table(found.parts, "judged on")]
-    lines += [
-        "",
-        "Would more recording help? Saving on the same judging sequences of plans from fewer "
-        f"(time limit {SHARE_LIMIT * found.settings.time_limit:g} s each):",
-        _named_table(found.evidence, "planned on"),
-        *(f"\nNote: {note}." for note in found.notes),
-        "",
-        f"Verdict: {found.answer}. {found.reason[0].upper()}{found.reason[1:]}.",
-    ]
-    return "\n".join(lines)
-
-
-def _gains_table(gains: dict[str, Gain], now: str) -> str:
-    names = {
-        "seconds": ("microseconds per layer and step", 1e6),
-        "rows": ("rows per token and layer", 1.0),
-        "load": ("largest load over the mean", 1.0),
-    }
-    rows = []
-    for name, (title, scale) in names.items():
-        gain = gains[name]
-        cells = [f"{scale * value:.4g}" for value in (gain.before, gain.after)]
-        difference = gain.difference
-        ends = f"[{scale * difference.low:.4g}, {scale * difference.high:.4g}]"
-        rows.append(
-            [title, *cells, f"{scale * difference.value:.4g}", ends, _percent(gain.share.value)]
-        )
-    heads = ["held out", now, "planned", "saved", "95 % interval", "of it"]
-    return tables.table(heads, rows)
-
-
-def _named_table(parts: Sequence[Named], what: str) -> str:
-    rows = []
-    for part in parts:
-        if part.gain is None:
-            rows.append([part.name, str(part.sequences), "load cap out of reach"])
-        else:
-            rows.append([part.name, str(part.sequences), _percent_interval(part.gain)])
-    return tables.table([what, "sequences", "saved [95 % interval]"], rows)
-
-
-def _move_text(found: Verdict) -> str:
-    move, raw = found.move, found.before_relabelling
-    paid, low = (
-        "never paid for" if steps is None else f"paid for after {_steps(steps)}"
-        for steps in (found.steps, found.steps_low)
-    )
-    return (
-        f"The move: {move.experts} of {move.of_experts} experts change device "
-        f"({raw.experts} before devices were renumbered), {move.bytes / 1e9:.3g} GB, "
-        f"{1e3 * move.seconds:.3g} ms over the links.\n"
-        f"  It is {paid}; at the lower end of the interval {low}."
-    )
-
-
-def _null_table(found: Verdict) -> str:
-    rows = []
-    for name, gain in found.gains.items():
-        cells = [_percent_interval(one) for one in (gain, found.null[name])]
-        rows.append([name, *cells])
-    return tables.table(["saved of", "true trace", "without affinity"], rows)
-
-
-def _percent_interval(gain: Gain) -> str:
-    share = gain.share
-    return f"{_percent(share.value)} [{_percent(share.low)}, {_percent(share.high)}]"
-
-
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _steps(steps: float | None) -> str:
+def steps_of(steps: float | None) -> str:
     if steps is None:
         return "never"
     whole = math.ceil(steps)

@@ -18,6 +18,7 @@ from moe_jax.placement import (
     solve,
     topology,
     verdict,
+    verdict_text,
     windows,
 )
 from moe_jax.placement import move as move_lib
@@ -441,7 +442,7 @@ def test_a_load_cap_out_of_reach_of_few_sequences_is_said(capsys):
     found = verdict.verdict(problem, settings=dataclasses.replace(FAST, time_limit=0.0))
     assert found.evidence[0].gain is not None
     assert any(row.gain is None for row in found.evidence)
-    assert "load cap out of reach" in verdict.text(found, "contiguous")
+    assert "load cap out of reach" in verdict_text.text(found, "contiguous")
 
 
 # The command
