@@ -15,6 +15,7 @@ export PYTHONUNBUFFERED = 1
 quickstart: $(VENV)/.installed quickstart-commands
 
 # The same in an environment that is there already: BIN names its folder of programs.
+quickstart-commands: export JAX_COMPILATION_CACHE_DIR ?= $(abspath $(RUN))/compiled
 quickstart-commands:
 	@rm -rf $(RUN)
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)

@@ -1,4 +1,4 @@
-"""Command line: python -m moe_jax.placement solve | evaluate | compare | verdict | apply
+"""Command line: python -m moe_jax.placement solve, evaluate, compare, verdict, apply, convert
 (also `moe-place`).
 
 Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 130 interrupted.
@@ -15,6 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from moe_jax.errors import Refused
 from moe_jax.placement import commands
 from moe_jax.placement.cost import DISPATCHES
+from moe_jax.placement.formats.convert import FORMATS
 from moe_jax.placement.problem import OBJECTIVES
 from moe_jax.placement.seconds import Work
 from moe_jax.placement.verdict import Settings
@@ -39,6 +40,9 @@ examples:
   python -m moe_jax.placement evaluate other_trace.npz plan.json old_plan.json
   # move the experts of a checkpoint
   python -m moe_jax.placement apply plan.json runs/x/checkpoints/9 runs/y/checkpoints/9
+  # hand a plan to another program, or read its trace
+  python -m moe_jax.placement convert plan.json sglang.json --format=sglang
+  python -m moe_jax.placement convert dump.npz trace.npz
 """
 
 
@@ -108,6 +112,24 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("before", metavar="CHECKPOINT_IN", help="a step, or a work directory")
     apply.add_argument("after", metavar="CHECKPOINT_OUT", help="what to make")
     apply.set_defaults(run=apply_command)
+
+    convert = _command(commands_, "convert", "plans, traces and counts of other programs")
+    convert.add_argument("source", metavar="IN", help="file, or a folder of Megatron-LM traces")
+    convert.add_argument("target", metavar="OUT", help=".json .yaml .csv .npy .npz .safetensors")
+    convert.add_argument(
+        "--format", choices=FORMATS, help="of OUT, where .json has several (default own)"
+    )
+    convert.add_argument("--devices", type=int, help="of a plan whose file does not say it")
+    convert.add_argument("--num-experts", type=int, help="of a layer, likewise")
+    convert.add_argument(
+        "--layer-ids",
+        metavar="3-60",
+        help="the model's numbers of the layers: picks rows where IN numbers them, else names them",
+    )
+    convert.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+    convert.set_defaults(run=commands.convert_command)
     return top
 
 

@@ -56,6 +56,12 @@ class Chain:
         like_LEE = self.likeness_MM[device_LE[:-1, :, None], device_LE[1:, None, :]]
         return float((self.keep_LEE * like_LEE).sum())
 
+    def over_L(self, device_LE: np.ndarray) -> np.ndarray:
+        """bool [L]: does a device pass the layer's cap?"""
+        onehot_MM = np.eye(self.num_devices)
+        load_LM = np.einsum("le,lem->lm", self.load_LE, onehot_MM[device_LE])
+        return load_LM.max(axis=1) > self.cap_L * (1 + 1e-9)
+
     def benefit_EM(self, device_LE: np.ndarray, layer: int, before: bool, after: bool):
         """float64 [E, M]: what an expert keeps on each device, given its neighbours."""
         total_EM = np.zeros((self.keep_LEE.shape[1], self.num_devices))
@@ -104,34 +110,52 @@ class Pool:
 
     def __init__(self, chain: Chain, size: int):
         self._chain, self._size = chain, size
-        self._found: list[dict[bytes, np.ndarray]] = [{} for _ in range(chain.num_layers)]
+        self._found: list[dict[bytes, int]] = [{} for _ in range(chain.num_layers)]
+        self._parts: list[np.ndarray] = []  # by number
+        self._kept: dict[tuple[int, int], float] = {}  # by the best labels of two, once computed
 
     def add(self, device_LE: np.ndarray) -> None:
         """Takes in the partitions of labels; the oldest leave when the pool is full."""
         for layer, device_E in enumerate(device_LE):
             canonical_E = _canonical(device_E, self._chain.devices_per_node)
-            known = self._found[layer]
-            known.pop(canonical_E.tobytes(), None)
-            known[canonical_E.tobytes()] = canonical_E
+            known, key = self._found[layer], canonical_E.tobytes()
+            number = known.pop(key, None)
+            if number is None:
+                number = len(self._parts)
+                self._parts.append(canonical_E)
+            known[key] = number
             if len(known) > self._size:
                 del known[next(iter(known))]
 
     def best_chain(self, deadline: float) -> np.ndarray | None:
         """int64 [L, E]: the best labels over all choices of partitions; None if time ran out."""
-        pools = [np.stack(list(found.values())) for found in self._found]
+        pools = [list(found.values()) for found in self._found]
         value_C, edges = np.zeros(len(pools[0])), []
         for layer in range(1, len(pools)):
             if time.monotonic() >= deadline:
                 return None
-            weight_CC = _best_labelling_values(self._chain, layer, pools[layer - 1], pools[layer])
+            weight_CC = self._edge(layer, pools[layer - 1], pools[layer])
             total_CC = value_C[:, None] + weight_CC
             edges.append(total_CC.argmax(axis=0))
             value_C = total_CC.max(axis=0)
         chosen = [int(value_C.argmax())]
         for back_C in reversed(edges):
             chosen.append(int(back_C[chosen[-1]]))
-        parts = [pool[c] for pool, c in zip(pools, reversed(chosen), strict=True)]
+        parts = [self._parts[pool[c]] for pool, c in zip(pools, reversed(chosen), strict=True)]
         return align(self._chain, np.stack(parts))
+
+    def _edge(self, layer: int, before: list[int], after: list[int]) -> np.ndarray:
+        """float64 [C, C]: what the best labelling of each pair of partitions keeps."""
+        onehot_MM, weight_CC = np.eye(self._chain.num_devices), np.empty((len(before), len(after)))
+        for c, one in enumerate(before):
+            new = [d for d, other in enumerate(after) if (one, other) not in self._kept]
+            if new:
+                left_ME = onehot_MM[self._parts[one]].T @ self._chain.keep_LEE[layer - 1]
+                right_CEM = onehot_MM[np.stack([self._parts[after[d]] for d in new])]
+                for d, blocks_MM in zip(new, left_ME @ right_CEM, strict=True):
+                    self._kept[one, after[d]] = _best_labels(self._chain, blocks_MM).kept
+            weight_CC[c] = [self._kept[one, other] for other in after]
+        return weight_CC
 
 
 def align(chain: Chain, part_LE: np.ndarray) -> np.ndarray:
@@ -195,17 +219,6 @@ def _blocks(chain: Chain, layer: int, before_E: np.ndarray, part_E: np.ndarray) 
     """float64 [M, M]: transitions from each device of layer - 1 to each group of layer."""
     onehot_MM = np.eye(chain.num_devices)
     return onehot_MM[before_E].T @ chain.keep_LEE[layer - 1] @ onehot_MM[part_E]
-
-
-def _best_labelling_values(chain: Chain, layer: int, before_CE, after_CE) -> np.ndarray:
-    """float64 [C, C]: what the best labelling of each pair of partitions keeps."""
-    onehot_MM = np.eye(chain.num_devices)
-    left_CME = onehot_MM[before_CE].transpose(0, 2, 1) @ chain.keep_LEE[layer - 1]
-    weight_CC = np.empty((len(before_CE), len(after_CE)))
-    for c, left_ME in enumerate(left_CME):
-        for d, blocks_MM in enumerate(left_ME @ onehot_MM[after_CE]):
-            weight_CC[c, d] = _best_labels(chain, blocks_MM).kept
-    return weight_CC
 
 
 def _canonical(device_E: np.ndarray, devices_per_node: int) -> np.ndarray:

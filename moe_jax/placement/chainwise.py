@@ -1,27 +1,33 @@
 """Search for objectives that tie layers together: ExFlow's transitions, and coherent dispatch.
 
-`transitions`: alternating exact re-assignment from many starts, all partitions into a pool, the
-best chain through the pool by dynamic programming (chain.py), alternate again; half of the starts
-are fresh, half are the best so far with a few layers shaken.
+`transitions`: annealed copies (anneal.py), greedy sweeps and shakes of the best so far, each layer
+exactly re-assigned until nothing improves, all partitions into a pool, the best chain through the
+pool by dynamic programming (chain.py). A load cap does not depend on labels, so a chain of layers
+that keep it keeps it. On several nodes the nodes come first, then the devices inside each.
 
 `coherent`: rows there are 2 |S| per layer less the chance that the next layer needs the device on
 which the token waits. Partitions by co-activation under a ladder of load caps, joined along the
 chain by best-to-all transitions, each judged by the exact objective.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
 import numpy as np
 
+from moe_jax.placement import anneal, clusters, ilp, layerwise
 from moe_jax.placement import chain as chain_lib
-from moe_jax.placement import clusters, ilp, layerwise
 from moe_jax.placement.problem import Problem
 
-POOL = 24
-STARTS = 8  # between two dynamic programs
-ROUNDS = 60
-PATIENCE = 8  # rounds without gain after which the search ends
+POOL = 48
+COPIES = 12  # annealed side by side, at most
+SWEEPS = (1000, 400)  # of an annealing from hot, and from warm
+WARM = (0.2, 0.1, 0.05)  # first temperatures from the best so far
+SWEPT = 4  # greedy sweeps of a round without annealing, and as many shakes of the best so far
+ROUNDS = 200
+PATIENCE = 12  # rounds without gain after which the search ends
+NESTED_SHARE = 0.5  # of the time, on several nodes
 WHOLE = 400  # variables up to which all layers are solved as one integer program
 
 
@@ -30,33 +36,124 @@ def transitions(
 ) -> Iterator[np.ndarray]:
     """Yields better and better placements for `exflow`."""
     chain = problem.chain(problem.top1_LEE)
-    pool = chain_lib.Pool(chain, POOL)
-    best_LE = chain_lib.alternate(chain, device_LE, deadline)
-    best = chain.value(best_LE)
-    pool.add(best_LE)
-    yield best_LE
-    idle = 0
-    for _ in range(ROUNDS):
-        before = best
-        for start in range(STARTS + 1):
+    capped = problem.load_cap is not None
+    if problem.topology.num_nodes > 1 and not capped:
+        now = time.monotonic()
+        nested_LE = _nested(chain, rng, now + NESTED_SHARE * (deadline - now))
+        yield nested_LE
+        device_LE = max(device_LE, nested_LE, key=chain.value)
+    yield from _Search(chain, problem.balanced_LE if capped else None, rng).run(device_LE, deadline)
+
+
+def _nested(chain: chain_lib.Chain, rng: np.random.Generator, deadline: float) -> np.ndarray:
+    """Nodes first, as if each were one device; then the devices inside each node, by themselves."""
+    layers, experts, each = chain.num_layers, chain.keep_LEE.shape[1], chain.devices_per_node
+    nodes = chain.num_devices // each
+    now = time.monotonic()
+    node_LE = _best_of(chain.keep_LEE, nodes, rng, now + (deadline - now) / 2)
+    device_LE = np.empty((layers, experts), np.int64)
+    row_L1 = np.arange(layers)[:, None]
+    for node in range(nodes):
+        inside_LS = np.nonzero(node_LE == node)[1].reshape(layers, -1)
+        keep_LSS = chain.keep_LEE[
+            row_L1[:-1, :, None], inside_LS[:-1, :, None], inside_LS[1:, None]
+        ]
+        now = time.monotonic()
+        share = now + (deadline - now) / (nodes - node)
+        device_LE[row_L1, inside_LS] = node * each + _best_of(keep_LSS, each, rng, share)
+    return device_LE
+
+
+def _best_of(
+    keep_LEE: np.ndarray, devices: int, rng: np.random.Generator, deadline: float
+) -> np.ndarray:
+    """int64 [L, E]: the labels that keep most on a flat machine without caps."""
+    layers, experts = len(keep_LEE) + 1, keep_LEE.shape[1]
+    nothing_LE, no_cap_L = np.zeros((layers, experts)), np.full(layers, np.inf)
+    chain = chain_lib.Chain(keep_LEE, devices, devices, 0.0, nothing_LE, no_cap_L)
+    search = _Search(chain, None, rng)
+    *_, best_LE = search.run(search.start(), deadline)
+    return best_LE
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Search:
+    """Rounds of annealed copies, or of greedy sweeps and shakes, joined through one pool.
+
+    Attributes:
+      chain: what is kept together.
+      even_LE: labels within the caps; None where there are none.
+      rng: of everything.
+    """
+
+    chain: chain_lib.Chain
+    even_LE: np.ndarray | None
+    rng: np.random.Generator
+
+    def run(self, device_LE: np.ndarray, deadline: float) -> Iterator[np.ndarray]:
+        """Yields better and better labels, beginning with `device_LE` made better."""
+        pool = chain_lib.Pool(self.chain, POOL)
+        best_LE, idle = self.finished(device_LE, deadline), 0
+        best = self.chain.value(best_LE)
+        pool.add(best_LE)
+        yield best_LE
+        for number in range(ROUNDS):
+            before = best
+            for new_LE in self.round(pool, best_LE, number, deadline):
+                if self.chain.value(new_LE) > best * (1 + 1e-12):
+                    best_LE, best = new_LE, self.chain.value(new_LE)
+                    yield best_LE
+            idle = 0 if best > before * (1 + 1e-6) else idle + 1
+            if idle >= PATIENCE or time.monotonic() >= deadline:
+                return
+
+    def round(
+        self, pool: chain_lib.Pool, best_LE: np.ndarray, number: int, deadline: float
+    ) -> Iterator[np.ndarray]:
+        """Many labels into the pool; then the best chain through it."""
+        for labels_LE in [*self.copies(best_LE, number, deadline), None]:
             if time.monotonic() >= deadline:
                 return
-            if start == STARTS:
-                new_LE = pool.best_chain(deadline)
-                if new_LE is None:
-                    return
-            elif start % 2:
-                new_LE = _shaken(best_LE, rng)
-            else:
-                new_LE = chain_lib.sweep(chain, _first(problem, rng), deadline)
-            new_LE = chain_lib.alternate(chain, problem.repaired(new_LE), deadline)
-            pool.add(new_LE)
-            if chain.value(new_LE) > best * (1 + 1e-12) and problem.all_allowed(new_LE):
-                best_LE, best = new_LE, chain.value(new_LE)
-                yield best_LE
-        idle = 0 if best > before else idle + 1
-        if idle >= PATIENCE:
-            return
+            if labels_LE is None:
+                labels_LE = pool.best_chain(deadline)
+            if labels_LE is not None:
+                new_LE = self.finished(labels_LE, deadline)
+                pool.add(new_LE)
+                yield new_LE
+
+    def copies(self, best_LE: np.ndarray, number: int, deadline: float) -> list[np.ndarray]:
+        """Where the labels of a round come from. Under a cap only annealing is fast enough."""
+        turn, cycle = number % (1 + len(WARM)), number // (1 + len(WARM))
+        if self.even_LE is None and turn < len(WARM):
+            swept = [chain_lib.sweep(self.chain, self.start()[0], deadline) for _ in range(SWEPT)]
+            return swept + [_shaken(best_LE, self.rng) for _ in range(SWEPT)]
+        copies = min(COPIES, anneal.copies_for(self.chain))
+        if turn == 0:
+            start_BLE, hot, sweeps = np.tile(self.start(), (copies, 1, 1)), anneal.HOT, SWEEPS[0]
+        else:
+            warm = cycle if self.even_LE is None else turn - 1
+            start_BLE, hot = np.tile(best_LE, (copies, 1, 1)), WARM[warm % len(WARM)]
+            sweeps = SWEEPS[1]
+        most = max(50, 2**28 // (best_LE.size * self.chain.num_devices))
+        return list(
+            anneal.anneal(self.chain, start_BLE, self.rng, min(sweeps, most), deadline, hot)
+        )
+
+    def start(self) -> np.ndarray:
+        """int64 [L, E]: at random, or as even as can be where there are caps."""
+        if self.even_LE is not None:
+            return self.even_LE
+        layers, experts = self.chain.load_LE.shape
+        return clusters.random_starts(experts, self.chain.num_devices, layers, self.rng)
+
+    def finished(self, device_LE: np.ndarray, deadline: float) -> np.ndarray:
+        """Within the caps; without any, every layer exactly re-assigned until nothing improves.
+
+        Under a cap a re-assignment is a program of its own, too slow to be made for every copy.
+        """
+        if self.even_LE is None:
+            return chain_lib.alternate(self.chain, device_LE, deadline)
+        return np.where(self.chain.over_L(device_LE)[:, None], self.even_LE, device_LE)
 
 
 def coherent(
@@ -94,12 +191,6 @@ def whole(problem: Problem, deadline: float) -> ilp.Solved | None:
     if problem.objective != "exflow" or not flat or size > WHOLE or left <= 0:
         return None
     return ilp.whole_chain(keep_LEE, devices, left)
-
-
-def _first(problem: Problem, rng: np.random.Generator) -> np.ndarray:
-    if problem.load_cap is not None:
-        return problem.balanced_LE[0]
-    return clusters.random_starts(problem.trace.num_experts, problem.num_devices, 1, rng)[0]
 
 
 def _shaken(device_LE: np.ndarray, rng: np.random.Generator) -> np.ndarray:

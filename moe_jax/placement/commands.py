@@ -18,6 +18,9 @@ from moe_jax.placement import evaluate as evaluate_lib
 from moe_jax.placement import evidence, solve, tables, verdict_text
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement import verdict as verdict_lib
+from moe_jax.placement.formats import convert as convert_lib
+from moe_jax.placement.formats.counts import Counts
+from moe_jax.placement.formats.hints import Hints, parse_layer_ids
 from moe_jax.placement.plan import Placement, Plan, check_fits
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.progress import Ticker
@@ -188,6 +191,44 @@ def in_use(path: str, trace: Trace, topology: Topology) -> Placement:
     )
     _ = plan.placement.device_LE  # refuses replicas
     return plan.placement
+
+
+def convert_command(options: argparse.Namespace) -> str:
+    """Reads a plan, a trace or counts of any known format, and writes another."""
+    files_ok(options.target)
+    layer_ids = None if options.layer_ids is None else parse_layer_ids(options.layer_ids)
+    hints = Hints(options.devices, options.num_experts, layer_ids)
+    done = convert_lib.convert(options.source, options.target, options.format, hints)
+    value = done.found.value
+    digest = None if isinstance(value, Counts) else value.digest
+    if options.json:
+        return json.dumps(
+            {
+                "kind": done.found.kind,
+                "in_format": done.found.format,
+                "out": str(options.target),
+                "out_format": done.written,
+                "digest": digest,
+                "notes": done.notes,
+            }
+        )
+    return "\n".join(
+        [
+            f"Read {options.source}: {done.found.format} {describe_found(value)}",
+            *(f"  note: {note}" for note in done.notes),
+            f"Wrote {options.target} ({done.written})"
+            + (f", digest {digest[:16]}" if digest else ""),
+        ]
+    )
+
+
+def describe_found(value: Plan | Trace | Counts) -> str:
+    if isinstance(value, Plan):
+        return f"plan: {tables.sizes(value.placement)}"
+    if isinstance(value, Trace):
+        return describe(value)
+    steps, layers, experts = value.count_SLE.shape
+    return f"counts: {steps} steps, {layers} layers x {experts} experts"
 
 
 def problem_of(options: argparse.Namespace, trace: Trace) -> Problem:

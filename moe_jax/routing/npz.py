@@ -1,4 +1,4 @@
-"""Reads the arrays of an `.npz` that may be truncated, hostile or simply something else.
+"""Reads arrays of `.npz` and `.npy` files that may be truncated, hostile or something else.
 
 Promise: nothing is unpickled, no memory is touched beyond the data that really is in the file, and
 everything wrong ends in `Refused`. A header may claim any shape: the claim is held against the
@@ -6,12 +6,16 @@ size in the archive's directory and against what deflate can pack before an arra
 array is then filled piece by piece, so that pages are only touched by bytes that arrived.
 """
 
+import io
 import math
 import os
 import pathlib
 import struct
+import tokenize
+import warnings
 import zipfile
 import zlib
+from typing import IO
 
 import numpy as np
 
@@ -25,6 +29,7 @@ _BROKEN = (
     struct.error,
     ValueError,
     SyntaxError,
+    tokenize.TokenError,  # numpy cleans headers of Python 2 with a tokenizer
     EOFError,
     KeyError,
     OSError,
@@ -75,38 +80,65 @@ def _read_member(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> np.
             "Record the trace again: the archive's directory is damaged",
         )
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            header = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            header = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise Refused(name, version, "npy version 1 or 2 is read", "Save it with numpy.savez")
-        shape, fortran_order, dtype = header
-        if dtype.hasobject:
-            raise Refused(
-                name,
-                str(dtype),
-                "pickled objects are never loaded",
-                "Save plain integer, float or string arrays",
-            )
-        size = math.prod(shape) * dtype.itemsize
-        if any(n < 0 for n in shape) or size != info.file_size - file.tell():
-            raise Refused(
-                f"{name} shape",
-                shape,
-                f"{size} bytes claimed, {info.file_size - file.tell()} present",
-                "Record the trace again: the file is truncated or its header is damaged",
-            )
-        data = np.empty(size, np.uint8)
-        at = 0
-        while at < size:
-            piece = file.read(min(_PIECE, size - at))
-            if not piece:
-                raise EOFError(f"{name} ends after {at} of {size} bytes")
-            data[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-            at += len(piece)
+        array = _read_array(file, name, info.file_size)
         file.read(1)  # reaches the end, where zipfile compares the checksum
+    return array
+
+
+def read_npy(path: str | os.PathLike) -> np.ndarray:
+    """The array of a `.npy` file."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        rule = "an array is a file" if path.exists() else "the file does not exist"
+        raise Refused("array", str(path), rule, "Give the path of a .npy file")
+    try:
+        with path.open("rb") as file:
+            return _read_array(file, path.name, path.stat().st_size)
+    except Refused:
+        raise
+    except _BROKEN as error:
+        raise Refused(
+            "array",
+            str(path),
+            f"not a whole .npy file ({type(error).__name__}: {_one_line(error)})",
+            "Save it again with numpy.save: it is truncated, damaged or of another format",
+        ) from error
+
+
+def _read_array(file: IO[bytes] | io.BufferedIOBase, name: str, file_size: int) -> np.ndarray:
+    """One npy array of `file_size` bytes, its header included."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise Refused(name, version, "npy version 1 or 2 is read", "Save it with numpy.savez")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers of old programs: they are checked below
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+    if dtype.hasobject:
+        raise Refused(
+            name,
+            str(dtype),
+            "pickled objects are never loaded",
+            "Save plain integer, float or string arrays",
+        )
+    size = math.prod(shape) * dtype.itemsize
+    if any(n < 0 for n in shape) or size != file_size - file.tell():
+        raise Refused(
+            f"{name} shape",
+            shape,
+            f"{size} bytes claimed, {file_size - file.tell()} present",
+            "Record the trace again: the file is truncated or its header is damaged",
+        )
+    data = np.empty(size, np.uint8)
+    at = 0
+    while at < size:
+        piece = file.read(min(_PIECE, size - at))
+        if not piece:
+            raise EOFError(f"{name} ends after {at} of {size} bytes")
+        data[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+        at += len(piece)
     if size == 0:
         return np.empty(shape, dtype)
     return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")

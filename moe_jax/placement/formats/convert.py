@@ -1,0 +1,250 @@
+"""From one file to another: plans to plans, traces to our trace, counts to counts.
+
+What a file is follows from its extension and its contents; what is written from the extension of
+the output, and `--format` where JSON has several meanings. A `.npy` is counts where its name has
+`logical_count` in it, SGLang's ids of a trace where it has three axes, and with two axes a trace of
+ExFlow where a trace is asked for (an output `.npz`), else a map of sglang-jax.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from moe_jax import files
+from moe_jax.errors import Refused
+from moe_jax.placement.formats import counts as counts_lib
+from moe_jax.placement.formats import plans, raw, traces, trtllm
+from moe_jax.placement.formats.counts import Counts
+from moe_jax.placement.formats.hints import Hints, agree
+from moe_jax.placement.plan import FORMAT, MAP, Plan
+from moe_jax.routing import npz
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+
+FORMATS = ("own", "sglang", "vllm", "tensorrt-llm", "exflow", "sglang-jax")
+_DUMP = (traces.IDS, traces.SEQ_LENS, traces.SLOTS, counts_lib.COUNT)
+# Extension of the output -> formats of a plan; the first one is the default.
+_PLAN_SUFFIXES = {
+    ".json": ("own", "sglang", "vllm"),
+    ".yaml": ("tensorrt-llm",),
+    ".yml": ("tensorrt-llm",),
+    ".csv": ("exflow",),
+    ".npy": ("sglang-jax",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a file held: `value`, and the name of its format."""
+
+    value: Plan | Trace | Counts
+    format: str
+
+    @property
+    def kind(self) -> str:
+        return type(self.value).__name__.lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A finished conversion, for reports."""
+
+    found: Found
+    written: str
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, written: str | None, hints: Hints
+) -> Converted:
+    """Reads, checks, writes whole or not at all."""
+    suffix = pathlib.Path(target).suffix.lower()
+    found = read(source, hints, wants_trace=suffix == ".npz")
+    if isinstance(found.value, Plan):
+        name = _write_plan(found.value, target, suffix, written, hints)
+    elif suffix == ".npz":
+        name = _write_trace(found.value, target, written)
+    else:
+        name = _write_counts(found.value, target, suffix, written, hints)
+    return Converted(found, name, tuple(hints.notes))
+
+
+def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> Found:
+    """The plan, trace or counts in a file (or in a folder of Megatron-LM's traces)."""
+    path = pathlib.Path(source)
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix == ".jsonl":
+        return Found(traces.read_megatron(path, hints), "Megatron-LM")
+    if suffix == ".npz":
+        return _read_npz(path, hints)
+    if suffix == ".npy":
+        return _read_npy(npz.read_npy(path), path.stem, hints, wants_trace)
+    if suffix == ".json":
+        return _read_json(path, hints)
+    if suffix in (".yaml", ".yml"):
+        return Found(trtllm.read_yaml(raw.read_text(path), hints), "TensorRT-LLM")
+    if suffix == ".csv":
+        return Found(plans.read_exflow(raw.read_text(path), hints), "ExFlow")
+    if suffix == ".safetensors":
+        return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
+    if suffix in (".pt", ".pth", ".pkl", ".pickle"):
+        raise Refused(
+            "in",
+            str(path),
+            "pickled files can run programs and are never read",
+            "Save its arrays where it was made: numpy.savez(out, topk_ids_of_layer=...)",
+        )
+    raise Refused(
+        "in",
+        str(path),
+        "the extension says what a file is: .json .yaml .csv .npy .npz .jsonl .safetensors",
+        "Rename the file",
+    )
+
+
+def _read_npz(path: pathlib.Path, hints: Hints) -> Found:
+    arrays = npz.read_npz(path, _DUMP)
+    if traces.IDS in arrays:
+        return Found(traces.read_sglang_arrays(arrays, hints), "SGLang")
+    if counts_lib.COUNT in arrays:
+        return Found(counts_lib.read_sglang_array(arrays[counts_lib.COUNT], hints), "SGLang")
+    trace = trace_lib.load(path, hints.num_experts)
+    _check_own_layers(tuple(trace.layer_ids), hints)
+    return Found(trace, "own")
+
+
+def _read_npy(array: np.ndarray, stem: str, hints: Hints, wants_trace: bool) -> Found:
+    if "logical_count" in stem:
+        return Found(counts_lib.read_sglang_array(array, hints), "SGLang")
+    if array.ndim == 3:
+        return Found(traces.read_sglang_arrays({traces.IDS: array}, hints), "SGLang")
+    if wants_trace:
+        return Found(traces.read_exflow(array, hints), "ExFlow")
+    return Found(plans.read_sglang_jax(array, hints), "sglang-jax")
+
+
+def _read_json(path: pathlib.Path, hints: Hints) -> Found:
+    fields = raw.json_object(raw.parse_json(raw.read_text(path), str(path)), str(path))
+    if fields.get("format") == FORMAT:
+        plan = Plan.read(path)
+        agree("devices", hints.devices, plan.placement.num_devices)
+        agree("num_experts", hints.num_experts, plan.placement.num_experts)
+        _check_own_layers(tuple(plan.layer_ids), hints)
+        return Found(plan, "own")
+    if traces.IDS in fields or "records" in fields:
+        return Found(traces.read_sglang_json(fields, hints), "SGLang")
+    if MAP in fields and counts_lib.COUNT in fields:
+        raise Refused(
+            str(path),
+            f"{MAP} and {counts_lib.COUNT}",
+            "versions of SGLang differ in which one they take",
+            "Leave one of them out",
+        )
+    if counts_lib.COUNT in fields:
+        return Found(counts_lib.read_sglang_json(fields, hints), "SGLang")
+    if any(key in fields for key in plans.VLLM_KEYS):
+        return Found(plans.read_vllm(fields, hints), "vLLM")
+    if MAP in fields:
+        return Found(plans.read_sglang(fields, hints), "SGLang")
+    raise Refused(
+        str(path),
+        sorted(fields)[:8],
+        f"one of {MAP}, {plans.RANKS}, {traces.IDS}, records, {counts_lib.COUNT} is needed",
+        "Give a plan, a trace or counts",
+    )
+
+
+def _check_own_layers(numbers: tuple[int, ...], hints: Hints) -> None:
+    if hints.layer_ids not in (None, numbers):
+        raise Refused(
+            "layer_ids", hints.layer_ids, "our own files number their layers", "Leave it out"
+        )
+
+
+def _write_plan(
+    plan: Plan, target: str | os.PathLike, suffix: str, written: str | None, hints: Hints
+) -> str:
+    if suffix not in _PLAN_SUFFIXES:
+        raise Refused(
+            "out", str(target), "a plan is written as .json, .yaml, .csv or .npy", "Change the name"
+        )
+    name = written or _PLAN_SUFFIXES[suffix][0]
+    if name not in _PLAN_SUFFIXES[suffix]:
+        raise Refused(
+            "format",
+            name,
+            f"{suffix} files are {' or '.join(_PLAN_SUFFIXES[suffix])}",
+            "Change --format or the name of the output",
+        )
+    if name == "own":
+        plan.write(target)
+        return name
+    if name == "sglang-jax":
+        table = plans.rows_by_layer(plan, hints)
+        with files.atomic_write(target) as file:
+            np.save(file, table, allow_pickle=False)
+    else:
+        _write_text(target, _plan_text(plan, name, hints))
+    if name not in ("vllm", "exflow"):
+        hints.note(f"the number of devices is lost: {plan.placement.num_devices}")
+    if plan.topology or plan.provenance:
+        hints.note("topology and provenance are lost")
+    return name
+
+
+def _plan_text(plan: Plan, name: str, hints: Hints) -> str:
+    if name == "sglang":
+        return plans.sglang_text(plan, hints)
+    if name == "vllm":
+        return plans.vllm_text(plan, hints)
+    if name == "tensorrt-llm":
+        return trtllm.yaml_text(plan)
+    return plans.exflow_text(plan, hints)
+
+
+def _write_trace(value: Trace | Counts, target: str | os.PathLike, written: str | None) -> str:
+    if isinstance(value, Counts):
+        raise Refused(
+            counts_lib.COUNT,
+            value.count_SLE.shape,
+            "counts do not say which experts a token chose together or one after the other, so "
+            "they do not make a trace",
+            "Record every token (SGLang: --expert-distribution-recorder-mode=per_token)",
+        )
+    if written not in (None, "own"):
+        raise Refused("format", written, "a trace is written in our own form", "Leave it out")
+    trace_lib.save(value, target)
+    return "own"
+
+
+def _write_counts(
+    value: Trace | Counts,
+    target: str | os.PathLike,
+    suffix: str,
+    written: str | None,
+    hints: Hints,
+) -> str:
+    """Counts, or the counts of a trace."""
+    names = {".json": "sglang", ".safetensors": "tensorrt-llm"}
+    if suffix not in names or written not in (None, names[suffix]):
+        raise Refused(
+            "out",
+            f"{target}, format {written}",
+            "a trace is written as .npz; counts as .json (sglang) or .safetensors (tensorrt-llm)",
+            "Change the name of the output or --format",
+        )
+    if isinstance(value, Trace):
+        value = counts_lib.of_trace(value)
+        hints.note("only counts are written, all tokens as one step: the trace cannot come back")
+    if suffix == ".json":
+        _write_text(target, counts_lib.sglang_text(value, hints))
+    else:
+        counts_lib.write_safetensors(target, value, hints)
+    return names[suffix]
+
+
+def _write_text(target: str | os.PathLike, text: str) -> None:
+    with files.atomic_write(target, "w") as file:
+        file.write(text)

@@ -1,0 +1,245 @@
+"""Traces of other programs, read into our `Trace`: SGLang's recorder, Megatron-LM, ExFlow.
+
+Axes: T tokens, L layers, K experts per token, P slots.
+
+What these files do not hold:
+- Weights. Experts are taken to be in descending weight; where every token lists them in ascending
+  id, that cannot be so, and a note says that best-expert figures mean nothing.
+- Borders of sequences. A SGLang array or an ExFlow trace is one sequence unless the file says
+  more (`extend_seq_lens`); records of a SGLang dump and (step, rank) pairs of Megatron-LM are one
+  sequence each.
+
+SGLang records slots, not experts: where the dump has `last_physical_to_logical_map`, ids are taken
+back to experts through it. Its rows are layers of the model; rows without any expert are dense
+layers and left out, like tokens without any expert (padding).
+"""
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.placement.formats import raw
+from moe_jax.placement.formats.hints import Hints
+from moe_jax.routing.trace import Trace
+
+IDS = "topk_ids_of_layer"
+SEQ_LENS = "extend_seq_lens"
+SLOTS = "last_physical_to_logical_map"
+_AXES = ("layers", "tokens", "experts per token")
+
+
+def read_sglang_arrays(arrays: dict[str, np.ndarray], hints: Hints) -> Trace:
+    """Arrays of a `.npz` (or the one of a `.npy`): ids, optional lengths and map."""
+    ids_LTK = raw.int_array(arrays[IDS], IDS, _AXES)
+    lens = None
+    if SEQ_LENS in arrays:
+        lens = raw.int_array(arrays[SEQ_LENS], SEQ_LENS, ("sequences",)).tolist()
+    slots_LP = None
+    if SLOTS in arrays:
+        slots_LP = raw.int_array(arrays[SLOTS], SLOTS, ("layers", "slots"))
+    return _sglang_trace(ids_LTK, _lengths(lens, ids_LTK.shape[1], SEQ_LENS), slots_LP, hints)
+
+
+def read_sglang_json(fields: dict[str, Any], hints: Hints) -> Trace:
+    """One array, or the `records` of a per-token dump one after the other."""
+    records = fields.get("records", [fields])
+    if not isinstance(records, list) or not records:
+        raise Refused(
+            "records", raw.shown(records), "a list of forward passes", "Record at least one token"
+        )
+    parts: list[np.ndarray] = []
+    lens: list[int] = []
+    for number, record in enumerate(records):
+        name = f"records[{number}]" if "records" in fields else "dump"
+        if not isinstance(record, dict) or IDS not in record:
+            raise Refused(
+                name,
+                "no " + IDS,
+                "a trace needs the experts of every token",
+                "Record with --expert-distribution-recorder-mode=per_token",
+            )
+        ids = record[IDS]
+        if isinstance(ids, list) and ids and all(row == [] for row in ids):
+            continue  # a forward pass without tokens
+        part_LTK = raw.int_table(ids, f"{name}.{IDS}", _AXES)
+        if parts and part_LTK[:, 0].shape != parts[0][:, 0].shape:
+            raise Refused(f"{name}.{IDS}", part_LTK.shape, "as in the first record", "Record again")
+        said = record.get(SEQ_LENS)
+        if said is not None:
+            said = raw.int_table(said, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
+        parts.append(part_LTK)
+        lens += _lengths(said, part_LTK.shape[1], f"{name}.{SEQ_LENS}")
+    if not parts:
+        raise Refused("records", f"list of {len(records)}", "no token", "Record at least one token")
+    slots_LP = fields.get(SLOTS)
+    if slots_LP is not None:
+        slots_LP = raw.int_table(slots_LP, SLOTS, ("layers", "slots"))
+    return _sglang_trace(np.concatenate(parts, axis=1), lens, slots_LP, hints)
+
+
+def read_exflow(array: np.ndarray, hints: Hints) -> Trace:
+    """ExFlow's `.npy` [tokens, layers] of best experts."""
+    ids_TL = raw.int_array(array, "trace", ("tokens", "layers"))
+    layer_ids = hints.name_layers(ids_TL.shape[1])
+    return make_trace(ids_TL[:, :, None], [len(ids_TL)], layer_ids, "ExFlow", hints)
+
+
+def read_megatron(path: str | os.PathLike, hints: Hints) -> Trace:
+    """`router_trace_rank*.jsonl`: one file, or all of a folder."""
+    path = pathlib.Path(path)
+    paths = sorted(path.glob("router_trace_rank*.jsonl")) if path.is_dir() else [path]
+    if not paths:
+        raise Refused("in", str(path), "no router_trace_rank*.jsonl in it", "Give another folder")
+    passes: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+    for one in paths:
+        with raw.existing_file(one).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    _add_record(passes, line, f"{one.name}:{number}", hints)
+    if not passes:
+        raise Refused("in", str(path), "no token is recorded", "Record at least one token")
+    numbers = tuple(sorted(set().union(*passes.values())))
+    order = sorted(passes)
+    parts = [_stack(passes[key], numbers, key) for key in order]
+    top_ks = {part_TLK.shape[2] for part_TLK in parts}
+    if len(top_ks) > 1:
+        raise Refused("topk", sorted(top_ks), "the same in all records", "Give one model's trace")
+    rows, layer_ids = hints.select_layers(numbers)
+    return make_trace(
+        np.concatenate(parts)[:, rows],
+        [len(part_TLK) for part_TLK in parts],
+        layer_ids,
+        "Megatron-LM",
+        hints,
+        tuple(f"step {step} rank {rank}" for step, rank in order),
+    )
+
+
+def _add_record(passes: dict, line: bytes, where: str, hints: Hints) -> None:
+    """Files one line under its (step, rank) and layer."""
+    record = raw.json_object(raw.parse_json(raw.decode(line, where), where), where)
+    if record.get("block", "decoder") != "decoder":
+        hints.note("records of other blocks than the decoder (multi-token prediction) are left out")
+        return
+    step, layer, rank, tokens = (
+        raw.whole_number(record.get(key), f"{where} {key}")
+        for key in ("step", "layer", "rank", "num_tokens")
+    )
+    if tokens == 0 and record.get("top_indices") == []:
+        return
+    name = f"{where} top_indices"
+    ids_TK = raw.int_table(record.get("top_indices"), name, ("tokens", "experts per token"))
+    top_k = ids_TK.shape[1] if record.get("topk") is None else record["topk"]
+    if ids_TK.shape != (tokens, raw.whole_number(top_k, f"{where} topk", 1)):
+        raise Refused(
+            name, ids_TK.shape, f"num_tokens and topk are {tokens}, {top_k}", "Record it again"
+        )
+    layers = passes.setdefault((step, rank), {})
+    if layer in layers:
+        raise Refused(
+            f"{where} layer", layer, f"step {step} of rank {rank} has it already", "Delete one"
+        )
+    layers[layer] = ids_TK
+
+
+def _stack(layers: dict[int, np.ndarray], numbers: tuple[int, ...], key: tuple) -> np.ndarray:
+    """int64 [T, L, K] of one (step, rank), which has to have every layer, all of one shape."""
+    name = f"step {key[0]} rank {key[1]}"
+    for number in numbers:
+        if number not in layers:
+            raise Refused(
+                f"{name} layer",
+                number,
+                "is missing; ranks that hold different layers (pipeline parallelism) are not read",
+                "Record every layer on one rank",
+            )
+    shapes = {layers[number].shape for number in numbers}
+    if len(shapes) > 1:
+        raise Refused(name, sorted(shapes), "all layers see the same tokens", "Record it again")
+    return np.stack([layers[number] for number in numbers], axis=1)
+
+
+def _sglang_trace(
+    ids_LTK: np.ndarray, lens: list[int], slots_LP: np.ndarray | None, hints: Hints
+) -> Trace:
+    if slots_LP is None:
+        hints.note(
+            f"ids are taken as experts: the dump has no {SLOTS}, through which slots would be "
+            "taken back to experts"
+        )
+    else:
+        ids_LTK = _experts_of_slots(ids_LTK, slots_LP)
+    used_L = (ids_LTK >= 0).any(axis=(1, 2))
+    if not used_L.any():
+        raise Refused(IDS, "-1 everywhere", "no token chose an expert", "Record at least one token")
+    numbers = tuple(int(number) for number in np.flatnonzero(used_L))
+    if not used_L.all():
+        hints.note(f"{int((~used_L).sum())} layers without any expert are left out")
+    _, layer_ids = hints.select_layers(numbers)
+    return make_trace(ids_LTK[list(layer_ids)].transpose(1, 0, 2), lens, layer_ids, "SGLang", hints)
+
+
+def _experts_of_slots(ids_LTK: np.ndarray, slots_LP: np.ndarray) -> np.ndarray:
+    layers, slots = slots_LP.shape
+    if layers != len(ids_LTK) or ids_LTK.max() >= slots or ids_LTK.min() < -1:
+        raise Refused(
+            IDS,
+            f"{len(ids_LTK)} layers, ids {ids_LTK.min()} to {ids_LTK.max()}",
+            f"{SLOTS} has {layers} layers of {slots} slots",
+            "Give the map of this recording",
+        )
+    experts_LTK = slots_LP[np.arange(layers)[:, None, None], np.maximum(ids_LTK, 0)]
+    return np.where(ids_LTK < 0, -1, experts_LTK)
+
+
+def make_trace(
+    ids_TLK: np.ndarray,
+    lens: list[int],
+    layer_ids: tuple[int, ...],
+    name: str,
+    hints: Hints,
+    seq_name: tuple[str, ...] | None = None,
+) -> Trace:
+    """A Trace of signed ids (-1 = no expert), without the tokens that chose none."""
+    experts = hints.experts_of(ids_TLK)
+    if experts > 65535:
+        raise Refused("num_experts", experts, "at most 65535", "Correct the file")
+    chose_T = (ids_TLK >= 0).any(axis=(1, 2))
+    sequence_T = np.repeat(np.arange(len(lens)), lens)
+    seq_len = np.bincount(sequence_T[chose_T], minlength=len(lens))
+    if not chose_T.all():
+        hints.note(f"{int((~chose_T).sum())} tokens without any expert (padding) are left out")
+    if seq_name is not None:
+        seq_name = tuple(one for one, length in zip(seq_name, seq_len, strict=True) if length)
+    none = 255 if experts <= 255 else 65535
+    ids = np.where(ids_TLK < 0, none, ids_TLK)[chose_T].astype(
+        np.uint8 if experts <= 255 else np.uint16
+    )
+    _note_order(ids, hints)
+    if np.count_nonzero(seq_len) == 1:
+        hints.note("one sequence: the source has no borders of sequences, so no half is held out")
+    return Trace(ids, experts, seq_len[seq_len > 0], None, seq_name, None, layer_ids, name)
+
+
+def _note_order(ids_TLK: np.ndarray, hints: Hints) -> None:
+    if ids_TLK.shape[2] == 1:
+        return
+    if (ids_TLK[:, :, 1:] >= ids_TLK[:, :, :-1]).all():
+        hints.note(
+            "no weights, and every token lists its experts in ascending id: what uses the best "
+            "expert (top-1, transitions) means nothing here"
+        )
+    else:
+        hints.note("no weights: experts are taken to be in descending weight")
+
+
+def _lengths(lens: list[int] | None, tokens: int, field: str) -> list[int]:
+    """Lengths of the sequences, which make up all tokens; one sequence where none are said."""
+    if lens is None:
+        return [tokens]
+    if min(lens) < 0 or sum(lens) != tokens:
+        raise Refused(field, lens, f"lengths of sequences, {tokens} in all", "Record it again")
+    return lens
