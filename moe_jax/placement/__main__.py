@@ -1,4 +1,4 @@
-"""Command line: python -m moe_jax.placement solve, evaluate, compare, apply, convert
+"""Command line: python -m moe_jax.placement solve, evaluate, compare, verdict, apply, convert
 (also `moe-place`).
 
 Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 130 interrupted.
@@ -18,6 +18,8 @@ from moe_jax.placement.cost import DISPATCHES
 from moe_jax.placement.formats.convert import FORMATS
 from moe_jax.placement.problem import OBJECTIVES
 from moe_jax.placement.seconds import Work
+from moe_jax.placement.verdict import Settings
+from moe_jax.placement.windows import SPLITS
 
 DESCRIPTION = """\
 Decides which device holds which expert of a Mixture-of-Experts model, from a routing trace.
@@ -32,6 +34,8 @@ examples:
       --load-cap=1.1 --out=plan.json
   # what would it bring, against what everybody else does?
   python -m moe_jax.placement compare trace.npz --devices=8
+  # is that worth moving for? planned on one half, judged on the other, the move counted
+  python -m moe_jax.placement verdict trace.npz --devices=8 --before=old_plan.json
   # figures of plans that exist, on any trace of the same model
   python -m moe_jax.placement evaluate other_trace.npz plan.json old_plan.json
   # move the experts of a checkpoint
@@ -95,6 +99,13 @@ def parser() -> argparse.ArgumentParser:
     _objective(compare)
     compare.add_argument("--out-plans", metavar="DIR", help="write every method's plan there")
     compare.set_defaults(run=commands.compare_command)
+
+    verdict = _command(commands_, "verdict", "is a better placement worth it? the move counted")
+    _trace(verdict)
+    _machine(verdict)
+    _objective(verdict)
+    _judging(verdict)
+    verdict.set_defaults(run=commands.verdict_command)
 
     apply = _command(commands_, "apply", "move the experts of a checkpoint (needs JAX)")
     apply.add_argument("plan", metavar="PLAN", help="plan file")
@@ -183,6 +194,31 @@ def _objective(command: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, default=60.0, help="seconds; 0 is greedy only (default 60)"
     )
     group.add_argument("--seed", type=int, default=0, help="of the halves and of the search")
+
+
+def _judging(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("how it is judged")
+    group.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="sequence",
+        help="planned on and judged on: random halves of the sequences (default), the first and "
+        "the second half, or every group of names by a plan from the others",
+    )
+    group.add_argument("--before", metavar="PLAN.json", help="what is in use (default contiguous)")
+    group.add_argument("--out", metavar="PLAN.json", help="write the plan that was judged there")
+    settings = Settings()
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=settings.steps,
+        help=f"within which the move has to pay for itself (default {settings.steps})",
+    )
+    group.add_argument(
+        "--expert-bytes",
+        type=int,
+        help="that move with one expert of one layer (default: 3 x d_model x d_ff values)",
+    )
 
 
 if __name__ == "__main__":

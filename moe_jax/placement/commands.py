@@ -15,12 +15,13 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
 from moe_jax.placement import evaluate as evaluate_lib
-from moe_jax.placement import evidence, solve, tables
+from moe_jax.placement import evidence, solve, tables, verdict_text
 from moe_jax.placement import topology as topology_lib
+from moe_jax.placement import verdict as verdict_lib
 from moe_jax.placement.formats import convert as convert_lib
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.formats.hints import Hints, parse_layer_ids
-from moe_jax.placement.plan import Plan, check_fits
+from moe_jax.placement.plan import Placement, Plan, check_fits
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.seconds import Work
@@ -129,6 +130,67 @@ def compare_command(options: argparse.Namespace) -> str:
             f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %.",
         ]
     )
+
+
+def verdict_command(options: argparse.Namespace) -> str:
+    """Whether a better placement is worth it."""
+    if options.out:
+        files_ok(options.out)
+        if options.split == "name":
+            raise Refused(
+                "out", options.out, "split=name judges one plan per group", "Leave --out out"
+            )
+    settings = verdict_lib.Settings(
+        options.split, options.seed, options.time_limit, options.steps, options.expert_bytes
+    )
+    trace = trace_lib.load(options.trace, options.num_experts)
+    problem = problem_of(options, trace)
+    before = in_use(options.before, trace, problem.topology) if options.before else None
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with Ticker() as ticker:
+        found = verdict_lib.verdict(problem, before, settings, ticker.tell, say)
+    if options.out:
+        judged_plan(trace, problem, found).write(options.out)
+    if options.json:
+        sizes = {"dispatch": problem.dispatch, "objective_name": problem.objective}
+        return json.dumps({"trace_digest": trace.digest, **sizes, **found.to_json()})
+    name = pathlib.Path(options.before).name if options.before else "contiguous"
+    machine = f"{problem.dispatch} dispatch on {problem.topology.name}, planned for"
+    return (
+        f"{describe(trace)}\n{name} now; {machine} {problem.objective}.\n"
+        f"{verdict_text.text(found, name)}"
+    )
+
+
+def judged_plan(trace: Trace, problem: Problem, found: verdict_lib.Verdict) -> Plan:
+    """The plan that was judged, whatever the verdict; the verdict travels with it."""
+    origin = {
+        "trace_digest": trace.digest,
+        "planned_on": f"split {found.settings.split}: {found.planned} sequences",
+        "solver": "greedy + integer programs (HiGHS), devices numbered so that least moves",
+        "seed": found.settings.seed,
+        "objective_name": problem.objective,
+        "dispatch": problem.dispatch,
+        "verdict": found.answer,
+        "reason": found.reason,
+    }
+    return Plan(found.placement, trace.layer_ids, problem.topology.to_json(), origin)
+
+
+def in_use(path: str, trace: Trace, topology: Topology) -> Placement:
+    """The placement of a plan file, which has to fit the trace and the machine."""
+    plan = Plan.read(path)
+    check_fits(
+        plan,
+        num_layers=trace.num_layers,
+        num_experts=trace.num_experts,
+        num_devices=topology.num_devices,
+    )
+    _ = plan.placement.device_LE  # refuses replicas
+    return plan.placement
 
 
 def convert_command(options: argparse.Namespace) -> str:

@@ -89,7 +89,7 @@ class Evidence:
 def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0) -> Evidence:
     """All figures of one placement on one trace."""
     tally = count(trace, placement, topology)
-    weight_BS = _resamples(trace.num_sequences, seed)
+    weight_BS = resamples(trace.num_sequences, seed)
     devices, nodes = topology.num_devices, topology.num_nodes
     distinct = _ratio(tally.distinct_S, tally.token_layers_S, weight_BS)
     on_nodes = _ratio(tally.nodes_S, tally.token_layers_S, weight_BS)
@@ -140,7 +140,9 @@ def count(trace: Trace, placement: Placement, topology: Topology) -> Tally:
         per_token["token_layers"] += (device_TK >= 0).any(axis=1)
         per_token["distinct"] += first_TK.sum(axis=1)
         per_token["nodes"] += cost.first_of(node_TK).sum(axis=1)
-        load_SLM[:, layer] = _load_SM(device_TK, sequence_T, load_SLM.shape)
+        load_SLM[:, layer] = per_sequence(
+            device_TK, sequence_T, (trace.num_sequences, placement.num_devices)
+        )
         next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
         coherent_T += _away(device_TK, first_TK, home_T, placement.num_devices)
         coherent_T += _away(device_TK, first_TK, next_T, placement.num_devices)
@@ -172,12 +174,13 @@ def _away(device_TK, first_TK, home_T, devices: int) -> np.ndarray:
     return np.where(home_T < 0, away_T * (devices - 1) / devices, away_T)
 
 
-def _load_SM(device_TK, sequence_T, shape: tuple[int, ...]) -> np.ndarray:
-    sequences, _, devices = shape
-    valid_TK = device_TK >= 0
-    index_TK = sequence_T[:, None] * devices + device_TK
-    counts = np.bincount(index_TK[valid_TK], minlength=sequences * devices)
-    return counts.reshape(sequences, devices)
+def per_sequence(index_TK, sequence_T, shape: tuple[int, int]) -> np.ndarray:
+    """int64 [S, size], the shape: how often each index occurs; negative ones do not count."""
+    sequences, size = shape
+    counts = np.bincount(
+        (sequence_T[:, None] * size + index_TK)[index_TK >= 0], minlength=sequences * size
+    )
+    return counts.reshape(sequences, size)
 
 
 def _over_mean(load) -> np.ndarray:
@@ -185,7 +188,7 @@ def _over_mean(load) -> np.ndarray:
     return np.where(mean > 0, load.max(axis=-1) / np.maximum(mean, 1e-300), 1.0)
 
 
-def _resamples(sequences: int, seed: int) -> np.ndarray:
+def resamples(sequences: int, seed: int) -> np.ndarray:
     """float64 [B, S]: how often each sequence is drawn."""
     rng = np.random.default_rng(seed)
     draws_BS = rng.multinomial(sequences, np.full(sequences, 1 / sequences), size=BOOTSTRAPS)

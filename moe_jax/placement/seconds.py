@@ -50,6 +50,11 @@ class Work:
     def row_flops(self) -> int:
         return 6 * self.d_model * self.d_ff
 
+    @property
+    def expert_bytes(self) -> int:
+        """Parameters of one expert of one layer."""
+        return 3 * self.d_model * self.d_ff * self.value_bytes
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Seconds:

@@ -12,18 +12,24 @@ import numpy as np
 from moe_jax.placement.topology import Topology
 
 
-def rows(topology: Topology, dispatch: str, touched_PM, node_PN) -> np.ndarray:
-    """float64 [P]: rows both ways; between nodes weighted by tier when dispatch is hierarchical."""
+def rows(
+    topology: Topology, dispatch: str, touched_PM, node_PN, slow_weight: float | None = None
+) -> np.ndarray:
+    """float64 [P]: rows both ways; a hierarchical one between nodes counts `slow_weight` times.
+
+    The weight is that of the tiers' bandwidths if none is given.
+    """
     devices, nodes, each = topology.num_devices, topology.num_nodes, topology.devices_per_node
     if dispatch == "hierarchical":
         ratio = topology.fast.bandwidth / topology.slow.bandwidth
+        ratio = ratio if slow_weight is None else slow_weight
         slow_P = node_PN.sum(axis=1) * (2 * ratio * (nodes - 1) / nodes)
         return slow_P + touched_PM.sum(axis=1) * (2 * (each - 1) / each)
     return touched_PM.sum(axis=1) * (2 * (devices - 1) / devices)
 
 
-def seconds(topology: Topology, dispatch: str, touched_PM, node_PN, tokens: float) -> np.ndarray:
-    """float64 [P]: seconds out and back of contacts (and tokens) that are given in bytes."""
+def seconds(topology: Topology, dispatch: str, touched_PM, node_PN, tokens) -> np.ndarray:
+    """float64 [P]: seconds out and back of contacts (and tokens, one or [P]) given in bytes."""
     nodes, each = topology.num_nodes, topology.devices_per_node
     devices = nodes * each
     if dispatch == "gathered":
