@@ -156,9 +156,9 @@ def _packed(
     share_PB = np.ascontiguousarray(share_BP.T)
     again_PB = np.zeros((slots, rows), bool)
     again_PB[1:] = (owner_BP[:, 1:] == owner_BP[:, :-1]).T
-    any_P: list[bool] = again_PB.any(axis=1).tolist()
+    again = set(np.flatnonzero(again_PB.any(axis=1)).tolist())
     for p in range(slots):
-        if any_P[p]:
+        if p in again:
             held_BM[~again_PB[p]] = 0.0
             free_B = load_BM.argmin(axis=1)
             device_B = (load_BM + held_BM).argmin(axis=1)
@@ -170,11 +170,11 @@ def _packed(
             hard_B |= free_B != device_B
             all_stuck_B |= stuck_B
         else:
-            if p and any_P[p - 1]:
+            if p - 1 in again:
                 held[:] = 0.0
             device_B = load_BM.argmin(axis=1)
             at_B = device_B + first_B
-        if p + 1 < slots and any_P[p + 1]:
+        if p + 1 in again:
             held[at_B] = np.inf
         device_PB[p] = device_B
         load[at_B] += share_PB[p]
