@@ -137,6 +137,7 @@ def problem_of(options: argparse.Namespace, trace: Trace) -> Problem:
         options.dispatch,
         work_of(options),
         LoadCap.parse(options.load_cap) if options.load_cap else None,
+        options.slots,
     )
 
 

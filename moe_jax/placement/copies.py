@@ -58,9 +58,18 @@ class Candidates:
 
 def candidates(placement: Placement, layer: int, devices_per_node: int | None = None) -> Candidates:
     """The tables of one layer; devices are numbered node by node, None is one node."""
-    devices = placement.num_devices
     slot_ER = placement.logical_to_physical_LER[layer].astype(np.int64)
     device_ER = np.where(slot_ER < 0, -1, slot_ER // placement.slots_per_device)
+    return tables(slot_ER, device_ER, placement.num_devices, devices_per_node)
+
+
+def tables(
+    slot_ER: Int[np.ndarray, "E R"],
+    device_ER: Int[np.ndarray, "E R"],
+    devices: int,
+    devices_per_node: int | None = None,
+) -> Candidates:
+    """The tables from the slots of every expert, ascending and padded with -1, and their devices."""
     near_EMR = nearness(device_ER, devices, devices_per_node or devices)
     keep_EMR = near_EMR == near_EMR.max(axis=2, keepdims=True)
     order_EMR = np.argsort(~keep_EMR, axis=2, kind="stable")
