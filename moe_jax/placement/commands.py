@@ -121,9 +121,11 @@ def compare_command(options: argparse.Namespace) -> str:
             f"  objective {plan.objective} ({solved.unit}), dispatch {plan.dispatch}, "
             f"{plan.topology.name}",
             tables.legend(),
+            *compare_lib.notes(made),
             "",
-            f"greedy + ILP on the planning half: {solved.objective:.6g}, proven bound "
-            f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %.",
+            f"{made[-1].name} on the planning half: {solved.objective:.6g}, proven bound "
+            f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %"
+            + (f" ({solved.note})." if plan.has_replicas else "."),
         ]
     )
 
@@ -237,6 +239,8 @@ def describe(trace: Trace) -> str:
 
 def write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Problem) -> None:
     for method in made:
+        if method.duplicates:
+            continue  # no valid plan
         name = "".join(c if c.isalnum() else "_" for c in method.name.split(" (")[0].lower())
         origin = {"trace_digest": trace.digest, "solver": method.name, "seed": options.seed}
         if method.report is not None:

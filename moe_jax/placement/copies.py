@@ -69,7 +69,7 @@ def tables(
     devices: int,
     devices_per_node: int | None = None,
 ) -> Candidates:
-    """The tables from the slots of every expert, ascending and padded with -1, and their devices."""
+    """The tables from every expert's slots (ascending, padded with -1) and their devices."""
     near_EMR = nearness(device_ER, devices, devices_per_node or devices)
     keep_EMR = near_EMR == near_EMR.max(axis=2, keepdims=True)
     order_EMR = np.argsort(~keep_EMR, axis=2, kind="stable")

@@ -10,7 +10,7 @@ not divide the groups. Packing goes heaviest first, each to the lightest pack wi
 pack holds one item, item i goes to pack i). Ties go to the lower index.
 
 Nothing keeps two copies of one expert off one device, where the second one is a wasted slot:
-`duplicates` counts them. So the maps are not a Placement; replication.py makes one that is as
+`duplicates` counts them. So the maps are not a valid Placement; replication.py makes one that is as
 balanced without that.
 """
 
@@ -20,6 +20,18 @@ import numpy as np
 from jaxtyping import Int, Num
 
 from moe_jax.errors import Refused
+from moe_jax.placement.plan import Placement
+
+
+class Published(Placement):
+    """EPLB's map, for counting only: as a Placement, but a device may hold an expert twice.
+
+    The copy rule then splits rows over slots, so that such a device gets two shares. It is not to
+    be written or loaded.
+    """
+
+    def __post_init__(self):
+        pass  # no promise of validity
 
 
 class Maps(NamedTuple):

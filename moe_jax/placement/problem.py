@@ -13,8 +13,8 @@ Objectives (all per layer, so that layers of different traces compare):
 
 Except for `exflow` and coherent dispatch a layer's value depends on that layer alone.
 
-`num_slots` above E asks for replicas. Placements that have some are valued by counting (`value_of`),
-under the copy rule and with homes drawn uniformly; closed forms and searches are for those without.
+`num_slots` above E asks for replicas. Placements that have some are valued by counting, under the
+copy rule and with homes drawn uniformly (`value_of`); closed forms and searches are for the others.
 """
 
 import dataclasses
