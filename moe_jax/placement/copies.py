@@ -47,13 +47,13 @@ class Candidates:
         position_T: Integer[np.ndarray, " T"],
     ) -> Int[np.ndarray, "T K"]:
         """int64: the slot of every assignment, -1 where there is no expert."""
+        _, devices, copies = self.slot_EMR.shape
         expert_TK = expert_TK.astype(np.int64)
         real_TK = (expert_TK >= 0) & (expert_TK < len(self.count_EM))
-        expert_TK = np.where(real_TK, expert_TK, 0)
-        home_TK = np.broadcast_to(home_T[:, None], expert_TK.shape)
-        turn_TK = position_T[:, None] + np.arange(expert_TK.shape[1])
-        turn_TK = turn_TK % self.count_EM[expert_TK, home_TK]
-        return np.where(real_TK, self.slot_EMR[expert_TK, home_TK, turn_TK], -1)
+        at_TK = np.where(real_TK, expert_TK, 0) * devices + home_T[:, None]
+        turn_TK = (position_T[:, None] + np.arange(expert_TK.shape[1])).astype(np.int32)
+        turn_TK %= self.count_EM.astype(np.int32).take(at_TK)
+        return np.where(real_TK, self.slot_EMR.take(at_TK * copies + turn_TK), -1)
 
 
 def candidates(placement: Placement, layer: int, devices_per_node: int | None = None) -> Candidates:

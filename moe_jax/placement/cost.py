@@ -248,10 +248,11 @@ def _direct(
     device_TK: np.ndarray, sent_TK: np.ndarray, home_T: np.ndarray, devices: int
 ) -> Float[np.ndarray, "M M"] | Int[np.ndarray, "M M"]:
     """[home, device]: one row for each assignment in `sent_TK` that is not on its home."""
-    home_TK = np.broadcast_to(home_T[:, None], device_TK.shape)
-    known_TK = sent_TK & (home_TK >= 0)
-    rows_MM = _pairs(home_TK[known_TK], device_TK[known_TK], devices)
-    expected = sent_TK & (home_TK < 0)
+    home_T1, nowhere = home_T[:, None], devices * devices
+    pair_TK = np.where(sent_TK & (home_T1 >= 0), home_T1 * devices + device_TK, nowhere)
+    counts = np.bincount(pair_TK.ravel(), minlength=nowhere + 1)[:nowhere]
+    rows_MM: np.ndarray = counts.reshape(devices, devices)
+    expected = sent_TK & (home_T1 < 0)
     if expected.any():
         rows_M = np.bincount(device_TK[expected], minlength=devices)
         rows_MM = rows_MM + rows_M[None, :] / devices

@@ -28,7 +28,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 BOUND_SHARE = 0.3  # of the time, at most
-BASE_SHARE = 0.6  # of the time for the plan without replicas, where there are some
+BASE_SHARE = 0.5  # of the time for plans without replicas, where some are to be added
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
 
 
@@ -154,33 +154,35 @@ def _with_replicas(
     started = time.monotonic()
     balanced = spare.balanced(problem)
     cap_L = spare.caps(problem, balanced)
-    greedy_value = best = problem.value_of(balanced)
-    history = [(time.monotonic() - started, best)]
-    placement, finished, bound, note = balanced, True, 1.0, "no device has less than the mean load"
+    best = start = spare.valued(problem, balanced)
+    history = [(time.monotonic() - started, best.value)]
+    finished, bound, note = True, 1.0, "bound: the fullest device has at least the mean load"
     if problem.objective != "load":
         bound, note = 0.0, "no bound is proven for replicas"
-        before = solve_problem(spare.without(problem), seed, BASE_SHARE * time_limit, progress)
-        deadline = started + max(time_limit, 1e-3)
-        filled = spare.filled(problem, before.placement.device_LE, cap_L, seed, deadline)
-        placement, best = spare.better(problem, filled, balanced, cap_L)
-        history.append((time.monotonic() - started, best))
+        deadline, bases = started + time_limit, spare.bases(problem)
+        for base in bases:
+            share = BASE_SHARE * time_limit / len(bases)
+            device_LE = solve_problem(base, seed, share, progress).placement.device_LE
+            filled = spare.filled(problem, device_LE, cap_L, seed, deadline)
+            best = spare.better(problem, best, filled, cap_L)
+            history.append((time.monotonic() - started, best.value))
         finished = time.monotonic() < deadline
     seconds = time.monotonic() - started
     if progress is not None:
-        progress(Progress("replicas", seconds, time_limit, best, bound))
+        progress(Progress("replicas", seconds, time_limit, best.value, bound))
     report = Report(
         objective_name=problem.objective,
         dispatch=problem.dispatch,
         unit=UNITS[problem.objective],
-        objective=best,
+        objective=best.value,
         bound=bound,
-        greedy=greedy_value,
+        greedy=start.value,
         seconds=seconds,
         finished=finished,
         history=tuple(history),
         note=note if finished else f"{note}; the time limit ended the search",
     )
-    return Solution(placement, report)
+    return Solution(best.placement, report)
 
 
 def constructed(problem: Problem) -> np.ndarray:

@@ -16,6 +16,7 @@ counted on the whole trace. Nothing here is proven to be best.
 
 import dataclasses
 import time
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -27,6 +28,7 @@ from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 
 ROUNDS = 1000  # of swaps for balance: until none helps
+WIDER = (1.15, 1.4)  # load caps of further bases, in those of the problem
 WORK = 2**22  # assignments that a pass over all candidates of a layer may look at
 SAMPLE = 8192  # tokens, at most
 AGAIN = 8  # experts whose savings are counted anew after each choice
@@ -71,6 +73,19 @@ def without(problem: Problem) -> Problem:
     return same
 
 
+def bases(problem: Problem) -> list[Problem]:
+    """Problems without replicas whose plans are worth filling: with the cap, and with wider ones.
+
+    Copies take load off the fullest devices, so that a base may be above the cap.
+    """
+    first = without(problem)
+    cap = first.load_cap
+    if cap is None:
+        return [first]
+    wider = [LoadCap(cap.factor * f, cap.relative) for f in WIDER]
+    return [first, *(without(dataclasses.replace(problem, load_cap=one)) for one in wider)]
+
+
 def balanced(problem: Problem) -> Placement:
     """The plan for balance alone; where copies that share a node balance better, those."""
     load_LE, devices, nodes = problem.load_LE, problem.num_devices, problem.topology.num_nodes
@@ -104,17 +119,36 @@ def caps(problem: Problem, balanced_plan: Placement) -> Float[np.ndarray, " L"]:
     return cap_L
 
 
-def better(
-    problem: Problem, plan: Placement, balanced_plan: Placement, cap_L: np.ndarray
-) -> tuple[Placement, float]:
-    """The better of both, layer by layer where layers are independent, with the caps kept."""
-    plan = _mixed(plan, balanced_plan, _largest_L(problem, plan) <= cap_L * (1 + 1e-9))
+class Valued(NamedTuple):
+    """A plan and its counted objective: by layer where layers are independent, else as a whole."""
+
+    placement: Placement
+    value_L: np.ndarray
+
+    @property
+    def value(self) -> float:
+        return float(self.value_L.mean())
+
+
+def valued(problem: Problem, plan: Placement) -> Valued:
+    """Counts the objective of a plan."""
     if problem.separable:
-        plan_L, other_L = problem.counted_L(plan), problem.counted_L(balanced_plan)
-        best = np.minimum(plan_L, other_L).mean()
-        return _mixed(plan, balanced_plan, plan_L <= other_L), float(best)
-    values = [problem.value_of(plan), problem.value_of(balanced_plan)]
-    return (plan, balanced_plan)[int(np.argmin(values))], min(values)
+        return Valued(plan, problem.counted_L(plan))
+    return Valued(plan, np.array([problem.value_of(plan)]))
+
+
+def better(problem: Problem, best: Valued, plan: Placement, cap_L: np.ndarray) -> Valued:
+    """The better of both, layer by layer where layers are independent, with the caps kept."""
+    if np.isfinite(cap_L).any():
+        kept_L = _largest_L(problem, plan) <= cap_L * (1 + 1e-9)
+        plan = _mixed(plan, best.placement, kept_L)
+    new = valued(problem, plan)
+    better_L = new.value_L < best.value_L
+    take_L = better_L if problem.separable else np.full(problem.trace.num_layers, better_L.all())
+    return Valued(
+        _mixed(new.placement, best.placement, take_L),
+        np.where(better_L, new.value_L, best.value_L),
+    )
 
 
 def _mixed(first: Placement, second: Placement, take_L: np.ndarray) -> Placement:
@@ -187,7 +221,7 @@ class _Layer:
             True
         )
 
-    def _savings(self, e: int, room_M, rows_MM, now: float) -> Float[np.ndarray, " X"]:
+    def _savings(self, e, room_M, rows_MM, now) -> Float[np.ndarray, " X"]:
         """Saving per slot of expert e on each device, and on all that have room."""
         devices = len(room_M)
         free_M = room_M & ~self.holds_EM[e]

@@ -329,7 +329,7 @@ def test_ids_of_another_model_are_refused():
 
 def realistic(seed: int = 0) -> Trace:
     return synthetic.realistic(
-        num_tokens=1200, num_layers=3, num_experts=16, top_k=2, seed=seed, num_sequences=12
+        num_tokens=800, num_layers=2, num_experts=16, top_k=2, seed=seed, num_sequences=12
     )
 
 
@@ -353,21 +353,34 @@ def realistic(seed: int = 0) -> Trace:
 def test_spare_slots_beat_none_and_balance_alone(objective, dispatch, nodes, cap):
     machine = topology.nodes_by_devices(nodes, 4)
     problem = Problem(realistic(), machine, objective, dispatch, load_cap=cap, num_slots=20)
-    placement, report = solve_lib.solve_problem(problem, 0, 4.0)
+    placement, report = solve_lib.solve_problem(problem, 0, 1.5)
     assert placement.num_slots == 20
     assert report.objective == pytest.approx(problem.value_of(placement), rel=1e-12)
     assert 0 <= report.bound <= report.objective
     if objective != "load":
-        assert (report.bound, report.note) == (0, "no bound is proven for replicas")
+        assert report.bound == 0
+        assert report.note.startswith("no bound is proven for replicas")
         assert report.objective <= report.greedy * (1 + 1e-12)
-    if cap is None:
-        without = solve_lib.solve_problem(spare.without(problem), 0, 2.0).report.objective
+    if cap is None and objective in ("rows", "exflow"):
+        without = solve_lib.solve_problem(spare.without(problem), 0, 1.5).report.objective
         assert report.objective < without
-    else:
+    if cap is not None:
         each = machine.devices_per_node
         load_LM = cost.computed_LM(problem.trace.expert_ids_TLK, placement, dispatch, None, each)
         cap_L = spare.caps(problem, spare.balanced(problem))
         assert (load_LM.max(axis=1) <= cap_L * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_copies_of_a_hot_expert_balance_what_nothing_else_can(nodes):
+    """Expert 0 takes half of the rows: without copies its device has twice the mean, or more."""
+    ids = np.stack([np.zeros(210), 1 + np.arange(210) % 7], axis=1).astype(np.uint8)[:, None]
+    machine = topology.nodes_by_devices(nodes, 4)
+    problem = Problem(Trace(ids, 8, np.array([210])), machine, "load", num_slots=12)
+    report = solve_lib.solve_problem(problem, 0, 1.0).report
+    assert solve_lib.solve_problem(spare.without(problem), 0, 1.0).report.bound > 2
+    assert report.objective < 1.08
+    assert report.bound == 1.0  # proven: no device has less than the mean
 
 
 def test_one_expert_everywhere_is_found():
@@ -402,11 +415,11 @@ def run(*words) -> int:
 @pytest.mark.parametrize("objective", ["load", "rows"])
 def test_solve_with_slots_from_the_command_line(objective, trace_path, tmp_path, capsys):
     out = tmp_path / "p.json"
-    words = ("solve", trace_path, "--devices=4", f"--out={out}", "--time-limit=3", "--json")
+    words = ("solve", trace_path, "--devices=4", f"--out={out}", "--time-limit=1", "--json")
     assert run(*words, "--slots=20", f"--objective={objective}") == 0
     answer = json.loads(capsys.readouterr().out)
     plan = Plan.read(out)
-    assert plan.placement.physical_to_logical_LP.shape == (3, 20)
+    assert plan.placement.physical_to_logical_LP.shape == (2, 20)
     assert plan.digest == answer["plan_digest"]
     assert answer["bound"] == (1.0 if objective == "load" else 0.0)
     half = trace_lib.split(trace_lib.load(trace_path), 0).plan_half
@@ -421,7 +434,7 @@ def test_solve_with_slots_from_the_command_line(objective, trace_path, tmp_path,
 
 
 def test_compare_with_slots_adds_eplb_and_its_doubled_slots(trace_path, tmp_path, capsys):
-    words = ("compare", trace_path, "--devices=4", "--time-limit=2", "--objective=rows")
+    words = ("compare", trace_path, "--devices=4", "--time-limit=0.5", "--objective=rows")
     words = (*words, "--slots=28", "--nodes=2")
     assert run(*words, "--json", f"--out-plans={tmp_path / 'plans'}") == 0
     answer = json.loads(capsys.readouterr().out)
