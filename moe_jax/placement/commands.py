@@ -15,7 +15,7 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
 from moe_jax.placement import evaluate as evaluate_lib
-from moe_jax.placement import evidence, solve, tables
+from moe_jax.placement import copies, evidence, solve, tables
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Plan, check_fits
 from moe_jax.placement.problem import LoadCap, Problem
@@ -201,7 +201,13 @@ def provenance(
         "bound": report.bound,
         "gap": report.gap,
         "seconds": report.seconds,
+        **copy_rule(problem.has_replicas),
     }
+
+
+def copy_rule(has_replicas: bool) -> dict[str, str]:
+    """The rule that figures of a plan with replicas hold under (copies.py), for its file."""
+    return {"copy_rule": copies.RULE} if has_replicas else {}
 
 
 def planned_on(trace: Trace, halved: bool) -> str:
@@ -243,6 +249,7 @@ def write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Pro
             continue  # no valid plan
         name = "".join(c if c.isalnum() else "_" for c in method.name.split(" (")[0].lower())
         origin = {"trace_digest": trace.digest, "solver": method.name, "seed": options.seed}
+        origin |= copy_rule(method.placement.has_replicas)
         if method.report is not None:
             origin = provenance(trace, plan, method.report, options.seed, True)
         written = Plan(method.placement, trace.layer_ids, plan.topology.to_json(), origin)

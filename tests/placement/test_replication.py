@@ -1,5 +1,6 @@
 """Replicas: EPLB as published, balance without its defect, the copy rule, counts, the planner."""
 
+import itertools
 import json
 
 import numpy as np
@@ -73,6 +74,20 @@ def test_balanced_slots_are_valid_and_as_even_as_eplb(seed):
     theirs_LM = replication.device_loads(load_LE, maps.physical_to_logical_LR, devices)
     np.testing.assert_allclose(ours_LM.sum(axis=1), load_LE.sum(axis=1))
     assert (ours_LM.max(axis=1) <= theirs_LM.max(axis=1) * (1 + 1e-6)).all()
+
+
+def test_where_only_a_doubled_slot_is_as_even():
+    """The limit of the promise: EPLB's doubled slot is an uneven split, which copies do not have."""
+    load_LE = np.array([[12.0, 11, 10, 2]])
+    maps = eplb.rebalance_experts(load_LE, 6, 1, 1, 2)
+    assert eplb.duplicates(maps.physical_to_logical_LR, 2) == 1
+    assert replication.device_loads(load_LE, maps.physical_to_logical_LR, 2).max() == 17.5
+    threes = list(itertools.combinations(range(4), 3))
+    valid = [a + b for a, b in itertools.product(threes, threes) if len({*a, *b}) == 4]
+    best = min(replication.device_loads(load_LE, np.array([row]), 2).max() for row in valid)
+    plan = replication.balanced_slots(load_LE, 6, 2)
+    ours = replication.device_loads(load_LE, plan.physical_to_logical_LP, 2).max()
+    assert ours == best == 18.0
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -421,6 +436,7 @@ def test_solve_with_slots_from_the_command_line(objective, trace_path, tmp_path,
     plan = Plan.read(out)
     assert plan.placement.physical_to_logical_LP.shape == (2, 20)
     assert plan.digest == answer["plan_digest"]
+    assert plan.provenance["copy_rule"] == "local"
     assert answer["bound"] == (1.0 if objective == "load" else 0.0)
     half = trace_lib.split(trace_lib.load(trace_path), 0).plan_half
     problem = Problem(half, topology.flat(4), objective)
