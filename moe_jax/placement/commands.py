@@ -14,8 +14,8 @@ from typing import Any
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
-from moe_jax.placement import evaluate as evaluate_lib
 from moe_jax.placement import copies, evidence, solve, tables
+from moe_jax.placement import evaluate as evaluate_lib
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Plan, check_fits
 from moe_jax.placement.problem import LoadCap, Problem

@@ -77,7 +77,7 @@ def test_balanced_slots_are_valid_and_as_even_as_eplb(seed):
 
 
 def test_where_only_a_doubled_slot_is_as_even():
-    """The limit of the promise: EPLB's doubled slot is an uneven split, which copies do not have."""
+    """The limit: EPLB's doubled slot is an uneven split, which separate copies do not have."""
     load_LE = np.array([[12.0, 11, 10, 2]])
     maps = eplb.rebalance_experts(load_LE, 6, 1, 1, 2)
     assert eplb.duplicates(maps.physical_to_logical_LR, 2) == 1
