@@ -32,6 +32,8 @@ examples:
   # two nodes; no device above 1.1 times the mean load
   python -m moe_jax.placement solve trace.npz --devices=16 --nodes=2 --dispatch=hierarchical \\
       --load-cap=1.1 --out=plan.json
+  # one spare slot on every device, for copies of experts
+  python -m moe_jax.placement solve trace.npz --devices=8 --slots=40 --out=plan.json
   # what would it bring, against what everybody else does?
   python -m moe_jax.placement compare trace.npz --devices=8
   # is that worth moving for? planned on one half, judged on the other, the move counted
@@ -189,6 +191,13 @@ def _objective(command: argparse.ArgumentParser) -> None:
         "--load-cap",
         metavar="C",
         help="largest device load of a layer: 1.1 (over the mean), 1.1x (over what is reachable)",
+    )
+    group.add_argument(
+        "--slots",
+        type=int,
+        metavar="P",
+        help="expert slots of a layer, a multiple of the devices; above the number of experts the "
+        "spare ones hold replicas (default: one slot per expert)",
     )
     group.add_argument(
         "--time-limit", type=float, default=60.0, help="seconds; 0 is greedy only (default 60)"

@@ -14,8 +14,8 @@ from typing import Any
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
+from moe_jax.placement import copies, evidence, solve, tables, verdict_text
 from moe_jax.placement import evaluate as evaluate_lib
-from moe_jax.placement import evidence, solve, tables, verdict_text
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement import verdict as verdict_lib
 from moe_jax.placement.formats import convert as convert_lib
@@ -125,9 +125,11 @@ def compare_command(options: argparse.Namespace) -> str:
             f"  objective {plan.objective} ({solved.unit}), dispatch {plan.dispatch}, "
             f"{plan.topology.name}",
             tables.legend(),
+            *compare_lib.notes(made),
             "",
-            f"greedy + ILP on the planning half: {solved.objective:.6g}, proven bound "
-            f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %.",
+            f"{made[-1].name} on the planning half: {solved.objective:.6g}, proven bound "
+            f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %"
+            + (f" ({solved.note})." if plan.has_replicas else "."),
         ]
     )
 
@@ -240,6 +242,7 @@ def problem_of(options: argparse.Namespace, trace: Trace) -> Problem:
         options.dispatch,
         work_of(options),
         LoadCap.parse(options.load_cap) if options.load_cap else None,
+        options.slots,
     )
 
 
@@ -301,7 +304,13 @@ def provenance(
         "bound": report.bound,
         "gap": report.gap,
         "seconds": report.seconds,
+        **copy_rule(problem.has_replicas),
     }
+
+
+def copy_rule(has_replicas: bool) -> dict[str, str]:
+    """The rule that figures of a plan with replicas hold under (copies.py), for its file."""
+    return {"copy_rule": copies.RULE} if has_replicas else {}
 
 
 def planned_on(trace: Trace, halved: bool) -> str:
@@ -339,8 +348,11 @@ def describe(trace: Trace) -> str:
 
 def write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Problem) -> None:
     for method in made:
+        if method.duplicates:
+            continue  # no valid plan
         name = "".join(c if c.isalnum() else "_" for c in method.name.split(" (")[0].lower())
         origin = {"trace_digest": trace.digest, "solver": method.name, "seed": options.seed}
+        origin |= copy_rule(method.placement.has_replicas)
         if method.report is not None:
             origin = provenance(trace, plan, method.report, options.seed, True)
         written = Plan(method.placement, trace.layer_ids, plan.topology.to_json(), origin)

@@ -4,7 +4,11 @@ Axes: T tokens, L MoE layers, K experts per token, M devices, P slots; a row is 
 activation (d_model values). Entry [l, s, d] of a count is the rows of layer l that device s sends
 to device d; what stays on its device is not on the wire, so diagonals are zero. `home_T` names the
 device that holds each token (-1: not known). Known homes give exact integers; unknown ones give the
-expectation over homes drawn uniformly, in closed form. S: the devices of a token's experts.
+expectation over homes drawn uniformly, exactly. S: the devices of a token's experts.
+
+With replicas the copy rule (copies.py) says which device serves an assignment, given the home (in
+coherent dispatch: where the token is when the layer begins). The expectation is then the mean over
+all homes, each followed through the layers.
 
 Dispatches
 - gathered: every token goes to every other device, and partial sums come back: fixed.
@@ -19,12 +23,14 @@ A token without an expert in a layer sends nothing there, in any dispatch, and s
 """
 
 import dataclasses
-from typing import no_type_check
+from collections.abc import Iterator
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 from jaxtyping import Float, Int, Integer, Num
 
 from moe_jax.errors import Refused
+from moe_jax.placement import copies
 from moe_jax.placement.plan import Placement
 
 DISPATCHES = ("exchange", "hierarchical", "coherent", "gathered")
@@ -62,21 +68,33 @@ def rows(
 
     Args:
       expert_ids_TLK: experts of every token; ids outside 0..E-1 mean "no expert".
-      placement: without replicas.
+      placement: which slots hold which experts.
       dispatch: one of DISPATCHES.
       home_T: device of every token before layer 0, -1 where unknown; None: all unknown.
       combine: one of COMBINES; it does not matter to `gathered`.
-      devices_per_node: needed for `hierarchical`; devices are numbered node by node.
+      devices_per_node: needed for `hierarchical`, and where the copy rule is to know of nodes;
+        devices are numbered node by node.
     """
     _check(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node)
+    each = [
+        _rows(expert_ids_TLK, placement, dispatch, homes_T, combine, devices_per_node)
+        for homes_T in homes(placement, len(expert_ids_TLK), home_T)
+    ]
+    if len(each) == 1:
+        return each[0]
+    return Rows(
+        sum(one.dispatch_LMM for one in each) / len(each),
+        sum(one.combine_LMM for one in each) / len(each),
+    )
+
+
+@no_type_check  # annotations of what `rows` has checked
+def _rows(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node) -> Rows:
     devices = placement.num_devices
-    tokens, layers, _ = expert_ids_TLK.shape
-    unknown = home_T is None or bool((home_T < 0).any())
-    home_T = np.full(tokens, UNKNOWN) if home_T is None else home_T.astype(np.int64)
+    unknown = bool((home_T < 0).any())
     there, back = [], []
-    for layer in range(layers):
-        device_TK = devices_TK(expert_ids_TLK, placement, layer)
-        next_T = home_T
+    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node)
+    for device_TK, home_T, next_T in steps:
         if dispatch == "gathered":
             out_MM = _gathered(device_TK, home_T, devices)
             back_MM = out_MM.T
@@ -91,46 +109,127 @@ def rows(
                 back_MM = ways.rows(every_TK, every_TK).T
         else:
             first_TK = first_of(device_TK)
-            if dispatch == "coherent":
-                next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
             out_MM = _direct(device_TK, first_TK, home_T, devices)
             sent_TK = first_TK if combine == "partial" else device_TK >= 0
             back_MM = _direct(device_TK, sent_TK, next_T, devices).T
         there.append(out_MM)
         back.append(back_MM)
-        home_T = next_T
     kind = np.float64 if unknown else np.int64
     return Rows(np.stack(there).astype(kind), np.stack(back).astype(kind))
 
 
+class Step(NamedTuple):
+    """One layer of a walk.
+
+    Attributes:
+      device_TK: where every assignment is computed, -1 where there is no expert.
+      home_T: where the tokens are when the layer begins, -1 where unknown.
+      next_T: where they are when it ends.
+    """
+
+    device_TK: Integer[np.ndarray, "T K"]
+    home_T: Int[np.ndarray, " T"]
+    next_T: Int[np.ndarray, " T"]
+
+
+def walk(
+    expert_ids_TLK: Integer[np.ndarray, "T L K"],
+    placement: Placement,
+    dispatch: str,
+    home_T: Int[np.ndarray, " T"],
+    devices_per_node: int | None = None,
+) -> Iterator[Step]:
+    """Layer by layer, where tokens are and where their experts are computed."""
+    for layer in range(placement.num_layers):
+        device_TK = devices_TK(expert_ids_TLK, placement, layer, home_T, devices_per_node)
+        next_T = home_T
+        if dispatch == "coherent":
+            next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
+        yield Step(device_TK, home_T, next_T)
+        home_T = next_T
+
+
+def homes(
+    placement: Placement, tokens: int, home_T: Int[np.ndarray, " T"] | None = None
+) -> list[np.ndarray]:
+    """The homes whose mean is the expectation: as they are, or each device for those unknown."""
+    home_T = np.full(tokens, UNKNOWN) if home_T is None else home_T.astype(np.int64)
+    if not placement.has_replicas or not (home_T < 0).any():
+        return [home_T]
+    return [np.where(home_T < 0, device, home_T) for device in range(placement.num_devices)]
+
+
 def computed_LP(
-    expert_ids_TLK: Integer[np.ndarray, "T L K"], placement: Placement
-) -> Int[np.ndarray, "L P"]:
-    """Rows that every physical expert computes (int64)."""
-    _refuse_replicas(placement)
-    experts = placement.num_experts
-    load_LE = []
-    for layer in range(expert_ids_TLK.shape[1]):
-        ids = expert_ids_TLK[:, layer].astype(np.int64).ravel()
-        ids = ids[(ids >= 0) & (ids < experts)]
-        load_LE.append(np.bincount(ids, minlength=experts))
-    return np.take_along_axis(np.stack(load_LE), placement.physical_to_logical_LP, axis=1)
+    expert_ids_TLK: Integer[np.ndarray, "T L K"],
+    placement: Placement,
+    dispatch: str = "exchange",
+    home_T: Int[np.ndarray, " T"] | None = None,
+    devices_per_node: int | None = None,
+) -> Num[np.ndarray, "L P"]:
+    """Rows that every physical expert computes: int64, or float64 expected.
+
+    Only with replicas do dispatch and homes matter; there they decide which copy computes.
+    """
+    if not placement.has_replicas:
+        load_LE = []
+        for layer in range(expert_ids_TLK.shape[1]):
+            ids = expert_ids_TLK[:, layer].astype(np.int64).ravel()
+            ids = ids[(ids >= 0) & (ids < placement.num_experts)]
+            load_LE.append(np.bincount(ids, minlength=placement.num_experts))
+        return np.take_along_axis(np.stack(load_LE), placement.physical_to_logical_LP, axis=1)
+    each = [
+        _computed(expert_ids_TLK, placement, dispatch, homes_T, devices_per_node)
+        for homes_T in homes(placement, len(expert_ids_TLK), home_T)
+    ]
+    return each[0] if len(each) == 1 else np.sum(each, axis=0) / len(each)
+
+
+def _computed(expert_ids_TLK, placement, dispatch, home_T, devices_per_node) -> np.ndarray:
+    load_LP = np.empty((placement.num_layers, placement.num_slots), np.int64)
+    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node)
+    for layer, step in enumerate(steps):
+        # a device holds an expert once, so device and expert name the slot
+        slot_ME = np.full((placement.num_devices, placement.num_experts), UNKNOWN)
+        expert_P = placement.physical_to_logical_LP[layer]
+        slot_P = np.arange(placement.num_slots)
+        slot_ME[slot_P // placement.slots_per_device, expert_P] = slot_P
+        real_TK = step.device_TK >= 0
+        expert = expert_ids_TLK[:, layer].astype(np.int64)[real_TK]
+        slot = slot_ME[step.device_TK[real_TK], expert]
+        load_LP[layer] = np.bincount(slot, minlength=placement.num_slots)
+    return load_LP
 
 
 def computed_LM(
-    expert_ids_TLK: Integer[np.ndarray, "T L K"], placement: Placement
-) -> Int[np.ndarray, "L M"]:
-    """Rows that every device computes (int64)."""
-    load_LP = computed_LP(expert_ids_TLK, placement)
+    expert_ids_TLK: Integer[np.ndarray, "T L K"],
+    placement: Placement,
+    dispatch: str = "exchange",
+    home_T: Int[np.ndarray, " T"] | None = None,
+    devices_per_node: int | None = None,
+) -> Num[np.ndarray, "L M"]:
+    """Rows that every device computes; see computed_LP."""
+    load_LP = computed_LP(expert_ids_TLK, placement, dispatch, home_T, devices_per_node)
     return load_LP.reshape(len(load_LP), placement.num_devices, -1).sum(axis=2)
 
 
 def devices_TK(
-    expert_ids_TLK: Integer[np.ndarray, "T L K"], placement: Placement, layer: int
+    expert_ids_TLK: Integer[np.ndarray, "T L K"],
+    placement: Placement,
+    layer: int,
+    home_T: Int[np.ndarray, " T"] | None = None,
+    devices_per_node: int | None = None,
 ) -> Integer[np.ndarray, "T K"]:
-    """int64: the device of every assignment of one layer, -1 where there is no expert."""
-    _refuse_replicas(placement)
+    """int64: the device of every assignment of one layer, -1 where there is no expert.
+
+    With replicas every home has to be known; positions are the order of `expert_ids_TLK`.
+    """
     ids_TK = expert_ids_TLK[:, layer].astype(np.int64)
+    if placement.has_replicas:
+        if home_T is None or (home_T < 0).any():
+            raise Refused("home_T", None, "the copy rule needs homes", "Give one per token")
+        table = copies.candidates(placement, layer, devices_per_node)
+        slot_TK = table.slots_TK(ids_TK, home_T, np.arange(len(ids_TK)))
+        return np.where(slot_TK < 0, UNKNOWN, slot_TK // placement.slots_per_device)
     valid_TK = (ids_TK >= 0) & (ids_TK < placement.num_experts)
     device_E = placement.device_LE[layer].astype(np.int64)
     return np.where(valid_TK, device_E[np.where(valid_TK, ids_TK, 0)], UNKNOWN)
@@ -149,10 +248,11 @@ def _direct(
     device_TK: np.ndarray, sent_TK: np.ndarray, home_T: np.ndarray, devices: int
 ) -> Float[np.ndarray, "M M"] | Int[np.ndarray, "M M"]:
     """[home, device]: one row for each assignment in `sent_TK` that is not on its home."""
-    home_TK = np.broadcast_to(home_T[:, None], device_TK.shape)
-    known_TK = sent_TK & (home_TK >= 0)
-    rows_MM = _pairs(home_TK[known_TK], device_TK[known_TK], devices)
-    expected = sent_TK & (home_TK < 0)
+    home_T1, nowhere = home_T[:, None], devices * devices
+    pair_TK = np.where(sent_TK & (home_T1 >= 0), home_T1 * devices + device_TK, nowhere)
+    counts = np.bincount(pair_TK.ravel(), minlength=nowhere + 1)[:nowhere]
+    rows_MM: np.ndarray = counts.reshape(devices, devices)
+    expected = sent_TK & (home_T1 < 0)
     if expected.any():
         rows_M = np.bincount(device_TK[expected], minlength=devices)
         rows_MM = rows_MM + rows_M[None, :] / devices
@@ -222,16 +322,6 @@ def _no_diagonal(rows_MM: np.ndarray) -> np.ndarray:
     return rows_MM
 
 
-def _refuse_replicas(placement: Placement) -> None:
-    if placement.has_replicas:
-        raise Refused(
-            "placement slots",
-            placement.num_slots,
-            f"rows are counted for one slot per expert, {placement.num_experts} in all",
-            "Plan without replicas",
-        )
-
-
 def _check(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node) -> None:
     for field, value, allowed in (
         ("dispatch", dispatch, DISPATCHES),
@@ -244,6 +334,13 @@ def _check(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_nod
             "expert_ids shape",
             expert_ids_TLK.shape,
             f"[tokens, {placement.num_layers} layers of the placement, experts per token]",
+            "Use the plan and the trace of one model",
+        )
+    if placement.has_replicas and (at_TLK := _strange(expert_ids_TLK, placement)).any():
+        raise Refused(
+            "expert_ids",
+            int(expert_ids_TLK[at_TLK].max()),
+            f"the placement has {placement.num_experts} experts per layer",
             "Use the plan and the trace of one model",
         )
     if home_T is not None and (
@@ -265,3 +362,9 @@ def _check(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_nod
             f"hierarchical dispatch needs a divisor of the {placement.num_devices} devices",
             "Give the devices of a node",
         )
+
+
+def _strange(expert_ids_TLK: np.ndarray, placement: Placement) -> np.ndarray:
+    """bool: neither an expert nor "no expert" (negative, or the largest value of the type)."""
+    nothing = np.iinfo(expert_ids_TLK.dtype).max
+    return (expert_ids_TLK >= placement.num_experts) & (expert_ids_TLK != nothing)

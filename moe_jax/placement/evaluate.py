@@ -51,7 +51,7 @@ def evaluate(path: str, plan: Plan, trace: Trace, topology: Topology, work: Work
     """Judges one plan; nothing is planned, so the whole trace counts."""
     placement = plan.placement
     seconds = {
-        dispatch: Problem(trace, topology, "seconds", dispatch, work).value(placement.device_LE)
+        dispatch: Problem(trace, topology, "seconds", dispatch, work).value_of(placement)
         for dispatch in cost.DISPATCHES
     }
     figures = evidence.judge(trace, placement, topology)

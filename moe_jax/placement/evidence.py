@@ -6,13 +6,17 @@ Intervals are 95 % percentile intervals over BOOTSTRAPS resamples of the sequenc
 
 Rows are counted as a deduplicating exchange moves them (partial sums, one row each way per device)
 with homes drawn uniformly, per token and layer; `coherent` also as cost.py counts it.
+
+With replicas the copy rule needs a home, so everything is the mean over all homes, each followed
+through the layers. Locality is then counted where tokens stay (coherent dispatch), everything else
+where they return.
 """
 
 import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from moe_jax.placement import cost
 from moe_jax.placement.plan import Placement
@@ -36,17 +40,19 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tally:
-    """Integer sums per sequence; the figures below are ratios of them."""
+    """Sums per sequence, whole numbers without replicas; the figures below are ratios of them."""
 
-    token_layers_S: Int[np.ndarray, " S"]  # tokens with an expert, over layers
-    distinct_S: Int[np.ndarray, " S"]  # distinct devices of a token's experts, over layers
-    nodes_S: Int[np.ndarray, " S"]  # distinct nodes, over layers
-    moves_S: Int[np.ndarray, " S"]  # transitions of the best expert
-    stays_S: Int[np.ndarray, " S"]  # ... that stay on their device
-    pairs_S: Int[np.ndarray, " S"]  # all K x K transitions
-    pair_stays_S: Int[np.ndarray, " S"]  # ... that stay
-    coherent_S: Float[np.ndarray, " S"]  # rows of coherent dispatch, both ways
-    load_SLM: Int[np.ndarray, "S L M"]  # rows computed
+    token_layers_S: Num[np.ndarray, " S"]  # tokens with an expert, over layers
+    distinct_S: Num[np.ndarray, " S"]  # distinct devices of a token's experts, over layers
+    nodes_S: Num[np.ndarray, " S"]  # distinct nodes, over layers
+    moves_S: Num[np.ndarray, " S"]  # transitions of the best expert
+    stays_S: Num[np.ndarray, " S"]  # ... that stay on their device
+    pairs_S: Num[np.ndarray, " S"]  # all K x K transitions
+    pair_stays_S: Num[np.ndarray, " S"]  # ... that stay
+    exchange_S: Float[np.ndarray, " S"]  # rows of exchange dispatch, both ways
+    hierarchical_S: Float[np.ndarray, " S"]  # ... of hierarchical dispatch
+    coherent_S: Float[np.ndarray, " S"]  # ... of coherent dispatch
+    load_SLM: Num[np.ndarray, "S L M"]  # rows computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +96,12 @@ def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0)
     """All figures of one placement on one trace."""
     tally = count(trace, placement, topology)
     weight_BS = resamples(trace.num_sequences, seed)
-    devices, nodes = topology.num_devices, topology.num_nodes
+    devices = topology.num_devices
     distinct = _ratio(tally.distinct_S, tally.token_layers_S, weight_BS)
     on_nodes = _ratio(tally.nodes_S, tally.token_layers_S, weight_BS)
-    exchange_S = tally.distinct_S * (2 * (devices - 1) / devices)
-    slow_S = tally.nodes_S * (2 * (nodes - 1) / nodes)
-    each = topology.devices_per_node
-    fast_S = tally.distinct_S * (2 * (each - 1) / each)
     rows = {
-        "exchange": exchange_S,
-        "hierarchical": slow_S + fast_S,
+        "exchange": tally.exchange_S,
+        "hierarchical": tally.hierarchical_S,
         "coherent": tally.coherent_S,
         "gathered": tally.token_layers_S * (2.0 * (devices - 1)),
     }
@@ -125,32 +127,68 @@ def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0)
 
 def count(trace: Trace, placement: Placement, topology: Topology) -> Tally:
     """The sums per sequence."""
+    if not placement.has_replicas:
+        return _count(trace, placement, topology, np.full(trace.num_tokens, cost.UNKNOWN))
+    each = [
+        _count(trace, placement, topology, home_T)
+        for home_T in cost.homes(placement, trace.num_tokens)
+    ]
+    names = [field.name for field in dataclasses.fields(Tally)]
+    return Tally(**{n: np.mean([getattr(one, n) for one in each], axis=0) for n in names})
+
+
+def _count(
+    trace: Trace, placement: Placement, topology: Topology, home_T: Int[np.ndarray, " T"]
+) -> Tally:
     start_S = np.concatenate([[0], np.cumsum(trace.seq_len[:-1], dtype=np.int64)])
     per_token = {name: np.zeros(trace.num_tokens, np.int64) for name in _PER_TOKEN}
-    coherent_T = np.zeros(trace.num_tokens)
+    rows = {name: np.zeros(trace.num_tokens) for name in ("exchange", "hierarchical", "coherent")}
     load_SLM = np.zeros(
         (trace.num_sequences, placement.num_layers, placement.num_devices), np.int64
     )
     sequence_T = np.repeat(np.arange(trace.num_sequences), trace.seq_len)
-    before_TK, home_T = None, np.full(trace.num_tokens, cost.UNKNOWN)
-    for layer in range(placement.num_layers):
-        device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer)
-        first_TK = cost.first_of(device_TK)
-        node_TK = np.where(device_TK < 0, cost.UNKNOWN, device_TK // topology.devices_per_node)
+    each, before_TK = topology.devices_per_node, None
+    staying = cost.walk(trace.expert_ids_TLK, placement, "coherent", home_T, each)
+    for layer, stay in enumerate(staying):
+        device_TK = stay.device_TK
+        if placement.has_replicas:  # which copy depends on where the token is
+            device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer, home_T, each)
+        node_TK = np.where(device_TK < 0, cost.UNKNOWN, device_TK // each)
+        first_TK, first_node_TK = cost.first_of(device_TK), cost.first_of(node_TK)
         per_token["token_layers"] += (device_TK >= 0).any(axis=1)
         per_token["distinct"] += first_TK.sum(axis=1)
-        per_token["nodes"] += cost.first_of(node_TK).sum(axis=1)
+        per_token["nodes"] += first_node_TK.sum(axis=1)
         load_SLM[:, layer] = per_sequence(
             device_TK, sequence_T, (trace.num_sequences, placement.num_devices)
         )
-        next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
-        coherent_T += _away(device_TK, first_TK, home_T, placement.num_devices)
-        coherent_T += _away(device_TK, first_TK, next_T, placement.num_devices)
+        if placement.has_replicas:
+            rows["exchange"] += 2 * _away(device_TK, first_TK, home_T, placement.num_devices)
+            entry_TK = node_TK * each + home_T[:, None] % each
+            relayed_TK = first_TK & (device_TK != entry_TK)
+            sent_TK = first_node_TK & (node_TK != home_T[:, None] // each)
+            rows["hierarchical"] += 2.0 * (relayed_TK.sum(axis=1) + sent_TK.sum(axis=1))
+        stay_first_TK = cost.first_of(stay.device_TK)
+        for at_T in (stay.home_T, stay.next_T):
+            rows["coherent"] += _away(stay.device_TK, stay_first_TK, at_T, placement.num_devices)
         if before_TK is not None:
-            _count_stays(per_token, before_TK, device_TK)
-        before_TK, home_T = device_TK, next_T
+            _count_stays(per_token, before_TK, stay.device_TK)
+        before_TK = stay.device_TK
     sums = {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in per_token.items()}
-    return Tally(**sums, coherent_S=np.add.reduceat(coherent_T, start_S), load_SLM=load_SLM)
+    sums |= {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in rows.items()}
+    if not placement.has_replicas:
+        sums |= _closed(sums["distinct_S"], sums["nodes_S"], topology)
+    return Tally(**sums, load_SLM=load_SLM)
+
+
+def _closed(distinct_S, nodes_S, topology: Topology) -> dict[str, np.ndarray]:
+    """Rows of dispatches that return home, homes being uniform, where homes decide nothing else."""
+    devices, nodes, each = topology.num_devices, topology.num_nodes, topology.devices_per_node
+    slow_S = nodes_S * (2 * (nodes - 1) / nodes)
+    fast_S = distinct_S * (2 * (each - 1) / each)
+    return {
+        "exchange_S": distinct_S * (2 * (devices - 1) / devices),
+        "hierarchical_S": slow_S + fast_S,
+    }
 
 
 _PER_TOKEN = ("token_layers", "distinct", "nodes", "moves", "stays", "pairs", "pair_stays")

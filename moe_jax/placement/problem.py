@@ -12,6 +12,9 @@ Objectives (all per layer, so that layers of different traces compare):
 - `load`: mean over layers of the largest device load over the mean one.
 
 Except for `exflow` and coherent dispatch a layer's value depends on that layer alone.
+
+`num_slots` above E asks for replicas. Placements that have some are valued by counting, under the
+copy rule and with homes drawn uniformly (`value_of`); closed forms and searches are for the others.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ import functools
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import bounds, chain, clusters, contacts, cost, greedy, ways
+from moe_jax.placement import bounds, chain, clusters, contacts, copies, cost, greedy, ways
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement, check_divides
 from moe_jax.placement.seconds import Work
@@ -71,6 +74,7 @@ class Problem:
     dispatch: str = "exchange"
     work: Work = dataclasses.field(default_factory=Work)
     load_cap: LoadCap | None = None
+    num_slots: int | None = None
 
     def __post_init__(self):
         for field, allowed in (("objective", OBJECTIVES), ("dispatch", cost.DISPATCHES)):
@@ -79,6 +83,8 @@ class Problem:
                     field, getattr(self, field), "not known", f"Use one of {', '.join(allowed)}"
                 )
         check_divides(self.trace.num_experts, self.topology.num_devices)
+        if self.num_slots is not None:
+            copies.check_slots(self.num_slots, self.trace.num_experts, self.num_devices)
         if self.objective == "rows" and self.dispatch == "gathered":
             raise Refused(
                 "objective",
@@ -96,6 +102,10 @@ class Problem:
     @property
     def slots(self) -> int:
         return self.trace.num_experts // self.num_devices
+
+    @property
+    def has_replicas(self) -> bool:
+        return self.num_slots is not None and self.num_slots > self.trace.num_experts
 
     @property
     def separable(self) -> bool:
@@ -225,6 +235,58 @@ class Problem:
         if self.objective == "exflow":
             return self.hops(self.chain(self.top1_LEE).value(device_LE))
         return float(self.values_L(device_LE).mean())
+
+    def value_of(self, placement: Placement) -> float:
+        """The objective of a whole placement, replicas allowed."""
+        if not placement.has_replicas:
+            return self.value(placement.device_LE)
+        if self.objective == "exflow":
+            return self._hops_of(placement)
+        return float(self.counted_L(placement).mean())
+
+    def counted_L(self, placement: Placement) -> np.ndarray:
+        """The objective by layer, counted token by token. Not for `exflow`."""
+        ids_TLK, each = self.trace.expert_ids_TLK, self.topology.devices_per_node
+        if self.objective != "rows":
+            load_LM = cost.computed_LM(ids_TLK, placement, self.dispatch, None, each)
+        if self.objective == "load":
+            return load_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
+        rows = cost.rows(ids_TLK, placement, self.dispatch, devices_per_node=each)
+        if self.objective == "rows":
+            weighted_LMM = rows.total_LMM * self.row_weight_MM
+            return weighted_LMM.sum(axis=(1, 2)) * (self.trace.num_layers / self.token_layers)
+        return seconds_lib.seconds(
+            rows, load_LM, self.topology, self.work, self.dispatch, self.trace.num_tokens
+        ).total_L
+
+    @property
+    def row_weight_MM(self) -> np.ndarray:
+        """What a row counts in the objective `rows`: more between nodes if it is hierarchical."""
+        node_M = self.topology.node_M
+        slow = self.tier_ratio if self.dispatch == "hierarchical" else 1.0
+        return np.where(node_M[:, None] == node_M[None, :], 1.0, slow)
+
+    @property
+    def hop_MM(self) -> np.ndarray:
+        """What a transition costs in the objective `exflow`."""
+        node_M = self.topology.node_M
+        hop_MM = np.where(node_M[:, None] == node_M[None, :], 1.0, self.tier_ratio)
+        np.fill_diagonal(hop_MM, 0.0)
+        return hop_MM
+
+    def _hops_of(self, placement: Placement) -> float:
+        best_TL1, total = self.trace.expert_ids_TLK[:, :, :1], 0.0
+        homes = cost.homes(placement, self.trace.num_tokens)
+        for home_T in homes:
+            before_T = np.full(self.trace.num_tokens, cost.UNKNOWN)
+            each = self.topology.devices_per_node
+            for step in cost.walk(best_TL1, placement, "coherent", home_T, each):
+                device_T = step.device_TK[:, 0]
+                real_T = (before_T >= 0) & (device_T >= 0)
+                total += self.hop_MM[before_T[real_T], device_T[real_T]].sum()
+                before_T = device_T
+        moves = max(self.top1_LEE.sum(), 1.0)
+        return float(len(self.top1_LEE) * total / len(homes) / moves)
 
     def hops(self, kept: float) -> float:
         """Weighted hops per token, from the transitions that are kept."""

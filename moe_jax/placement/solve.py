@@ -6,6 +6,10 @@ Anytime: greedy answers in milliseconds, everything after only replaces it by so
 Seeded and deterministic, unless the time limit cuts the search short (`Report.finished` says so).
 The bound is proven (bounds.py, or an integer program that ran to its end) and never above the
 objective.
+
+With replicas (num_slots above the experts) the plan without them is solved first and its spare
+slots are filled greedily (spare.py); the plan made for balance alone (replication.py) is the other
+candidate, and the answer for the objective `load`. Values are then counted under the copy rule.
 """
 
 import dataclasses
@@ -16,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import baselines, chain, chainwise, greedy, layerwise, relax
+from moe_jax.placement import baselines, chain, chainwise, greedy, layerwise, relax, spare
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import UNITS, LoadCap, Problem
 from moe_jax.placement.seconds import Work
@@ -24,6 +28,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 BOUND_SHARE = 0.3  # of the time, at most
+BASE_SHARE = 0.5  # of the time for plans without replicas, where some are to be added
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
 
 
@@ -50,7 +55,7 @@ class Report:
       objective_name, dispatch, unit: what was minimised.
       objective: its value on the trace that was planned on.
       bound: proven; no placement has less.
-      greedy: value of the greedy start.
+      greedy: value of the greedy start; with replicas, of the plan made for balance alone.
       seconds: wall time.
       finished: the search ended by itself, before the time limit.
       history: (seconds, objective) of every improvement.
@@ -91,6 +96,7 @@ def solve(
     dispatch: str = "exchange",
     work: Work | None = None,
     load_cap: LoadCap | None = None,
+    num_slots: int | None = None,
     seed: int = 0,
     time_limit: float = 60.0,
     progress: Callable[[Progress], None] | None = None,
@@ -104,11 +110,12 @@ def solve(
       dispatch: how rows travel, one of cost.DISPATCHES.
       work: sizes of the model and the step, for `seconds`.
       load_cap: largest device load of any layer.
+      num_slots: slots of a layer; above the experts there are replicas. None: one per expert.
       seed: of the search.
       time_limit: seconds; 0 returns the greedy placement.
       progress: called at every step with a `Progress`.
     """
-    problem = Problem(trace, topology, objective, dispatch, work or Work(), load_cap)
+    problem = Problem(trace, topology, objective, dispatch, work or Work(), load_cap, num_slots)
     return solve_problem(problem, seed, time_limit, progress)
 
 
@@ -122,6 +129,8 @@ def solve_problem(
     if not 0 <= time_limit < float("inf"):
         raise Refused("time_limit", time_limit, "seconds, at least 0", "Use 60")
     started = time.monotonic()
+    if problem.has_replicas:
+        return _with_replicas(problem, seed, time_limit, progress)
     run = _Run(problem, started, time_limit, progress)
     run.offer("greedy", constructed(problem))
     run.greedy = run.best
@@ -134,6 +143,46 @@ def solve_problem(
     run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))
     run.search(seed, deadline)
     return run.solution("" if run.finished else "the time limit ended the search")
+
+
+def _with_replicas(
+    problem: Problem,
+    seed: int,
+    time_limit: float,
+    progress: Callable[[Progress], None] | None,
+) -> Solution:
+    started = time.monotonic()
+    balanced = spare.balanced(problem)
+    cap_L = spare.caps(problem, balanced)
+    best = start = spare.valued(problem, balanced)
+    history = [(time.monotonic() - started, best.value)]
+    finished, bound, note = True, 1.0, "bound: the fullest device has at least the mean load"
+    if problem.objective != "load":
+        bound, note = 0.0, "no bound is proven for replicas"
+        deadline, bases = started + time_limit, spare.bases(problem)
+        for base in bases:
+            share = BASE_SHARE * time_limit / len(bases)
+            device_LE = solve_problem(base, seed, share, progress).placement.device_LE
+            filled = spare.filled(problem, device_LE, cap_L, seed, deadline)
+            best = spare.better(problem, best, filled, cap_L)
+            history.append((time.monotonic() - started, best.value))
+        finished = time.monotonic() < deadline
+    seconds = time.monotonic() - started
+    if progress is not None:
+        progress(Progress("replicas", seconds, time_limit, best.value, bound))
+    report = Report(
+        objective_name=problem.objective,
+        dispatch=problem.dispatch,
+        unit=UNITS[problem.objective],
+        objective=best.value,
+        bound=bound,
+        greedy=start.value,
+        seconds=seconds,
+        finished=finished,
+        history=tuple(history),
+        note=note if finished else f"{note}; the time limit ended the search",
+    )
+    return Solution(best.placement, report)
 
 
 def constructed(problem: Problem) -> np.ndarray:

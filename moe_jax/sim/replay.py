@@ -51,7 +51,7 @@ def predict(measured: Measurement, placement: Placement) -> Prediction:
     return Prediction(
         dispatch_LMM=sent.dispatch_LMM,
         combine_LMM=sent.combine_LMM,
-        computed_LP=cost.computed_LP(ids_TLK, placement),
+        computed_LP=cost.computed_LP(ids_TLK, placement, meta.dispatch, home_T),
         partial_rows=int(merged.total_LMM.sum()),
     )
 

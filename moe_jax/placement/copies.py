@@ -1,0 +1,108 @@
+"""Which copy of an expert serves a token: the copy rule `local`, which is part of every plan.
+
+Axes: T tokens, K experts per token, E experts, M devices, R copies of an expert, s slots per
+device. A token at home device h that chose expert e as its k-th:
+
+1. copies of e on h itself are the candidates (there is at most one);
+2. else its copies on other devices of h's node;
+3. else all of its copies;
+4. of c candidates, in ascending slot order, it takes number (t + k) mod c, t being the token's
+   position in the batch (on a trace: its index).
+
+Nothing here depends on loads or on other tokens, so a compiled program applies the rule without
+communication: per home it is one table and one remainder. The split is even, up to rounding, among
+tokens without a copy nearby. On one node, homes being uniform, each of c copies gets 1 / c.
+
+Homes are where a token is when the layer begins: fixed where tokens return, the device of the
+last best expert where they stay (coherent dispatch).
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Int, Integer
+
+from moe_jax.errors import Refused
+from moe_jax.placement.plan import Placement
+
+RULE = "local"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates:
+    """The rule of one layer as tables.
+
+    Attributes:
+      slot_EMR: candidates of an expert for a home in ascending order, padded with -1.
+      count_EM: how many there are.
+    """
+
+    slot_EMR: Int[np.ndarray, "E M R"]
+    count_EM: Int[np.ndarray, "E M"]
+
+    def slots_TK(
+        self,
+        expert_TK: Integer[np.ndarray, "T K"],
+        home_T: Integer[np.ndarray, " T"],
+        position_T: Integer[np.ndarray, " T"],
+    ) -> Int[np.ndarray, "T K"]:
+        """int64: the slot of every assignment, -1 where there is no expert."""
+        _, devices, copies = self.slot_EMR.shape
+        expert_TK = expert_TK.astype(np.int64)
+        real_TK = (expert_TK >= 0) & (expert_TK < len(self.count_EM))
+        at_TK = np.where(real_TK, expert_TK, 0) * devices + home_T[:, None]
+        turn_TK = (position_T[:, None] + np.arange(expert_TK.shape[1])).astype(np.int32)
+        turn_TK %= self.count_EM.astype(np.int32).take(at_TK)
+        return np.where(real_TK, self.slot_EMR.take(at_TK * copies + turn_TK), -1)
+
+
+def candidates(placement: Placement, layer: int, devices_per_node: int | None = None) -> Candidates:
+    """The tables of one layer; devices are numbered node by node, None is one node."""
+    slot_ER = placement.logical_to_physical_LER[layer].astype(np.int64)
+    device_ER = np.where(slot_ER < 0, -1, slot_ER // placement.slots_per_device)
+    return tables(slot_ER, device_ER, placement.num_devices, devices_per_node)
+
+
+def tables(
+    slot_ER: Int[np.ndarray, "E R"],
+    device_ER: Int[np.ndarray, "E R"],
+    devices: int,
+    devices_per_node: int | None = None,
+) -> Candidates:
+    """The tables from every expert's slots (ascending, padded with -1) and their devices."""
+    near_EMR = nearness(device_ER, devices, devices_per_node or devices)
+    keep_EMR = near_EMR == near_EMR.max(axis=2, keepdims=True)
+    order_EMR = np.argsort(~keep_EMR, axis=2, kind="stable")
+    slot_EMR = np.where(keep_EMR, slot_ER[:, None, :], -1)
+    return Candidates(np.take_along_axis(slot_EMR, order_EMR, axis=2), keep_EMR.sum(axis=2))
+
+
+def nearness(
+    device_ER: Int[np.ndarray, "E R"], devices: int, devices_per_node: int
+) -> Int[np.ndarray, "E M R"]:
+    """2 on the home device, 1 on its node, 0 elsewhere, -1 where there is no copy."""
+    home_M = np.arange(devices)[None, :, None]
+    device_E1R = device_ER[:, None, :]
+    on_home: Bool[np.ndarray, "E M R"] = device_E1R == home_M
+    on_node = device_E1R // devices_per_node == home_M // devices_per_node
+    return np.where(device_E1R < 0, -1, on_home.astype(np.int64) + on_node)
+
+
+def check_slots(num_slots: int, num_experts: int, num_devices: int) -> None:
+    """Refuses a number of slots that no valid plan has, naming the nearest that one has."""
+    least = -(-num_experts // num_devices) * num_devices
+    most = num_experts * num_devices
+    down, up = num_slots // num_devices * num_devices, -(-num_slots // num_devices) * num_devices
+    nearest = down if num_slots - down < up - num_slots else up
+    nearest = min(max(nearest, least), most)
+    for wrong, rule in (
+        (num_slots < num_experts, f"every one of the {num_experts} experts needs a slot"),
+        (
+            num_slots > most,
+            f"no expert twice on one device: {num_experts} experts on {num_devices} devices fill "
+            f"at most {most} slots",
+        ),
+        (num_slots % num_devices, f"a multiple of the {num_devices} devices"),
+    ):
+        if wrong:
+            raise Refused("slots", num_slots, rule, f"Use {nearest}")
