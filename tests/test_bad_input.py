@@ -206,6 +206,11 @@ def copied_config(content: bytes) -> Callable[[pathlib.Path, pathlib.Path], None
     return make
 
 
+def replicated_plan(tmp: pathlib.Path, run: pathlib.Path) -> None:
+    slots_LP = np.tile(np.r_[0:16, 4:16, 0:4], (2, 1))
+    Plan(Placement(slots_LP, 16, 4)).write(tmp / "plan.json")
+
+
 def trace_file(**arrays: object) -> Callable[[pathlib.Path, pathlib.Path], None]:
     """tmp/trace.npz of 8 sequences, with some arrays replaced."""
 
@@ -356,14 +361,13 @@ TABLE = [
           "Solve", make=plan_file(layers=3)),
     train("plan with replicas", "--config.placement={tmp}/plan.json", "placement", "plan.json'",
           "as many slots as experts",
-          make=lambda tmp, run: Plan(
-              Placement(np.tile(np.r_[0:16, 4:16, 0:4], (2, 1)), 16, 4)
-          ).write(tmp / "plan.json")),
+          make=replicated_plan),
     *(
         infer(f"plan {case}", "--prompt=a --placement={tmp}/plan.json", *says, make=make)
         for case, make, *says in (
             ("missing", None, "plan", "plan.json'", "Give the path"),
             ("for other layers", plan_file(layers=3), "plan layers", "3", "Solve a plan"),
+            ("with replicas", replicated_plan, "placement", "plan.json'", "as many slots as"),
             ("for other experts", plan_file(experts=8), "plan num_experts", "8", "Solve a plan"),
             ("for other devices", plan_file(devices=8), "plan num_devices", "8", "Solve a plan"),
             ("with a wrong digest", plan_file(lambda f: f.update(digest="0" * 64)), "digest",

@@ -59,6 +59,13 @@ def find(workdir: str, placement: str | None) -> Source:
         num_experts=config.model.num_experts,
         num_devices=config.mesh.expert,
     )
+    if plan.placement.has_replicas:
+        raise Refused(
+            "placement",
+            placement or str(folder / "plan.json"),
+            "has replicated experts, but the running model knows one copy of each",
+            "use a plan with as many slots as experts",
+        )
     return Source(config, folder, contents, plan)
 
 
