@@ -1,4 +1,4 @@
-"""A 122 M-parameter MoE (25 M active) for one node of 8 accelerators, or a pod of more.
+"""A 118 M-parameter MoE (19 M active) for one node of 8 accelerators, or a pod of more.
 
     python train.py --config=configs/moe_100m.py --workdir=runs/moe_100m \
         --config.data.path=DIR_OF_TEXT

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import Refused
@@ -104,9 +105,9 @@ def make(data: int, expert: int, devices: Sequence[jax.Device] | None = None) ->
       devices: of a topology that is compiled for but not there; None = those that are.
     """
     devices = list(jax.devices() if devices is None else devices)[: data * expert]
-    return jax.make_mesh(
-        (data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    # Axes of a torus may be split: 8 experts on a 4 x 4 x 4 one are a slice of two of its axes.
+    placed = mesh_utils.create_device_mesh((data, expert), devices, allow_split_physical_axes=True)
+    return Mesh(placed, (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:

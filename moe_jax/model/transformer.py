@@ -152,6 +152,12 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return config.num_layers * per_layer + 6 * config.d_model * config.vocab_size
 
 
+def num_active_parameters(config: ModelConfig) -> int:
+    """Those that one token meets: all but the experts that it is not routed to."""
+    idle = config.num_layers * (config.num_experts - config.top_k)
+    return num_parameters(config) - idle * 3 * config.d_model * config.d_ff
+
+
 def num_parameters(config: ModelConfig) -> int:
     """All parameters of the model."""
     abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))

@@ -165,7 +165,8 @@ class Reporter:
             metrics.Writer(workdir, header, first_step + 1) if first else metrics.NoWriter()
         )
         metrics.say(
-            f"{config.name}: {transformer.num_parameters(config.model):,} parameters on "
+            f"{config.name}: {transformer.num_parameters(config.model):,} parameters "
+            f"({transformer.num_active_parameters(config.model):,} active) on "
             f"{config.mesh.data} x {config.mesh.expert} (data x expert) devices; {corpus.name}: "
             f"{len(corpus.train):,} train and {len(corpus.held_out):,} held-out bytes; "
             f"matmul rate {self._peak / 1e9:.0f} GFLOP/s"

@@ -1,5 +1,7 @@
 """The model against plain NumPy in float64, and its promises: causal, padded, placed, cached."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +127,12 @@ def test_stacked_layers_equal_a_loop_over_blocks(forward):
     expected = forward(tiny.model(), token_BS, tiny.table(tiny.contiguous())).logits_BSV
     actual = single(tiny.model(1, 1), token_BS, table).logits_BSV
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_active_parameters_are_those_of_a_model_with_top_k_experts():
+    """But for the router, which keeps a column for every expert."""
+    full, small = tiny.config().model, tiny.config(model__num_experts=4, model__top_k=2).model
+    small = dataclasses.replace(small, num_experts=full.top_k)
+    columns = full.num_layers * full.d_model * (full.num_experts - full.top_k)
+    expected = transformer.num_parameters(small) + columns
+    assert transformer.num_active_parameters(full) == expected
