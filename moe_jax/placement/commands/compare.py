@@ -1,0 +1,88 @@
+"""`compare`: all baselines and the planner on one half of the sequences, judged on the other."""
+
+import argparse
+import json
+import pathlib
+
+from moe_jax.errors import Refused
+from moe_jax.placement import compare as compare_lib
+from moe_jax.placement import tables
+from moe_jax.placement.commands import options as options_lib
+from moe_jax.placement.commands import words
+from moe_jax.placement.plan import Plan
+from moe_jax.placement.problem import Problem
+from moe_jax.placement.progress import Ticker
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+
+
+def add(commands) -> None:
+    """The sub-command and its options."""
+    command = options_lib.command(commands, "compare", "baselines, greedy and planner, held-out")
+    options_lib.trace_options(command)
+    options_lib.machine_options(command)
+    options_lib.objective_options(command)
+    command.add_argument("--out-plans", metavar="DIR", help="write every method's plan there")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> str:
+    """All baselines and the planner, held-out."""
+    trace = trace_lib.load(options.trace, options.num_experts)
+    halves = options_lib.split(trace, options.seed)
+    if halves is None:
+        raise Refused(
+            "sequences",
+            1,
+            "compare judges on sequences that were not planned on",
+            "Record two or more sequences",
+        )
+    plan, judge = compare_lib.halves_of(halves, options_lib.problem_of(options, trace))
+    with Ticker() as ticker:
+        made = compare_lib.methods(plan, judge, options.seed, options.time_limit, ticker.tell)
+    if options.out_plans:
+        _write_plans(options, made, trace, plan)
+    solved = made[-1].report
+    assert solved is not None
+    if options.json:
+        return json.dumps(
+            {
+                "objective_name": plan.objective,
+                "dispatch": plan.dispatch,
+                "unit": solved.unit,
+                "planned_on": words.planned_on(plan.trace, True),
+                "held_out_sequences": judge.trace.num_sequences,
+                "methods": [method.to_json() for method in made],
+            }
+        )
+    return "\n".join(
+        [
+            words.describe(trace),
+            f"Planned on {halves.plan_half.num_sequences} sequences, every figure below is from "
+            f"the other {halves.judge_half.num_sequences} (seed {options.seed}).",
+            "",
+            compare_lib.print_table(made, plan),
+            "",
+            f"  objective {plan.objective} ({solved.unit}), dispatch {plan.dispatch}, "
+            f"{plan.topology.name}",
+            tables.legend(),
+            *compare_lib.notes(made),
+            "",
+            f"{made[-1].name} on the planning half: {solved.objective:.6g}, proven bound "
+            f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %"
+            + (f" ({solved.note})." if plan.has_replicas else "."),
+        ]
+    )
+
+
+def _write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Problem) -> None:
+    for method in made:
+        if method.duplicates:
+            continue  # no valid plan
+        name = "".join(c if c.isalnum() else "_" for c in method.name.split(" (")[0].lower())
+        origin = {"trace_digest": trace.digest, "solver": method.name, "seed": options.seed}
+        origin |= words.copy_rule(method.placement.has_replicas)
+        if method.report is not None:
+            origin = words.provenance(trace, plan, method.report, options.seed, True)
+        written = Plan(method.placement, trace.layer_ids, plan.topology.to_json(), origin)
+        written.write(pathlib.Path(options.out_plans) / f"{name}.json")

@@ -1,0 +1,43 @@
+"""`evaluate`: true figures of plans that exist, on a whole trace."""
+
+import argparse
+import json
+
+from moe_jax.placement import evaluate as evaluate_lib
+from moe_jax.placement.commands import options as options_lib
+from moe_jax.placement.commands import words
+from moe_jax.placement.plan import Plan, check_fits
+from moe_jax.routing import trace as trace_lib
+
+
+def add(commands) -> None:
+    """The sub-command and its options."""
+    command = options_lib.command(
+        commands, "evaluate", "true rows, locality, load, seconds of plans"
+    )
+    options_lib.trace_options(command)
+    command.add_argument("plans", nargs="+", metavar="PLAN", help="plan files")
+    options_lib.machine_options(command)
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> str:
+    """True figures of plans on a whole trace."""
+    trace = trace_lib.load(options.trace, options.num_experts)
+    plans = [Plan.read(path) for path in options.plans]
+    machines = [options_lib.evaluation_topology(options, plan) for plan in plans]
+    for plan, topology in zip(plans, machines, strict=True):
+        check_fits(
+            plan,
+            num_layers=trace.num_layers,
+            num_experts=trace.num_experts,
+            num_devices=topology.num_devices,
+        )
+    evaluated = [
+        evaluate_lib.evaluate(path, plan, trace, topology, options_lib.work_of(options))
+        for path, plan, topology in zip(options.plans, plans, machines, strict=True)
+    ]
+    if options.json:
+        answers = [one.to_json() for one in evaluated]
+        return json.dumps({"trace_digest": trace.digest, "plans": answers})
+    return f"{words.describe(trace)}\n\n{evaluate_lib.text(evaluated)}"

@@ -1,0 +1,169 @@
+"""Options that sub-commands share, and what they mean: machine, sizes, objective, halves."""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+from moe_jax import files
+from moe_jax.errors import Refused
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.cost import DISPATCHES
+from moe_jax.placement.plan import Placement, Plan, check_fits
+from moe_jax.placement.problem import OBJECTIVES, LoadCap, Problem
+from moe_jax.placement.seconds import Work
+from moe_jax.placement.topology import Topology
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Halves, Trace
+
+
+def command(commands_, name: str, text: str) -> argparse.ArgumentParser:
+    return commands_.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+
+
+def trace_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("trace", metavar="TRACE", help="routing trace (.npz)")
+    command.add_argument(
+        "--num-experts", type=int, help="experts per layer, for traces that do not say it"
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+
+
+def machine_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("machine and model sizes")
+    group.add_argument("--devices", type=int, help="expert-parallel devices, all nodes together")
+    group.add_argument("--nodes", type=int, default=1, help="equal nodes (default 1)")
+    group.add_argument("--topology", metavar="NAME", help="configs/topology/NAME.json, or a path")
+    sizes = Work()
+    for name, text in (
+        ("d_model", "values of a row"),
+        ("d_ff", "hidden size of an expert"),
+        ("value_bytes", "bytes of a value on the wire"),
+        ("kv_values", "key and value entries per token and layer, for coherent dispatch"),
+        ("batch_tokens", "tokens of a step over all devices"),
+    ):
+        default = getattr(sizes, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=default,
+            help=f"{text} (default {default})",
+        )
+
+
+def objective_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("what to minimise")
+    group.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="seconds",
+        help="seconds of a layer (default), rows on the wire, ExFlow's transitions, largest load",
+    )
+    group.add_argument(
+        "--dispatch",
+        choices=DISPATCHES,
+        default="exchange",
+        help="how rows travel: what a placement can save depends on it (default exchange)",
+    )
+    group.add_argument(
+        "--load-cap",
+        metavar="C",
+        help="largest device load of a layer: 1.1 (over the mean), 1.1x (over what is reachable)",
+    )
+    group.add_argument(
+        "--slots",
+        type=int,
+        metavar="P",
+        help="expert slots of a layer, a multiple of the devices; above the number of experts the "
+        "spare ones hold replicas (default: one slot per expert)",
+    )
+    group.add_argument(
+        "--time-limit", type=float, default=60.0, help="seconds; 0 is greedy only (default 60)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the halves and of the search")
+
+
+def problem_of(options: argparse.Namespace, trace: Trace) -> Problem:
+    """The problem that the options describe."""
+    return Problem(
+        trace,
+        topology_of(options),
+        options.objective,
+        options.dispatch,
+        work_of(options),
+        LoadCap.parse(options.load_cap) if options.load_cap else None,
+        options.slots,
+    )
+
+
+def topology_of(options: argparse.Namespace) -> Topology:
+    if options.topology:
+        topology = topology_lib.preset(options.topology)
+        if options.devices not in (None, topology.num_devices):
+            raise Refused(
+                "devices",
+                options.devices,
+                f"topology {topology.name} has {topology.num_devices} devices",
+                "Leave --devices out, or choose another topology",
+            )
+        return topology
+    if options.devices is None:
+        raise Refused("devices", None, "the number of devices is needed", "Give --devices=8")
+    if options.devices < 1:
+        raise Refused("devices", options.devices, "at least 1", "Give --devices=8")
+    return topology_lib.nodes_by_devices(options.nodes, options.devices)
+
+
+def evaluation_topology(options: argparse.Namespace, plan: Plan) -> Topology:
+    """The topology asked for, else the plan's own, else a flat one."""
+    if options.topology or options.devices or options.nodes > 1:
+        devices = options.devices or (None if options.topology else plan.placement.num_devices)
+        return topology_of(argparse.Namespace(**{**vars(options), "devices": devices}))
+    if plan.topology:
+        return topology_lib.from_json(plan.topology, "plan topology")
+    return topology_lib.flat(plan.placement.num_devices)
+
+
+def work_of(options: argparse.Namespace) -> Work:
+    fields = [field.name for field in dataclasses.fields(Work)]
+    return Work(**{name: getattr(options, name) for name in fields})
+
+
+def in_use(path: str, trace: Trace, topology: Topology) -> Placement:
+    """The placement of a plan file, which has to fit the trace and the machine."""
+    plan = Plan.read(path)
+    check_fits(
+        plan,
+        num_layers=trace.num_layers,
+        num_experts=trace.num_experts,
+        num_devices=topology.num_devices,
+    )
+    _ = plan.placement.device_LE  # refuses replicas
+    return plan.placement
+
+
+def split(trace: Trace, seed: int) -> Halves | None:
+    """Halves by sequences; None, said on stderr, where there is one sequence only."""
+    if trace.num_sequences > 1:
+        return trace_lib.split(trace, seed)
+    print("The trace has one sequence only: there is no held-out half.", file=sys.stderr)
+    return None
+
+
+def files_ok(path: str) -> None:
+    """Refuses an output that cannot be written, before the work is done."""
+    out = pathlib.Path(path)
+    if out.is_dir():
+        raise Refused("out", path, "is a folder", "Give the name of a file")
+    try:
+        with files.atomic_write(out.parent / f".{out.name}.probe"):
+            pass
+        (out.parent / f".{out.name}.probe").unlink()
+    except OSError as error:
+        raise Refused("out", path, f"cannot be written ({error.strerror})", "Choose another") from (
+            error
+        )

@@ -1,0 +1,80 @@
+"""`solve`: plans on a random half of the sequences (--seed), judges on the other half, writes.
+
+What is printed about a plan is always from the half it has not seen.
+"""
+
+import argparse
+import json
+
+from moe_jax.placement import evidence, tables
+from moe_jax.placement import solve as solve_lib
+from moe_jax.placement.commands import options as options_lib
+from moe_jax.placement.commands import words
+from moe_jax.placement.plan import Plan
+from moe_jax.placement.progress import Ticker
+from moe_jax.routing import trace as trace_lib
+
+
+def add(commands) -> None:
+    """The sub-command and its options."""
+    command = options_lib.command(
+        commands, "solve", "plan on half of the sequences, judge on the other half"
+    )
+    options_lib.trace_options(command)
+    command.add_argument("--out", required=True, metavar="PLAN.json", help="where the plan goes")
+    options_lib.machine_options(command)
+    options_lib.objective_options(command)
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Plans, judges, writes the plan."""
+    options_lib.files_ok(options.out)
+    trace = trace_lib.load(options.trace, options.num_experts)
+    halves = options_lib.split(trace, options.seed)
+    problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
+    with Ticker() as ticker:
+        placement, report = solve_lib.solve_problem(
+            problem, options.seed, options.time_limit, ticker.tell
+        )
+    held_out = None
+    if halves:
+        held_out = evidence.judge(halves.judge_half, placement, problem.topology)
+    plan = Plan(
+        placement,
+        trace.layer_ids,
+        problem.topology.to_json(),
+        words.provenance(trace, problem, report, options.seed, bool(halves)),
+    )
+    plan.write(options.out)
+    if options.json:
+        return json.dumps(
+            {
+                **{k: v for k, v in report.to_json().items() if k != "history"},
+                "plan_digest": placement.digest,
+                "out": str(options.out),
+                "planned_on": words.planned_on(problem.trace, bool(halves)),
+                "held_out": held_out.to_json() if held_out else None,
+            }
+        )
+    return _text(options, trace, problem, placement, report, halves, held_out)
+
+
+def _text(options, trace, problem, placement, report, halves, held_out) -> str:
+    lines = [
+        words.describe(trace),
+        f"Planned on {words.planned_on(problem.trace, bool(halves))}.",
+        f"  {report.objective_name} for {report.dispatch} dispatch on {problem.topology.name}: "
+        f"{report.objective:.6g} {report.unit}",
+        f"  proven bound {report.bound:.6g}, gap {100 * report.gap:.2f} %; greedy start "
+        f"{report.greedy:.6g}; {report.seconds:.1f} s"
+        + (f" ({report.note})" if report.note else ""),
+    ]
+    if held_out is not None:
+        lines += [
+            f"Judged on the other {halves.judge_half.num_sequences} sequences "
+            f"(value [95 % interval over sequences]):",
+            tables.intervals(held_out),
+        ]
+    lines.append(f"Wrote {options.out}: {tables.sizes(placement)}, digest {placement.digest[:16]}")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""`verdict`: is a better placement worth it, the cost of the move counted?"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from moe_jax.errors import Refused
+from moe_jax.placement import verdict as verdict_lib
+from moe_jax.placement import verdict_text
+from moe_jax.placement.commands import options as options_lib
+from moe_jax.placement.commands import words
+from moe_jax.placement.plan import Plan
+from moe_jax.placement.problem import Problem
+from moe_jax.placement.progress import Ticker
+from moe_jax.placement.verdict import Settings
+from moe_jax.placement.windows import SPLITS
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+
+
+def add(commands) -> None:
+    """The sub-command and its options."""
+    command = options_lib.command(
+        commands, "verdict", "is a better placement worth it? the move counted"
+    )
+    options_lib.trace_options(command)
+    options_lib.machine_options(command)
+    options_lib.objective_options(command)
+    _judging(command)
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Whether a better placement is worth it."""
+    if options.out:
+        options_lib.files_ok(options.out)
+        if options.split == "name":
+            raise Refused(
+                "out", options.out, "split=name judges one plan per group", "Leave --out out"
+            )
+    settings = verdict_lib.Settings(
+        options.split, options.seed, options.time_limit, options.steps, options.expert_bytes
+    )
+    trace = trace_lib.load(options.trace, options.num_experts)
+    problem = options_lib.problem_of(options, trace)
+    before = options_lib.in_use(options.before, trace, problem.topology) if options.before else None
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with Ticker() as ticker:
+        found = verdict_lib.verdict(problem, before, settings, ticker.tell, say)
+    if options.out:
+        _judged_plan(trace, problem, found).write(options.out)
+    if options.json:
+        sizes = {"dispatch": problem.dispatch, "objective_name": problem.objective}
+        return json.dumps({"trace_digest": trace.digest, **sizes, **found.to_json()})
+    name = pathlib.Path(options.before).name if options.before else "contiguous"
+    machine = f"{problem.dispatch} dispatch on {problem.topology.name}, planned for"
+    return (
+        f"{words.describe(trace)}\n{name} now; {machine} {problem.objective}.\n"
+        f"{verdict_text.text(found, name)}"
+    )
+
+
+def _judging(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("how it is judged")
+    group.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="sequence",
+        help="planned on and judged on: random halves of the sequences (default), the first and "
+        "the second half, or every group of names by a plan from the others",
+    )
+    group.add_argument("--before", metavar="PLAN.json", help="what is in use (default contiguous)")
+    group.add_argument("--out", metavar="PLAN.json", help="write the plan that was judged there")
+    settings = Settings()
+    group.add_argument(
+        "--steps",
+        type=int,
+        default=settings.steps,
+        help=f"within which the move has to pay for itself (default {settings.steps})",
+    )
+    group.add_argument(
+        "--expert-bytes",
+        type=int,
+        help="that move with one expert of one layer (default: 3 x d_model x d_ff values)",
+    )
+
+
+def _judged_plan(trace: Trace, problem: Problem, found: verdict_lib.Verdict) -> Plan:
+    """The plan that was judged, whatever the verdict; the verdict travels with it."""
+    origin = {
+        "trace_digest": trace.digest,
+        "planned_on": f"split {found.settings.split}: {found.planned} sequences",
+        "solver": "greedy + integer programs (HiGHS), devices numbered so that least moves",
+        "seed": found.settings.seed,
+        "objective_name": problem.objective,
+        "dispatch": problem.dispatch,
+        "verdict": found.answer,
+        "reason": found.reason,
+    }
+    return Plan(found.placement, trace.layer_ids, problem.topology.to_json(), origin)
