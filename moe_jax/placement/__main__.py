@@ -1,7 +1,8 @@
 """Command line: python -m moe_jax.placement solve, evaluate, compare, verdict, apply, convert
 (also `moe-place`).
 
-Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 130 interrupted.
+Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 130 interrupted
+(`solve` has then written the best plan so far, if there was one; stderr says which).
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from moe_jax.errors import Refused
-from moe_jax.placement.commands import apply, compare, convert, evaluate, solve, verdict
+from moe_jax.placement.commands import apply, compare, convert, evaluate, interrupt, solve, verdict
 
 COMMANDS = (solve, evaluate, compare, verdict, apply, convert)
 DESCRIPTION = """\
@@ -47,16 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        print(options.run(options))
+        with interrupt.Watch():
+            answer = options.run(options)
+        print(answer)
     except Refused as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"refused: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except interrupt.Stopped as stop:
+        if stop.answer:
+            print(stop.answer)
+        print(f"interrupted: {stop.left}", file=sys.stderr)
+        return interrupt.EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted: nothing written", file=sys.stderr)
-        return 130
+        return interrupt.EXIT_CODE
     return 0
 
 

@@ -4,6 +4,7 @@
 
 Anytime: greedy answers in milliseconds, everything after only replaces it by something better.
 Seeded and deterministic, unless the time limit cuts the search short (`Report.finished` says so).
+Ctrl-C ends the search with `Interrupted`, which carries the best placement so far.
 The bound is proven (bounds.py, or an integer program that ran to its end) and never above the
 objective.
 
@@ -30,6 +31,7 @@ from moe_jax.routing.trace import Trace
 BOUND_SHARE = 0.3  # of the time, at most
 BASE_SHARE = 0.5  # of the time for plans without replicas, where some are to be added
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
+INTERRUPTED = "interrupted: the best so far"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Report:
       greedy: value of the greedy start; with replicas, of the plan made for balance alone.
       seconds: wall time.
       finished: the search ended by itself, before the time limit.
-      history: (seconds, objective) of every improvement.
+      history: (seconds, objective, bound) after every improvement of either.
       note: what a reader has to know, in words.
+      interrupted: Ctrl-C ended the search.
     """
 
     objective_name: str
@@ -70,8 +73,9 @@ class Report:
     greedy: float
     seconds: float
     finished: bool
-    history: tuple[tuple[float, float], ...]
+    history: tuple[tuple[float, float, float], ...]
     note: str = ""
+    interrupted: bool = False
 
     @property
     def gap(self) -> float:
@@ -86,6 +90,20 @@ class Solution(NamedTuple):
 
     placement: Placement
     report: Report
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a search that had a placement already.
+
+    Attributes:
+      solution: the best so far, its report marked as interrupted.
+    """
+
+    def __init__(self, solution: Solution):
+        super().__init__("interrupted")
+        note = "; ".join(filter(None, [solution.report.note, INTERRUPTED]))
+        report = dataclasses.replace(solution.report, finished=False, interrupted=True, note=note)
+        self.solution = Solution(solution.placement, report)
 
 
 def solve(
@@ -125,15 +143,29 @@ def solve_problem(
     time_limit: float,
     progress: Callable[[Progress], None] | None = None,
 ) -> Solution:
-    """`solve` for a problem that is put together already."""
+    """`solve` for a problem that is put together already.
+
+    Raises:
+      Interrupted: with the best placement so far, on Ctrl-C once there is one.
+    """
     if not 0 <= time_limit < float("inf"):
         raise Refused("time_limit", time_limit, "seconds, at least 0", "Use 60")
     started = time.monotonic()
     if problem.has_replicas:
         return _with_replicas(problem, seed, time_limit, progress)
     run = _Run(problem, started, time_limit, progress)
+    try:
+        return _searched(problem, run, seed, started, time_limit)
+    except KeyboardInterrupt as stop:
+        if not np.isfinite(run.best):
+            raise
+        raise Interrupted(run.solution("")) from stop
+
+
+def _searched(
+    problem: Problem, run: "_Run", seed: int, started: float, time_limit: float
+) -> Solution:
     run.offer("greedy", constructed(problem))
-    run.greedy = run.best
     deadline = started + time_limit
     if time_limit == 0:
         run.prove("bound", relax.lower_bound(problem, deadline, steps=1))
@@ -155,21 +187,26 @@ def _with_replicas(
     balanced = spare.balanced(problem)
     cap_L = spare.caps(problem, balanced)
     best = start = spare.valued(problem, balanced)
-    history = [(time.monotonic() - started, best.value)]
     finished, bound, note = True, 1.0, "bound: the fullest device has at least the mean load"
+    deadline, bases = started + time_limit, []
     if problem.objective != "load":
-        bound, note = 0.0, "no bound is proven for replicas"
-        deadline, bases = started + time_limit, spare.bases(problem)
+        bound, note, bases = 0.0, "no bound is proven for replicas", spare.bases(problem)
+    history, stopped = [(time.monotonic() - started, best.value, bound)], None
+    try:
         for base in bases:
             share = BASE_SHARE * time_limit / len(bases)
             device_LE = solve_problem(base, seed, share, progress).placement.device_LE
             filled = spare.filled(problem, device_LE, cap_L, seed, deadline)
             best = spare.better(problem, best, filled, cap_L)
-            history.append((time.monotonic() - started, best.value))
-        finished = time.monotonic() < deadline
+            history.append((time.monotonic() - started, best.value, bound))
+        if progress is not None:
+            spent = time.monotonic() - started
+            progress(Progress("replicas", spent, time_limit, best.value, bound))
+    except KeyboardInterrupt as stop:
+        stopped = stop
     seconds = time.monotonic() - started
-    if progress is not None:
-        progress(Progress("replicas", seconds, time_limit, best.value, bound))
+    if bases:
+        finished = seconds < time_limit
     report = Report(
         objective_name=problem.objective,
         dispatch=problem.dispatch,
@@ -180,9 +217,12 @@ def _with_replicas(
         seconds=seconds,
         finished=finished,
         history=tuple(history),
-        note=note if finished else f"{note}; the time limit ended the search",
+        note=note if finished or stopped else f"{note}; the time limit ended the search",
     )
-    return Solution(best.placement, report)
+    solution = Solution(best.placement, report)
+    if stopped is not None:
+        raise Interrupted(solution) from stopped
+    return solution
 
 
 def constructed(problem: Problem) -> np.ndarray:
@@ -208,7 +248,7 @@ class _Run:
     def __init__(self, problem: Problem, started: float, time_limit: float, progress):
         self._problem, self._started, self._limit = problem, started, time_limit
         self._progress = progress
-        self._history: list[tuple[float, float]] = []
+        self._history: list[tuple[float, float, float]] = []
         self.best, self.bound, self.greedy, self.finished = np.inf, 0.0, np.inf, False
         self.best_LE = baselines.contiguous(
             problem.trace.num_layers, problem.trace.num_experts, problem.num_devices
@@ -219,12 +259,16 @@ class _Run:
             return
         value = self._problem.value(device_LE)
         if value < self.best:
+            if not np.isfinite(self.best):
+                self.greedy = value
             self.best, self.best_LE = value, device_LE
-            self._history.append((time.monotonic() - self._started, value))
+            self._remember()
         self.tell(stage)
 
     def prove(self, stage: str, bound: float) -> None:
-        self.bound = max(self.bound, min(bound, self.best))
+        if (proven := min(bound, self.best)) > self.bound:
+            self.bound = proven
+            self._remember()
         self.tell(stage)
 
     def search(self, seed: int, deadline: float) -> None:
@@ -276,6 +320,9 @@ class _Run:
         devices = problem.num_devices
         rows = contacts * 2 * (devices - 1) / devices / problem.token_layers
         self.prove(stage, rows * relax.SAFETY)
+
+    def _remember(self) -> None:
+        self._history.append((time.monotonic() - self._started, self.best, self.bound))
 
     def tell(self, stage: str) -> None:
         if self._progress is not None:

@@ -1,6 +1,7 @@
 """`solve`: plans on a random half of the sequences (--seed), judges on the other half, writes.
 
-What is printed about a plan is always from the half it has not seen.
+What is printed about a plan is always from the half it has not seen. Ctrl-C ends the search and
+writes the best plan so far, marked as interrupted.
 """
 
 import argparse
@@ -8,9 +9,10 @@ import json
 
 from moe_jax.placement import evidence, tables
 from moe_jax.placement import solve as solve_lib
+from moe_jax.placement.commands import interrupt, words
 from moe_jax.placement.commands import options as options_lib
-from moe_jax.placement.commands import words
 from moe_jax.placement.plan import Plan
+from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.routing import trace as trace_lib
 
@@ -33,13 +35,7 @@ def run(options: argparse.Namespace) -> str:
     trace = trace_lib.load(options.trace, options.num_experts)
     halves = options_lib.split(trace, options.seed)
     problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
-    with Ticker() as ticker:
-        placement, report = solve_lib.solve_problem(
-            problem, options.seed, options.time_limit, ticker.tell
-        )
-    held_out = None
-    if halves:
-        held_out = evidence.judge(halves.judge_half, placement, problem.topology)
+    placement, report = _best_found(options, problem)
     plan = Plan(
         placement,
         trace.layer_ids,
@@ -47,8 +43,13 @@ def run(options: argparse.Namespace) -> str:
         words.provenance(trace, problem, report, options.seed, bool(halves)),
     )
     plan.write(options.out)
+    with interrupt.leaving(f"wrote {options.out}, not judged"):
+        held_out = None
+        if halves:
+            held_out = evidence.judge(halves.judge_half, placement, problem.topology)
+    answer = _text(options, trace, problem, placement, report, halves, held_out)
     if options.json:
-        return json.dumps(
+        answer = json.dumps(
             {
                 **{k: v for k, v in report.to_json().items() if k != "history"},
                 "plan_digest": placement.digest,
@@ -57,7 +58,18 @@ def run(options: argparse.Namespace) -> str:
                 "held_out": held_out.to_json() if held_out else None,
             }
         )
-    return _text(options, trace, problem, placement, report, halves, held_out)
+    if report.interrupted:
+        raise interrupt.Stopped(f"wrote the best plan so far to {options.out}", answer)
+    return answer
+
+
+def _best_found(options: argparse.Namespace, problem: Problem) -> solve_lib.Solution:
+    """What the search found, whether it came to its end or to Ctrl-C."""
+    try:
+        with Ticker() as ticker:
+            return solve_lib.solve_problem(problem, options.seed, options.time_limit, ticker.tell)
+    except solve_lib.Interrupted as stop:
+        return stop.solution
 
 
 def _text(options, trace, problem, placement, report, halves, held_out) -> str:

@@ -37,6 +37,7 @@ def provenance(
         "bound": report.bound,
         "gap": report.gap,
         "seconds": report.seconds,
+        **({"interrupted": True} if report.interrupted else {}),
         **copy_rule(problem.has_replicas),
     }
 
