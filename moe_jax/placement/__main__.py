@@ -30,8 +30,8 @@ examples:
       --load-cap=1.1 --out=plan.json
   # one spare slot on every device, for copies of experts
   python -m moe_jax.placement solve trace.npz --devices=8 --slots=40 --out=plan.json
-  # what would it bring, against what everybody else does?
-  python -m moe_jax.placement compare trace.npz --devices=8
+  # what would it bring, against what everybody else does? with a page to look at
+  python -m moe_jax.placement compare trace.npz --devices=8 --report=page.html
   # is that worth moving for? planned on one half, judged on the other, the move counted
   python -m moe_jax.placement verdict trace.npz --devices=8 --before=old_plan.json
   # figures of plans that exist, on any trace of the same model
@@ -46,7 +46,9 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
+    options.arguments = list(arguments)
     try:
         with interrupt.Watch():
             answer = options.run(options)

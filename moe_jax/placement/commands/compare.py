@@ -12,6 +12,7 @@ from moe_jax.placement.commands import words
 from moe_jax.placement.plan import Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
+from moe_jax.placement.report import build, page
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
@@ -20,6 +21,7 @@ def add(commands) -> None:
     """The sub-command and its options."""
     command = options_lib.command(commands, "compare", "baselines, greedy and planner, held-out")
     options_lib.trace_options(command)
+    options_lib.report_option(command)
     options_lib.machine_options(command)
     options_lib.objective_options(command)
     command.add_argument("--out-plans", metavar="DIR", help="write every method's plan there")
@@ -28,6 +30,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """All baselines and the planner, held-out."""
+    options_lib.report_ok(options)
     trace = trace_lib.load(options.trace, options.num_experts)
     halves = options_lib.split(trace, options.seed)
     if halves is None:
@@ -42,6 +45,8 @@ def run(options: argparse.Namespace) -> str:
         made = compare_lib.methods(plan, judge, options.seed, options.time_limit, ticker.tell)
     if options.out_plans:
         _write_plans(options, made, trace, plan)
+    if options.report:
+        _write_page(options, made, trace, plan, judge)
     solved = made[-1].report
     assert solved is not None
     if options.json:
@@ -52,6 +57,7 @@ def run(options: argparse.Namespace) -> str:
                 "unit": solved.unit,
                 "planned_on": words.planned_on(plan.trace, True),
                 "held_out_sequences": judge.trace.num_sequences,
+                "report": options.report,
                 "methods": [method.to_json() for method in made],
             }
         )
@@ -71,8 +77,29 @@ def run(options: argparse.Namespace) -> str:
             f"{made[-1].name} on the planning half: {solved.objective:.6g}, proven bound "
             f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %"
             + (f" ({solved.note})." if plan.has_replicas else "."),
+            *([f"Wrote {options.report}: figures before and after"] if options.report else []),
         ]
     )
+
+
+def _write_page(
+    options, made: list[compare_lib.Method], trace: Trace, plan: Problem, judge: Problem
+) -> None:
+    first, last = made[0], made[-1]
+    done = build.Done(
+        trace=trace,
+        judge=judge,
+        held_out=True,
+        planned=plan.trace,
+        before=first.placement,
+        after=last.placement,
+        before_name=first.name,
+        seed=options.seed,
+        command=options_lib.typed(options),
+        report=last.report,
+        others=tuple((method.name, method.held_out_objective) for method in made),
+    )
+    page.write(build.page(done), options.report)
 
 
 def _write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Problem) -> None:

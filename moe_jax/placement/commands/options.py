@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import pathlib
+import shlex
 import sys
 
 from moe_jax import files
@@ -15,6 +16,11 @@ from moe_jax.placement.seconds import Work
 from moe_jax.placement.topology import Topology
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Halves, Trace
+
+
+def typed(options: argparse.Namespace) -> str:
+    """The command line, as one types it."""
+    return shlex.join(["python", "-m", "moe_jax.placement", *options.arguments])
 
 
 def command(commands_, name: str, text: str) -> argparse.ArgumentParser:
@@ -154,16 +160,34 @@ def split(trace: Trace, seed: int) -> Halves | None:
     return None
 
 
-def files_ok(path: str) -> None:
+def report_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--report", metavar="PAGE.html", help="write a page with figures before and after there"
+    )
+
+
+def report_ok(options: argparse.Namespace) -> None:
+    """Refuses a page that cannot be written, or would replace the trace or the plan."""
+    if options.report is None:
+        return
+    files_ok(options.report, "report")
+    page = pathlib.Path(options.report).resolve()
+    for field in ("trace", "out", "before"):
+        other = getattr(options, field, None)
+        if other and pathlib.Path(other).resolve() == page:
+            raise Refused("report", options.report, f"is the {field} as well", "Choose another")
+
+
+def files_ok(path: str, field: str = "out") -> None:
     """Refuses an output that cannot be written, before the work is done."""
     out = pathlib.Path(path)
     if out.is_dir():
-        raise Refused("out", path, "is a folder", "Give the name of a file")
+        raise Refused(field, path, "is a folder", "Give the name of a file")
     try:
         with files.atomic_write(out.parent / f".{out.name}.probe"):
             pass
         (out.parent / f".{out.name}.probe").unlink()
     except OSError as error:
-        raise Refused("out", path, f"cannot be written ({error.strerror})", "Choose another") from (
+        raise Refused(field, path, f"cannot be written ({error.strerror})", "Choose another") from (
             error
         )

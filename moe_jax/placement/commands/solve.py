@@ -7,13 +7,14 @@ writes the best plan so far, marked as interrupted.
 import argparse
 import json
 
-from moe_jax.placement import evidence, tables
+from moe_jax.placement import compare, evidence, tables
 from moe_jax.placement import solve as solve_lib
 from moe_jax.placement.commands import interrupt, words
 from moe_jax.placement.commands import options as options_lib
-from moe_jax.placement.plan import Plan
+from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
+from moe_jax.placement.report import build, page
 from moe_jax.routing import trace as trace_lib
 
 
@@ -24,6 +25,7 @@ def add(commands) -> None:
     )
     options_lib.trace_options(command)
     command.add_argument("--out", required=True, metavar="PLAN.json", help="where the plan goes")
+    options_lib.report_option(command)
     options_lib.machine_options(command)
     options_lib.objective_options(command)
     command.set_defaults(run=run)
@@ -32,6 +34,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> str:
     """Plans, judges, writes the plan."""
     options_lib.files_ok(options.out)
+    options_lib.report_ok(options)
     trace = trace_lib.load(options.trace, options.num_experts)
     halves = options_lib.split(trace, options.seed)
     problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
@@ -47,6 +50,9 @@ def run(options: argparse.Namespace) -> str:
         held_out = None
         if halves:
             held_out = evidence.judge(halves.judge_half, placement, problem.topology)
+    if options.report:
+        with interrupt.leaving(f"wrote {options.out}, not {options.report}"):
+            _write_page(options, trace, problem, placement, report, halves)
     answer = _text(options, trace, problem, placement, report, halves, held_out)
     if options.json:
         answer = json.dumps(
@@ -54,6 +60,7 @@ def run(options: argparse.Namespace) -> str:
                 **{k: v for k, v in report.to_json().items() if k != "history"},
                 "plan_digest": placement.digest,
                 "out": str(options.out),
+                "report": options.report,
                 "planned_on": words.planned_on(problem.trace, bool(halves)),
                 "held_out": held_out.to_json() if held_out else None,
             }
@@ -89,4 +96,24 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
             tables.intervals(held_out),
         ]
     lines.append(f"Wrote {options.out}: {tables.sizes(placement)}, digest {placement.digest[:16]}")
+    if options.report:
+        lines.append(f"Wrote {options.report}: figures before and after")
     return "\n".join(lines)
+
+
+def _write_page(options, trace, problem, placement, report, halves) -> None:
+    judge = compare.halves_of(halves, problem)[1] if halves else problem
+    before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
+    done = build.Done(
+        trace=trace,
+        judge=judge,
+        held_out=bool(halves),
+        planned=problem.trace,
+        before=before,
+        after=placement,
+        before_name="contiguous",
+        seed=options.seed,
+        command=options_lib.typed(options),
+        report=report,
+    )
+    page.write(build.page(done), options.report)
