@@ -329,6 +329,35 @@ def test_compare_adds_the_other_methods(tmp_path, capsys):
         assert f"<td>{method['held_out_objective']:.6g}</td>" in written
 
 
+def test_verdict_stands_on_its_page(tmp_path, capsys):
+    trace_lib.save(made_trace(), tmp_path / "t.npz")
+    Plan(random_placement(made_trace(), 4, 0)).write(tmp_path / "<b>.json")
+    words = ["verdict", str(tmp_path / "t.npz"), "--devices=4", "--time-limit=1"]
+    more = [f"--before={tmp_path / '<b>.json'}", f"--report={tmp_path / 'page.html'}"]
+    assert command_line.main([*words, *more]) == 0
+    answer = capsys.readouterr().out.split("Verdict: ")[1].split("\n")[0]
+    written = (tmp_path / "page.html").read_text(encoding="utf-8")
+    reader = Reader(written)
+    assert reader.ids == [key for key in SECTIONS if key != "search"]
+    assert f"Verdict: {answer}" in "".join(reader.text)
+    assert "Before: &lt;b&gt;.json" in written
+    assert command_line.main([*words, *more, "--split=name"]) == 1
+    assert "report" in capsys.readouterr().err
+
+
+def test_figures_that_are_weighted_say_so(tmp_path, capsys):
+    trace_lib.save(made_trace(), tmp_path / "t.npz")
+    words = ["compare", str(tmp_path / "t.npz"), "--devices=4", "--nodes=2", "--time-limit=1"]
+    for objective, weighted in (("rows", True), ("exflow", True), ("seconds", False)):
+        more = [f"--objective={objective}", "--dispatch=hierarchical"]
+        assert command_line.main([*words, *more, f"--report={tmp_path / 'page.html'}"]) == 0
+        written = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert ("(weighted by tier)" in written) == weighted
+        assert ("everything counted alike" in written) == weighted
+        assert ("The time of a layer, modelled" in written or "But the time" in written) == weighted
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("page_path", ["t.npz", "p.json", ".", "t.npz/page.html"])
 def test_pages_that_cannot_be_written_are_refused_before_work(page_path, tmp_path, capsys):
     trace_lib.save(made_trace(), tmp_path / "t.npz")

@@ -1,22 +1,30 @@
 """`verdict`: is a better placement worth it, the cost of the move counted?"""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
 
 from moe_jax.errors import Refused
 from moe_jax.placement import verdict as verdict_lib
-from moe_jax.placement import verdict_text
+from moe_jax.placement import verdict_text, windows
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.commands import words
-from moe_jax.placement.plan import Plan
+from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
+from moe_jax.placement.report import build, page
 from moe_jax.placement.verdict import Settings
 from moe_jax.placement.windows import SPLITS
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
+
+TONES = {
+    verdict_lib.RECOMMENDED: "good",
+    verdict_lib.NOT_RECOMMENDED: "bad",
+    verdict_lib.NOT_ENOUGH: "open",
+}
 
 
 def add(commands) -> None:
@@ -25,6 +33,7 @@ def add(commands) -> None:
         commands, "verdict", "is a better placement worth it? the move counted"
     )
     options_lib.trace_options(command)
+    options_lib.report_option(command)
     options_lib.machine_options(command)
     options_lib.objective_options(command)
     _judging(command)
@@ -35,10 +44,11 @@ def run(options: argparse.Namespace) -> str:
     """Whether a better placement is worth it."""
     if options.out:
         options_lib.files_ok(options.out)
-        if options.split == "name":
-            raise Refused(
-                "out", options.out, "split=name judges one plan per group", "Leave --out out"
-            )
+    options_lib.report_ok(options)
+    for name in ("out", "report"):
+        if getattr(options, name) and options.split == "name":
+            rule = "split=name judges one plan per group"
+            raise Refused(name, getattr(options, name), rule, f"Leave --{name} out")
     settings = verdict_lib.Settings(
         options.split, options.seed, options.time_limit, options.steps, options.expert_bytes
     )
@@ -53,6 +63,8 @@ def run(options: argparse.Namespace) -> str:
         found = verdict_lib.verdict(problem, before, settings, ticker.tell, say)
     if options.out:
         _judged_plan(trace, problem, found).write(options.out)
+    if options.report:
+        _write_page(options, problem, before, found)
     if options.json:
         sizes = {"dispatch": problem.dispatch, "objective_name": problem.objective}
         return json.dumps({"trace_digest": trace.digest, **sizes, **found.to_json()})
@@ -61,6 +73,7 @@ def run(options: argparse.Namespace) -> str:
     return (
         f"{words.describe(trace)}\n{name} now; {machine} {problem.objective}.\n"
         f"{verdict_text.text(found, name)}"
+        + (f"\nWrote {options.report}: figures before and after" if options.report else "")
     )
 
 
@@ -87,6 +100,34 @@ def _judging(command: argparse.ArgumentParser) -> None:
         type=int,
         help="that move with one expert of one layer (default: 3 x d_model x d_ff values)",
     )
+
+
+def _write_page(
+    options: argparse.Namespace,
+    problem: Problem,
+    before: Placement | None,
+    found: verdict_lib.Verdict,
+) -> None:
+    trace = problem.trace
+    (window,) = windows.windows(trace, options.split, options.seed)
+    if before is None:
+        before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
+    done = build.Done(
+        trace=trace,
+        judge=dataclasses.replace(problem, trace=window.judge, load_cap=None),
+        held_out=True,
+        planned=window.plan,
+        before=before,
+        after=found.placement,
+        before_name=pathlib.Path(options.before).name if options.before else "contiguous",
+        seed=options.seed,
+        command=options_lib.typed(options),
+        answer=(
+            f"Verdict: {found.answer}. {found.reason[0].upper()}{found.reason[1:]}.",
+            TONES[found.answer],
+        ),
+    )
+    page.write(build.page(done), options.report)
 
 
 def _judged_plan(trace: Trace, problem: Problem, found: verdict_lib.Verdict) -> Plan:

@@ -31,7 +31,8 @@ def section(report: Report) -> Section:
     )
     text = parts.caption(
         "On the sequences that were planned on, so these figures are optimistic and only show how "
-        f"the search went. {note}" + (f" {report.note.capitalize()}." if report.note else "")
+        f"the search went. {note}"
+        + (f" {report.note[0].upper()}{report.note[1:]}." if report.note else "")
     )
     figure = element(
         "figure", element("figcaption", label), _picture(label, values, bounds, report)

@@ -65,7 +65,7 @@ def figure(before: View, after: View, pair: Pair, groups: Groups) -> Markup:
         "The colour grows with the square root of the tokens."
         + (f" A dot is {pair.each} x {pair.each} neighbouring experts." if pair.each > 1 else "")
     )
-    steps = [(s, f"{s * s * most:,.4g}") for s in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    steps = [(s, f"{s * s * most:,.0f}") for s in (0.0, 0.25, 0.5, 0.75, 1.0)]
     return joined([text, heat.scale("tokens of a dot:", steps, "dot"), parts.pair(*pictures)])
 
 

@@ -6,6 +6,7 @@ apart before anything is called better or worse.
 """
 
 import dataclasses
+import math
 
 from moe_jax.placement.evidence import Figure
 from moe_jax.placement.paired import Gain
@@ -57,6 +58,12 @@ class Result:
         """Of the objective, with its interval; here rows count alike in all tiers."""
         return self.gains.get(self.objective)
 
+    @property
+    def weighted(self) -> bool:
+        """The objective counts what goes between nodes more than the figures with intervals do."""
+        plain = self.gain.after if self.gain else getattr(_figure(self.after, self), "value", None)
+        return plain is not None and not math.isclose(plain, self.after.objective, rel_tol=1e-6)
+
 
 def headline(result: Result) -> str:
     share = result.share
@@ -65,6 +72,8 @@ def headline(result: Result) -> str:
     else:
         less = ("fewer" if result.objective in FEWER else "less") if share > 0 else "more"
         what = LESS[result.objective].format(percent(abs(share)), less)
+    if result.weighted:
+        what += " (weighted by tier)"
     seen = "that the plan has not seen" if result.held_out else "that it was planned on"
     return f"{what} on sequences {seen}"
 
@@ -73,18 +82,19 @@ def answer(result: Result) -> tuple[str, str]:
     """A sentence and its tone (page.TONES)."""
     if not result.held_out:
         return "Nothing was held out, so nothing is shown about other text.", "open"
+    alike = ", everything counted alike," if result.weighted else ""
     if (gain := result.gain) is not None:
         share = gain.share
         interval = f"between {percent(share.low)} and {percent(share.high)} (95 % interval)"
         if share.low > 0:
-            return f"Better: what is saved lies {interval}.", "good"
+            return f"Better: what is saved{alike} lies {interval}.", "good"
         if share.high < 0:
-            return f"Worse: what is saved lies {interval}.", "bad"
-        return f"No difference is shown: what is saved lies {interval}.", "open"
+            return f"Worse: what is saved{alike} lies {interval}.", "bad"
+        return f"No difference is shown: what is saved{alike} lies {interval}.", "open"
     before, after = (_figure(one, result) for one in (result.before, result.after))
     if before is None or after is None:
         return "There is no interval for this figure, so take it with care.", "open"
-    ends = f"{_ends(before)} before, {_ends(after)} after"
+    ends = f"{_ends(before)} before, {_ends(after)} after{alike.rstrip(',')}"
     if after.high < before.low:
         return f"Better: the 95 % intervals lie apart ({ends}).", "good"
     if after.low > before.high:
