@@ -163,11 +163,12 @@ def test_phases_add_up_to_the_seconds_of_the_layer(dispatch, machine):
         np.testing.assert_allclose(own_L, all_L, rtol=1e-12)
 
 
-def test_devices_that_are_even_do_not_wait():
+@pytest.mark.parametrize("dispatch", ["exchange", "coherent"])
+def test_devices_that_are_even_do_not_wait(dispatch):
     machine, work = MACHINES["flat"], seconds.Work()
     rows_LMM = np.where(np.eye(4, dtype=bool), 0, 7)[None]
     even = clock.clock(
-        cost.Rows(rows_LMM, rows_LMM), np.full((1, 4), 30), machine, work, "exchange", 40
+        cost.Rows(rows_LMM, rows_LMM), np.full((1, 4), 30), machine, work, dispatch, 40
     )
     assert even.waiting_L == pytest.approx(0, abs=1e-18)
     # by hand: device 0 has twice the rows to compute, so the others wait half of its time
