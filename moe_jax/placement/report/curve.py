@@ -27,7 +27,7 @@ def section(report: Report) -> Section:
     note = (
         "No bound is proven for this plan."
         if not bounds
-        else ("No plan is below the bound; the truth lies between the two lines.")
+        else ("No plan is below the bound, so the best one lies between the two lines.")
     )
     text = parts.caption(
         "On the sequences that were planned on, so these figures are optimistic and only show how "
