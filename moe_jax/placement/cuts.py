@@ -1,0 +1,254 @@
+"""Inequalities that hold for every placement, for the relaxation of relaxation.py.
+
+Axes: L layers, E experts, W layers of a clique, n = W E, C cliques. The unknowns are 0/1 "do e and
+f share a device?", symmetric within a layer (G_LEE) and from a layer to the next (O_LEE), one after
+the other in one flat vector x (`Layout`).
+
+- Triangles: if a is with b and with c, then b is with c: x_ab + x_ac - x_bc <= 1 (Groetschel and
+  Wakabayashi 1989). There are too many of them; `separate` adds those that are violated most.
+- Loads: under a cap the experts on the device of e have a load of at most cap, and, as the other
+  M - 1 devices keep theirs, of at least total - (M - 1) cap. This holds for e of the same layer and
+  of both neighbours, so a cap of layer l is a row for every expert of l - 1, l and l + 1.
+- Conflicts: two experts whose loads with the s - 2 coldest others pass the cap are apart.
+
+Each family has multipliers y >= 0 that Jacobi steps of a dual ascent keep up with x. Whatever they
+are, y b - (y A) x >= 0 for every placement: so they can never make a bound wrong.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from scipy import sparse
+
+VIOLATED = 0.02  # by how much an inequality has to be violated to be added
+WORK = 2**25  # triangles that are looked at in one separation, at most
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where G and O lie in the flat vector, and which of its entries each clique consists of.
+
+    Attributes:
+      layers, experts: L and E.
+      width: 2 where layers are tied to the next (cliques are pairs of layers), else 1.
+    """
+
+    layers: int
+    experts: int
+    width: int
+
+    @property
+    def pairs(self) -> int:
+        return (self.layers - 1) if self.width == 2 else 0
+
+    @property
+    def size(self) -> int:
+        return (self.layers + self.pairs) * self.experts**2
+
+    def within(self, x_N: np.ndarray) -> np.ndarray:
+        """[L, E, E], a view."""
+        shape = (self.layers, self.experts, self.experts)
+        return x_N[: self.layers * self.experts**2].reshape(shape)
+
+    def across(self, x_N: np.ndarray) -> np.ndarray:
+        """[pairs, E, E], a view."""
+        shape = (self.pairs, self.experts, self.experts)
+        return x_N[self.layers * self.experts**2 :].reshape(shape)
+
+    def flat(self, within_LEE: np.ndarray, across_LEE: np.ndarray) -> np.ndarray:
+        return np.concatenate([within_LEE.ravel(), across_LEE.ravel()])
+
+    def cliques(self, x_N: np.ndarray) -> np.ndarray:
+        """[C, n, n]: the matrix of each clique."""
+        g_LEE = self.within(x_N)
+        if self.width == 1:
+            return g_LEE.copy()
+        o_LEE, e = self.across(x_N), self.experts
+        x_Cnn = np.empty((self.pairs, 2 * e, 2 * e))
+        x_Cnn[:, :e, :e], x_Cnn[:, e:, e:] = g_LEE[:-1], g_LEE[1:]
+        x_Cnn[:, :e, e:], x_Cnn[:, e:, :e] = o_LEE, o_LEE.transpose(0, 2, 1)
+        return x_Cnn
+
+    def collected(self, x_Cnn: np.ndarray) -> np.ndarray:
+        """[N]: the adjoint of `cliques`: for every entry the sum of what cliques have there."""
+        if self.width == 1:
+            return x_Cnn.reshape(-1).copy()
+        e = self.experts
+        g_LEE = np.zeros((self.layers, e, e))
+        g_LEE[:-1] += x_Cnn[:, :e, :e]
+        g_LEE[1:] += x_Cnn[:, e:, e:]
+        return self.flat(g_LEE, x_Cnn[:, :e, e:] + x_Cnn[:, e:, :e].transpose(0, 2, 1))
+
+    @functools.cached_property
+    def count_N(self) -> np.ndarray:
+        """How many entries of clique matrices each entry is."""
+        size = self.width * self.experts
+        cliques = self.layers if self.width == 1 else self.pairs
+        return self.collected(np.ones((cliques, size, size)))
+
+    @functools.cached_property
+    def entry_Cnn(self) -> np.ndarray:
+        """int64: the flat entry of each entry of a clique; (e, f) and (f, e) of G are one."""
+        g_LEE = np.arange(self.layers * self.experts**2).reshape(self.layers, self.experts, -1)
+        upper_LEE = np.minimum(g_LEE, g_LEE.transpose(0, 2, 1))
+        entry_N = np.arange(self.size)
+        entry_N[: upper_LEE.size] = upper_LEE.ravel()
+        return self.cliques(entry_N).astype(np.int64)
+
+    def symmetric(self, x_N: np.ndarray) -> np.ndarray:
+        """What lies on (e, f) of G, half of it moved to (f, e)."""
+        x_N = x_N.copy()
+        g_LEE = self.within(x_N)
+        g_LEE[:] = (g_LEE + g_LEE.transpose(0, 2, 1)) / 2
+        return x_N
+
+
+@dataclasses.dataclass(eq=False)
+class Triangles:
+    """x_ab + x_ac - x_bc <= 1 for the triangles that were violated.
+
+    Attributes:
+      entry_Y3: int64, the flat entries ab, ac and bc.
+      y_Y: multipliers.
+    """
+
+    layout: Layout
+    rng: np.random.Generator
+    entry_Y3: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 3), np.int64))
+    y_Y: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self):
+        self._build()
+
+    def separate(self, x_N: np.ndarray, most: int) -> None:
+        """Adds up to `most` violated triangles; those without a multiplier go."""
+        x_Cnn = self.layout.cliques(x_N)
+        size = x_Cnn.shape[1]
+        hubs = min(size, max(1, WORK // x_Cnn.size))
+        upper_nn = np.triu(np.ones((size, size), bool), 1)
+        found = [np.empty((0, 3), np.int64)]
+        for hub in self.rng.choice(size, hubs, replace=False):
+            over_Cnn = x_Cnn[:, hub, :, None] + x_Cnn[:, hub, None, :] - x_Cnn
+            over_Cnn *= upper_nn  # 0 is not violated
+            over_Cnn[:, hub], over_Cnn[:, :, hub] = 0, 0
+            count = min(max(most // hubs, 1), int((over_Cnn > 1 + VIOLATED).sum()))
+            if count:
+                top = np.argpartition(over_Cnn.ravel(), -count)[-count:]
+                clique, b, c = np.unravel_index(top, over_Cnn.shape)
+                entry_Cnn = self.layout.entry_Cnn
+                ab, ac = entry_Cnn[clique, hub, b], entry_Cnn[clique, hub, c]
+                sides = np.stack([np.minimum(ab, ac), np.maximum(ab, ac)], 1)
+                found.append(np.column_stack([sides, entry_Cnn[clique, b, c]]))
+        used_Y = self.y_Y > 0
+        old_Y3, old_Y = self.entry_Y3[used_Y], self.y_Y[used_Y]
+        both_Y3 = np.concatenate([old_Y3, *found])
+        _, first = np.unique(both_Y3, axis=0, return_index=True)
+        new = first[first >= len(old_Y3)]
+        self.entry_Y3 = np.concatenate([old_Y3, both_Y3[new]])
+        self.y_Y = np.concatenate([old_Y, np.zeros(len(new))])
+        self._build()
+
+    def _build(self) -> None:
+        row = np.repeat(np.arange(len(self.y_Y)), 3)
+        sign = np.tile([1.0, 1.0, -1.0], len(self.y_Y))
+        shape = (len(self.y_Y), self.layout.size)
+        self._matrix = sparse.csr_matrix((sign, (row, self.entry_Y3.ravel())), shape=shape)
+        self._transposed = self._matrix.T.tocsr()
+        touched_N = np.bincount(self.entry_Y3.ravel(), minlength=self.layout.size)
+        self.degree_N = 2 * self.layout.symmetric(touched_N.astype(float))
+        self.layout.across(self.degree_N)[:] /= 2
+
+    @property
+    def constant(self) -> float:
+        return float(self.y_Y.sum())
+
+    def force_N(self) -> np.ndarray:
+        """y A."""
+        return self.layout.symmetric(self._transposed @ self.y_Y)
+
+    def ascend(self, x_N: np.ndarray, spread_N: np.ndarray) -> None:
+        """A Jacobi step; spread_N: how far a unit of force on an entry moves the force of all."""
+        steps_Y = spread_N[self.entry_Y3].sum(axis=1)
+        self.y_Y = np.maximum(self.y_Y + (self._matrix @ x_N - 1.0) / steps_Y, 0.0)
+
+
+class Loads:
+    """low <= load on the device of e <= 1 (the cap) for every e of a layer and its neighbours."""
+
+    def __init__(self, layout: Layout, load_LE: np.ndarray, cap_L: np.ndarray, devices: int):
+        self.layout = layout
+        slots = layout.experts // devices
+        # layers whose cap cannot bind have no load
+        binds_L = np.sort(load_LE, axis=1)[:, -slots:].sum(axis=1) > cap_L
+        cap_L1 = np.where(binds_L, cap_L * (1 + 1e-8), np.inf)[:, None]
+        self._load_LE = load_LE / cap_L1
+        total_L1 = self._load_LE.sum(axis=1, keepdims=True)
+        self._low_L1 = np.where(binds_L[:, None], total_L1 - (devices - 1), -1.0)
+        coldest_L1 = np.sort(self._load_LE, axis=1)[:, :slots].sum(axis=1, keepdims=True)
+        self._low_L1 = np.maximum(self._low_L1, np.where(binds_L[:, None], coldest_L1, -1.0))
+        self._y = [np.zeros((2, len(low), layout.experts)) for _, low in self._rows()]
+        self.binds = bool(binds_L.any())
+        self.apart_LEE = self._apart(slots)
+        self.degree_N = self._spread([np.ones(y.shape[1:]) for y in self._y])
+        self.layout.within(self.degree_N)[:] *= 2
+
+    def _rows(self):
+        """(load_LE, low_L1) of the layers whose loads are counted: within, after, before."""
+        both = (self._load_LE, self._low_L1)
+        if self.layout.width == 1:
+            return [both]
+        return [both, (both[0][1:], both[1][1:]), (both[0][:-1], both[1][:-1])]
+
+    def _apart(self, slots: int) -> np.ndarray:
+        """bool [L, E, E]: pairs that no device can hold together."""
+        load_LE, experts = self._load_LE, self.layout.experts
+        coldest_LE = np.argsort(load_LE, axis=1, kind="stable")
+        apart_LEE = np.zeros((self.layout.layers, experts, experts), bool)
+        if slots == 1:
+            return apart_LEE | ~np.eye(experts, dtype=bool)
+        for load_E, order_E, apart_EE in zip(load_LE, coldest_LE, apart_LEE, strict=True):
+            # the coldest s - 2 of the others: of the s coldest, those that are not e or f
+            few = order_E[:slots]
+            taken_EF = np.arange(experts)[:, None] == few[None, :]
+            taken_EEF = taken_EF[:, None] | taken_EF[None, :]
+            left_EEF = np.where(taken_EEF, 0.0, load_E[few])
+            rank_EEF = np.cumsum(~taken_EEF, axis=2)
+            rest_EE = np.where(rank_EEF <= slots - 2, left_EEF, 0.0).sum(axis=2)
+            apart_EE[:] = load_E[:, None] + load_E[None, :] + rest_EE > 1.0
+            np.fill_diagonal(apart_EE, False)
+        return apart_LEE
+
+    def _sums(self, x_N: np.ndarray) -> list[np.ndarray]:
+        """[rows of layers, E]: the load on the device of every expert."""
+        sums = [np.einsum("lef,lf->le", self.layout.within(x_N), self._load_LE)]
+        if self.layout.width == 2:
+            o_LEE = self.layout.across(x_N)
+            sums.append(np.einsum("lef,lf->le", o_LEE, self._load_LE[1:]))
+            sums.append(np.einsum("lef,le->lf", o_LEE, self._load_LE[:-1]))
+        return sums
+
+    def _spread(self, y: list[np.ndarray]) -> np.ndarray:
+        """The adjoint of `_sums`."""
+        g_LEE = y[0][:, :, None] * self._load_LE[:, None, :]
+        o_LEE = np.zeros((0, 1, 1))
+        if self.layout.width == 2:
+            o_LEE = y[1][:, :, None] * self._load_LE[1:, None, :]
+            o_LEE = o_LEE + self._load_LE[:-1, :, None] * y[2][:, None, :]
+        return self.layout.symmetric(self.layout.flat(g_LEE, o_LEE))
+
+    @property
+    def constant(self) -> float:
+        return float(
+            sum(y[0].sum() - (low * y[1]).sum() for y, (_, low) in zip(self._y, self._rows()))
+        )
+
+    def force_N(self) -> np.ndarray:
+        return self._spread([y[0] - y[1] for y in self._y])
+
+    def ascend(self, x_N: np.ndarray, spread_N: np.ndarray) -> None:
+        steps = [np.maximum(step, 1e-12) for step in self._sums(spread_N)]
+        found = zip(self._y, self._sums(x_N), steps, self._rows(), strict=True)
+        for y, sums, step, (_, low_L1) in found:
+            y[0] = np.maximum(y[0] + (sums - 1.0) / step, 0.0)
+            y[1] = np.maximum(y[1] + (low_L1 - sums) / step, 0.0)
