@@ -17,6 +17,7 @@ are, y b - (y A) x >= 0 for every placement: so they can never make a bound wron
 
 import dataclasses
 import functools
+from typing import Protocol
 
 import numpy as np
 from scipy import sparse
@@ -104,6 +105,26 @@ class Layout:
         return x_N
 
 
+class Cuts(Protocol):
+    """A family of inequalities A x <= b with multipliers y.
+
+    Attributes:
+      degree_N: column sums of |A|, on both (e, f) and (f, e) of G.
+    """
+
+    degree_N: np.ndarray
+
+    @property
+    def constant_L(self) -> np.ndarray:
+        """y b, by layer where layers are independent; anywhere else its sum counts."""
+
+    def force_N(self) -> np.ndarray:
+        """y A, half of it on (e, f) and half on (f, e) of G."""
+
+    def ascend(self, x_N: np.ndarray, spread_N: np.ndarray) -> None:
+        """A Jacobi step of y; spread_N: how far all of an entry's force moves it, per unit."""
+
+
 @dataclasses.dataclass(eq=False)
 class Triangles:
     """x_ab + x_ac - x_bc <= 1 for the triangles that were violated.
@@ -160,15 +181,16 @@ class Triangles:
         self.layout.across(self.degree_N)[:] /= 2
 
     @property
-    def constant(self) -> float:
-        return float(self.y_Y.sum())
+    def constant_L(self) -> np.ndarray:
+        layer_Y = self.entry_Y3[:, 2] // self.layout.experts**2
+        sums_L = np.bincount(layer_Y, self.y_Y, self.layout.layers + self.layout.pairs)
+        sums_L[: self.layout.pairs] += sums_L[self.layout.layers :]
+        return sums_L[: self.layout.layers]
 
     def force_N(self) -> np.ndarray:
-        """y A."""
         return self.layout.symmetric(self._transposed @ self.y_Y)
 
     def ascend(self, x_N: np.ndarray, spread_N: np.ndarray) -> None:
-        """A Jacobi step; spread_N: how far a unit of force on an entry moves the force of all."""
         steps_Y = spread_N[self.entry_Y3].sum(axis=1)
         self.y_Y = np.maximum(self.y_Y + (self._matrix @ x_N - 1.0) / steps_Y, 0.0)
 
@@ -238,10 +260,11 @@ class Loads:
         return self.layout.symmetric(self.layout.flat(g_LEE, o_LEE))
 
     @property
-    def constant(self) -> float:
-        return float(
-            sum(y[0].sum() - (low * y[1]).sum() for y, (_, low) in zip(self._y, self._rows()))
-        )
+    def constant_L(self) -> np.ndarray:
+        sums_L = np.zeros(self.layout.layers)
+        for y, (_, low_L1) in zip(self._y, self._rows(), strict=True):
+            sums_L[: len(low_L1)] += (y[0] - low_L1 * y[1]).sum(axis=1)
+        return sums_L
 
     def force_N(self) -> np.ndarray:
         return self._spread([y[0] - y[1] for y in self._y])

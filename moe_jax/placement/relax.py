@@ -10,77 +10,116 @@ import time
 
 import numpy as np
 
-from moe_jax.placement import bounds
+from moe_jax.placement import bounds, relaxation
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
 
-def lower_bound(problem: Problem, deadline: float, steps: int = 300) -> float:
+def lower_bound(problem: Problem, deadline: float, steps: int = 3000) -> float:
     """No placement has a smaller objective; at the deadline it stops refining, and stays true."""
     if problem.objective == "exflow":
-        return SAFETY * problem.hops(_most_kept(problem, problem.top1_LEE, deadline, steps))
+        return SAFETY * problem.hops(_most_stays(problem, problem.top1_LEE, deadline, steps))
     if problem.objective == "load":
         mean_L = np.maximum(problem.load_LE.sum(axis=1) / problem.num_devices, 1e-300)
         return SAFETY * float((_load_lower_L(problem) / mean_L).mean())
     contacts = _contacts(problem, deadline, steps)
     if problem.objective == "rows":
-        there_L, back_L = _least_rows(problem, contacts)
-        return SAFETY * float((there_L + back_L).sum()) / problem.token_layers
+        return SAFETY * max(_least_rows(problem, contacts), 0.0) / problem.token_layers
     return SAFETY * float(_seconds_lower_L(problem, contacts).mean())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Contacts:
-    """Fewest (token, device) and (token, node) contacts by layer; most best experts met next."""
+    """What rows are made of.
+
+    Attributes:
+      device_L, node_L: fewest (token, device) and (token, node) contacts by layer.
+      coherent: fewest rows both ways of all layers together; 0 for other dispatches.
+    """
 
     device_L: np.ndarray
     node_L: np.ndarray
-    met_L: np.ndarray
+    coherent: float
 
 
 def _contacts(problem: Problem, deadline: float, steps: int) -> _Contacts:
-    layers, topology = problem.trace.num_layers, problem.topology
+    topology = problem.topology
     tokens_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1).astype(float)
-    device_L, node_L, met_L = tokens_L.copy(), tokens_L.copy(), np.zeros(layers)
+    device_L, node_L, coherent = tokens_L, tokens_L, 0.0
     if problem.dispatch == "gathered":
-        return _Contacts(device_L, node_L, met_L)
-    kinds = 1 + (topology.num_nodes > 1) + (problem.dispatch == "coherent")
-    clock = _Shares(deadline, layers * kinds)
-    for layer in range(layers):
-        affinity_EE = problem.coactivation_LEE[layer]
-        sizes_K = problem.tokens_of_size_LK[layer]
-        device_L[layer] = bounds.contacts_lower(
-            affinity_EE, sizes_K, problem.num_devices, clock.next(), steps
-        )
-        if topology.num_nodes > 1:
-            node_L[layer] = bounds.contacts_lower(
-                affinity_EE, sizes_K, topology.num_nodes, clock.next(), steps
-            )
-        if problem.dispatch == "coherent" and layer:
-            met = bounds.stays_upper(
-                problem.best_to_all_LEE[layer - 1], problem.num_devices, clock.next(), steps
-            )
-            met_L[layer] = min(met, tokens_L[layer])
-    return _Contacts(device_L, node_L, met_L)
+        return _Contacts(device_L, node_L, coherent)
+    tied = problem.dispatch == "coherent"
+    clock = _Shares(deadline, 1 + (topology.num_nodes > 1 and not tied) + 2 * tied)
+    fewest = _fewest(problem, problem.num_devices, clock.next(), steps)
+    device_L = np.maximum(fewest.contacts_L, tokens_L)
+    if tied:
+        coherent = _least_coherent(problem, fewest, clock.next(), steps)
+    elif topology.num_nodes > 1:
+        node_L = _fewest(problem, topology.num_nodes, clock.next(), steps).contacts_L
+        node_L = np.maximum(node_L, tokens_L)
+    return _Contacts(device_L, node_L, coherent)
 
 
-def _least_rows(problem: Problem, contacts: _Contacts) -> tuple[np.ndarray, np.ndarray]:
-    """Fewest (weighted) rows out and back, by layer, over the whole trace."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fewest:
+    """Contacts by layer: at least level_L - slope_L * (pairs of co-activated experts together)."""
+
+    contacts_L: np.ndarray
+    level_L: np.ndarray
+    slope_L: np.ndarray
+
+
+def _fewest(problem: Problem, groups: int, deadline: float, steps: int) -> _Fewest:
+    """Fewest contacts with `groups` devices or nodes, by the pairs that can be together."""
+    affinity = _affinity(problem, problem.coactivation_LEE, None, groups)
+    pairs_L = relaxation.most_kept(affinity, deadline, steps)
+    slots = problem.trace.num_experts // groups
+    lines = [
+        bounds.contacts_line(sizes_K, pairs, slots, groups)
+        for sizes_K, pairs in zip(problem.tokens_of_size_LK, pairs_L, strict=True)
+    ]
+    level_L, slope_L = np.array([line.level for line in lines]), np.array([n.slope for n in lines])
+    return _Fewest(level_L - slope_L * pairs_L, level_L, slope_L)
+
+
+def _least_coherent(problem: Problem, fewest: _Fewest, deadline: float, steps: int) -> float:
+    """Rows of coherent dispatch: pairs within layers and best experts met next, in one relaxation.
+
+    A layer sends its contacts but those on the device where the token waits, and gets back its
+    contacts but the one where the token stays. In the first layer tokens wait anywhere.
+    """
+    devices = problem.num_devices
+    times_L = np.full(problem.trace.num_layers, 2.0)
+    times_L[0] = 1 + (devices - 1) / devices
+    within_LEE = problem.coactivation_LEE * (times_L * fewest.slope_L)[:, None, None]
+    affinity = _affinity(problem, within_LEE, problem.best_to_all_LEE, devices)
+    kept = float(relaxation.most_kept(affinity, deadline, steps).sum())
+    # met experts are at most one a token; the relaxation of single layers may be the better one
+    tokens_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1)
+    apart = float((times_L * fewest.contacts_L).sum() - tokens_L[1:].sum())
+    together = float((times_L * fewest.level_L).sum() - kept)
+    return max(apart, together) - float(tokens_L.sum())
+
+
+def _affinity(problem: Problem, within_LEE, across_LEE, groups: int) -> relaxation.Affinity:
+    if across_LEE is not None and not len(across_LEE):
+        across_LEE = None
+    cap_L = problem.cap_L * (problem.num_devices // groups)
+    return relaxation.Affinity(within_LEE, across_LEE, groups, problem.load_LE, cap_L)
+
+
+def _least_rows(problem: Problem, contacts: _Contacts) -> float:
+    """Fewest (weighted) rows of all layers and both ways, over the whole trace."""
     devices, topology = problem.num_devices, problem.topology
     if problem.dispatch == "coherent":
-        tokens_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1)
-        there_L = contacts.device_L - contacts.met_L
-        there_L[0] = contacts.device_L[0] * (devices - 1) / devices
-        return np.maximum(there_L, 0), np.maximum(contacts.device_L - tokens_L, 0)
+        return contacts.coherent
     if problem.dispatch == "hierarchical":
         nodes, each = topology.num_nodes, topology.devices_per_node
         slow_L = contacts.node_L * (nodes - 1) / nodes * problem.tier_ratio
-        way_L = slow_L + contacts.device_L * (each - 1) / each
-        return way_L, way_L
-    way_L = contacts.device_L * (devices - 1) / devices
-    return way_L, way_L
+        return float(2 * (slow_L + contacts.device_L * (each - 1) / each).sum())
+    return float(2 * contacts.device_L.sum() * (devices - 1) / devices)
 
 
 def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
@@ -94,8 +133,8 @@ def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
         # a tier's share is free: at best both are busy all the time
         wire = fast.bandwidth + (slow.bandwidth if nodes > 1 else 0.0)
         gather = seconds_lib.gather_seconds(topology, work)
-        there_L, back_L = _least_rows(problem, contacts)
-        return compute_L + gather + (there_L + back_L) * to_bytes / wire
+        rows = contacts.coherent / problem.trace.num_layers  # of a layer, on average
+        return compute_L + gather + rows * to_bytes / wire
     if problem.dispatch == "gathered":
         from_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1) * to_bytes
         fast_L, slow_L = from_L * (each - 1), from_L * (nodes - 1) * each
@@ -115,15 +154,16 @@ def _load_lower_L(problem: Problem) -> np.ndarray:
     return np.array([bounds.load_lower(load_E, problem.num_devices) for load_E in problem.load_LE])
 
 
-def _most_kept(problem: Problem, keep_LEE: np.ndarray, deadline: float, steps: int) -> float:
-    """Most (likeness-weighted) transitions that can stay: each pair of layers by itself."""
+def _most_stays(problem: Problem, keep_LEE: np.ndarray, deadline: float, steps: int) -> float:
+    """Most (likeness-weighted) transitions that can stay."""
     like, nodes = problem.node_likeness, problem.topology.num_nodes
-    clock = _Shares(deadline, len(keep_LEE) * (1 + (nodes > 1)))
+    clock = _Shares(deadline, 1 + (nodes > 1))
+    nothing_LEE = np.zeros((len(keep_LEE) + 1, *keep_LEE.shape[1:]))
+    groups = [(1 - like, problem.num_devices)] + ([(like, nodes)] if nodes > 1 else [])
     total = 0.0
-    for keep_EE in keep_LEE:
-        total += (1 - like) * bounds.stays_upper(keep_EE, problem.num_devices, clock.next(), steps)
-        if nodes > 1:
-            total += like * bounds.stays_upper(keep_EE, nodes, clock.next(), steps)
+    for share, count in groups:
+        affinity = _affinity(problem, nothing_LEE, keep_LEE, count)
+        total += share * float(relaxation.most_kept(affinity, clock.next(), steps).sum())
     return total
 
 

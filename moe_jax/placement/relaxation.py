@@ -30,7 +30,7 @@ import time
 
 import numpy as np
 
-from moe_jax.placement.cuts import Layout, Loads, Triangles
+from moe_jax.placement.cuts import Cuts, Layout, Loads, Triangles
 
 RHO = 0.05  # penalty of disagreement, over the largest weight
 OVER = 1.6  # relaxation
@@ -69,11 +69,19 @@ class Affinity:
         across_LEE = np.empty((0, 1, 1)) if self.across_LEE is None else self.across_LEE
         return self.layout.flat(self.within_LEE / 2, across_LEE)
 
+    @property
+    def total_A(self) -> np.ndarray:
+        """All there is; by layer where layers are independent."""
+        within_L = self.within_LEE.sum(axis=(1, 2)) / 2
+        if self.across_LEE is None:
+            return within_L
+        return np.array([within_L.sum() + self.across_LEE.sum()])
 
-def most_kept(
-    affinity: Affinity, deadline: float, steps: int = 3000, seed: int = 0
-) -> float:
-    """An upper limit of the affinity that any placement within the caps keeps.
+
+def most_kept(affinity: Affinity, deadline: float, steps: int = 3000, seed: int = 0) -> np.ndarray:
+    """float64: upper limits of the affinity that any placement within the caps keeps.
+
+    One entry per layer where layers are independent, else one for all of them together.
 
     Args:
       affinity: what is wanted; on one device all of it is kept.
@@ -81,25 +89,25 @@ def most_kept(
       steps: most steps.
       seed: of the choice among violated triangles, where there are too many to look at.
     """
-    total = float(np.abs(affinity.weight_N).sum())
-    if affinity.devices == 1 or total == 0:
-        return float(affinity.weight_N.sum())
+    most_A = affinity.total_A
+    if affinity.devices == 1 or not affinity.weight_N.any():
+        return most_A
     run = _Run(affinity, np.random.default_rng(seed))
-    best, marked = run.bound(), math.inf
+    best_A, marked = np.minimum(run.bound_A(), most_A), math.inf
     for step in range(1, steps + 1):
         run.step()
         late = time.monotonic() >= deadline
         if late or step == steps or step % CHECK_EVERY == 0 or step & (step - 1) == 0:
-            best = min(best, run.bound())
+            best_A = np.minimum(best_A, run.bound_A())
         if late:
             break
         if step >= FIRST_CUTS and (step - FIRST_CUTS) % CUTS_EVERY == 0:
             run.separate()
         if step % STALE_STEPS == 0:
-            if best > marked - STALE * abs(best):
+            if best_A.sum() > marked * (1 - STALE):
                 break
-            marked = best
-    return min(best + 1e-12 * total, float(np.maximum(affinity.weight_N, 0).sum()))
+            marked = float(best_A.sum())
+    return np.minimum(best_A + 1e-12 * most_A, most_A)
 
 
 class _Run:
@@ -113,7 +121,7 @@ class _Run:
         self._basis = complement(layout.experts, layout.width)
         self.triangles = Triangles(layout, rng)
         loads = Loads(layout, affinity.load_LE, affinity.cap_L, affinity.devices)
-        self._cuts = [self.triangles, loads] if loads.binds else [self.triangles]
+        self._cuts: list[Cuts] = [self.triangles, loads] if loads.binds else [self.triangles]
         self._can_LEE = ~loads.apart_LEE if loads.binds else np.ones_like(loads.apart_LEE)
         same_EE = np.eye(layout.experts, dtype=bool)
         zeros_LEE = np.zeros((layout.pairs, layout.experts, layout.experts))
@@ -133,7 +141,7 @@ class _Run:
     def _weights(self) -> None:
         """How stiff every entry is, and how far its force reaches."""
         self._stiff_N = self._rho * self.layout.count_N
-        self._spread_N = sum(cut.degree_N for cut in self._cuts) / self._stiff_N
+        self._spread_N = np.sum([cut.degree_N for cut in self._cuts], axis=0) / self._stiff_N
         self.layout.within(self._spread_N)[:] /= 2  # (e, f) and (f, e) share it
 
     def separate(self) -> None:
@@ -153,7 +161,7 @@ class _Run:
         self._scaled_Cnn = y_Cnn - self.layout.cliques(self._x_N)
 
     def _boxed(self, free_N: np.ndarray) -> np.ndarray:
-        force_N = sum(cut.force_N() for cut in self._cuts)
+        force_N = np.sum([cut.force_N() for cut in self._cuts], axis=0)
         return np.clip(free_N - force_N / self._stiff_N, self._lower_N, self._upper_N)
 
     def _projected(self, x_Cnn: np.ndarray) -> np.ndarray:
@@ -165,49 +173,60 @@ class _Run:
         vector = self._basis @ vector
         return 1 / self._devices + (vector * value_Cn[:, None, :]) @ vector.transpose(0, 2, 1)
 
-    def bound(self) -> float:
+    def bound_A(self) -> np.ndarray:
         """The bound of the head of this file, for T = -rho U and the present y."""
         t_Cnn = -self._rho * (self._scaled_Cnn + self._scaled_Cnn.transpose(0, 2, 1)) / 2
         rest_N = self._affinity.weight_N - self.layout.collected(t_Cnn)
         for cut in self._cuts:
             rest_N = rest_N - cut.force_N()
-        constant = sum(cut.constant for cut in self._cuts)
-        return self._spectral(t_Cnn) + self._of_rows(rest_N) + constant
-
-    def _spectral(self, t_Cnn: np.ndarray) -> float:
-        inside = self._basis.T @ t_Cnn @ self._basis
-        value_Cn = np.linalg.eigvalsh((inside + inside.transpose(0, 2, 1)) / 2)
-        top, size = self._devices - 1, t_Cnn.shape[1]
-        rounding = 10 * size * np.finfo(float).eps * float(np.abs(t_Cnn).sum())
-        largest = float(value_Cn[:, -top:].sum()) + top * rounding
-        return float(t_Cnn.sum()) / self._devices + self.layout.width * self._slots * largest
-
-    def _of_rows(self, rest_N: np.ndarray) -> float:
-        """Most that 0/1 rows with s entries can have: themselves and s - 1 others, or s others."""
-        g_LEE = self.layout.within(self.layout.symmetric(rest_N))
-        own = float(np.trace(g_LEE, axis1=1, axis2=2).sum())
-        others = self._slots - 1
-        can_LEE = self._can_LEE & ~np.eye(self.layout.experts, dtype=bool)
-        # where conflicts leave fewer than s - 1 others no placement exists; 0 is then safe
-        g_LEE = np.where(can_LEE, g_LEE, -np.inf)
-        if others:
-            best_LEK = np.sort(g_LEE, axis=2)[:, :, -others:]
-            own += float(np.where(np.isfinite(best_LEK), best_LEK, 0.0).sum())
+        spectral_C, rows_L = self._spectral_C(t_Cnn), self._of_rows_L(rest_N)
+        constant_L = np.sum([cut.constant_L for cut in self._cuts], axis=0)
+        if self.layout.width == 1:
+            return spectral_C + rows_L + constant_L
         o_LEE = self.layout.across(rest_N)
         row_L = np.sort(o_LEE, axis=2)[:, :, -self._slots :].sum(axis=(1, 2))
         column_L = np.sort(o_LEE, axis=1)[:, -self._slots :].sum(axis=(1, 2))
-        return own + float(np.minimum(row_L, column_L).sum())
+        across = np.minimum(row_L, column_L).sum()
+        return np.array([spectral_C.sum() + rows_L.sum() + constant_L.sum() + across])
+
+    def _spectral_C(self, t_Cnn: np.ndarray) -> np.ndarray:
+        """The largest <T, X> over S."""
+        inside = self._basis.T @ t_Cnn @ self._basis
+        value_Cn = np.linalg.eigvalsh((inside + inside.transpose(0, 2, 1)) / 2)
+        top, size = self._devices - 1, t_Cnn.shape[1]
+        rounding_C = 10 * size * np.finfo(float).eps * np.abs(t_Cnn).sum(axis=(1, 2))
+        largest_C = value_Cn[:, -top:].sum(axis=1) + top * rounding_C
+        level = self.layout.width * self._slots
+        return t_Cnn.sum(axis=(1, 2)) / self._devices + level * largest_C
+
+    def _of_rows_L(self, rest_N: np.ndarray) -> np.ndarray:
+        """Most that 0/1 rows within layers can have: an expert itself and s - 1 others."""
+        g_LEE = self.layout.within(self.layout.symmetric(rest_N))
+        own_L, others = np.trace(g_LEE, axis1=1, axis2=2), self._slots - 1
+        if not others:
+            return own_L
+        can_LEE = self._can_LEE & ~np.eye(self.layout.experts, dtype=bool)
+        best_LEK = np.sort(np.where(can_LEE, g_LEE, -np.inf), axis=2)[:, :, -others:]
+        # where conflicts leave fewer than s - 1 others no placement exists: anything is a bound
+        return own_L + np.where(np.isfinite(best_LEK), best_LEK, 0.0).sum(axis=(1, 2))
 
 
 def _capped_simplex(value_Cn: np.ndarray, level: float, total: float) -> np.ndarray:
     """The nearest rows with entries in [0, level] that sum to `total`."""
     low_C, high_C = value_Cn.min(axis=1) - level, value_Cn.max(axis=1)
-    for _ in range(50):
-        middle_C = (low_C + high_C) / 2
-        above_C = np.clip(value_Cn - middle_C[:, None], 0, level).sum(axis=1) > total
-        low_C = np.where(above_C, middle_C, low_C)
-        high_C = np.where(above_C, high_C, middle_C)
-    return np.clip(value_Cn - ((low_C + high_C) / 2)[:, None], 0, level)
+    shift_C = (low_C + high_C) / 2
+    for _ in range(30):  # Newton, bracketed: piecewise linear, so a few steps are exact
+        kept_Cn = np.clip(value_Cn - shift_C[:, None], 0, level)
+        over_C = kept_Cn.sum(axis=1) - total
+        if (np.abs(over_C) <= 1e-12 * total).all():
+            break
+        low_C = np.where(over_C > 0, shift_C, low_C)
+        high_C = np.where(over_C > 0, high_C, shift_C)
+        free_C = ((kept_Cn > 0) & (kept_Cn < level)).sum(axis=1)
+        shift_C = shift_C + over_C / np.maximum(free_C, 1)
+        inside_C = (shift_C > low_C) & (shift_C < high_C)
+        shift_C = np.where(inside_C, shift_C, (low_C + high_C) / 2)
+    return np.clip(value_Cn - shift_C[:, None], 0, level)
 
 
 @functools.lru_cache(maxsize=8)
