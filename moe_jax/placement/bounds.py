@@ -37,28 +37,23 @@ class Line(NamedTuple):
     slope: float
 
 
-def contacts_line(tokens_of_size: np.ndarray, pairs: float, slots: int, devices: int) -> Line:
-    """The line that is highest where `pairs` pairs are together, for one layer.
+@functools.lru_cache(maxsize=256)
+def contact_lines(size: int, slots: int, devices: int) -> tuple[Line, ...]:
+    """The lines under the contacts of a set of `size` experts, as a function of its pairs together.
 
     Args:
-      tokens_of_size: [K + 1], tokens with that many experts in the layer.
-      pairs: tokens' pairs of experts that share a device.
-      slots: s.
+      size: experts of the set.
+      slots: how many of them a device can hold.
       devices: M.
     """
-    shapes = [_shapes(size, slots, devices) for size in range(len(tokens_of_size))]
-    slopes = {0.0}
-    for points in shapes:
-        for d1, p1 in points:
-            slopes |= {(d1 - d2) / (p2 - p1) for d2, p2 in points if p2 > p1 and d1 > d2}
-    lines = []
-    for slope in slopes:
-        level = sum(
-            count * min(d + slope * p for d, p in points)
-            for count, points in zip(tokens_of_size, shapes, strict=True)
-        )
-        lines.append(Line(float(level), slope))
-    return max(lines, key=lambda line: line.level - line.slope * pairs)
+    points = _shapes(size, slots, devices)
+    slopes = {0.0} | {
+        (d1 - d2) / (p2 - p1) for d1, p1 in points for d2, p2 in points if p2 > p1 and d1 > d2
+    }
+    lines = {Line(min(d + slope * p for d, p in points), slope) for slope in slopes}
+    # those that are highest somewhere: of the others the bound never needs one
+    used = {max(lines, key=lambda line: line.level - line.slope * p) for _, p in points}
+    return tuple(sorted(used))
 
 
 def load_lower(load_E: np.ndarray, devices: int) -> float:

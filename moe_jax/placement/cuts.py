@@ -17,7 +17,7 @@ are, y b - (y A) x >= 0 for every placement: so they can never make a bound wron
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from scipy import sparse
@@ -105,6 +105,7 @@ class Layout:
         return x_N
 
 
+@runtime_checkable  # for type checks while tests run
 class Cuts(Protocol):
     """A family of inequalities A x <= b with multipliers y.
 

@@ -10,8 +10,9 @@ import time
 
 import numpy as np
 
-from moe_jax.placement import bounds, relaxation
+from moe_jax.placement import bounds, contact_bound, relaxation
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.contact_bound import TokenSets
 from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
@@ -51,56 +52,60 @@ def _contacts(problem: Problem, deadline: float, steps: int) -> _Contacts:
     if problem.dispatch == "gathered":
         return _Contacts(device_L, node_L, coherent)
     tied = problem.dispatch == "coherent"
-    clock = _Shares(deadline, 1 + (topology.num_nodes > 1 and not tied) + 2 * tied)
-    fewest = _fewest(problem, problem.num_devices, clock.next(), steps)
-    device_L = np.maximum(fewest.contacts_L, tokens_L)
+    clock = _Shares(deadline, 1 + (topology.num_nodes > 1 and not tied))
     if tied:
-        coherent = _least_coherent(problem, fewest, clock.next(), steps)
-    elif topology.num_nodes > 1:
-        node_L = _fewest(problem, topology.num_nodes, clock.next(), steps).contacts_L
-        node_L = np.maximum(node_L, tokens_L)
+        coherent = _least_coherent(problem, clock.next(), steps)
+        return _Contacts(device_L, node_L, coherent)
+    device_L = _fewest_L(problem, problem.num_devices, clock.next(), steps)
+    if topology.num_nodes > 1:
+        node_L = _fewest_L(problem, topology.num_nodes, clock.next(), steps)
     return _Contacts(device_L, node_L, coherent)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Fewest:
-    """Contacts by layer: at least level_L - slope_L * (pairs of co-activated experts together)."""
-
-    contacts_L: np.ndarray
-    level_L: np.ndarray
-    slope_L: np.ndarray
-
-
-def _fewest(problem: Problem, groups: int, deadline: float, steps: int) -> _Fewest:
-    """Fewest contacts with `groups` devices or nodes, by the pairs that can be together."""
+def _fewest_L(problem: Problem, groups: int, deadline: float, steps: int) -> np.ndarray:
+    """Fewest contacts with `groups` devices or nodes, by layer."""
+    sets = [[TokenSets(one.expert_QK, one.count_Q)] for one in problem.sets]
     affinity = _affinity(problem, problem.coactivation_LEE, None, groups)
-    pairs_L = relaxation.most_kept(affinity, deadline, steps)
-    slots = problem.trace.num_experts // groups
-    lines = [
-        bounds.contacts_line(sizes_K, pairs, slots, groups)
-        for sizes_K, pairs in zip(problem.tokens_of_size_LK, pairs_L, strict=True)
-    ]
-    level_L, slope_L = np.array([line.level for line in lines]), np.array([n.slope for n in lines])
-    return _Fewest(level_L - slope_L * pairs_L, level_L, slope_L)
+    return contact_bound.fewest(sets, affinity, deadline, steps)
 
 
-def _least_coherent(problem: Problem, fewest: _Fewest, deadline: float, steps: int) -> float:
-    """Rows of coherent dispatch: pairs within layers and best experts met next, in one relaxation.
+def _least_coherent(problem: Problem, deadline: float, steps: int) -> float:
+    """Fewest rows both ways of coherent dispatch.
 
-    A layer sends its contacts but those on the device where the token waits, and gets back its
-    contacts but the one where the token stays. In the first layer tokens wait anywhere.
+    A token waits on the device of its best expert of the layer before. With it in the set a layer
+    sends one row to each device but the waiting one, and gets back one from each but where the
+    token goes on: contacts - 1 both times. In the first layer tokens wait anywhere.
     """
-    devices = problem.num_devices
-    times_L = np.full(problem.trace.num_layers, 2.0)
-    times_L[0] = 1 + (devices - 1) / devices
-    within_LEE = problem.coactivation_LEE * (times_L * fewest.slope_L)[:, None, None]
-    affinity = _affinity(problem, within_LEE, problem.best_to_all_LEE, devices)
-    kept = float(relaxation.most_kept(affinity, deadline, steps).sum())
-    # met experts are at most one a token; the relaxation of single layers may be the better one
-    tokens_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1)
-    apart = float((times_L * fewest.contacts_L).sum() - tokens_L[1:].sum())
-    together = float((times_L * fewest.level_L).sum() - kept)
-    return max(apart, together) - float(tokens_L.sum())
+    experts, devices = problem.trace.num_experts, problem.num_devices
+    single = [TokenSets(one.expert_QK, one.count_Q) for one in problem.sets]
+    tokens_L = np.array([one.weight_Q.sum() for one in single])
+    waiting = (devices - 1) / devices
+    first = TokenSets(single[0].node_QK, single[0].weight_Q * (1 + waiting))
+    if len(single) == 1:
+        affinity = _affinity(problem, problem.coactivation_LEE, None, devices)
+        contacts = contact_bound.fewest([[first]], affinity, deadline, steps).sum()
+        return float(contacts - tokens_L[0])
+    cliques = [[_tied(problem, layer)] for layer in range(1, len(single))]
+    for layer, clique in enumerate(cliques):
+        one = single[layer + 1]
+        node_QK = np.where(one.node_QK < experts, one.node_QK + experts, 2 * experts)
+        clique.append(TokenSets(node_QK, one.weight_Q))
+    nodes_QK = np.where(first.node_QK < experts, first.node_QK, 2 * experts)
+    cliques[0].append(TokenSets(nodes_QK, first.weight_Q))
+    affinity = _affinity(problem, problem.coactivation_LEE, problem.best_to_all_LEE, devices)
+    contacts = float(contact_bound.fewest(cliques, affinity, deadline, steps).sum())
+    return contacts - float(2 * tokens_L.sum() - tokens_L[0])
+
+
+def _tied(problem: Problem, layer: int) -> TokenSets:
+    """Sets of a layer with the best expert of the layer before, on the nodes of that clique."""
+    experts, none = problem.trace.num_experts, 2 * problem.trace.num_experts
+    ids_TLK = problem.trace.expert_ids_TLK[:, layer - 1 : layer + 1].astype(np.int64)
+    before_T = np.where(ids_TLK[:, 0, 0] < experts, ids_TLK[:, 0, 0], none)
+    node_TK = np.sort(np.where(ids_TLK[:, 1] < experts, ids_TLK[:, 1] + experts, none), axis=1)
+    node_TK = np.column_stack([before_T, node_TK])[node_TK[:, 0] < none]
+    node_QK, count_Q = np.unique(node_TK, axis=0, return_counts=True)
+    return TokenSets(node_QK, count_Q.astype(float))
 
 
 def _affinity(problem: Problem, within_LEE, across_LEE, groups: int) -> relaxation.Affinity:

@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import math
 import time
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Affinity:
         return np.array([within_L.sum() + self.across_LEE.sum()])
 
 
-def most_kept(affinity: Affinity, deadline: float, steps: int = 3000, seed: int = 0) -> np.ndarray:
+def most_kept(affinity: Affinity, deadline: float, steps: int = 3000) -> np.ndarray:
     """float64: upper limits of the affinity that any placement within the caps keeps.
 
     One entry per layer where layers are independent, else one for all of them together.
@@ -87,39 +88,65 @@ def most_kept(affinity: Affinity, deadline: float, steps: int = 3000, seed: int 
       affinity: what is wanted; on one device all of it is kept.
       deadline: time.monotonic() after which refining stops (one step is always done).
       steps: most steps.
-      seed: of the choice among violated triangles, where there are too many to look at.
     """
     most_A = affinity.total_A
     if affinity.devices == 1 or not affinity.weight_N.any():
         return most_A
-    run = _Run(affinity, np.random.default_rng(seed))
-    best_A, marked = np.minimum(run.bound_A(), most_A), math.inf
+    kept_A = -least(Relaxation(affinity), deadline, steps)
+    return np.minimum(kept_A + 1e-12 * most_A, most_A)
+
+
+@runtime_checkable  # for type checks while tests run
+class Adapt(Protocol):
+    """Changes the weights of a running relaxation; see contact_bound.py.
+
+    Attributes:
+      every: steps between two changes.
+    """
+
+    every: int
+
+    def __call__(self, run: "Relaxation") -> np.ndarray:
+        """Gives `run` new weights; returns the level_A that belongs to them."""
+
+
+def least(run: "Relaxation", deadline: float, steps: int, adapt: Adapt | None = None) -> np.ndarray:
+    """The best lower bound met of level_A - (affinity kept); level_A is 0 without adapt."""
+    level_A = np.zeros(1) if adapt is None else adapt(run)
+    best_A, marked = level_A - run.bound_A(), -math.inf
     for step in range(1, steps + 1):
         run.step()
         late = time.monotonic() >= deadline
         if late or step == steps or step % CHECK_EVERY == 0 or step & (step - 1) == 0:
-            best_A = np.minimum(best_A, run.bound_A())
+            best_A = np.maximum(best_A, level_A - run.bound_A())
         if late:
             break
         if step >= FIRST_CUTS and (step - FIRST_CUTS) % CUTS_EVERY == 0:
             run.separate()
+        if adapt is not None and step % adapt.every == 0:
+            level_A = adapt(run)
         if step % STALE_STEPS == 0:
-            if best_A.sum() > marked * (1 - STALE):
+            if best_A.sum() < marked + STALE * abs(marked):
                 break
             marked = float(best_A.sum())
-    return np.minimum(best_A + 1e-12 * most_A, most_A)
+    return best_A
 
 
-class _Run:
-    """The state of the method: x in the box, U the scaled multipliers of every clique."""
+class Relaxation:
+    """The state of the method: x in the box, U the scaled multipliers of every clique.
 
-    def __init__(self, affinity: Affinity, rng: np.random.Generator):
+    Attributes:
+      weight_N: w; may be changed between steps.
+    """
+
+    def __init__(self, affinity: Affinity, weight_N: np.ndarray | None = None):
         layout = affinity.layout
-        self.layout, self._affinity = layout, affinity
+        self.layout = layout
         self._devices, self._slots = affinity.devices, layout.experts // affinity.devices
-        self._rho = RHO * float(np.abs(affinity.weight_N).max())
+        self.weight_N = affinity.weight_N if weight_N is None else weight_N
+        self._rho = RHO * float(np.abs(self.weight_N).max())
         self._basis = complement(layout.experts, layout.width)
-        self.triangles = Triangles(layout, rng)
+        self.triangles = Triangles(layout, np.random.default_rng(0))
         loads = Loads(layout, affinity.load_LE, affinity.cap_L, affinity.devices)
         self._cuts: list[Cuts] = [self.triangles, loads] if loads.binds else [self.triangles]
         self._can_LEE = ~loads.apart_LEE if loads.binds else np.ones_like(loads.apart_LEE)
@@ -148,12 +175,16 @@ class _Run:
         self.triangles.separate(self._x_N, CUTS * len(self._scaled_Cnn))
         self._weights()
 
+    def clique_Cnn(self) -> np.ndarray:
+        """[C, n, n]: how much (layer, expert) pairs of every clique are together, at present."""
+        return self.layout.cliques(self._x_N)
+
     def step(self) -> None:
         z_Cnn = self.layout.cliques(self._x_N)
         x_Cnn = self._projected(z_Cnn - self._scaled_Cnn)
         y_Cnn = OVER * x_Cnn + (1 - OVER) * z_Cnn + self._scaled_Cnn
         mean_N = self.layout.symmetric(self.layout.collected(y_Cnn)) / self.layout.count_N
-        free_N = mean_N + self._affinity.weight_N / self._stiff_N
+        free_N = mean_N + self.weight_N / self._stiff_N
         x_N = self._boxed(free_N)
         for cut in self._cuts:
             cut.ascend(x_N, self._spread_N)
@@ -176,7 +207,7 @@ class _Run:
     def bound_A(self) -> np.ndarray:
         """The bound of the head of this file, for T = -rho U and the present y."""
         t_Cnn = -self._rho * (self._scaled_Cnn + self._scaled_Cnn.transpose(0, 2, 1)) / 2
-        rest_N = self._affinity.weight_N - self.layout.collected(t_Cnn)
+        rest_N = self.weight_N - self.layout.collected(t_Cnn)
         for cut in self._cuts:
             rest_N = rest_N - cut.force_N()
         spectral_C, rows_L = self._spectral_C(t_Cnn), self._of_rows_L(rest_N)
