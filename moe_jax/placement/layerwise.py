@@ -94,7 +94,7 @@ def best_of_layer(
         if np.isfinite(value_F).all():
             loss_F = value_F / max(value_F.min(), 1e-300)
         found = sorted(found + rungs, key=lambda device_E: _value(problem, layer, device_E))
-        found += [polished(problem, layer, d, rng, deadline) for d in found[:POLISHED]]
+        found += [_polished(problem, layer, d, rng, deadline) for d in found[:POLISHED]]
     best_E = min(found, key=lambda device_E: _value(problem, layer, device_E))
     return Found(best_E, loss_F)
 
@@ -143,8 +143,7 @@ def _evened(problem: Problem, layer: int, deadline: float) -> np.ndarray:
     return balanced_E if device_E is None else device_E
 
 
-def polished(problem: Problem, layer: int, device_E: np.ndarray, rng, deadline) -> np.ndarray:
-    """Exact swaps, and rotations where they are known to be exact, from these labels on."""
+def _polished(problem: Problem, layer: int, device_E: np.ndarray, rng, deadline) -> np.ndarray:
     if not problem.allowed(layer, device_E):
         return device_E
     device_E = _swapped(problem, layer, device_E, deadline)

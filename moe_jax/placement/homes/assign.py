@@ -10,8 +10,8 @@ Axes: S sequences, M devices, C places per device. `cost_SM` is what sequence s 
   subgradients) proves a bound; its whole part is kept, the few fractional sequences are put where
   there is room, and moves and swaps end it. `Seated.gap` is proven.
 - `in_batches`: sequences that arrive together are assigned together: `equal`, batch by batch.
-- `online`: one after the other, no device ever more than `slack` sequences ahead of another. What
-  makes a device scarce is its price (`prices_M`), learned where all sequences are known.
+- `online`: one after the other, no device ever more than `slack` sequences ahead of another. How
+  scarce a device is says its price (`prices_M`), learned where all sequences are known.
 """
 
 import dataclasses
@@ -89,8 +89,7 @@ def least_slack(len_S: Int[np.ndarray, " S"], devices: int) -> float:
 
 def in_batches(cost_SM: Float[np.ndarray, "S M"], batch: int) -> Int[np.ndarray, " S"]:
     """Homes of sequences that arrive `batch` at a time, in this order."""
-    if batch < 1:
-        raise Refused("batch", batch, "sequences that arrive together, at least 1", "Use 64")
+    check_batch(batch)
     starts = range(0, len(cost_SM), batch)
     return np.concatenate([equal(cost_SM[at : at + batch]).home_S for at in starts])
 
@@ -98,16 +97,30 @@ def in_batches(cost_SM: Float[np.ndarray, "S M"], batch: int) -> Int[np.ndarray,
 def online(
     cost_SM: Float[np.ndarray, "S M"], price_M: Float[np.ndarray, " M"], slack: int
 ) -> Int[np.ndarray, " S"]:
-    """Homes of sequences that arrive one by one: the cheapest device that is not too far ahead."""
-    if slack < 1:
-        raise Refused("imbalance", slack, "sequences a device may be ahead, at least 1", "Use 4")
+    """Homes of sequences that arrive one by one: the cheapest device that is not too far ahead.
+
+    A device that is `slack` / 2 ahead costs its price more; so scarce ones fill up in time, and a
+    surplus of sequences that all want the same is not sent away before there is one.
+    """
+    check_imbalance(slack)
     held_M = np.zeros(len(price_M), np.int64)
     home_S = np.empty(len(cost_SM), np.int64)
-    for s, cost_M in enumerate(cost_SM + price_M):
-        open_M = held_M < held_M.min() + slack
-        home_S[s] = int(np.where(open_M, cost_M, np.inf).argmin())
+    for s, cost_M in enumerate(cost_SM):
+        ahead_M = held_M - held_M.min()
+        priced_M = cost_M + price_M * (2 * ahead_M / slack)
+        home_S[s] = int(np.where(ahead_M < slack, priced_M, np.inf).argmin())
         held_M[home_S[s]] += 1
     return home_S
+
+
+def check_batch(batch: int) -> None:
+    if batch < 1:
+        raise Refused("batch", batch, "sequences that arrive together, at least 1", "Use 64")
+
+
+def check_imbalance(slack: int) -> None:
+    if slack < 1:
+        raise Refused("imbalance", slack, "sequences a device may be ahead, at least 1", "Use 4")
 
 
 def prices_M(cost_SM: Float[np.ndarray, "S M"]) -> Float[np.ndarray, " M"]:

@@ -15,7 +15,7 @@ import functools
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.placement import contacts
+from moe_jax.placement import clusters, contacts
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.cost import Rows
 from moe_jax.placement.homes import tally
@@ -64,6 +64,17 @@ class HomedProblem(Problem):
     def sets(self) -> list[contacts.Sets]:
         home_T = np.repeat(self.homes, self.trace.seq_len)
         return [_sets(self, layer, home_T) for layer in range(self.trace.num_layers)]
+
+    def layer(self, layer: int, cap: float) -> clusters.Layer:
+        """The clustering problem: a home is one more expert of its tokens, one that stays put."""
+        sets, price = self.sets[layer], self.price
+        assert isinstance(sets, HomedSets)
+        of_home_EH = np.zeros((self.trace.num_experts + 1, self.num_devices))
+        for k in range(sets.expert_QK.shape[1]):
+            np.add.at(of_home_EH, sets.expert_QK[:, k], sets.home_QH)
+        price_HM = price.device_HM + price.node_HN[:, self.topology.node_M]
+        bonus_EM = -0.5 * of_home_EH[:-1] @ price_HM
+        return dataclasses.replace(super().layer(layer, cap), bonus_EM=bonus_EM)
 
     def layer_value(self, layer: int, device_E: np.ndarray) -> float:
         """What the search minimises: exact for `rows`, see the head of this file for `seconds`."""

@@ -2,8 +2,8 @@
 
 Axes: L MoE layers, E experts, M devices, F features.
 
-`HomeRules` belongs to one plan (its digest). A server gives a new sequence the device with the
-least `cost_M + price_M` among those with room, or assigns a batch at once (assign.py):
+`HomeRules` belongs to one plan (its digest). A server assigns a batch at once by `cost_SM`
+(assign.in_batches), or single sequences by cost and price of the devices (assign.online). The cost:
 - by name: mean + sum of the effects of the name's fields (`0:mmlu`, `1:physics`; split at / : |);
 - after a prefill of n tokens: mean + sum over layers and experts of (how often a token chose the
   expert) x weight, with the largest n it has.
@@ -20,7 +20,6 @@ import os
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from moe_jax import files
 from moe_jax.errors import Refused
@@ -68,13 +67,6 @@ class HomeRules:
     name: NameRule | None = None
     prefill: tuple[PrefillRule, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def by_name(self, name: str) -> Float[np.ndarray, " M"] | None:
-        """Cost + price at every device; None without such a rule."""
-        if self.name is None:
-            return None
-        from_name = self.name.for_names([name])[0]
-        return from_name + self.name.price_M
 
     @property
     def digest(self) -> str:

@@ -31,7 +31,8 @@ from moe_jax.placement.problem import Problem
 STARTS = 8
 TURNS = 50  # of homes and numbers; they end by themselves long before
 ROUNDS = 10
-LEAST = 1e-6  # a round that gains a smaller share is the last one
+RUNGS = (1.2, 1.1, 1.04)  # load caps tried for `seconds`, over what is reachable
+LEAST = 1e-3  # a round that gains a smaller share is the last one
 
 Seater = Callable[[Float[np.ndarray, "S M"]], Seated]
 
@@ -215,13 +216,14 @@ def _renumbered(contacts: Contacts, number_LP: np.ndarray, each: int) -> Contact
 def _moved(homed, device_LE: np.ndarray, rng, deadline: float) -> np.ndarray:
     """Step 3: every layer searched from where it is, kept if it is better by the exact value."""
     device_LE, layers = device_LE.copy(), len(device_LE)
+    factors = layerwise.LADDER[:1] if homed.objective == "rows" else RUNGS
     for layer in range(layers):
         now = time.monotonic()
         if now >= deadline:
             break
         share = now + (deadline - now) / (layers - layer)
         start_E = device_LE[layer]
-        next_E = layerwise.polished(homed, layer, start_E, rng, share)
+        next_E = layerwise.best_of_layer(homed, layer, start_E, factors, rng, share).device_E
         better = homed.exact_value(layer, next_E) < homed.exact_value(layer, start_E)
         if better and homed.allowed(layer, next_E):
             device_LE[layer] = next_E

@@ -83,6 +83,10 @@ class Arrivals:
     imbalance: int = 4
     seed: int | None = 0
 
+    def __post_init__(self):
+        assign.check_batch(self.batch)
+        assign.check_imbalance(self.imbalance)
+
     def order_S(self, sequences: int) -> Int[np.ndarray, " S"]:
         if self.seed is None:
             return np.arange(sequences)

@@ -31,6 +31,9 @@ class Study:
     arrivals: Arrivals = dataclasses.field(default_factory=Arrivals)
     seed: int = 0
 
+    def __post_init__(self):
+        rules.check_fields(self.name_fields)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:

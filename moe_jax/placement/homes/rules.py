@@ -17,7 +17,7 @@ Token identities would be another (Sem-MoE predicts from them); the trace format
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -32,6 +32,7 @@ from moe_jax.routing.trace import Trace
 MOST_FIELDS = 8
 
 
+@runtime_checkable
 class Rule(Protocol):
     """What judge.py asks of a rule; read-only."""
 
@@ -120,8 +121,7 @@ def learn_name(
     trace: Trace, device_LE, topology: Topology, price: Prices, fields: int, seed: int
 ) -> NameRule:
     """From the sequences of a trace that has names."""
-    if not 1 <= fields <= MOST_FIELDS:
-        raise Refused("name_fields", fields, f"from 1 to {MOST_FIELDS}", "Use 2")
+    check_fields(fields)
     if trace.seq_name is None:
         raise Refused("seq_name", None, "the sequences have no names", "Leave this rule out")
     words = tuple(sorted({w for name in trace.seq_name for w in words_of(name, fields)}))
@@ -156,6 +156,11 @@ def _counted(label, trace, device_LE, topology, price, first, last) -> Counted:
     rule = Counted(label, first, last, device_LE, topology, price, np.zeros(topology.num_devices))
     price_M = assign.prices_M(rule.cost_SM(_longer(trace, first)))
     return dataclasses.replace(rule, price_M=price_M)
+
+
+def check_fields(fields: int) -> None:
+    if not 1 <= fields <= MOST_FIELDS:
+        raise Refused("name_fields", fields, f"from 1 to {MOST_FIELDS}", "Use 2")
 
 
 def words_of(name: str, fields: int) -> list[str]:
