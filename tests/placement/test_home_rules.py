@@ -45,7 +45,7 @@ def halves_of_topics() -> tuple[Problem, Trace, np.ndarray]:
 SMALL = Study(prefill=(3,), name_fields=1, arrivals=Arrivals(batch=24, imbalance=24))
 
 
-def test_topics_are_found_by_every_rule_and_null_traces_by_none():
+def test_topics_are_found_by_every_rule():
     """Planted: a topic's experts on one device, so a home that knows the topic saves every row."""
     problem, judge, device_LE = halves_of_topics()
     before_LE = baselines.contiguous(3, 16, 4).astype(np.int64)
@@ -62,14 +62,15 @@ def test_topics_are_found_by_every_rule_and_null_traces_by_none():
     assert found.best is not None
     assert found.best.rule != "none"
     assert "Best rule" in report.summary(found)
-    null = windows.without_affinity(problem.trace, 1)
-    null_judge = windows.without_affinity(judge, 2)
-    nothing = report.study(
-        dataclasses.replace(problem, trace=null), null_judge, device_LE, device_LE, SMALL
-    )
+
+
+def test_without_affinity_no_rule_helps_and_the_report_says_so():
+    trace = windows.without_affinity(topical(4, sequences=160, length=12)[0], 1)
+    plan, judge = trace_lib.split(trace, 0)
+    device_LE = baselines.random(3, 16, 4, 1)
+    nothing = report.study(Problem(plan, FOUR, "rows"), judge, device_LE, device_LE, SMALL)
     able = [one for one in nothing.judged if one.rule != "oracle"]
-    assert all(abs(one.rows.share.value) < 0.12 for one in able)
-    assert not any(one.helps for one in able)
+    assert all(one.hits.value == pytest.approx(one.chance, abs=0.03) for one in able)
     assert nothing.best is None
     assert "does not matter" in report.summary(nothing)
 

@@ -189,6 +189,13 @@ def test_equal_numbers_is_brute_force(seed):
     assert found.value == found.bound == best == cost_SM[np.arange(sequences), found.home_S].sum()
 
 
+def test_a_device_that_nobody_wants_is_as_full_as_the_others():
+    cost_SM = np.zeros((7, 3))
+    cost_SM[:, 0] = 100.0
+    assert sorted(np.bincount(assign.equal(cost_SM).home_S)) == [2, 2, 3]
+    assert assign.equal(cost_SM).value == 200
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_equal_tokens_lies_between_its_bound_and_brute_force(seed):
     rng = np.random.default_rng(seed)
@@ -202,6 +209,10 @@ def test_equal_tokens_lies_between_its_bound_and_brute_force(seed):
         for homes in itertools.product(range(devices), repeat=sequences)
         if np.bincount(homes, weights=len_S, minlength=devices).max() <= cap
     )
+    for scale in (0.1, 1.0, 10.0):  # whatever the prices, what they prove holds
+        proven = assign._dual_value(cost_SM, len_S, cap, scale * rng.random(devices))
+        assert proven <= best
+    assert assign._dual(cost_SM, len_S, cap)[1] <= best
     found = assign.within_tokens(cost_SM, len_S, slack)
     assert np.bincount(found.home_S, weights=len_S, minlength=devices).max() <= cap
     assert found.bound <= best <= found.value

@@ -180,17 +180,14 @@ def numbers_LP(
 
 
 def _by_node(cost_PM: np.ndarray, cost_NN: np.ndarray, each: int) -> np.ndarray:
-    """Every node's parts on every node's places first, then which node becomes which."""
-    nodes = len(cost_NN)
-    place_NNG = np.empty((nodes, nodes, each), np.int64)
-    total_NN = cost_NN.copy()
-    for part in range(nodes):
-        for node in range(nodes):
-            block = cost_PM[part * each : (part + 1) * each, node * each : (node + 1) * each]
-            place_NNG[part, node], value = _assigned(block)
-            total_NN[part, node] += value
-    node_N, _ = _assigned(total_NN)
-    return np.concatenate([node_N[n] * each + place_NNG[n, node_N[n]] for n in range(nodes)])
+    """Which place in its node every part takes, and which node every node's parts become.
+
+    The two are independent: a device's price depends on its place only.
+    """
+    node_N, _ = _assigned(cost_NN)
+    blocks = cost_PM[:, :each].reshape(len(cost_NN), each, each)
+    place_NG = np.stack([_assigned(block_GG)[0] for block_GG in blocks])
+    return (node_N[:, None] * each + place_NG).ravel()
 
 
 def _assigned(cost: np.ndarray) -> tuple[np.ndarray, float]:

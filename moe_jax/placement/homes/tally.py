@@ -167,9 +167,8 @@ def _relayed(touched_LHM, node_LHN, topology: Topology) -> np.ndarray:
     for node in range(nodes):
         inside = slice(node * each, (node + 1) * each)
         out_LMM[:, inside, inside] += of_place_LGM[:, :, inside]
-        for home in range(devices):
-            if home // each != node:
-                out_LMM[:, home, node * each + home % each] += node_LHN[:, home, node]
+        for home in range(devices):  # in its own node home is the relay: the diagonal
+            out_LMM[:, home, node * each + home % each] += node_LHN[:, home, node]
     return out_LMM
 
 
