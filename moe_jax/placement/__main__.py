@@ -1,5 +1,5 @@
-"""Command line: python -m moe_jax.placement solve, evaluate, compare, verdict, apply, convert
-(also `moe-place`).
+"""Command line: python -m moe_jax.placement solve, evaluate, compare, verdict, homes, apply,
+convert (also `moe-place`).
 
 Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 130 interrupted
 (`solve` has then written the best plan so far, if there was one; stderr says which).
@@ -14,9 +14,18 @@ from collections.abc import Sequence
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from moe_jax.errors import Refused
-from moe_jax.placement.commands import apply, compare, convert, evaluate, interrupt, solve, verdict
+from moe_jax.placement.commands import (
+    apply,
+    compare,
+    convert,
+    evaluate,
+    homes,
+    interrupt,
+    solve,
+    verdict,
+)
 
-COMMANDS = (solve, evaluate, compare, verdict, apply, convert)
+COMMANDS = (solve, evaluate, compare, verdict, homes, apply, convert)
 DESCRIPTION = """\
 Decides which device holds which expert of a Mixture-of-Experts model, from a routing trace.
 Needs no accelerator and no JAX."""
@@ -34,6 +43,8 @@ examples:
   python -m moe_jax.placement compare trace.npz --devices=8 --report=page.html
   # is that worth moving for? planned on one half, judged on the other, the move counted
   python -m moe_jax.placement verdict trace.npz --devices=8 --before=old_plan.json
+  # which device should hold which sequence? the rules that a server can follow, judged
+  python -m moe_jax.placement homes trace.npz --devices=8 --out=homes.json --out-plan=plan.json
   # figures of plans that exist, on any trace of the same model
   python -m moe_jax.placement evaluate other_trace.npz plan.json old_plan.json
   # move the experts of a checkpoint

@@ -25,23 +25,30 @@ class Layer:
       load_E: float64, tokens per expert.
       likeness_MM: float64, symmetric, ones on the diagonal.
       cap: largest load of a device that is not penalised.
+      bonus_EM: what an expert is worth on a device by itself (homes), or None.
     """
 
     affinity_EE: np.ndarray
     load_E: np.ndarray
     likeness_MM: np.ndarray
     cap: float = np.inf
+    bonus_EM: np.ndarray | None = None
 
     @property
     def penalty(self) -> float:
         """Per token above the cap: more than a token's pairs in the layer can ever be worth."""
-        pairs_per_load = self.affinity_EE.sum() / max(self.load_E.sum(), 1e-300)
+        worth = self.affinity_EE.sum()
+        if self.bonus_EM is not None:
+            worth += np.abs(self.bonus_EM).max(axis=1).sum()
+        pairs_per_load = worth / max(self.load_E.sum(), 1e-300)
         return 4.0 * (1.0 + pairs_per_load)
 
     def value(self, device_E: np.ndarray) -> float:
         """Affinity kept, each pair once, less the overload's penalty."""
         like_EE = self.likeness_MM[device_E[:, None], device_E[None, :]]
         kept = 0.5 * float((self.affinity_EE * like_EE).sum())
+        if self.bonus_EM is not None:
+            kept += float(self.bonus_EM[np.arange(len(device_E)), device_E].sum())
         return kept - self.penalty * self.overload(device_E)
 
     def overload(self, device_E: np.ndarray) -> float:
@@ -114,6 +121,8 @@ def _deltas(layer: Layer, device_BE: np.ndarray) -> np.ndarray:
     like_MM, affinity_EE = layer.likeness_MM, layer.affinity_EE
     onehot_BEM = np.eye(len(like_MM))[device_BE]
     gain_BEM = (affinity_EE @ onehot_BEM) @ like_MM
+    if layer.bonus_EM is not None:
+        gain_BEM = gain_BEM + layer.bonus_EM
     # gain of e at the device of f, less its gain where it is
     own_BE = np.take_along_axis(gain_BEM, device_BE[:, :, None], 2)[:, :, 0]
     at_BEE = np.take_along_axis(

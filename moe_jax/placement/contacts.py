@@ -32,18 +32,24 @@ class Sets:
     count_Q: np.ndarray
     num_experts: int
 
+    def weight_QM(self, devices: int) -> np.ndarray:
+        """float64 [Q, M]: what a contact of the set counts; here its tokens, on every device."""
+        return np.broadcast_to(self.count_Q[:, None], (len(self.count_Q), devices))
+
     def touched_M(self, device_E: np.ndarray, devices: int) -> np.ndarray:
         """float64 [M]: contacts of every device (or node, given the node of every expert)."""
         device_QK = np.append(device_E, -1)[self.expert_QK]
         first_QK = first_of(device_QK)
-        count_QK = np.broadcast_to(self.count_Q[:, None], first_QK.shape)
-        return np.bincount(device_QK[first_QK], weights=count_QK[first_QK], minlength=devices)
+        row_QK = np.broadcast_to(np.arange(len(device_QK))[:, None], first_QK.shape)
+        device = device_QK[first_QK]
+        weight = self.weight_QM(devices)[row_QK[first_QK], device]
+        return np.bincount(device, weights=weight, minlength=devices)
 
     def swapped_PM(self, device_E, devices: int, e_P: np.ndarray, f_P: np.ndarray) -> np.ndarray:
         """float64 [P, M]: contacts after swapping e and f, pair by pair; on different devices."""
         there_QM = self._experts_on(device_E, devices)
         alone_E, new_EM, both_EE = self._changes(device_E, there_QM)
-        touched_M = self.count_Q @ (there_QM > 0)
+        touched_M = (self.weight_QM(devices) * (there_QM > 0)).sum(axis=0)
         touched_PM = np.tile(touched_M, (len(e_P), 1))
         pair = np.arange(len(e_P))
         for e, f in ((e_P, f_P), (f_P, e_P)):
@@ -61,9 +67,10 @@ class Sets:
         rest_E[out_E] = devices
         there_QM = self._experts_on(rest_E, devices)
         arrivals_EM = np.empty((len(out_E), devices))
+        weight_QM = self.weight_QM(devices)
         for row, e in enumerate(out_E):
             has_Q = (self.expert_QK == e).any(axis=1)
-            arrivals_EM[row] = self.count_Q[has_Q] @ (there_QM[has_Q] == 0)
+            arrivals_EM[row] = (weight_QM[has_Q] * (there_QM[has_Q] == 0)).sum(axis=0)
         return arrivals_EM
 
     def _experts_on(self, device_E: np.ndarray, devices: int) -> np.ndarray:
@@ -80,12 +87,13 @@ class Sets:
         alone_E = np.zeros(experts + 1)
         new_EM = np.zeros((experts + 1, devices))
         both_J = np.zeros((experts + 1) ** 2)
-        absent_QM = (there_QM == 0) * self.count_Q[:, None]
+        weight_QM = self.weight_QM(devices)
+        absent_QM = (there_QM == 0) * weight_QM
         row_Q = np.arange(len(self.count_Q))
         for k in range(self.expert_QK.shape[1]):
             e_Q = self.expert_QK[:, k]
             own_Q = np.append(device_E, 0)[e_Q]
-            alone_Q = self.count_Q * (there_QM[row_Q, own_Q] == 1)
+            alone_Q = weight_QM[row_Q, own_Q] * (there_QM[row_Q, own_Q] == 1)
             alone_E += np.bincount(e_Q, weights=alone_Q, minlength=experts + 1)
             for m in range(devices):
                 new_EM[:, m] += np.bincount(e_Q, weights=absent_QM[:, m], minlength=experts + 1)
