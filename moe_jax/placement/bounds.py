@@ -2,12 +2,12 @@
 
 Axes: E experts, M devices, s = E / M slots per device, K experts per token.
 
-How many transitions or pairs of experts can be kept together at most stands in relaxation.py.
+How many transitions or pairs of experts can be kept together at most stands in semidefinite.py.
 
 **Contacts from pairs.** A token with its K experts on devices in parts of sizes p_1, p_2, ... has
 d = number of parts and sum C(p_i, 2) pairs together. For every slope b >= 0, d >= a(b) - b pairs,
 where a(b) is the minimum of d + b pairs over all partitions of K into parts of at most s. Hence
-contacts >= sum_t a(b) - b * (most pairs that can be kept), the latter by relaxation.py.
+contacts >= sum_t a(b) - b * (most pairs that can be kept), the latter by semidefinite.py.
 
 **Load.** No placement has a largest device load below the mean, nor below the hottest expert with
 the s - 1 coldest others, nor below what a pigeonhole forces: of the j M + 1 hottest experts, j + 1
@@ -54,6 +54,31 @@ def contact_lines(size: int, slots: int, devices: int) -> tuple[Line, ...]:
     # those that are highest somewhere: of the others the bound never needs one
     used = {max(lines, key=lambda line: line.level - line.slope * p) for _, p in points}
     return tuple(sorted(used))
+
+
+def contacts_lower(coactivation_EE: np.ndarray, tokens_of_size: np.ndarray, devices: int) -> float:
+    """Fewest (token, device) contacts of one layer, all its sets at once; cheap, and often weak.
+
+    Args:
+      coactivation_EE: tokens per pair of experts, symmetric, zero diagonal.
+      tokens_of_size: [K + 1], tokens with that many experts in the layer.
+      devices: M.
+    """
+    experts, sizes = len(coactivation_EE), len(tokens_of_size)
+    slots = experts // devices
+    off_EE = np.where(np.eye(experts, dtype=bool), -np.inf, coactivation_EE)
+    companions_EK = np.sort(off_EE, axis=1)[:, experts - slots + 1 :]  # s - 1 of them
+    pairs = float(companions_EK.sum()) / 2
+    best = 0.0
+    for slope in {
+        line.slope for size in range(sizes) for line in contact_lines(size, slots, devices)
+    }:
+        level = sum(
+            count * min(d + slope * p for d, p in _shapes(size, slots, devices))
+            for size, count in enumerate(tokens_of_size)
+        )
+        best = max(best, float(level - slope * pairs))
+    return best
 
 
 def load_lower(load_E: np.ndarray, devices: int) -> float:

@@ -1,6 +1,6 @@
 """Fewest (token, device) contacts, set by set of experts: the bound of `rows` and `seconds`.
 
-Axes: C cliques of n (layer, expert) nodes (relaxation.py), Q distinct sets of a clique, K nodes of
+Axes: C cliques of n (layer, expert) nodes (layout.py), Q distinct sets of a clique, K nodes of
 a set, M devices, s slots.
 
 A set touches d devices. With X_ij = 1 where i and j share one, and T any of its nodes,
@@ -14,12 +14,15 @@ that are best for the X of the relaxation are mixed into those so far.
 """
 
 import dataclasses
+import itertools
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.placement import bounds, relaxation
-from moe_jax.placement.relaxation import Affinity, Relaxation
+from moe_jax.placement import bounds, semidefinite
+from moe_jax.placement.layout import Groups
+from moe_jax.placement.semidefinite import Relaxation
 
 EVERY = 20  # steps between two choices, at least
 LEAST_MIX = 0.1  # share of a new choice
@@ -39,7 +42,7 @@ class TokenSets:
 
 
 def fewest(
-    sets: Sequence[Sequence[TokenSets]], affinity: Affinity, deadline: float, steps: int
+    sets: Sequence[Sequence[TokenSets]], groups: Groups, deadline: float, steps: int
 ) -> np.ndarray:
     """float64: lower limits of the weighted contacts of `sets`.
 
@@ -47,24 +50,23 @@ def fewest(
 
     Args:
       sets: for every clique those of its tokens.
-      affinity: sizes and caps; what it wants does not matter.
-      deadline, steps: as for relaxation.most_kept.
+      groups: sizes, devices and caps.
+      deadline, steps: as for semidefinite.most_kept.
     """
     least_A = np.array([sum(float(one.weight_Q.sum()) for one in clique) for clique in sets])
-    if affinity.layout.width == 2:
+    if groups.layout.width == 2:
         least_A = least_A.sum(keepdims=True)
-    if affinity.devices == 1:
+    if groups.devices == 1 or not least_A.any():
         return least_A
-    choices = _Choices(sets, affinity)
-    start_LEE = np.full(affinity.within_LEE.shape, choices.chance)
-    start_N = affinity.layout.flat(
-        start_LEE, np.full((affinity.layout.pairs, *start_LEE.shape[1:]), 1 / affinity.devices)
-    )
-    weight_N = choices.best(affinity.layout.cliques(start_N)).weight_N
-    if not weight_N.any():
+    choices, chance_Cnn = _Choices(sets, groups), groups.layout.cliques(groups.chance_N)
+    needed = semidefinite.few_seconds(groups) + 2 * choices.seconds(chance_Cnn)
+    if time.monotonic() + needed > deadline:
         return least_A
-    run = Relaxation(affinity, weight_N)
-    return np.maximum(relaxation.least(run, deadline, steps, choices), least_A)
+    weight_N = choices.best(chance_Cnn).weight_N
+    if weight_N.any():
+        run = Relaxation(groups, weight_N)
+        least_A = np.maximum(semidefinite.least(run, deadline, steps, choices), least_A)
+    return least_A
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,16 +80,12 @@ class _Choice:
 class _Choices:
     """Fictitious play of the choices against the relaxation; an `Adapt`."""
 
-    def __init__(self, sets: Sequence[Sequence[TokenSets]], affinity: Affinity):
-        self._sets, self._layout = sets, affinity.layout
-        slots = affinity.layout.experts // affinity.devices
-        self.chance = (slots - 1) / max(affinity.layout.experts - 1, 1)
+    def __init__(self, sets: Sequence[Sequence[TokenSets]], groups: Groups):
+        self._sets, self._layout = sets, groups.layout
         most = max(one.node_QK.shape[1] for clique in sets for one in clique)
         # of a set across two layers a device can hold the slots of both
-        held = slots * self._layout.width
-        self._lines = [
-            bounds.contact_lines(size, held, affinity.devices) for size in range(most + 1)
-        ]
+        held = groups.slots * self._layout.width
+        self._lines = [bounds.contact_lines(size, held, groups.devices) for size in range(most + 1)]
         cells = sum(one.node_QK.size * one.node_QK.shape[1] for clique in sets for one in clique)
         nodes = self._layout.width * self._layout.experts
         self.every = max(EVERY, cells // (5 * len(sets) * nodes**2))
@@ -103,6 +101,15 @@ class _Choices:
             new = _Choice(level_A, (1 - share) * old.weight_N + share * new.weight_N)
         self._mixed, run.weight_N = new, new.weight_N
         return new.level_A
+
+    def seconds(self, x_Cnn: np.ndarray) -> float:
+        """About how long a choice takes, from that of the largest clique."""
+        cells_C = [sum(one.node_QK.size for one in clique) for clique in self._sets]
+        largest = int(np.argmax(cells_C))
+        x_nn, started = x_Cnn[largest], time.monotonic()
+        for one in self._sets[largest]:
+            _chosen(one, x_nn, self._lines, np.zeros_like(x_nn))
+        return (time.monotonic() - started) * sum(cells_C) / max(cells_C[largest], 1)
 
     def best(self, x_Cnn: np.ndarray) -> _Choice:
         """The best choice of every set for this X."""
@@ -126,14 +133,8 @@ def _chosen(one: TokenSets, x_nn: np.ndarray, lines, weight_nn: np.ndarray) -> f
     slope_QKK = np.zeros_like(x_QKK)
     total_QK = x_QKK.sum(axis=2)
     pairs_Q, sizes_Q = total_QK.sum(axis=1) / 2, real_QK.sum(axis=1)
-    for number in range(max(map(len, lines))):
-        line_S = np.array(
-            [
-                (ls[number].level, ls[number].slope) if number < len(ls) else (0.0, 0.0)
-                for ls in lines
-            ]
-        )
-        line_Q2 = line_S[sizes_Q]
+    for of_size_S in itertools.zip_longest(*lines, fillvalue=bounds.Line(0.0, 0.0)):
+        line_Q2 = np.array(of_size_S)[sizes_Q]
         found_Q = line_Q2[:, 0] - line_Q2[:, 1] * pairs_Q
         better_Q = found_Q > value_Q
         value_Q[better_Q], level_Q[better_Q] = found_Q[better_Q], line_Q2[better_Q, 0]

@@ -1,8 +1,7 @@
-"""Inequalities that hold for every placement, for the relaxation of relaxation.py.
+"""Inequalities that hold for every placement, for the relaxation of semidefinite.py.
 
-Axes: L layers, E experts, W layers of a clique, n = W E, C cliques. The unknowns are 0/1 "do e and
-f share a device?", symmetric within a layer (G_LEE) and from a layer to the next (O_LEE), one after
-the other in one flat vector x (`Layout`).
+Axes: L layers, E experts, C cliques of n nodes, N entries of the flat vector x (layout.py), Y
+inequalities of a family.
 
 - Triangles: if a is with b and with c, then b is with c: x_ab + x_ac - x_bc <= 1 (Groetschel and
   Wakabayashi 1989). There are too many of them; `separate` adds those that are violated most.
@@ -16,93 +15,15 @@ are, y b - (y A) x >= 0 for every placement: so they can never make a bound wron
 """
 
 import dataclasses
-import functools
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from scipy import sparse
 
+from moe_jax.placement.layout import Groups, Layout
+
 VIOLATED = 0.02  # by how much an inequality has to be violated to be added
 WORK = 2**25  # triangles that are looked at in one separation, at most
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
-    """Where G and O lie in the flat vector, and which of its entries each clique consists of.
-
-    Attributes:
-      layers, experts: L and E.
-      width: 2 where layers are tied to the next (cliques are pairs of layers), else 1.
-    """
-
-    layers: int
-    experts: int
-    width: int
-
-    @property
-    def pairs(self) -> int:
-        return (self.layers - 1) if self.width == 2 else 0
-
-    @property
-    def size(self) -> int:
-        return (self.layers + self.pairs) * self.experts**2
-
-    def within(self, x_N: np.ndarray) -> np.ndarray:
-        """[L, E, E], a view."""
-        shape = (self.layers, self.experts, self.experts)
-        return x_N[: self.layers * self.experts**2].reshape(shape)
-
-    def across(self, x_N: np.ndarray) -> np.ndarray:
-        """[pairs, E, E], a view."""
-        shape = (self.pairs, self.experts, self.experts)
-        return x_N[self.layers * self.experts**2 :].reshape(shape)
-
-    def flat(self, within_LEE: np.ndarray, across_LEE: np.ndarray) -> np.ndarray:
-        return np.concatenate([within_LEE.ravel(), across_LEE.ravel()])
-
-    def cliques(self, x_N: np.ndarray) -> np.ndarray:
-        """[C, n, n]: the matrix of each clique."""
-        g_LEE = self.within(x_N)
-        if self.width == 1:
-            return g_LEE.copy()
-        o_LEE, e = self.across(x_N), self.experts
-        x_Cnn = np.empty((self.pairs, 2 * e, 2 * e))
-        x_Cnn[:, :e, :e], x_Cnn[:, e:, e:] = g_LEE[:-1], g_LEE[1:]
-        x_Cnn[:, :e, e:], x_Cnn[:, e:, :e] = o_LEE, o_LEE.transpose(0, 2, 1)
-        return x_Cnn
-
-    def collected(self, x_Cnn: np.ndarray) -> np.ndarray:
-        """[N]: the adjoint of `cliques`: for every entry the sum of what cliques have there."""
-        if self.width == 1:
-            return x_Cnn.reshape(-1).copy()
-        e = self.experts
-        g_LEE = np.zeros((self.layers, e, e))
-        g_LEE[:-1] += x_Cnn[:, :e, :e]
-        g_LEE[1:] += x_Cnn[:, e:, e:]
-        return self.flat(g_LEE, x_Cnn[:, :e, e:] + x_Cnn[:, e:, :e].transpose(0, 2, 1))
-
-    @functools.cached_property
-    def count_N(self) -> np.ndarray:
-        """How many entries of clique matrices each entry is."""
-        size = self.width * self.experts
-        cliques = self.layers if self.width == 1 else self.pairs
-        return self.collected(np.ones((cliques, size, size)))
-
-    @functools.cached_property
-    def entry_Cnn(self) -> np.ndarray:
-        """int64: the flat entry of each entry of a clique; (e, f) and (f, e) of G are one."""
-        g_LEE = np.arange(self.layers * self.experts**2).reshape(self.layers, self.experts, -1)
-        upper_LEE = np.minimum(g_LEE, g_LEE.transpose(0, 2, 1))
-        entry_N = np.arange(self.size)
-        entry_N[: upper_LEE.size] = upper_LEE.ravel()
-        return self.cliques(entry_N).astype(np.int64)
-
-    def symmetric(self, x_N: np.ndarray) -> np.ndarray:
-        """What lies on (e, f) of G, half of it moved to (f, e)."""
-        x_N = x_N.copy()
-        g_LEE = self.within(x_N)
-        g_LEE[:] = (g_LEE + g_LEE.transpose(0, 2, 1)) / 2
-        return x_N
 
 
 @runtime_checkable  # for type checks while tests run
@@ -199,17 +120,17 @@ class Triangles:
 class Loads:
     """low <= load on the device of e <= 1 (the cap) for every e of a layer and its neighbours."""
 
-    def __init__(self, layout: Layout, load_LE: np.ndarray, cap_L: np.ndarray, devices: int):
-        self.layout = layout
-        slots = layout.experts // devices
+    def __init__(self, groups: Groups):
+        layout, load_LE, cap_L = groups.layout, groups.load_LE, groups.cap_L
+        self.layout, slots, devices = layout, groups.slots, groups.devices
         # layers whose cap cannot bind have no load
         binds_L = np.sort(load_LE, axis=1)[:, -slots:].sum(axis=1) > cap_L
         cap_L1 = np.where(binds_L, cap_L * (1 + 1e-8), np.inf)[:, None]
         self._load_LE = load_LE / cap_L1
         total_L1 = self._load_LE.sum(axis=1, keepdims=True)
-        self._low_L1 = np.where(binds_L[:, None], total_L1 - (devices - 1), -1.0)
         coldest_L1 = np.sort(self._load_LE, axis=1)[:, :slots].sum(axis=1, keepdims=True)
-        self._low_L1 = np.maximum(self._low_L1, np.where(binds_L[:, None], coldest_L1, -1.0))
+        low_L1 = np.maximum(total_L1 - (devices - 1), coldest_L1)
+        self._low_L1 = np.where(binds_L[:, None], low_L1, -1.0)
         self._y = [np.zeros((2, len(low), layout.experts)) for _, low in self._rows()]
         self.binds = bool(binds_L.any())
         self.apart_LEE = self._apart(slots)

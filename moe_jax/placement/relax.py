@@ -10,9 +10,10 @@ import time
 
 import numpy as np
 
-from moe_jax.placement import bounds, contact_bound, relaxation
+from moe_jax.placement import bounds, contact_bound, semidefinite
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.contact_bound import TokenSets
+from moe_jax.placement.layout import Groups, Layout
 from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
@@ -46,27 +47,29 @@ class _Contacts:
 
 
 def _contacts(problem: Problem, deadline: float, steps: int) -> _Contacts:
-    topology = problem.topology
+    nodes = problem.topology.num_nodes
     tokens_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1).astype(float)
-    device_L, node_L, coherent = tokens_L, tokens_L, 0.0
     if problem.dispatch == "gathered":
-        return _Contacts(device_L, node_L, coherent)
-    tied = problem.dispatch == "coherent"
-    clock = _Shares(deadline, 1 + (topology.num_nodes > 1 and not tied))
-    if tied:
-        coherent = _least_coherent(problem, clock.next(), steps)
-        return _Contacts(device_L, node_L, coherent)
+        return _Contacts(tokens_L, tokens_L, 0.0)
+    if problem.dispatch == "coherent":
+        return _Contacts(tokens_L, tokens_L, _least_coherent(problem, deadline, steps))
+    clock = _Shares(deadline, 1 + (nodes > 1))
     device_L = _fewest_L(problem, problem.num_devices, clock.next(), steps)
-    if topology.num_nodes > 1:
-        node_L = _fewest_L(problem, topology.num_nodes, clock.next(), steps)
-    return _Contacts(device_L, node_L, coherent)
+    if nodes > 1:
+        return _Contacts(device_L, _fewest_L(problem, nodes, clock.next(), steps), 0.0)
+    return _Contacts(device_L, tokens_L, 0.0)
 
 
-def _fewest_L(problem: Problem, groups: int, deadline: float, steps: int) -> np.ndarray:
-    """Fewest contacts with `groups` devices or nodes, by layer."""
+def _fewest_L(problem: Problem, count: int, deadline: float, steps: int) -> np.ndarray:
+    """Fewest contacts with `count` devices or nodes, by layer."""
     sets = [[TokenSets(one.expert_QK, one.count_Q)] for one in problem.sets]
-    affinity = _affinity(problem, problem.coactivation_LEE, None, groups)
-    return contact_bound.fewest(sets, affinity, deadline, steps)
+    fewest_L = contact_bound.fewest(sets, _groups(problem, count, 1), deadline, steps)
+    return np.maximum(fewest_L, _from_pairs_L(problem, count))
+
+
+def _from_pairs_L(problem: Problem, count: int) -> np.ndarray:
+    counted = zip(problem.coactivation_LEE, problem.tokens_of_size_LK, strict=True)
+    return np.array([bounds.contacts_lower(pairs_EE, sizes, count) for pairs_EE, sizes in counted])
 
 
 def _least_coherent(problem: Problem, deadline: float, steps: int) -> float:
@@ -76,43 +79,46 @@ def _least_coherent(problem: Problem, deadline: float, steps: int) -> float:
     sends one row to each device but the waiting one, and gets back one from each but where the
     token goes on: contacts - 1 both times. In the first layer tokens wait anywhere.
     """
-    experts, devices = problem.trace.num_experts, problem.num_devices
-    single = [TokenSets(one.expert_QK, one.count_Q) for one in problem.sets]
-    tokens_L = np.array([one.weight_Q.sum() for one in single])
-    waiting = (devices - 1) / devices
-    first = TokenSets(single[0].node_QK, single[0].weight_Q * (1 + waiting))
-    if len(single) == 1:
-        affinity = _affinity(problem, problem.coactivation_LEE, None, devices)
-        contacts = contact_bound.fewest([[first]], affinity, deadline, steps).sum()
-        return float(contacts - tokens_L[0])
-    cliques = [[_tied(problem, layer)] for layer in range(1, len(single))]
-    for layer, clique in enumerate(cliques):
-        one = single[layer + 1]
-        node_QK = np.where(one.node_QK < experts, one.node_QK + experts, 2 * experts)
-        clique.append(TokenSets(node_QK, one.weight_Q))
-    nodes_QK = np.where(first.node_QK < experts, first.node_QK, 2 * experts)
-    cliques[0].append(TokenSets(nodes_QK, first.weight_Q))
-    affinity = _affinity(problem, problem.coactivation_LEE, problem.best_to_all_LEE, devices)
-    contacts = float(contact_bound.fewest(cliques, affinity, deadline, steps).sum())
-    return contacts - float(2 * tokens_L.sum() - tokens_L[0])
+    devices = problem.num_devices
+    back = [TokenSets(one.expert_QK, one.count_Q) for one in problem.sets]
+    tokens_L = np.array([one.weight_Q.sum() for one in back])
+    both_ways = 1 + (devices - 1) / devices
+    first = TokenSets(back[0].node_QK, back[0].weight_Q * both_ways)
+    rough_L = _from_pairs_L(problem, devices)
+    rough = both_ways * rough_L[0] - tokens_L[0] + 2 * float((rough_L - tokens_L)[1:].sum())
+    if len(back) == 1:
+        fewest = contact_bound.fewest([[first]], _groups(problem, devices, 1), deadline, steps)
+    else:
+        cliques = [_tied(problem, layer, back[layer]) for layer in range(1, len(back))]
+        none = problem.trace.num_experts
+        on_clique_QK = np.where(first.node_QK < none, first.node_QK, 2 * none)
+        cliques[0].append(TokenSets(on_clique_QK, first.weight_Q))
+        fewest = contact_bound.fewest(cliques, _groups(problem, devices, 2), deadline, steps)
+    return max(float(fewest.sum() - 2 * tokens_L.sum() + tokens_L[0]), float(rough))
 
 
-def _tied(problem: Problem, layer: int) -> TokenSets:
-    """Sets of a layer with the best expert of the layer before, on the nodes of that clique."""
+def _tied(problem: Problem, layer: int, back: TokenSets) -> list[TokenSets]:
+    """The sets of a layer on the nodes of the clique that it ends.
+
+    Out, with the best expert of the layer before; and back, without.
+    """
     experts, none = problem.trace.num_experts, 2 * problem.trace.num_experts
     ids_TLK = problem.trace.expert_ids_TLK[:, layer - 1 : layer + 1].astype(np.int64)
     before_T = np.where(ids_TLK[:, 0, 0] < experts, ids_TLK[:, 0, 0], none)
     node_TK = np.sort(np.where(ids_TLK[:, 1] < experts, ids_TLK[:, 1] + experts, none), axis=1)
     node_TK = np.column_stack([before_T, node_TK])[node_TK[:, 0] < none]
     node_QK, count_Q = np.unique(node_TK, axis=0, return_counts=True)
-    return TokenSets(node_QK, count_Q.astype(float))
+    return [
+        TokenSets(node_QK, count_Q.astype(float)),
+        TokenSets(back.node_QK + experts, back.weight_Q),  # "none" is E there, 2 E here
+    ]
 
 
-def _affinity(problem: Problem, within_LEE, across_LEE, groups: int) -> relaxation.Affinity:
-    if across_LEE is not None and not len(across_LEE):
-        across_LEE = None
-    cap_L = problem.cap_L * (problem.num_devices // groups)
-    return relaxation.Affinity(within_LEE, across_LEE, groups, problem.load_LE, cap_L)
+def _groups(problem: Problem, count: int, width: int) -> Groups:
+    """`count` devices or nodes, whose caps are those of their devices together."""
+    layout = Layout(problem.trace.num_layers, problem.trace.num_experts, width)
+    cap_L = problem.cap_L * (problem.num_devices // count)
+    return Groups(layout, count, problem.load_LE, cap_L)
 
 
 def _least_rows(problem: Problem, contacts: _Contacts) -> float:
@@ -164,11 +170,13 @@ def _most_stays(problem: Problem, keep_LEE: np.ndarray, deadline: float, steps: 
     like, nodes = problem.node_likeness, problem.topology.num_nodes
     clock = _Shares(deadline, 1 + (nodes > 1))
     nothing_LEE = np.zeros((len(keep_LEE) + 1, *keep_LEE.shape[1:]))
-    groups = [(1 - like, problem.num_devices)] + ([(like, nodes)] if nodes > 1 else [])
+    counts = [(1 - like, problem.num_devices)] + ([(like, nodes)] if nodes > 1 else [])
     total = 0.0
-    for share, count in groups:
-        affinity = _affinity(problem, nothing_LEE, keep_LEE, count)
-        total += share * float(relaxation.most_kept(affinity, clock.next(), steps).sum())
+    for share, count in counts:
+        groups = _groups(problem, count, 2)
+        weight_N = groups.layout.flat(nothing_LEE, keep_LEE)
+        kept = semidefinite.most_kept(groups, weight_N, clock.next(), steps)
+        total += share * float(kept.sum())
     return total
 
 

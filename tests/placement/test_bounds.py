@@ -7,10 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.placement import bounds, cuts, relax, relaxation, topology
-from moe_jax.placement.cuts import Layout
-from moe_jax.placement.problem import Problem
-from moe_jax.placement.relaxation import Affinity
+from moe_jax.placement import bounds, cuts, relax, semidefinite, topology
+from moe_jax.placement.layout import Groups, Layout
+from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import synthetic
 from moe_jax.routing.trace import Trace
 
@@ -47,7 +46,20 @@ def placements(experts: int, devices: int, layers: int) -> np.ndarray:
     return np.array(list(itertools.product(first, *rest)))
 
 
-def random_affinity(seed: int, experts: int, devices: int, layers: int, capped: bool) -> Affinity:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wanted:
+    """What is to be kept together: within_LEE once per pair, across_LEE from layer to layer."""
+
+    within_LEE: np.ndarray
+    across_LEE: np.ndarray
+    groups: Groups
+
+    def most_kept(self, deadline: float = FAR, steps: int = 3000) -> np.ndarray:
+        weight_N = self.groups.layout.flat(self.within_LEE / 2, self.across_LEE)
+        return semidefinite.most_kept(self.groups, weight_N, deadline, steps)
+
+
+def random_wanted(seed: int, experts: int, devices: int, layers: int, capped: bool) -> Wanted:
     rng = np.random.default_rng(seed)
     within_LEE = rng.exponential(size=(layers, experts, experts)) ** 2
     within_LEE *= rng.random(within_LEE.shape) < 0.6
@@ -65,29 +77,26 @@ def random_affinity(seed: int, experts: int, devices: int, layers: int, capped: 
         )
         cap_L = np.quantile(loads_PM, 0.3, axis=0, method="lower")
     kind = seed % 3
-    return Affinity(
-        within_LEE * (kind != 1),
-        None if layers == 1 or kind == 2 else across_LEE,
-        devices,
-        load_LE,
-        cap_L,
-    )
+    width = 1 if layers == 1 or kind == 2 else 2
+    groups = Groups(Layout(layers, experts, width), devices, load_LE, cap_L)
+    return Wanted(within_LEE * (kind != 1), across_LEE[: groups.layout.pairs], groups)
 
 
-def most_by_brute_force(affinity: Affinity) -> np.ndarray:
+def most_by_brute_force(wanted: Wanted) -> np.ndarray:
     """What most_kept bounds, over all placements within the caps."""
-    layers, experts = affinity.load_LE.shape
-    every_PLE = placements(experts, affinity.devices, layers)
-    onehot = np.eye(affinity.devices)[every_PLE]
-    load_PLM = np.einsum("le,plem->plm", affinity.load_LE, onehot)
-    every_PLE = every_PLE[(load_PLM.max(axis=2) <= affinity.cap_L).all(axis=1)]
+    groups = wanted.groups
+    layers, experts = groups.load_LE.shape
+    every_PLE = placements(experts, groups.devices, layers)
+    onehot = np.eye(groups.devices)[every_PLE]
+    load_PLM = np.einsum("le,plem->plm", groups.load_LE, onehot)
+    every_PLE = every_PLE[(load_PLM.max(axis=2) <= groups.cap_L).all(axis=1)]
     assert len(every_PLE)
     same = every_PLE[:, :, :, None] == every_PLE[:, :, None, :]
-    kept_PL = (affinity.within_LEE * same).sum(axis=(2, 3)) / 2
-    if affinity.across_LEE is None:
+    kept_PL = (wanted.within_LEE * same).sum(axis=(2, 3)) / 2
+    if groups.layout.width == 1:
         return kept_PL.max(axis=0)
     met = every_PLE[:, :-1, :, None] == every_PLE[:, 1:, None, :]
-    return (kept_PL.sum(axis=1) + (affinity.across_LEE * met).sum(axis=(1, 2, 3))).max()[None]
+    return (kept_PL.sum(axis=1) + (wanted.across_LEE * met).sum(axis=(1, 2, 3))).max()[None]
 
 
 @pytest.mark.parametrize("capped", [False, True])
@@ -96,10 +105,10 @@ def most_by_brute_force(affinity: Affinity) -> np.ndarray:
 )
 def test_relaxation_of_single_layers(experts, devices, layers, capped):
     for seed in (0, 3):
-        affinity = random_affinity(seed, experts, devices, layers, capped)
-        best_L = most_by_brute_force(affinity)
+        wanted = random_wanted(seed, experts, devices, layers, capped)
+        best_L = most_by_brute_force(wanted)
         for steps in (1, 7, 160):
-            assert (relaxation.most_kept(affinity, FAR, steps) >= best_L * (1 - 1e-12)).all()
+            assert (wanted.most_kept(steps=steps) >= best_L * (1 - 1e-12)).all()
 
 
 @pytest.mark.parametrize("capped", [False, True])
@@ -108,36 +117,50 @@ def test_relaxation_of_single_layers(experts, devices, layers, capped):
 )
 def test_relaxation_of_tied_layers(experts, devices, layers, capped):
     for seed in range(3):
-        affinity = random_affinity(seed, experts, devices, layers, capped)
-        best_A = most_by_brute_force(affinity)
+        wanted = random_wanted(seed, experts, devices, layers, capped)
+        best_A = most_by_brute_force(wanted)
         for steps in (1, 160):
-            assert (relaxation.most_kept(affinity, FAR, steps) >= best_A * (1 - 1e-12)).all()
+            assert (wanted.most_kept(steps=steps) >= best_A * (1 - 1e-12)).all()
 
 
 def test_relaxation_is_exact_where_it_can_be():
     """Small cases without caps are mostly solved: a bound that is merely valid would not do."""
     tight = []
     for seed in range(5):
-        affinity = random_affinity(seed, 6, 2, 2, False)
-        bound = relaxation.most_kept(affinity, FAR, 1000).sum()
-        tight.append(bound / most_by_brute_force(affinity).sum())
+        wanted = random_wanted(seed, 6, 2, 2, False)
+        tight.append(wanted.most_kept(steps=1000).sum() / most_by_brute_force(wanted).sum())
     assert np.median(tight) < 1.001
     keep_EE = np.kron(np.eye(4), np.ones((2, 2)))
-    chain = Affinity(np.zeros((3, 8, 8)), np.stack([keep_EE, keep_EE]), 4, *no_loads(3, 8))
-    assert relaxation.most_kept(chain, FAR) == pytest.approx(2 * keep_EE.sum())
+    chain = Wanted(np.zeros((3, 8, 8)), np.stack([keep_EE, keep_EE]), no_caps(3, 8, 4, 2))
+    assert chain.most_kept() == pytest.approx(2 * keep_EE.sum())
 
 
-def test_relaxation_with_a_deadline_that_is_over_or_nothing_to_keep():
-    affinity = random_affinity(1, 6, 3, 2, True)
-    assert relaxation.most_kept(affinity, 0.0) >= most_by_brute_force(affinity)
-    nothing = Affinity(np.zeros((2, 6, 6)), None, 3, *no_loads(2, 6))
-    np.testing.assert_array_equal(relaxation.most_kept(nothing, FAR), 0)
-    alone = dataclasses.replace(affinity, devices=1)
-    assert relaxation.most_kept(alone, FAR) == pytest.approx(affinity.total_A)
+def test_a_cap_makes_the_bound_tighter():
+    """The fewest kept under a cap is far below what is kept without; so is its bound."""
+    shares = []
+    for seed in range(4):
+        capped = random_wanted(3 * seed + 1, 6, 3, 2, True)
+        free = dataclasses.replace(capped.groups, cap_L=np.full(2, np.inf))
+        wanted = dataclasses.replace(capped, groups=free)
+        shares.append(capped.most_kept(steps=400).sum() / wanted.most_kept(steps=400).sum())
+        best = most_by_brute_force(capped).sum() / most_by_brute_force(wanted).sum()
+        assert best <= shares[-1] * (1 + 1e-3)
+    assert min(shares) < 0.95
 
 
-def no_loads(layers: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.ones((layers, experts)), np.full(layers, np.inf)
+def test_relaxation_without_time_without_wishes_and_on_one_device():
+    wanted = random_wanted(1, 6, 3, 2, True)
+    assert wanted.most_kept(deadline=0.0) >= most_by_brute_force(wanted)
+    nothing = Wanted(np.zeros((2, 6, 6)), np.zeros((0, 6, 6)), no_caps(2, 6, 3, 1))
+    np.testing.assert_array_equal(nothing.most_kept(), 0)
+    alone = dataclasses.replace(wanted, groups=no_caps(2, 6, 1, 2))
+    everything = wanted.within_LEE.sum() / 2 + wanted.across_LEE.sum()
+    assert alone.most_kept() == pytest.approx(everything)
+
+
+def no_caps(layers: int, experts: int, devices: int, width: int) -> Groups:
+    load_LE, cap_L = np.ones((layers, experts)), np.full(layers, np.inf)
+    return Groups(Layout(layers, experts, width), devices, load_LE, cap_L)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -145,13 +168,13 @@ def test_every_placement_keeps_every_inequality(layers):
     """y (b - A x) >= 0 for placements x within the caps, whatever y."""
     rng = np.random.default_rng(layers)
     experts, devices = 6, 3
-    affinity = random_affinity(4, experts, devices, layers, True)
-    layout, cap_L = Layout(layers, experts, 1 + (layers > 1)), affinity.cap_L
+    groups = random_wanted(4, experts, devices, layers, True).groups
+    layout, cap_L = groups.layout, groups.cap_L
     triangles = cuts.Triangles(layout, rng)
     for _ in range(3):
         triangles.separate(rng.random(layout.size), 400)
         triangles.y_Y = np.ones(len(triangles.y_Y))
-    loads = cuts.Loads(layout, affinity.load_LE, cap_L, devices)
+    loads = cuts.Loads(groups)
     for _ in range(6):
         loads.ascend(layout.symmetric(rng.random(layout.size)), np.ones(layout.size))
         triangles.y_Y = rng.exponential(size=len(triangles.y_Y))
@@ -160,7 +183,7 @@ def test_every_placement_keeps_every_inequality(layers):
             met_LEE = device_LE[:-1, :, None] == device_LE[1:, None, :]
             x_N = layout.flat(same_LEE, met_LEE[: layout.pairs]).astype(float)
             assert triangles.constant_L.sum() - triangles.force_N() @ x_N >= -1e-9
-            load_LM = np.einsum("le,lem->lm", affinity.load_LE, np.eye(devices)[device_LE])
+            load_LM = np.einsum("le,lem->lm", groups.load_LE, np.eye(devices)[device_LE])
             if (load_LM.max(axis=1) <= cap_L).all():
                 assert loads.constant_L.sum() - loads.force_N() @ x_N >= -1e-9
                 assert not (loads.apart_LEE & same_LEE).any()
@@ -223,6 +246,44 @@ def test_lower_bound_of_chains(objective, dispatch, nodes):
         first = labels if nodes > 1 else labels[: max(1, len(labels) // 2)]
         best = min(problem.value(np.stack([a, b])) for a in first for b in labels)
         assert 0 <= relax.lower_bound(problem, FAR, 100) <= best
+
+
+@pytest.mark.parametrize(
+    ("objective", "dispatch", "layers"),
+    [
+        ("rows", "exchange", 1),
+        ("seconds", "hierarchical", 1),
+        ("exflow", "exchange", 2),
+        ("rows", "coherent", 2),
+    ],
+)
+def test_lower_bound_under_a_cap_and_with_tokens_that_lack_experts(objective, dispatch, layers):
+    nodes = 2 if dispatch == "hierarchical" else 1
+    for seed in range(4):
+        trace = random_trace(seed, layers, 6, 3)
+        ids_TLK = trace.expert_ids_TLK.copy()
+        ids_TLK[::7, :, 1:] = trace.no_expert
+        ids_TLK[::11, -1] = trace.no_expert
+        trace = dataclasses.replace(trace, expert_ids_TLK=ids_TLK, expert_weights_TLK=None)
+        machine = topology.nodes_by_devices(nodes, 2)
+        problem = Problem(trace, machine, objective, dispatch, load_cap=LoadCap(1.02, True))
+        every = [p for p in placements(6, 2, layers) if problem.all_allowed(p)]
+        best = min(problem.value(device_LE) for device_LE in every)
+        bound = relax.lower_bound(problem, FAR, 100)
+        assert 0 <= bound <= best
+        assert relax.lower_bound(problem, 0.0) <= bound * (1 + 1e-9)
+
+
+def test_contacts_are_bounded_closely():
+    """Rows of small layers: within a few percent of the optimum, on average."""
+    gaps = []
+    for seed in range(6):
+        trace = random_trace(seed, 1, 8, 3, tokens=200)
+        problem = Problem(trace, topology.flat(2), "rows", "exchange")
+        best = min(problem.value(device_LE) for device_LE in placements(8, 2, 1))
+        gaps.append(1 - relax.lower_bound(problem, FAR, 600) / best)
+    assert min(gaps) >= 0
+    assert np.mean(gaps) < 0.03
 
 
 def test_refining_only_improves():

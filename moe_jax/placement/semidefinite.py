@@ -1,14 +1,14 @@
 """The most affinity that any placement can keep: one semidefinite relaxation of all layers.
 
-Axes: L layers, E experts, M devices, s = E / M slots, W layers of a clique (2 where layers are tied
-to the next, else 1), n = W E, C cliques, N entries of the flat vector (cuts.py).
+Axes: L layers, E experts, M devices, s slots, W layers of a clique, C cliques of n nodes, N entries
+of the flat vector (layout.py).
 
 A placement is a 0/1 matrix X over all (layer, expert), X = 1 where two share a device. Its entries
-are wanted within layers (`within_LEE`: co-activation) and from a layer to the next (`across_LEE`:
-transitions). Only these enter, so by the completion theorem of chordal graphs (Grone et al. 1984)
-X may be any matrix whose *cliques*, pairs of adjacent layers, are each positive semidefinite and
-agree where they overlap. Every clique of a placement is 1/M + B R B', B spanning the complement of
-its layers' indicators, 0 <= R <= W s, trace R = W s (M - 1) (the set S; Donath and Hoffman 1973,
+are wanted (`weight_N`) within layers, as co-activation is, and from a layer to the next, as
+transitions are. Only these enter, so by the completion theorem of chordal graphs (Grone et al.
+1984) X may be any matrix whose *cliques*, pairs of adjacent layers, are each positive semidefinite
+and agree where they overlap. Every clique of a placement is 1/M + B R B', B spanning the complement
+of its layers' indicators, 0 <= R <= W s, trace R = W s (M - 1) (the set S; Donath and Hoffman 1973,
 Rendl and Wolkowicz 1995). Every entry is in [0, 1], every row of a layer sums to s, and the
 inequalities of cuts.py hold.
 
@@ -23,7 +23,6 @@ the eigenvalues, a few n eps norm(T), is added ten times over.
 eigenvalues) and the box, over-relaxed; T are its scaled multipliers; y follow by Jacobi ascent.
 """
 
-import dataclasses
 import functools
 import math
 import time
@@ -31,7 +30,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from moe_jax.placement.cuts import Cuts, Layout, Loads, Triangles
+from moe_jax.placement.cuts import Cuts, Loads, Triangles
+from moe_jax.placement.layout import Groups
 
 RHO = 0.05  # penalty of disagreement, over the largest weight
 OVER = 1.6  # relaxation
@@ -40,60 +40,61 @@ CUTS = 200  # triangles added per clique
 CHECK_EVERY = 20
 STALE = 1e-5  # relative improvement over STALE_STEPS below which the search ends
 STALE_STEPS = 200
+FEW = 20  # steps below which the bound by rows is the better one
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Affinity:
-    """What is to be kept together.
-
-    Attributes:
-      within_LEE: float64, symmetric, zero diagonal: gained once when e and f share a device.
-      across_LEE: float64 [L - 1, E, E]: gained when e of l and f of l + 1 do; None: nothing.
-      devices: M.
-      load_LE: float64.
-      cap_L: largest load of a device; inf where there is none.
-    """
-
-    within_LEE: np.ndarray
-    across_LEE: np.ndarray | None
-    devices: int
-    load_LE: np.ndarray
-    cap_L: np.ndarray
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        layers, experts = self.within_LEE.shape[:2]
-        return Layout(layers, experts, 1 if self.across_LEE is None else 2)
-
-    @functools.cached_property
-    def weight_N(self) -> np.ndarray:
-        across_LEE = np.empty((0, 1, 1)) if self.across_LEE is None else self.across_LEE
-        return self.layout.flat(self.within_LEE / 2, across_LEE)
-
-    @property
-    def total_A(self) -> np.ndarray:
-        """All there is; by layer where layers are independent."""
-        within_L = self.within_LEE.sum(axis=(1, 2)) / 2
-        if self.across_LEE is None:
-            return within_L
-        return np.array([within_L.sum() + self.across_LEE.sum()])
-
-
-def most_kept(affinity: Affinity, deadline: float, steps: int = 3000) -> np.ndarray:
-    """float64: upper limits of the affinity that any placement within the caps keeps.
+def most_kept(
+    groups: Groups, weight_N: np.ndarray, deadline: float, steps: int = 3000
+) -> np.ndarray:
+    """float64: upper limits of weight_N @ x_N over all placements within the caps.
 
     One entry per layer where layers are independent, else one for all of them together.
 
     Args:
-      affinity: what is wanted; on one device all of it is kept.
-      deadline: time.monotonic() after which refining stops (one step is always done).
+      groups: sizes, devices and caps.
+      weight_N: at least 0; an affinity within a layer has half its weight on (e, f), half on
+        (f, e).
+      deadline: time.monotonic() after which refining stops. Where less than FEW steps fit it does
+        not begin, as they would gain nothing.
       steps: most steps.
     """
-    most_A = affinity.total_A
-    if affinity.devices == 1 or not affinity.weight_N.any():
+    most_A = by_rows(groups, weight_N)
+    if groups.devices == 1 or not weight_N.any():
         return most_A
-    kept_A = -least(Relaxation(affinity), deadline, steps)
-    return np.minimum(kept_A + 1e-12 * most_A, most_A)
+    if time.monotonic() + few_seconds(groups) > deadline:
+        return most_A
+    kept_A = -least(Relaxation(groups, weight_N), deadline, steps)
+    return np.minimum(kept_A + 1e-12 * np.abs(most_A), most_A)
+
+
+def few_seconds(groups: Groups) -> float:
+    """About how long FEW steps take: their eigenvalues, measured once for one clique."""
+    layout = groups.layout
+    size = layout.width * (layout.experts - 1)
+    random_nn = np.random.default_rng(0).random((size, size))
+    started = time.monotonic()
+    np.linalg.eigh(random_nn + random_nn.T)
+    return FEW * (layout.pairs or layout.layers) * (time.monotonic() - started)
+
+
+def by_rows(groups: Groups, weight_N: np.ndarray) -> np.ndarray:
+    """The bound of the head of this file with T = 0 and y = 0: every expert's best companions."""
+    g_LEE, others = groups.layout.within(groups.layout.symmetric(weight_N)), groups.slots - 1
+    own_L = np.trace(g_LEE, axis1=1, axis2=2)
+    if others:
+        off_LEE = np.where(np.eye(groups.layout.experts, dtype=bool), -np.inf, g_LEE)
+        own_L = own_L + np.sort(off_LEE, axis=2)[:, :, -others:].sum(axis=(1, 2))
+    if groups.layout.width == 1:
+        return own_L
+    return np.array([own_L.sum() + _across(groups, weight_N)])
+
+
+def _across(groups: Groups, rest_N: np.ndarray) -> float:
+    """Most that 0/1 rows, or columns, from a layer to the next can have: s entries each."""
+    o_LEE, slots = groups.layout.across(rest_N), groups.slots
+    row_L = np.sort(o_LEE, axis=2)[:, :, -slots:].sum(axis=(1, 2))
+    column_L = np.sort(o_LEE, axis=1)[:, -slots:].sum(axis=(1, 2))
+    return float(np.minimum(row_L, column_L).sum())
 
 
 @runtime_checkable  # for type checks while tests run
@@ -111,14 +112,20 @@ class Adapt(Protocol):
 
 
 def least(run: "Relaxation", deadline: float, steps: int, adapt: Adapt | None = None) -> np.ndarray:
-    """The best lower bound met of level_A - (affinity kept); level_A is 0 without adapt."""
+    """The best lower bound met of level_A - weight_N @ x_N; level_A is 0 without adapt.
+
+    Args:
+      run: fresh; one step of it is always made.
+      deadline, steps: as for most_kept.
+      adapt: changes the weights on the way.
+    """
     level_A = np.zeros(1) if adapt is None else adapt(run)
     best_A, marked = level_A - run.bound_A(), -math.inf
     for step in range(1, steps + 1):
         run.step()
         late = time.monotonic() >= deadline
         if late or step == steps or step % CHECK_EVERY == 0 or step & (step - 1) == 0:
-            best_A = np.maximum(best_A, level_A - run.bound_A())
+            best_A = np.fmax(best_A, level_A - run.bound_A())  # fmax: a nan proves nothing
         if late:
             break
         if step >= FIRST_CUTS and (step - FIRST_CUTS) % CUTS_EVERY == 0:
@@ -139,30 +146,21 @@ class Relaxation:
       weight_N: w; may be changed between steps.
     """
 
-    def __init__(self, affinity: Affinity, weight_N: np.ndarray | None = None):
-        layout = affinity.layout
-        self.layout = layout
-        self._devices, self._slots = affinity.devices, layout.experts // affinity.devices
-        self.weight_N = affinity.weight_N if weight_N is None else weight_N
-        self._rho = RHO * float(np.abs(self.weight_N).max())
-        self._basis = complement(layout.experts, layout.width)
-        self.triangles = Triangles(layout, np.random.default_rng(0))
-        loads = Loads(layout, affinity.load_LE, affinity.cap_L, affinity.devices)
-        self._cuts: list[Cuts] = [self.triangles, loads] if loads.binds else [self.triangles]
-        self._can_LEE = ~loads.apart_LEE if loads.binds else np.ones_like(loads.apart_LEE)
+    def __init__(self, groups: Groups, weight_N: np.ndarray):
+        self._groups, self.weight_N = groups, weight_N
+        self.layout = layout = groups.layout
+        self._rho = RHO * float(np.abs(weight_N).max())
+        self._basis = _complement(layout.experts, layout.width)
+        self._triangles, loads = Triangles(layout, np.random.default_rng(0)), Loads(groups)
+        self._cuts: list[Cuts] = [self._triangles, loads] if loads.binds else [self._triangles]
         same_EE = np.eye(layout.experts, dtype=bool)
-        zeros_LEE = np.zeros((layout.pairs, layout.experts, layout.experts))
+        self._can_LEE = ~same_EE & ~(loads.apart_LEE & loads.binds)
+        across_LEE = np.ones((layout.pairs, layout.experts, layout.experts))
         lower_LEE = np.broadcast_to(same_EE, self._can_LEE.shape).astype(float)
-        upper_LEE = (self._can_LEE | same_EE).astype(float)
-        self._lower_N = layout.flat(lower_LEE, zeros_LEE)
-        self._upper_N = layout.flat(upper_LEE, zeros_LEE + 1)
-        apart = (self._slots - 1) / max(layout.experts - 1, 1)
-        self._x_N = np.clip(
-            layout.flat(np.full(self._can_LEE.shape, apart), zeros_LEE + 1 / self._devices),
-            self._lower_N,
-            self._upper_N,
-        )
-        self._scaled_Cnn = np.zeros_like(layout.cliques(self._x_N))
+        self._lower_N = layout.flat(lower_LEE, 0 * across_LEE)
+        self._upper_N = layout.flat(lower_LEE + self._can_LEE, across_LEE)
+        self._x_N = np.clip(groups.chance_N, self._lower_N, self._upper_N)
+        self._scaled_Cnn = np.zeros_like(self.clique_Cnn())
         self._weights()
 
     def _weights(self) -> None:
@@ -172,7 +170,7 @@ class Relaxation:
         self.layout.within(self._spread_N)[:] /= 2  # (e, f) and (f, e) share it
 
     def separate(self) -> None:
-        self.triangles.separate(self._x_N, CUTS * len(self._scaled_Cnn))
+        self._triangles.separate(self._x_N, CUTS * len(self._scaled_Cnn))
         self._weights()
 
     def clique_Cnn(self) -> np.ndarray:
@@ -199,10 +197,10 @@ class Relaxation:
         """The nearest matrices of S."""
         inside = self._basis.T @ x_Cnn @ self._basis
         value_Cn, vector = np.linalg.eigh((inside + inside.transpose(0, 2, 1)) / 2)
-        level = self.layout.width * self._slots
-        value_Cn = _capped_simplex(value_Cn, level, level * (self._devices - 1))
+        level, devices = self._level, self._groups.devices
+        value_Cn = _capped_simplex(value_Cn, level, level * (devices - 1))
         vector = self._basis @ vector
-        return 1 / self._devices + (vector * value_Cn[:, None, :]) @ vector.transpose(0, 2, 1)
+        return 1 / devices + (vector * value_Cn[:, None, :]) @ vector.transpose(0, 2, 1)
 
     def bound_A(self) -> np.ndarray:
         """The bound of the head of this file, for T = -rho U and the present y."""
@@ -214,30 +212,30 @@ class Relaxation:
         constant_L = np.sum([cut.constant_L for cut in self._cuts], axis=0)
         if self.layout.width == 1:
             return spectral_C + rows_L + constant_L
-        o_LEE = self.layout.across(rest_N)
-        row_L = np.sort(o_LEE, axis=2)[:, :, -self._slots :].sum(axis=(1, 2))
-        column_L = np.sort(o_LEE, axis=1)[:, -self._slots :].sum(axis=(1, 2))
-        across = np.minimum(row_L, column_L).sum()
-        return np.array([spectral_C.sum() + rows_L.sum() + constant_L.sum() + across])
+        within = spectral_C.sum() + rows_L.sum() + constant_L.sum()
+        return np.array([within + _across(self._groups, rest_N)])
+
+    @property
+    def _level(self) -> int:
+        """W s: nodes of a clique on a device."""
+        return self.layout.width * self._groups.slots
 
     def _spectral_C(self, t_Cnn: np.ndarray) -> np.ndarray:
         """The largest <T, X> over S."""
         inside = self._basis.T @ t_Cnn @ self._basis
         value_Cn = np.linalg.eigvalsh((inside + inside.transpose(0, 2, 1)) / 2)
-        top, size = self._devices - 1, t_Cnn.shape[1]
+        top, size = self._groups.devices - 1, t_Cnn.shape[1]
         rounding_C = 10 * size * np.finfo(float).eps * np.abs(t_Cnn).sum(axis=(1, 2))
         largest_C = value_Cn[:, -top:].sum(axis=1) + top * rounding_C
-        level = self.layout.width * self._slots
-        return t_Cnn.sum(axis=(1, 2)) / self._devices + level * largest_C
+        return t_Cnn.sum(axis=(1, 2)) / self._groups.devices + self._level * largest_C
 
     def _of_rows_L(self, rest_N: np.ndarray) -> np.ndarray:
         """Most that 0/1 rows within layers can have: an expert itself and s - 1 others."""
         g_LEE = self.layout.within(self.layout.symmetric(rest_N))
-        own_L, others = np.trace(g_LEE, axis1=1, axis2=2), self._slots - 1
+        own_L, others = np.trace(g_LEE, axis1=1, axis2=2), self._groups.slots - 1
         if not others:
             return own_L
-        can_LEE = self._can_LEE & ~np.eye(self.layout.experts, dtype=bool)
-        best_LEK = np.sort(np.where(can_LEE, g_LEE, -np.inf), axis=2)[:, :, -others:]
+        best_LEK = np.sort(np.where(self._can_LEE, g_LEE, -np.inf), axis=2)[:, :, -others:]
         # where conflicts leave fewer than s - 1 others no placement exists: anything is a bound
         return own_L + np.where(np.isfinite(best_LEK), best_LEK, 0.0).sum(axis=(1, 2))
 
@@ -261,7 +259,7 @@ def _capped_simplex(value_Cn: np.ndarray, level: float, total: float) -> np.ndar
 
 
 @functools.lru_cache(maxsize=8)
-def complement(experts: int, width: int) -> np.ndarray:
+def _complement(experts: int, width: int) -> np.ndarray:
     """Orthonormal columns that span what is orthogonal to every layer's indicator."""
     ones = np.ones((experts, 1)) / math.sqrt(experts)
     full, _ = np.linalg.qr(np.concatenate([ones, np.eye(experts)[:, : experts - 1]], axis=1))
