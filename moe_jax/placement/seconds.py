@@ -99,13 +99,19 @@ def compute_seconds(computed_LM, topology: Topology, work: Work, num_tokens: int
 
 def exchange_seconds(bytes_LMM, topology: Topology, one_after_other: bool) -> np.ndarray:
     """float64 [L]: the slowest device of the slower tier, or of both tiers in turn."""
+    fast_L, slow_L = (tier_LM.max(axis=1) for tier_LM in tier_seconds(bytes_LMM, topology))
+    return fast_L + slow_L if one_after_other else np.maximum(fast_L, slow_L)
+
+
+def tier_seconds(bytes_LMM, topology: Topology) -> list[np.ndarray]:
+    """float64 [L, M], fast tier and slow tier: what each device needs to send and receive."""
     same_MM = topology.node_M[:, None] == topology.node_M[None, :]
     tiers = []
     for mask_MM, tier in ((same_MM, topology.fast), (~same_MM, topology.slow)):
         on_tier_LMM = bytes_LMM * mask_MM
-        busiest_L = np.maximum(on_tier_LMM.sum(2).max(1), on_tier_LMM.sum(1).max(1))
-        tiers.append(busiest_L / tier.bandwidth + tier.latency * (busiest_L > 0))
-    return tiers[0] + tiers[1] if one_after_other else np.maximum(*tiers)
+        busy_LM = np.maximum(on_tier_LMM.sum(axis=2), on_tier_LMM.sum(axis=1))
+        tiers.append(busy_LM / tier.bandwidth + tier.latency * (busy_LM > 0))
+    return tiers
 
 
 def gather_seconds(topology: Topology, work: Work) -> float:

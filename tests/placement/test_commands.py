@@ -64,6 +64,23 @@ def test_solve_says_where_its_figures_come_from(trace_path, tmp_path, capsys):
     assert "proven bound" in text
 
 
+def test_solve_for_transitions_says_what_stays_and_what_can(trace_path, tmp_path, capsys):
+    out = tmp_path / "p.json"
+    options = ("--devices=4", "--objective=exflow", "--time-limit=1", f"--out={out}")
+    assert run("solve", trace_path, *options, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    half = trace_lib.split(trace_lib.load(trace_path), 0).plan_half
+    device_LE = Plan.read(out).placement.device_LE
+    best_TL = half.expert_ids_TLK[:, :, 0].astype(int)
+    on_TL = np.take_along_axis(device_LE.T, best_TL, axis=0)
+    stays = answer["stays"]
+    assert stays["share"] == pytest.approx((on_TL[:, 1:] == on_TL[:, :-1]).mean())
+    assert stays["share"] <= stays["most"] <= 1
+    assert stays["gap"] == pytest.approx(1 - stays["share"] / stays["most"])
+    assert run("solve", trace_path, *options) == 0
+    assert "of the transitions; no plan keeps more than" in capsys.readouterr().out
+
+
 def test_solve_with_one_sequence_says_that_nothing_is_held_out(trace_path, tmp_path, capsys):
     one = trace_lib.load(trace_path).select(np.array([0]))
     trace_lib.save(one, trace_path)

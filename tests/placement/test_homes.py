@@ -66,12 +66,22 @@ MACHINES = [
 ]
 
 
+def counted_rows(trace, device_LE, dispatch, machine, home_S) -> cost.Rows:
+    """The oracle: token by token."""
+    return cost.rows(
+        trace.expert_ids_TLK,
+        Placement.from_device_LE(device_LE, machine.num_devices),
+        dispatch,
+        np.repeat(home_S, trace.seq_len),
+        devices_per_node=machine.devices_per_node,
+    )
+
+
 @pytest.mark.parametrize(("dispatch", "machine"), MACHINES)
 @pytest.mark.parametrize("slow_weight", [1.0, 9.0])
 def test_costs_of_every_home_are_those_counted_token_by_token(dispatch, machine, slow_weight):
     trace, devices = made(1), machine.num_devices
     device_LE = baselines.random(3, 8, devices, 2)
-    placement = Placement.from_device_LE(device_LE, devices)
     found_SM = tally.cost_SM(
         tally.count(trace, device_LE, machine), tally.prices(machine, dispatch, slow_weight)
     )
@@ -79,13 +89,7 @@ def test_costs_of_every_home_are_those_counted_token_by_token(dispatch, machine,
     weight_MM = np.where(node_M[:, None] == node_M, 1.0, slow_weight)
     for s, home in itertools.product(range(trace.num_sequences), range(devices)):
         one = trace.select(np.array([s]))
-        rows = cost.rows(
-            one.expert_ids_TLK,
-            placement,
-            dispatch,
-            np.full(one.num_tokens, home),
-            devices_per_node=machine.devices_per_node,
-        )
+        rows = counted_rows(one, device_LE, dispatch, machine, np.array([home]))
         assert found_SM[s, home] == (rows.total_LMM * weight_MM).sum()
 
 
@@ -96,13 +100,7 @@ def test_the_problem_with_homes_counts_as_the_oracle(dispatch, machine, objectiv
     device_LE = baselines.random(3, 8, devices, 5)
     home_S = np.random.default_rng(0).integers(devices, size=trace.num_sequences)
     problem = Problem(trace, machine, objective, dispatch)
-    rows = cost.rows(
-        trace.expert_ids_TLK,
-        Placement.from_device_LE(device_LE, devices),
-        dispatch,
-        np.repeat(home_S, trace.seq_len),
-        devices_per_node=machine.devices_per_node,
-    )
+    rows = counted_rows(trace, device_LE, dispatch, machine, home_S)
     found = experts.with_homes(problem, home_S).exact(device_LE)
     if objective == "rows":
         wanted = (rows.total_LMM * problem.row_weight_MM).sum() / problem.token_layers
@@ -121,13 +119,7 @@ def test_the_wire_is_that_of_the_oracle(dispatch, machine):
     trace, devices = made(4), machine.num_devices
     device_LE = baselines.random(3, 8, devices, 6)
     home_S = np.arange(trace.num_sequences) % devices
-    rows = cost.rows(
-        trace.expert_ids_TLK,
-        Placement.from_device_LE(device_LE, devices),
-        dispatch,
-        np.repeat(home_S, trace.seq_len),
-        devices_per_node=machine.devices_per_node,
-    )
+    rows = counted_rows(trace, device_LE, dispatch, machine, home_S)
     counted = tally.count(trace, device_LE, machine)
     onehot_SH = np.eye(devices, dtype=np.int64)[home_S]
     out_LMM = tally.wire_LMM(

@@ -5,6 +5,7 @@ writes the best plan so far, marked as interrupted.
 """
 
 import argparse
+import dataclasses
 import json
 
 from moe_jax.placement import compare, evidence, tables
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> str:
                 "out": str(options.out),
                 "report": options.report,
                 "planned_on": words.planned_on(problem.trace, bool(halves)),
+                "stays": dataclasses.asdict(stays) if (stays := _stays(problem, report)) else None,
                 "held_out": held_out.to_json() if held_out else None,
             }
         )
@@ -79,6 +81,29 @@ def _best_found(options: argparse.Namespace, problem: Problem) -> solve_lib.Solu
         return stop.solution
 
 
+@dataclasses.dataclass(frozen=True)
+class Stays:
+    """`exflow` on one node as others state it: transitions that stay on their device.
+
+    Attributes:
+      share: of all transitions, on the sequences planned on.
+      most: proven; no placement keeps more.
+      gap: (most - share) / most.
+    """
+
+    share: float
+    most: float
+    gap: float
+
+
+def _stays(problem: Problem, report: solve_lib.Report) -> Stays | None:
+    if problem.objective != "exflow" or problem.has_replicas or problem.topology.num_nodes > 1:
+        return None
+    pairs = problem.trace.num_layers - 1
+    share, most = 1 - report.objective / pairs, 1 - report.bound / pairs
+    return Stays(share, most, (most - share) / most if most > 0 else 0.0)
+
+
 def _text(options, trace, problem, placement, report, halves, held_out) -> str:
     lines = [
         words.describe(trace),
@@ -89,6 +114,11 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
         f"{report.greedy:.6g}; {report.seconds:.1f} s"
         + (f" ({report.note})" if report.note else ""),
     ]
+    if (stays := _stays(problem, report)) is not None:
+        lines.append(
+            f"  stays on its device: {stays.share:.4f} of the transitions; no plan keeps more than "
+            f"{stays.most:.4f} (gap {100 * stays.gap:.1f} %)"
+        )
     if held_out is not None:
         lines += [
             f"Judged on the other {halves.judge_half.num_sequences} sequences "

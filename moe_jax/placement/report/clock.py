@@ -59,10 +59,5 @@ def own_seconds(
     bytes_LMM: Num[np.ndarray, "L M M"], topology: Topology, dispatch: str
 ) -> Float[np.ndarray, "L M"]:
     """What each device needs for its own bytes: the slower tier, or both in turn."""
-    same_MM = topology.node_M[:, None] == topology.node_M[None, :]
-    tiers = []
-    for mask_MM, tier in ((same_MM, topology.fast), (~same_MM, topology.slow)):
-        on_tier_LMM = bytes_LMM * mask_MM
-        busy_LM = np.maximum(on_tier_LMM.sum(axis=2), on_tier_LMM.sum(axis=1))
-        tiers.append(busy_LM / tier.bandwidth + tier.latency * (busy_LM > 0))
-    return tiers[0] + tiers[1] if dispatch == "hierarchical" else np.maximum(*tiers)
+    fast_LM, slow_LM = seconds_lib.tier_seconds(bytes_LMM, topology)
+    return fast_LM + slow_LM if dispatch == "hierarchical" else np.maximum(fast_LM, slow_LM)
