@@ -154,8 +154,10 @@ def summary(found: Found) -> str:
             "which device holds a sequence, or nothing that is known in time says which."
         )
     share, plan = best.rows.share, found.judged[0].rows.share
+    tried = sum(one.rule != "oracle" for one in found.judged)
     return (
-        f"Best rule: {best.rule}, {best.arrival}: {100 * share.value:.1f} % fewer rows "
+        f"Best rule, of {tried} ways judged on these same sequences: {best.rule}, {best.arrival}: "
+        f"{100 * share.value:.1f} % fewer rows "
         f"[{100 * share.low:.1f}, {100 * share.high:.1f}], {100 * best.reached.value:.0f} % of the "
         f"way to an expert at home in every layer; the plan alone {100 * plan.value:.1f} %."
     )
