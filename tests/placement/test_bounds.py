@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.placement import bounds, cuts, relax, semidefinite, topology
+from moe_jax.placement import bounds, contact_bound, cuts, relax, semidefinite, topology
 from moe_jax.placement.layout import Groups, Layout
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import synthetic
@@ -148,6 +148,20 @@ def test_a_cap_makes_the_bound_tighter():
     assert min(shares) < 0.95
 
 
+def test_a_cap_counts_where_no_two_experts_are_forbidden():
+    """Three hot experts want one another; any two of them may share a device, all three not."""
+    load_LE = np.array([[4.0, 4, 4, 1, 1, 1]])
+    hot_LEE = np.zeros((1, 6, 6))
+    hot_LEE[0, :3, :3] = 1 - np.eye(3)
+    for cap, most in ((12.0, 3.0), (9.5, 1.8)):
+        groups = Groups(Layout(1, 6), 2, load_LE, np.array([cap]))
+        wanted = Wanted(hot_LEE, np.zeros((0, 6, 6)), groups)
+        assert not cuts.Loads(groups).apart_LEE.any()
+        best = most_by_brute_force(wanted)
+        assert best <= wanted.most_kept(steps=1000) <= most + 0.01
+    assert best == 1
+
+
 def test_relaxation_without_time_without_wishes_and_on_one_device():
     wanted = random_wanted(1, 6, 3, 2, True)
     assert wanted.most_kept(deadline=0.0) >= most_by_brute_force(wanted)
@@ -284,6 +298,17 @@ def test_contacts_are_bounded_closely():
         gaps.append(1 - relax.lower_bound(problem, FAR, 600) / best)
     assert min(gaps) >= 0
     assert np.mean(gaps) < 0.03
+
+
+def test_choices_that_follow_the_relaxation_are_worth_it(monkeypatch):
+    """Against the first choice of inequalities alone."""
+    bound = {}
+    for every in (contact_bound.EVERY, 10**6):
+        monkeypatch.setattr(contact_bound, "EVERY", every)
+        traces = [random_trace(seed, 1, 12, 4, tokens=200) for seed in range(3)]
+        problems = [Problem(trace, topology.flat(3), "rows", "exchange") for trace in traces]
+        bound[every] = np.mean([relax.lower_bound(p, FAR, 600) for p in problems])
+    assert bound[20] > 1.1 * bound[10**6]
 
 
 def test_refining_only_improves():
