@@ -26,7 +26,7 @@ from moe_jax.routing import checks
 
 FORMAT = "moe_jax.placement"
 VERSION = 1
-MAP = "physical_to_logical_map"  # the key that SGLang reads as it is
+MAP = "physical_to_logical_map"  # the key that SGLang reads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

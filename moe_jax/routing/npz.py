@@ -23,7 +23,7 @@ from moe_jax.errors import Refused
 
 MAX_DEFLATE_RATIO = 1040  # deflate packs at most 1032 : 1
 _PIECE = 1 << 20
-_BROKEN = (
+BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -60,7 +60,7 @@ def read_npz(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, np.n
             }
     except Refused:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise Refused(
             "trace",
             str(path),
@@ -96,7 +96,7 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
             return _read_array(file, path.name, path.stat().st_size)
     except Refused:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise Refused(
             "array",
             str(path),

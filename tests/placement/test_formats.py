@@ -119,8 +119,11 @@ def test_rows_of_sglang_are_the_layers_of_the_model(tmp_path):
     assert any("2 rows of layers" in note for note in done.notes)
 
 
-def test_our_own_file_is_read_by_sglang_as_it_is(tmp_path):
-    """SGLang asks for this key; it would prefer `logical_count`, which we never write beside it."""
+def test_our_own_file_is_read_by_the_newest_sglang_as_it_is(tmp_path):
+    """It asks for this key; it would prefer `logical_count`, which we never write beside it.
+
+    Versions before it hand every key to a function: they need `--format=sglang`.
+    """
     fields = json.loads(written_plan(plain(), tmp_path).read_text())
     assert "logical_count" not in fields
     np.testing.assert_array_equal(
@@ -189,6 +192,13 @@ def test_tensorrt_file(tmp_path):
     assert plan.layer_ids == (3, 4)
     assert plan.placement.physical_to_logical_LP.tolist() == [[0, 1, 2, 0], [1, 0, 2, 1]]
     assert plan.placement.num_experts == 3
+
+
+def test_tensorrt_file_that_says_its_devices(tmp_path):
+    text = TENSORRT + "ep_size: 2\n"
+    assert read(tmp_path, "t.yml", text).placement.num_devices == 2
+    with pytest.raises(Refused, match="the file says 2"):
+        read(tmp_path, "t.yml", text, Hints(devices=4))
 
 
 def test_exflow_plan(tmp_path):
@@ -415,7 +425,8 @@ COMMANDS = {
     "devices zero": (["t.yaml", "o.json", "--devices=0"], "devices"),
     "devices do not divide": (["t.yaml", "o.json", "--devices=3"], "must divide"),
     "experts contradict a map": (["t.yaml", "o.json", "--num-experts=4"], "the file says 3"),
-    "pickle": (["p.pt", "o.npz"], "never read"),
+    "pickle": (["p.pkl", "o.npz"], "never read"),
+    "pickle in the name of torch": (["p.pt", "o.npz"], "not a whole file of torch.save"),
     "folder without traces": (["empty", "o.npz"], "no router_trace_rank"),
     "output is a folder": (["p.json", "empty"], "is a folder"),
 }
@@ -427,6 +438,7 @@ def test_command_refuses_in_one_line_and_writes_nothing(name, tmp_path, capsys):
     trace_lib.save(Trace(np.zeros((2, 1, 1), np.uint8), 4, np.array([2])), tmp_path / "t.npz")
     written(tmp_path, "t.yaml", TENSORRT)
     written(tmp_path, "p.pt", pickle.dumps({}))
+    written(tmp_path, "p.pkl", pickle.dumps({}))
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     (source, target, *options), message = COMMANDS[name]

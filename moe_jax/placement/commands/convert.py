@@ -17,7 +17,9 @@ from moe_jax.routing.trace import Trace
 def add(commands) -> None:
     """The sub-command and its options."""
     command = options_lib.command(commands, "convert", "plans, traces and counts of other programs")
-    command.add_argument("source", metavar="IN", help="file, or a folder of Megatron-LM traces")
+    command.add_argument(
+        "source", metavar="IN", help="file (also .pt), or a folder of Megatron-LM traces"
+    )
     command.add_argument("target", metavar="OUT", help=".json .yaml .csv .npy .npz .safetensors")
     command.add_argument(
         "--format", choices=FORMATS, help="of OUT, where .json has several (default own)"
@@ -30,6 +32,11 @@ def add(commands) -> None:
         help="the model's numbers of the layers: picks rows where IN numbers them, else names them",
     )
     command.add_argument(
+        "--pipeline-stages",
+        type=int,
+        help="of a Megatron-LM trace whose stages number their layers from 0",
+    )
+    command.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )
     command.set_defaults(run=run)
@@ -39,7 +46,7 @@ def run(options: argparse.Namespace) -> str:
     """Reads a plan, a trace or counts of any known format, and writes another."""
     options_lib.files_ok(options.target)
     layer_ids = None if options.layer_ids is None else parse_layer_ids(options.layer_ids)
-    hints = Hints(options.devices, options.num_experts, layer_ids)
+    hints = Hints(options.devices, options.num_experts, layer_ids, options.pipeline_stages)
     done = convert_lib.convert(options.source, options.target, options.format, hints)
     value = done.found.value
     digest = None if isinstance(value, Counts) else value.digest

@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement.formats import counts as counts_lib
-from moe_jax.placement.formats import plans, raw, traces, trtllm
+from moe_jax.placement.formats import megatron, plans, raw, torchfile, traces, trtllm
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.formats.hints import Hints, agree
 from moe_jax.placement.plan import FORMAT, MAP, Plan
@@ -76,7 +76,7 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     path = pathlib.Path(source)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".jsonl":
-        return Found(traces.read_megatron(path, hints), "Megatron-LM")
+        return Found(megatron.read_megatron(path, hints), "Megatron-LM")
     if suffix == ".npz":
         return _read_npz(path, hints)
     if suffix == ".npy":
@@ -89,7 +89,9 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
         return Found(plans.read_exflow(raw.read_text(path), hints), "ExFlow")
     if suffix == ".safetensors":
         return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
-    if suffix in (".pt", ".pth", ".pkl", ".pickle"):
+    if suffix in (".pt", ".pth"):
+        return _read_pt(path, hints)
+    if suffix in (".pkl", ".pickle"):
         raise Refused(
             "in",
             str(path),
@@ -99,7 +101,7 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     raise Refused(
         "in",
         str(path),
-        "the extension says what a file is: .json .yaml .csv .npy .npz .jsonl .safetensors",
+        "the extension says what a file is: .json .yaml .csv .npy .npz .pt .jsonl .safetensors",
         "Rename the file",
     )
 
@@ -134,7 +136,7 @@ def _read_json(path: pathlib.Path, hints: Hints) -> Found:
         _check_own_layers(tuple(plan.layer_ids), hints)
         return Found(plan, "own")
     if traces.IDS in fields or "records" in fields:
-        return Found(traces.read_sglang_json(fields, hints), "SGLang")
+        return Found(traces.read_sglang_dump(fields, hints), "SGLang")
     if MAP in fields and counts_lib.COUNT in fields:
         raise Refused(
             str(path),
@@ -153,6 +155,24 @@ def _read_json(path: pathlib.Path, hints: Hints) -> Found:
         sorted(fields)[:8],
         f"one of {MAP}, {plans.RANKS}, {traces.IDS}, records, {counts_lib.COUNT} is needed",
         "Give a plan, a trace or counts",
+    )
+
+
+def _read_pt(path: pathlib.Path, hints: Hints) -> Found:
+    """What SGLang's recorder dumps, or a map that its `--init-expert-location` reads."""
+    fields = raw.json_object(torchfile.read(path), str(path))
+    if traces.IDS in fields or "records" in fields:
+        return Found(traces.read_sglang_dump(fields, hints, raw.int_saved), "SGLang")
+    if counts_lib.COUNT in fields:
+        count = raw.tensor(fields[counts_lib.COUNT], counts_lib.COUNT)
+        return Found(counts_lib.read_sglang_array(count, hints), "SGLang")
+    if MAP in fields:
+        return Found(plans.read_sglang_jax(raw.tensor(fields[MAP], MAP), hints), "SGLang")
+    raise Refused(
+        str(path),
+        sorted(fields)[:8],
+        f"one of records, {traces.IDS}, {counts_lib.COUNT}, {MAP} is needed",
+        "Give a dump of SGLang's recorder",
     )
 
 

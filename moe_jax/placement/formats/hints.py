@@ -25,12 +25,14 @@ class Hints:
       num_experts: logical experts of a layer.
       layer_ids: the model's numbers of the layers: names the rows of a format that does not number
         them, selects among the rows of one that does.
+      pipeline_stages: of a Megatron-LM trace whose stages number their layers from 0.
       notes: what was inferred or left out, one sentence each.
     """
 
     devices: int | None = None
     num_experts: int | None = None
     layer_ids: tuple[int, ...] | None = None
+    pipeline_stages: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def note(self, sentence: str) -> None:

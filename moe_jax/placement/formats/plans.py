@@ -2,6 +2,8 @@
 
 Axes: L layers, E logical experts, P slots (physical experts), M devices.
 
+- SGLang hands every key of the file to a function that knows `physical_to_logical_map` only (the
+  newest versions pick that key), so its file has this one key.
 - SGLang and sglang-jax index the map by the number of the model's layer, dense layers included. A
   plan of layers 3..60 is therefore written with 61 rows; rows of layers that are not in the plan
   hold expert p mod E in slot p, which is what these programs do without a plan.
@@ -41,12 +43,18 @@ def read_sglang_jax(array: np.ndarray, hints: Hints) -> Plan:
     return plan_by_layer(slots_LP, tuple(range(len(slots_LP))), "sglang-jax", hints)
 
 
-def plan_by_layer(slots_LP: np.ndarray, numbers: tuple[int, ...], name: str, hints: Hints) -> Plan:
-    """A plan of a format whose rows carry the model's layer numbers."""
+def plan_by_layer(
+    slots_LP: np.ndarray,
+    numbers: tuple[int, ...],
+    name: str,
+    hints: Hints,
+    devices: int | None = None,
+) -> Plan:
+    """A plan of a format whose rows carry the model's layer numbers; `devices` if it says so."""
     rows, layer_ids = hints.select_layers(numbers)
     slots_LP = slots_LP[rows]
     experts = hints.experts_in_map(slots_LP)
-    placement = Placement(slots_LP, experts, hints.devices_of(None, name))
+    placement = Placement(slots_LP, experts, hints.devices_of(devices, name))
     return Plan(placement, layer_ids, provenance={"format": name})
 
 

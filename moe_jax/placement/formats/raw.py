@@ -70,8 +70,10 @@ def whole_number(value: Any, field: str, least: int = 0) -> int:
 
 def shown(value: Any) -> Any:
     """A value for an error message: lists and objects, which may be huge or deep, by their size."""
-    if isinstance(value, (list, dict)):
-        return f"{'list' if isinstance(value, list) else 'object'} of {len(value)}"
+    if isinstance(value, (list, tuple, dict)):
+        return f"{'object' if isinstance(value, dict) else 'list'} of {len(value)}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
     return value
 
 
@@ -117,6 +119,22 @@ def int_array(array: np.ndarray, field: str, axes: Sequence[str]) -> np.ndarray:
     if int(array.max()) >= 2**31 or int(array.min()) < -(2**31):
         raise Refused(field, "beyond int32", "entries are whole numbers of 32 bits", "Correct it")
     return array.astype(np.int64)
+
+
+def int_saved(value: Any, field: str, axes: Sequence[str]) -> np.ndarray:
+    """The same rules for what a file of `torch.save` holds: a tensor, or one list of numbers.
+
+    Nested lists are refused: a pickle may name one list a thousand times inside another.
+    """
+    if len(axes) == 1 and isinstance(value, list):
+        return int_table(value, field, axes)
+    return int_array(tensor(value, field), field, axes)
+
+
+def tensor(value: Any, field: str) -> np.ndarray:
+    if not isinstance(value, np.ndarray):
+        raise Refused(field, shown(value), "a tensor", "Record it again")
+    return value
 
 
 def _name(field: str, at: int, shape: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Traces of other programs, read into our `Trace`: SGLang's recorder, Megatron-LM, ExFlow.
+"""Traces of SGLang's recorder and of ExFlow, read into our `Trace`. Megatron-LM: megatron.py.
 
 Axes: T tokens, L layers, K experts per token, P slots.
 
@@ -6,16 +6,15 @@ What these files do not hold:
 - Weights. Experts are taken to be in descending weight; where every token lists them in ascending
   id, that cannot be so, and a note says that best-expert figures mean nothing.
 - Borders of sequences. A SGLang array or an ExFlow trace is one sequence unless the file says
-  more (`extend_seq_lens`); records of a SGLang dump and (step, rank) pairs of Megatron-LM are one
-  sequence each.
+  more (`extend_seq_lens`); records of a SGLang dump are one sequence each.
 
 SGLang records slots, not experts: where the dump has `last_physical_to_logical_map`, ids are taken
 back to experts through it. Its rows are layers of the model; rows without any expert are dense
-layers and left out, like tokens without any expert (padding).
+layers and left out, like tokens without any expert (padding). It records eight experts per token
+whatever the model has; columns without any expert are left out too.
 """
 
-import os
-import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ IDS = "topk_ids_of_layer"
 SEQ_LENS = "extend_seq_lens"
 SLOTS = "last_physical_to_logical_map"
 _AXES = ("layers", "tokens", "experts per token")
+Table = Callable[[Any, str, Sequence[str]], np.ndarray]
 
 
 def read_sglang_arrays(arrays: dict[str, np.ndarray], hints: Hints) -> Trace:
@@ -43,8 +43,14 @@ def read_sglang_arrays(arrays: dict[str, np.ndarray], hints: Hints) -> Trace:
     return _sglang_trace(ids_LTK, _lengths(lens, ids_LTK.shape[1], SEQ_LENS), slots_LP, hints)
 
 
-def read_sglang_json(fields: dict[str, Any], hints: Hints) -> Trace:
-    """One array, or the `records` of a per-token dump one after the other."""
+def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.int_table) -> Trace:
+    """One array, or the `records` of a per-token dump one after the other.
+
+    Args:
+      fields: the dump.
+      hints: what it does not say.
+      table: how its tables are checked: raw.int_table of JSON, raw.int_saved of `.pt` files.
+    """
     records = fields.get("records", [fields])
     if not isinstance(records, list) or not records:
         raise Refused(
@@ -52,6 +58,7 @@ def read_sglang_json(fields: dict[str, Any], hints: Hints) -> Trace:
         )
     parts: list[np.ndarray] = []
     lens: list[int] = []
+    seen: set[int] = set()
     for number, record in enumerate(records):
         name = f"records[{number}]" if "records" in fields else "dump"
         if not isinstance(record, dict) or IDS not in record:
@@ -62,22 +69,32 @@ def read_sglang_json(fields: dict[str, Any], hints: Hints) -> Trace:
                 "Record with --expert-distribution-recorder-mode=per_token",
             )
         ids = record[IDS]
-        if isinstance(ids, list) and ids and all(row == [] for row in ids):
-            continue  # a forward pass without tokens
-        part_LTK = raw.int_table(ids, f"{name}.{IDS}", _AXES)
+        if _without_tokens(ids):
+            continue
+        if id(ids) in seen:  # a pickle may name one tensor a thousand times
+            raise Refused(f"{name}.{IDS}", "again", "stands in a record before", "Record again")
+        seen.add(id(ids))
+        part_LTK = table(ids, f"{name}.{IDS}", _AXES)
         if parts and part_LTK[:, 0].shape != parts[0][:, 0].shape:
             raise Refused(f"{name}.{IDS}", part_LTK.shape, "as in the first record", "Record again")
         said = record.get(SEQ_LENS)
         if said is not None:
-            said = raw.int_table(said, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
+            said = table(said, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
         parts.append(part_LTK)
         lens += _lengths(said, part_LTK.shape[1], f"{name}.{SEQ_LENS}")
     if not parts:
         raise Refused("records", f"list of {len(records)}", "no token", "Record at least one token")
     slots_LP = fields.get(SLOTS)
     if slots_LP is not None:
-        slots_LP = raw.int_table(slots_LP, SLOTS, ("layers", "slots"))
+        slots_LP = table(slots_LP, SLOTS, ("layers", "slots"))
     return _sglang_trace(np.concatenate(parts, axis=1), lens, slots_LP, hints)
+
+
+def _without_tokens(ids: Any) -> bool:
+    """A forward pass without tokens, as servers in idle ranks record them."""
+    if isinstance(ids, np.ndarray):
+        return ids.ndim == 3 and ids.shape[1] == 0
+    return isinstance(ids, list) and bool(ids) and all(row == [] for row in ids)
 
 
 def read_exflow(array: np.ndarray, hints: Hints) -> Trace:
@@ -85,81 +102,6 @@ def read_exflow(array: np.ndarray, hints: Hints) -> Trace:
     ids_TL = raw.int_array(array, "trace", ("tokens", "layers"))
     layer_ids = hints.name_layers(ids_TL.shape[1])
     return make_trace(ids_TL[:, :, None], [len(ids_TL)], layer_ids, "ExFlow", hints)
-
-
-def read_megatron(path: str | os.PathLike, hints: Hints) -> Trace:
-    """`router_trace_rank*.jsonl`: one file, or all of a folder."""
-    path = pathlib.Path(path)
-    paths = sorted(path.glob("router_trace_rank*.jsonl")) if path.is_dir() else [path]
-    if not paths:
-        raise Refused("in", str(path), "no router_trace_rank*.jsonl in it", "Give another folder")
-    passes: dict[tuple[int, int], dict[int, np.ndarray]] = {}
-    for one in paths:
-        with raw.existing_file(one).open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    _add_record(passes, line, f"{one.name}:{number}", hints)
-    if not passes:
-        raise Refused("in", str(path), "no token is recorded", "Record at least one token")
-    numbers = tuple(sorted(set().union(*passes.values())))
-    order = sorted(passes)
-    parts = [_stack(passes[key], numbers, key) for key in order]
-    top_ks = {part_TLK.shape[2] for part_TLK in parts}
-    if len(top_ks) > 1:
-        raise Refused("topk", sorted(top_ks), "the same in all records", "Give one model's trace")
-    rows, layer_ids = hints.select_layers(numbers)
-    return make_trace(
-        np.concatenate(parts)[:, rows],
-        [len(part_TLK) for part_TLK in parts],
-        layer_ids,
-        "Megatron-LM",
-        hints,
-        tuple(f"step {step} rank {rank}" for step, rank in order),
-    )
-
-
-def _add_record(passes: dict, line: bytes, where: str, hints: Hints) -> None:
-    """Files one line under its (step, rank) and layer."""
-    record = raw.json_object(raw.parse_json(raw.decode(line, where), where), where)
-    if record.get("block", "decoder") != "decoder":
-        hints.note("records of other blocks than the decoder (multi-token prediction) are left out")
-        return
-    step, layer, rank, tokens = (
-        raw.whole_number(record.get(key), f"{where} {key}")
-        for key in ("step", "layer", "rank", "num_tokens")
-    )
-    if tokens == 0 and record.get("top_indices") == []:
-        return
-    name = f"{where} top_indices"
-    ids_TK = raw.int_table(record.get("top_indices"), name, ("tokens", "experts per token"))
-    top_k = ids_TK.shape[1] if record.get("topk") is None else record["topk"]
-    if ids_TK.shape != (tokens, raw.whole_number(top_k, f"{where} topk", 1)):
-        raise Refused(
-            name, ids_TK.shape, f"num_tokens and topk are {tokens}, {top_k}", "Record it again"
-        )
-    layers = passes.setdefault((step, rank), {})
-    if layer in layers:
-        raise Refused(
-            f"{where} layer", layer, f"step {step} of rank {rank} has it already", "Delete one"
-        )
-    layers[layer] = ids_TK
-
-
-def _stack(layers: dict[int, np.ndarray], numbers: tuple[int, ...], key: tuple) -> np.ndarray:
-    """int64 [T, L, K] of one (step, rank), which has to have every layer, all of one shape."""
-    name = f"step {key[0]} rank {key[1]}"
-    for number in numbers:
-        if number not in layers:
-            raise Refused(
-                f"{name} layer",
-                number,
-                "is missing; ranks that hold different layers (pipeline parallelism) are not read",
-                "Record every layer on one rank",
-            )
-    shapes = {layers[number].shape for number in numbers}
-    if len(shapes) > 1:
-        raise Refused(name, sorted(shapes), "all layers see the same tokens", "Record it again")
-    return np.stack([layers[number] for number in numbers], axis=1)
 
 
 def _sglang_trace(
@@ -179,6 +121,10 @@ def _sglang_trace(
     if not used_L.all():
         hints.note(f"{int((~used_L).sum())} layers without any expert are left out")
     _, layer_ids = hints.select_layers(numbers)
+    top_k = int(np.flatnonzero((ids_LTK >= 0).any(axis=(0, 1))).max()) + 1
+    if top_k < ids_LTK.shape[2]:
+        hints.note(f"top-{top_k}: the other {ids_LTK.shape[2] - top_k} columns hold no expert")
+        ids_LTK = ids_LTK[:, :, :top_k]
     return make_trace(ids_LTK[list(layer_ids)].transpose(1, 0, 2), lens, layer_ids, "SGLang", hints)
 
 

@@ -8,7 +8,8 @@
 
 The lists stand on one line each, as TensorRT-LLM's own generator writes them; keys of the map are
 the model's layer numbers. Anything else (anchors, block lists, other keys) is refused. The file
-does not say the number of devices.
+does not say the number of devices, unless `ep_size` does, as a generator that places by
+co-occurrence writes it; TensorRT-LLM itself takes the three keys above only, so we write those.
 """
 
 import re
@@ -22,7 +23,7 @@ from moe_jax.placement.formats.plans import plan_by_layer
 from moe_jax.placement.plan import Plan
 
 ASSIGNMENTS = "initial_global_assignments"
-_SCALAR = re.compile(r"(num_slots|layer_updates_per_iter): *([0-9]{1,9})", re.ASCII)
+_SCALAR = re.compile(r"(num_slots|layer_updates_per_iter|ep_size): *([0-9]{1,9})", re.ASCII)
 _LAYER = re.compile(r" +([0-9]{1,6}): *\[([0-9, ]*)\]", re.ASCII)
 _ENTRY = re.compile(r" *([0-9]{1,9}) *", re.ASCII)
 
@@ -47,7 +48,7 @@ def read_yaml(text: str, hints: Hints) -> Plan:
         hints.note("layer_updates_per_iter is above 0: the program moves experts as it runs")
     numbers = tuple(sorted(rows))
     table = np.array([rows[layer] for layer in numbers], np.int64)
-    return plan_by_layer(table, numbers, "TensorRT-LLM", hints)
+    return plan_by_layer(table, numbers, "TensorRT-LLM", hints, scalars.get("ep_size"))
 
 
 def yaml_text(plan: Plan) -> str:
@@ -86,8 +87,8 @@ def _parse(text: str) -> tuple[dict[str, int], dict[int, list[int]]]:
             raise Refused(
                 f"line {number}",
                 full,
-                f"num_slots, layer_updates_per_iter, {ASSIGNMENTS} and `layer: [e, e, ...]` lines "
-                "are read",
+                f"num_slots, ep_size, layer_updates_per_iter, {ASSIGNMENTS} and "
+                "`layer: [e, e, ...]` lines are read",
                 "Write the list of a layer on one line, and leave other keys out",
             )
     return scalars, rows
