@@ -7,13 +7,12 @@ import pathlib
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
 from moe_jax.placement import tables
+from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
-from moe_jax.placement.commands import words
 from moe_jax.placement.plan import Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.report import build, page
-from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
 
@@ -31,7 +30,7 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> str:
     """All baselines and the planner, held-out."""
     options_lib.report_ok(options)
-    trace = trace_lib.load(options.trace, options.num_experts)
+    trace = inputs.trace(options)
     halves = options_lib.split(trace, options.seed)
     if halves is None:
         raise Refused(

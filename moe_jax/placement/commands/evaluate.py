@@ -4,10 +4,9 @@ import argparse
 import json
 
 from moe_jax.placement import evaluate as evaluate_lib
+from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
-from moe_jax.placement.commands import words
 from moe_jax.placement.plan import Plan, check_fits
-from moe_jax.routing import trace as trace_lib
 
 
 def add(commands) -> None:
@@ -23,7 +22,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """True figures of plans on a whole trace."""
-    trace = trace_lib.load(options.trace, options.num_experts)
+    trace = inputs.trace(options)
     plans = [Plan.read(path) for path in options.plans]
     machines = [options_lib.evaluation_topology(options, plan) for plan in plans]
     for plan, topology in zip(plans, machines, strict=True):

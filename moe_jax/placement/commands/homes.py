@@ -12,8 +12,8 @@ import numpy as np
 
 from moe_jax.errors import Refused
 from moe_jax.placement import solve as solve_lib
+from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
-from moe_jax.placement.commands import words
 from moe_jax.placement.homes import assign, joint, report, tally
 from moe_jax.placement.homes.file import MOST_RULES, HomeRules
 from moe_jax.placement.homes.joint import Joint
@@ -22,7 +22,6 @@ from moe_jax.placement.homes.report import Found, Study
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
-from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
 SLACK = 0.05  # of the tokens of a device, in planning; more where sequences do not fit
@@ -100,7 +99,7 @@ def run(options: argparse.Namespace) -> str:
         ),
         options.seed,
     )
-    trace = trace_lib.load(options.trace, options.num_experts)
+    trace = inputs.trace(options)
     halves = options_lib.split(trace, options.seed)
     if halves is None:
         raise Refused(

@@ -30,7 +30,9 @@ def command(commands_, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def trace_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("trace", metavar="TRACE", help="routing trace (.npz)")
+    command.add_argument(
+        "trace", metavar="TRACE", help="routing trace, of any program that convert reads"
+    )
     command.add_argument(
         "--num-experts", type=int, help="experts per layer, for traces that do not say it"
     )

@@ -10,13 +10,13 @@ import json
 
 from moe_jax.placement import compare, evidence, tables
 from moe_jax.placement import solve as solve_lib
-from moe_jax.placement.commands import interrupt, words
+from moe_jax.placement.commands import counts, inputs, interrupt, words
 from moe_jax.placement.commands import options as options_lib
+from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.report import build, page
-from moe_jax.routing import trace as trace_lib
 
 
 def add(commands) -> None:
@@ -36,7 +36,9 @@ def run(options: argparse.Namespace) -> str:
     """Plans, judges, writes the plan."""
     options_lib.files_ok(options.out)
     options_lib.report_ok(options)
-    trace = trace_lib.load(options.trace, options.num_experts)
+    trace = inputs.trace_or_counts(options)
+    if isinstance(trace, Counts):
+        return counts.solve(options, trace)
     halves = options_lib.split(trace, options.seed)
     problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
     placement, report = _best_found(options, problem)

@@ -9,15 +9,14 @@ import sys
 from moe_jax.errors import Refused
 from moe_jax.placement import verdict as verdict_lib
 from moe_jax.placement import verdict_text, windows
+from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
-from moe_jax.placement.commands import words
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.report import build, page
 from moe_jax.placement.verdict import Settings
 from moe_jax.placement.windows import SPLITS
-from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
 TONES = {
@@ -52,7 +51,7 @@ def run(options: argparse.Namespace) -> str:
     settings = verdict_lib.Settings(
         options.split, options.seed, options.time_limit, options.steps, options.expert_bytes
     )
-    trace = trace_lib.load(options.trace, options.num_experts)
+    trace = inputs.trace(options)
     problem = options_lib.problem_of(options, trace)
     before = options_lib.in_use(options.before, trace, problem.topology) if options.before else None
 

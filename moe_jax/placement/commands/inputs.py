@@ -1,0 +1,47 @@
+"""TRACE arguments: every trace that `convert` reads, told apart by content; counts where they do.
+
+What was inferred about a file of another program is said on stderr, a line a note.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from moe_jax.errors import Refused
+from moe_jax.placement.formats import convert as convert_lib
+from moe_jax.placement.formats.counts import Counts
+from moe_jax.placement.formats.hints import Hints
+from moe_jax.placement.plan import Plan
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+
+KNOWN = (".npz", ".npy", ".json", ".jsonl", ".pt", ".pth", ".safetensors", ".yaml", ".yml", ".csv")
+
+
+def trace(options: argparse.Namespace) -> Trace:
+    """The trace of `options.trace`; counts are refused."""
+    found = trace_or_counts(options)
+    if isinstance(found, Counts):
+        raise Refused(
+            "trace",
+            options.trace,
+            f"it holds counts; {options.command} needs to know which experts a token chose "
+            "together, and in which order of layers",
+            "Record every token (SGLang: --expert-distribution-recorder-mode=per_token), or plan "
+            "for balance alone: solve --objective=load",
+        )
+    return found
+
+
+def trace_or_counts(options: argparse.Namespace) -> Trace | Counts:
+    """What `options.trace` holds, of whatever program."""
+    path = pathlib.Path(options.trace)
+    if not path.is_dir() and path.suffix.lower() not in KNOWN:
+        return trace_lib.load(path, options.num_experts)  # our own, whatever its name
+    hints = Hints(num_experts=options.num_experts)
+    found = convert_lib.read(path, hints, wants_trace=True)
+    if isinstance(found.value, Plan):
+        raise Refused("trace", options.trace, "is a plan", "Give a trace")
+    for note in hints.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found.value
