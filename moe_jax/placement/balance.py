@@ -15,7 +15,8 @@ import time
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from moe_jax.placement import baselines, bounds, copies, eplb, greedy, ilp, replication
+from moe_jax.placement import baselines, bounds, copies, greedy, ilp, replication
+from moe_jax.placement.baselines import eplb
 from moe_jax.placement.plan import Placement, check_divides
 
 BALANCE_SECONDS = 0.4  # of the integer program that evens one layer's load
@@ -104,7 +105,7 @@ def others(
     found = {
         "contiguous": baselines.contiguous(layers, experts, devices),
         "round-robin": baselines.round_robin(layers, experts, devices),
-        "EPLB-style packing": baselines.lpt(load_LE, devices),
+        "LPT packing": baselines.lpt(load_LE, devices),
     }
     made = {name: Placement.from_device_LE(one_LE, devices) for name, one_LE in found.items()}
     if num_slots is not None and num_slots > experts:

@@ -175,7 +175,8 @@ def computed_LP(
         for layer in range(expert_ids_TLK.shape[1]):
             ids = expert_ids_TLK[:, layer].astype(np.int64).ravel()
             ids = ids[(ids >= 0) & (ids < placement.num_experts)]
-            load_LE.append(np.bincount(ids, minlength=placement.num_experts))
+            # one expert more, without load, for slots that are empty (-1; uneven.py)
+            load_LE.append(np.bincount(ids, minlength=placement.num_experts + 1))
         return np.take_along_axis(np.stack(load_LE), placement.physical_to_logical_LP, axis=1)
     each = [
         _computed(expert_ids_TLK, placement, dispatch, homes_T, devices_per_node)

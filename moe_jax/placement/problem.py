@@ -23,7 +23,7 @@ import functools
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import bounds, chain, clusters, contacts, copies, cost, greedy, ways
+from moe_jax.placement import bounds, chain, clusters, contacts, copies, cost, greedy, uneven, ways
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement, check_divides
 from moe_jax.placement.seconds import Work
@@ -300,7 +300,7 @@ class Problem:
             return np.array([self.layer_value(n, row_E) for n, row_E in enumerate(device_LE)])
         rows = cost.rows(
             self.trace.expert_ids_TLK,
-            Placement.from_device_LE(device_LE, self.num_devices),
+            uneven.of_devices(device_LE, self.num_devices),
             self.dispatch,
         )
         if self.objective == "rows":

@@ -10,9 +10,9 @@ what the copy rule gives where homes are uniform and the copies of an expert sha
 3. Heaviest copy first, each to the lightest device that has room and holds no copy of its expert;
    where only devices are left that do, a swap makes room.
 4. If asked for: swaps between the fullest device and others, while they help.
-5. With the rule of one copy per device left out, steps 1 to 3 are EPLB (eplb.py). On rows where the
-   rule made a difference a search by swaps, and by other copies, goes on until the fullest device
-   has no more than EPLB's.
+5. Without the rule of one copy per device, steps 1 to 3 are EPLB (baselines/eplb.py). On rows where
+   it made a difference a search by swaps, and by other copies, goes on until the fullest device has
+   no more than EPLB's.
 
 All rows at once, but for step 5: README.md has the time of 58 layers x 256 experts -> 288 slots.
 """
@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from moe_jax.errors import Refused
-from moe_jax.placement import copies, eplb
+from moe_jax.placement import copies
+from moe_jax.placement.baselines import eplb
 from moe_jax.placement.plan import Placement
 
 TRIALS = 10  # rounds of step 5, at most

@@ -11,6 +11,7 @@ import pytest
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import cost, evaluate, topology
 from moe_jax.placement.plan import Placement, Plan
+from moe_jax.placement.problem import Problem
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
@@ -99,22 +100,71 @@ def test_compare_prints_every_method(trace_path, tmp_path, capsys):
     assert names == [
         "contiguous",
         "round-robin",
+        "zigzag",
         "random (mean of 10)",
-        "EPLB-style packing",
+        "LPT packing",
+        "SmartMoE greedy",
+        "co-occurrence packing",
+        "topology-cost swaps",
+        "Occult-style groups",
+        "GRACE-style groups",
+        "ExFlow",
         "greedy",
         "greedy + ILP",
     ]
     planned = {method["name"]: method["objective"] for method in answer["methods"]}
     assert planned["greedy + ILP"] <= planned["greedy"] <= planned["random (mean of 10)"]
     assert answer["methods"][-1]["bound"] <= planned["greedy + ILP"]
+    valid = [method for method in answer["methods"] if method["valid_plan"]]
     written = sorted((tmp_path / "plans").glob("*.json"))
-    assert len(written) == 6
+    assert len(written) == len(valid)
     digests = {Plan.read(path).digest for path in written}
-    assert digests == {method["plan_digest"] for method in answer["methods"]}
+    assert digests == {method["plan_digest"] for method in valid}
     assert run(*words) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in names)
     assert "gap" in text
+
+
+def test_compare_makes_the_methods_that_are_asked_for(trace_path, capsys):
+    words = ("compare", trace_path, "--devices=4", "--time-limit=0.5")
+    assert run(*words, "--json", "--methods=lpt, contiguous") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [method["key"] for method in answer["methods"]] == ["contiguous", "lpt", "planner"]
+    assert run(*words, "--methods=best") == 1
+    assert "methods = 'best'" in capsys.readouterr().err
+
+
+def test_compare_counts_time_evenness_and_moves(trace_path, capsys):
+    """Against the plans and the held-out half, counted here once more."""
+    words = ("compare", trace_path, "--devices=4", "--time-limit=0.5", "--nodes=2")
+    words = (*words, "--methods=contiguous,round-robin,grace", "--dispatch=hierarchical", "--json")
+    assert run(*words) == 0
+    methods = {one["key"]: one for one in json.loads(capsys.readouterr().out)["methods"]}
+    half = trace_lib.split(trace_lib.load(trace_path), 0).judge_half
+    problem = Problem(half, topology.nodes_by_devices(2, 4), "seconds", "hierarchical")
+    device_LE = np.tile(np.arange(8) // 2, (3, 1))
+    load_LM = np.zeros((3, 4))
+    for ids_LK in half.expert_ids_TLK:
+        for layer, ids_K in enumerate(ids_LK):
+            np.add.at(load_LM[layer], device_LE[layer, ids_K], 1)
+    one = methods["contiguous"]
+    seconds_L = problem.values_L(device_LE)
+    for name, figure_L, worst in (
+        ("seconds_per_layer", seconds_L, max),
+        ("balancedness", load_LM.mean(axis=1) / load_LM.max(axis=1), min),
+        ("imbalance_ratio", load_LM.max(axis=1) / load_LM.mean(axis=1) - 1, max),
+        ("load_cv", load_LM.std(axis=1) / load_LM.mean(axis=1), max),
+    ):
+        assert one[name]["mean"] == pytest.approx(figure_L.mean(), rel=1e-12)
+        assert one[name]["worst"] == pytest.approx(worst(figure_L), rel=1e-12)
+    assert one["move"] == {"experts": 0.0, "bytes": 0.0}
+    # {0,4} {1,5} | {2,6} {3,7} against {0,1} {2,3} | {4,5} {6,7}: one expert a node can stay
+    assert methods["round-robin"]["move"]["experts"] == 3 * 6
+    assert methods["round-robin"]["move"]["bytes"] == 18 * problem.work.expert_bytes
+    uneven = methods["grace"]
+    assert uneven["empty_slots"] == uneven["slots"] - 8
+    assert not uneven["valid_plan"]
 
 
 def test_evaluate_counts_with_recorded_homes(trace_path, tmp_path, capsys):

@@ -8,8 +8,9 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import copies, cost, eplb, evidence, replication, spare, topology
+from moe_jax.placement import copies, cost, evidence, replication, spare, topology
 from moe_jax.placement import solve as solve_lib
+from moe_jax.placement.baselines import eplb
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import synthetic
@@ -455,12 +456,11 @@ def test_compare_with_slots_adds_eplb_and_its_doubled_slots(trace_path, tmp_path
     assert run(*words, "--json", f"--out-plans={tmp_path / 'plans'}") == 0
     answer = json.loads(capsys.readouterr().out)
     methods = {method["name"]: method for method in answer["methods"]}
-    assert list(methods)[5:] == [
-        "EPLB hierarchical",
-        "EPLB global",
-        "balanced slots",
-        "greedy + ILP + replicas",
-    ]
+    assert list(methods)[6:9] == ["EPLB hierarchical", "EPLB global", "balanced slots"]
+    assert list(methods)[-1] == "greedy + ILP + replicas"
+    distinct = 3 * 28 - methods["EPLB global"]["duplicated_slots"]
+    moved = methods["EPLB global"]["move"]["experts"]
+    assert distinct - 3 * 16 <= moved <= distinct  # contiguous holds 16 a layer
     assert methods["EPLB global"]["duplicated_slots"] > 0
     assert methods["balanced slots"]["duplicated_slots"] == 0
     assert methods["balanced slots"]["slots"] == 28

@@ -6,7 +6,8 @@ import pathlib
 
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
-from moe_jax.placement import tables
+from moe_jax.placement import compare_text, tables
+from moe_jax.placement.baselines import registry
 from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.plan import Plan
@@ -23,6 +24,13 @@ def add(commands) -> None:
     options_lib.report_option(command)
     options_lib.machine_options(command)
     options_lib.objective_options(command)
+    command.add_argument(
+        "--methods",
+        metavar="NAME,NAME",
+        help="these baselines and the planner only: "
+        + ", ".join([*(one.key for one in registry.ALL), "greedy"])
+        + " (default: all that apply)",
+    )
     command.add_argument("--out-plans", metavar="DIR", help="write every method's plan there")
     command.set_defaults(run=run)
 
@@ -41,7 +49,9 @@ def run(options: argparse.Namespace) -> str:
         )
     plan, judge = compare_lib.halves_of(halves, options_lib.problem_of(options, trace))
     with Ticker() as ticker:
-        made = compare_lib.methods(plan, judge, options.seed, options.time_limit, ticker.tell)
+        made = compare_lib.methods(
+            plan, judge, options.seed, options.time_limit, ticker.tell, keys_of(options.methods)
+        )
     if options.out_plans:
         _write_plans(options, made, trace, plan)
     if options.report:
@@ -66,12 +76,12 @@ def run(options: argparse.Namespace) -> str:
             f"Planned on {halves.plan_half.num_sequences} sequences, every figure below is from "
             f"the other {halves.judge_half.num_sequences} (seed {options.seed}).",
             "",
-            compare_lib.print_table(made, plan),
+            compare_text.text(made),
             "",
             f"  objective {plan.objective} ({solved.unit}), dispatch {plan.dispatch}, "
             f"{plan.topology.name}",
             tables.legend(),
-            *compare_lib.notes(made),
+            compare_text.legend(made),
             "",
             f"{made[-1].name} on the planning half: {solved.objective:.6g}, proven bound "
             f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %"
@@ -79,6 +89,11 @@ def run(options: argparse.Namespace) -> str:
             *([f"Wrote {options.report}: figures before and after"] if options.report else []),
         ]
     )
+
+
+def keys_of(methods: str | None) -> list[str] | None:
+    """The names in `--methods`."""
+    return None if methods is None else [key.strip() for key in methods.split(",") if key.strip()]
 
 
 def _write_page(
@@ -103,8 +118,8 @@ def _write_page(
 
 def _write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Problem) -> None:
     for method in made:
-        if method.duplicates:
-            continue  # no valid plan
+        if not method.made.valid:
+            continue
         name = "".join(c if c.isalnum() else "_" for c in method.name.split(" (")[0].lower())
         origin = {"trace_digest": trace.digest, "solver": method.name, "seed": options.seed}
         origin |= words.copy_rule(method.placement.has_replicas)
