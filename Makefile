@@ -20,7 +20,7 @@ quickstart-commands:
 	@rm -rf $(RUN)
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
 	$(BIN)/python infer.py --workdir=$(RUN) --record=$(RUN)/trace.npz --held_out=256
-	$(BIN)/python -m moe_jax.placement compare $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.2x --time-limit=10 --json > $(RUN)/compare.json
+	$(BIN)/python -m moe_jax.placement compare $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.2x --time-limit=10 --methods=contiguous,round-robin,random,lpt,greedy --json > $(RUN)/compare.json
 	$(BIN)/python -m moe_jax.placement solve $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.2x --time-limit=10 --out=$(RUN)/plan.json
 	$(BIN)/python -m moe_jax.placement apply $(RUN)/plan.json $(RUN) $(RUN)/placed
 	$(BIN)/python infer.py --workdir=$(RUN) --measure=$(RUN)/before.npz --held_out=32 --held_out_start=256 --max_new_tokens=32

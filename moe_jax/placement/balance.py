@@ -105,7 +105,7 @@ def others(
     found = {
         "contiguous": baselines.contiguous(layers, experts, devices),
         "round-robin": baselines.round_robin(layers, experts, devices),
-        "LPT packing": baselines.lpt(load_LE, devices),
+        "EPLB-style packing": baselines.lpt(load_LE, devices),
     }
     made = {name: Placement.from_device_LE(one_LE, devices) for name, one_LE in found.items()}
     if num_slots is not None and num_slots > experts:

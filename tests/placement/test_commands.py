@@ -102,7 +102,7 @@ def test_compare_prints_every_method(trace_path, tmp_path, capsys):
         "round-robin",
         "zigzag",
         "random (mean of 10)",
-        "LPT packing",
+        "EPLB-style packing",
         "SmartMoE greedy",
         "co-occurrence packing",
         "topology-cost swaps",

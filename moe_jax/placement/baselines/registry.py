@@ -192,8 +192,8 @@ ALL: tuple[Baseline, ...] = (
     Baseline("random", "random", "equal groups at random; the mean of 10", _random),
     Baseline(
         "lpt",
-        "LPT packing",
-        "heaviest first, to the lightest device with room: EPLB without spare slots on one node",
+        "EPLB-style packing",
+        "heaviest first, to the lightest device with room (LPT): EPLB without spare slots",
         _lpt,
     ),
     Baseline(
