@@ -357,6 +357,20 @@ def test_safetensors_by_hand(tmp_path):
     assert counts.layer_ids == (3, 4)
 
 
+def test_counts_of_all_ranks_are_added_up(tmp_path):
+    folder = tmp_path / "statistics"
+    folder.mkdir()
+    for rank in (0, 1, 10):
+        one = {"3_1": np.array([rank, 1]), "4_1": np.array([1, rank])}
+        safetensors.write(folder / f"rank{rank}.safetensors", one)
+    safetensors.write(folder / "rank0_raw.safetensors", {"0_0": np.array([9])})
+    counts = convert_lib.read(folder, Hints()).value
+    assert counts.count_SLE.tolist() == [[[11, 3]], [[3, 11]]]
+    safetensors.write(folder / "rank2.safetensors", {"3_1": np.array([1, 2, 3])})
+    with pytest.raises(Refused, match=r"rank2.safetensors 3_1 .*others \(2,\)"):
+        convert_lib.read(folder, Hints())
+
+
 def test_steps_and_layers_of_counts_are_in_order(tmp_path):
     tensors = {f"{step}_{layer}": np.array([step, layer]) for step in (8, 5) for layer in (9, 1)}
     safetensors.write(tmp_path / "c.safetensors", tensors)

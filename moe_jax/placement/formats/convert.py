@@ -72,9 +72,11 @@ def convert(
 
 
 def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> Found:
-    """The plan, trace or counts in a file (or in a folder of Megatron-LM's traces)."""
+    """The plan, trace or counts in a file, or in a folder of the files of all ranks."""
     path = pathlib.Path(source)
     suffix = path.suffix.lower()
+    if path.is_dir() and counts_lib.rank_files(path):
+        return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
     if path.is_dir() or suffix == ".jsonl":
         return Found(megatron.read_megatron(path, hints), "Megatron-LM")
     if suffix == ".npz":

@@ -9,11 +9,13 @@ become counts (one step), and counts never become a trace.
 - SGLang: `logical_count` [S, L, E] (or [L, E]) as `.npz`, JSON, or a `.npy` of this name; rows are
   the model's layers, so rows without any count are dense layers. Its `--init-expert-location` reads
   the JSON.
-- TensorRT-LLM: safetensors, one vector [E] per key `"{iteration}_{layer}"`.
+- TensorRT-LLM: safetensors, one vector [E] per key `"{iteration}_{layer}"`; the files of all ranks
+  in a folder are added up, as its own tools do.
 """
 
 import dataclasses
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -66,8 +68,30 @@ def read_sglang_array(array: np.ndarray, hints: Hints) -> Counts:
     return _by_layer(raw.int_array(array, COUNT, axes), hints)
 
 
+def rank_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """TensorRT-LLM's statistics of all ranks in a folder."""
+    found = sorted(folder.glob("rank*.safetensors"))
+    return [path for path in found if not path.stem.endswith("_raw")]
+
+
 def read_safetensors(path: str | os.PathLike, hints: Hints) -> Counts:
-    """TensorRT-LLM's statistics of one rank."""
+    """TensorRT-LLM's statistics: one rank's file, or a folder of them, which are added up."""
+    path = pathlib.Path(path)
+    vectors: dict[tuple[int, int], np.ndarray] = {}
+    for one in rank_files(path) if path.is_dir() else [path]:
+        for key, vector in _vectors(one).items():
+            before = vectors.get(key, vector)
+            if before.shape != vector.shape:
+                name = f"{one.name} {key[0]}_{key[1]}"
+                raise Refused(name, vector.shape, f"others {before.shape}", "Record again")
+            vectors[key] = before + vector if key in vectors else vector
+    if not vectors:
+        raise Refused("in", str(path), "no tensor in it", "Give TensorRT-LLM's rank0.safetensors")
+    return _of_vectors(vectors, hints)
+
+
+def _vectors(path: pathlib.Path) -> dict[tuple[int, int], np.ndarray]:
+    """Counts [E] by (iteration, layer)."""
     vectors: dict[tuple[int, int], np.ndarray] = {}
     for name, vector in safetensors.read(path).items():
         match = _KEY.fullmatch(name)
@@ -77,8 +101,10 @@ def read_safetensors(path: str | os.PathLike, hints: Hints) -> Counts:
         if key in vectors:
             raise Refused("tensor", name, "this iteration and layer stand twice", "Delete one")
         vectors[key] = raw.int_array(vector, name, ("experts",))
-    if not vectors:
-        raise Refused("in", str(path), "no tensor in it", "Give TensorRT-LLM's rank0.safetensors")
+    return vectors
+
+
+def _of_vectors(vectors: dict[tuple[int, int], np.ndarray], hints: Hints) -> Counts:
     steps = sorted({step for step, _ in vectors})
     numbers = tuple(sorted({layer for _, layer in vectors}))
     first = next(iter(vectors.values()))
