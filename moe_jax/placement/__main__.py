@@ -10,6 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from moe_jax.placement import start
+
+if __name__ == "__main__":  # Ctrl-C while NumPy and SciPy are imported
+    start.guard()
 # Before NumPy is imported: the matrices are small, threads would only wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -58,9 +62,10 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments)
-    options.arguments = list(arguments)
     try:
+        start.ready()
+        options = parser().parse_args(arguments)
+        options.arguments = list(arguments)
         with interrupt.Watch():
             answer = options.run(options)
         print(answer)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import balance, eplb, replication
+from moe_jax.placement import balance, replication
+from moe_jax.placement.baselines import eplb
 from moe_jax.placement.formats import safetensors
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.routing import synthetic

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import solve, spare, topology
+from moe_jax.placement import solve, spare, start, topology
 from moe_jax.placement.commands import interrupt
 from moe_jax.placement.commands import solve as solve_command
 from moe_jax.placement.plan import Placement, Plan
@@ -246,3 +246,44 @@ def test_the_second_ctrl_c_ends_a_process_that_does_not_listen(trace_path, tmp_p
     assert process.returncode == 130
     assert said == "interrupted: ended at once\n"
     assert sorted(tmp_path.iterdir()) == [trace_path]
+
+
+# Ctrl-C reaches the process while it imports a module; started as `python -m` and `moe-place` do.
+IMPORTING = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+module, way, sys.argv = sys.argv[1], sys.argv[2], ["moe-place", *sys.argv[3:]]
+if way == "-m":
+    runpy.run_module("moe_jax.placement", run_name="__main__", alter_sys=True)
+from moe_jax.placement import start
+sys.exit(start.main())
+"""
+
+
+@pytest.mark.parametrize("way", ["-m", "moe-place"])
+@pytest.mark.parametrize(
+    "module", ["numpy", "scipy.optimize", "moe_jax.placement.commands.verdict"]
+)
+def test_ctrl_c_while_python_imports_is_one_line(module, way, trace_path, tmp_path):
+    process = started(
+        IMPORTING, module, way, "solve", trace_path, "--devices=4", f"--out={tmp_path / 'p.json'}"
+    )
+    with process:
+        answer, said = process.communicate(timeout=60)
+    assert (process.returncode, answer, said) == (130, "", "interrupted: nothing written\n")
+    assert sorted(tmp_path.iterdir()) == [trace_path]
+
+
+def test_a_background_job_stays_deaf_to_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        start.guard()
+        start.ready()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

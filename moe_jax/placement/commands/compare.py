@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> str:
             "",
             f"{made[-1].name} on the planning half: {solved.objective:.6g}, proven bound "
             f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %"
-            + (f" ({solved.note})." if plan.has_replicas else "."),
+            + (f" ({solved.note})." if solved.note else "."),
             *([f"Wrote {options.report}: figures before and after"] if options.report else []),
         ]
     )

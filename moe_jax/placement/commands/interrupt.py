@@ -15,7 +15,9 @@ import sys
 import threading
 from collections.abc import Iterator
 
-EXIT_CODE = 130
+from moe_jax.placement import start
+
+EXIT_CODE = start.EXIT_CODE
 GRACE = 0.5  # seconds that Python itself gets to end after the second Ctrl-C
 ONCE_MORE = "stopping; Ctrl-C once more ends at once"
 
