@@ -5,10 +5,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.placement import cost, evidence, tables
+from moe_jax.placement import cost, evidence, proxies, tables
 from moe_jax.placement.evidence import Evidence
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
+from moe_jax.placement.proxies import Pairs, Proxy
 from moe_jax.placement.seconds import Work
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
@@ -27,6 +28,7 @@ class Evaluated:
       figures: locality, rows, load, with intervals.
       seconds: per layer and step, by dispatch.
       recorded_rows: exact rows with the homes in the trace; None where it has none that fit.
+      proxies: what counts of pairs say of the rows; empty with replicas.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Evaluated:
     figures: Evidence
     seconds: dict[str, float]
     recorded_rows: RecordedRows | None
+    proxies: tuple[Proxy, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -44,11 +47,14 @@ class Evaluated:
             "figures": self.figures.to_json(),
             "seconds_per_layer": self.seconds,
             "recorded_homes": self.recorded_rows,
+            "proxies": [proxy.to_json() for proxy in self.proxies],
         }
 
 
-def evaluate(path: str, plan: Plan, trace: Trace, topology: Topology, work: Work) -> Evaluated:
-    """Judges one plan; nothing is planned, so the whole trace counts."""
+def evaluate(
+    path: str, plan: Plan, trace: Trace, pairs: Pairs, topology: Topology, work: Work
+) -> Evaluated:
+    """Judges one plan; nothing is planned, so the whole trace counts. `pairs` are the trace's."""
     placement = plan.placement
     seconds = {
         dispatch: Problem(trace, topology, "seconds", dispatch, work).value_of(placement)
@@ -56,7 +62,9 @@ def evaluate(path: str, plan: Plan, trace: Trace, topology: Topology, work: Work
     }
     figures = evidence.judge(trace, placement, topology)
     rows = recorded_rows(trace, placement, topology)
-    return Evaluated(str(path), plan.digest, topology.name, figures, seconds, rows)
+    true = {name: figure.value for name, figure in figures.rows.items()}
+    against = proxies.of(pairs, placement, topology, true)
+    return Evaluated(str(path), plan.digest, topology.name, figures, seconds, rows, against)
 
 
 def recorded_rows(trace: Trace, placement: Placement, topology: Topology) -> RecordedRows | None:
@@ -81,7 +89,7 @@ def recorded_rows(trace: Trace, placement: Placement, topology: Topology) -> Rec
 
 
 def text(evaluated: Sequence[Evaluated]) -> str:
-    """The table, its legend, and the rows of recorded homes where there are any."""
+    """The table, its legend, proxies, and the rows of recorded homes where there are any."""
     heads = ["plan", *(name for name, _ in tables.COLUMNS)]
     heads += [f"ms {dispatch}" for dispatch in ("exch.", "hier.", "coh.", "gath.")]
     rows = [
@@ -94,11 +102,32 @@ def text(evaluated: Sequence[Evaluated]) -> str:
     ]
     lines = [tables.table(heads, rows), "", tables.legend()]
     lines.append("  ms ...    milliseconds per layer and step, by dispatch")
+    lines += ["", "Rows per token and layer as pairs of experts tell them, against the true ones:"]
+    lines += _proxy_lines(evaluated)
     for one in evaluated:
         if one.recorded_rows is not None:
             lines += ["", f"{pathlib.Path(one.path).name}, rows with the homes in the trace:"]
             lines += [f"  {line}" for line in _home_lines(one.recorded_rows)]
     return "\n".join(lines)
+
+
+def _proxy_lines(evaluated: Sequence[Evaluated]) -> list[str]:
+    heads = ["plan", "dispatch", "pairs counted", "proxy", "true", "error"]
+    rows = [
+        [
+            pathlib.Path(one.path).name,
+            f"{proxy.dispatch:12}",
+            f"{proxy.pairs:30}",
+            f"{proxy.value:.4f}",
+            f"{proxy.true:.4f}",
+            f"{100 * proxy.error:+.1f} %",
+        ]
+        for one in evaluated
+        for proxy in one.proxies
+    ]
+    with_copies = [pathlib.Path(one.path).name for one in evaluated if not one.proxies]
+    lines = [tables.table(heads, rows)] if rows else []
+    return lines + [f"  {name}: none; pairs do not say which copy serves" for name in with_copies]
 
 
 def _home_lines(rows: RecordedRows) -> list[str]:

@@ -7,6 +7,7 @@ from moe_jax.placement import evaluate as evaluate_lib
 from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.plan import Plan, check_fits
+from moe_jax.placement.proxies import Pairs
 
 
 def add(commands) -> None:
@@ -32,8 +33,9 @@ def run(options: argparse.Namespace) -> str:
             num_experts=trace.num_experts,
             num_devices=topology.num_devices,
         )
+    pairs = Pairs.of(trace)
     evaluated = [
-        evaluate_lib.evaluate(path, plan, trace, topology, options_lib.work_of(options))
+        evaluate_lib.evaluate(path, plan, trace, pairs, topology, options_lib.work_of(options))
         for path, plan, topology in zip(options.plans, plans, machines, strict=True)
     ]
     if options.json:
