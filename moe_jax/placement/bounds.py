@@ -56,16 +56,19 @@ def contact_lines(size: int, slots: int, devices: int) -> tuple[Line, ...]:
     return tuple(sorted(used))
 
 
-def contacts_lower(coactivation_EE: np.ndarray, tokens_of_size: np.ndarray, devices: int) -> float:
+def contacts_lower(
+    coactivation_EE: np.ndarray, tokens_of_size: np.ndarray, devices: int, slots: int | None = None
+) -> float:
     """Fewest (token, device) contacts of one layer, all its sets at once; cheap, and often weak.
 
     Args:
       coactivation_EE: tokens per pair of experts, symmetric, zero diagonal.
       tokens_of_size: [K + 1], tokens with that many experts in the layer.
       devices: M.
+      slots: experts that a device holds at most; None: equal devices.
     """
     experts, sizes = len(coactivation_EE), len(tokens_of_size)
-    slots = experts // devices
+    slots = experts // devices if slots is None else slots
     off_EE = np.where(np.eye(experts, dtype=bool), -np.inf, coactivation_EE)
     companions_EK = np.sort(off_EE, axis=1)[:, experts - slots + 1 :]  # s - 1 of them
     pairs = float(companions_EK.sum()) / 2
@@ -79,6 +82,16 @@ def contacts_lower(coactivation_EE: np.ndarray, tokens_of_size: np.ndarray, devi
         )
         best = max(best, float(level - slope * pairs))
     return best
+
+
+def most_stays(keep_LEE: np.ndarray, slots: int) -> float:
+    """Most transitions that can stay if no group holds more than `slots` experts of a layer.
+
+    Each expert keeps at most its `slots` likeliest companions, of the layer after or before; cheap.
+    """
+    top_LEE = np.sort(keep_LEE, axis=2)[:, :, -slots:]
+    other_LEE = np.sort(keep_LEE, axis=1)[:, -slots:]
+    return float(np.minimum(top_LEE.sum(axis=(1, 2)), other_LEE.sum(axis=(1, 2))).sum())
 
 
 def load_lower(load_E: np.ndarray, devices: int) -> float:

@@ -9,8 +9,8 @@ hence for a pool of C partitions per layer the best choice of partitions and lab
 exact dynamic program over the chain: states are partitions, edge weights are best labellings.
 
 On nodes x devices a transition that stays in its node keeps `node_likeness` of what staying on its
-device keeps. The best labelling of two partitions is then an assignment of nodes whose weights are
-assignments of devices, still exact.
+device keeps. The best labelling of two partitions that keeps nodes together is then an assignment
+of nodes (each to one of its size) whose weights are assignments of devices, still exact.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ import numpy as np
 from scipy import optimize
 
 from moe_jax.placement import ilp
+from moe_jax.placement import nodes as nodes_lib
+from moe_jax.placement.nodes import DevicesPerNode, Nodes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,26 +32,32 @@ class Chain:
     Attributes:
       keep_LEE: float64 [L - 1, E, E], gained when e of layer l and f of layer l + 1 share a device.
       num_devices: M, numbered node by node.
-      devices_per_node: M on a flat machine.
+      devices_per_node: M on a flat machine; one number per node where nodes differ.
       node_likeness: the share that is gained on another device of the same node.
       load_LE: float64.
       cap_L: largest device load of each layer; inf where there is none.
+      kind_M: labels may only go to devices of the same kind; None: all are alike.
     """
 
     keep_LEE: np.ndarray
     num_devices: int
-    devices_per_node: int
+    devices_per_node: DevicesPerNode
     node_likeness: float
     load_LE: np.ndarray
     cap_L: np.ndarray
+    kind_M: np.ndarray | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.keep_LEE) + 1
 
     @functools.cached_property
+    def nodes(self) -> Nodes:
+        return nodes_lib.of(self.num_devices, self.devices_per_node)
+
+    @functools.cached_property
     def likeness_MM(self) -> np.ndarray:
-        return likeness(self.num_devices, self.devices_per_node, self.node_likeness)
+        return likeness(self.nodes, self.node_likeness)
 
     def value(self, device_LE: np.ndarray) -> float:
         """What the labels keep."""
@@ -117,7 +125,7 @@ class Pool:
     def add(self, device_LE: np.ndarray) -> None:
         """Takes in the partitions of labels; the oldest leave when the pool is full."""
         for layer, device_E in enumerate(device_LE):
-            canonical_E = _canonical(device_E, self._chain.devices_per_node)
+            canonical_E = _canonical(self._chain, device_E)
             known, key = self._found[layer], canonical_E.tobytes()
             number = known.pop(key, None)
             if number is None:
@@ -167,10 +175,9 @@ def align(chain: Chain, part_LE: np.ndarray) -> np.ndarray:
     return device_LE
 
 
-def likeness(num_devices: int, devices_per_node: int, node_likeness: float) -> np.ndarray:
+def likeness(nodes: Nodes, node_likeness: float) -> np.ndarray:
     """float64 [M, M]: 1 on one device, `node_likeness` on one node, else 0."""
-    node_M = np.arange(num_devices) // devices_per_node
-    like_MM = np.where(node_M[:, None] == node_M[None, :], node_likeness, 0.0)
+    like_MM = np.where(nodes.same_MM, node_likeness, 0.0)
     np.fill_diagonal(like_MM, 1.0)
     return like_MM
 
@@ -183,19 +190,24 @@ class _Labels:
 
 def _best_labels(chain: Chain, blocks_MM: np.ndarray) -> _Labels:
     """The device of each group of the later layer; blocks_MM [device before, group after]."""
-    each = chain.devices_per_node
-    if each == chain.num_devices:
-        return _assigned(blocks_MM)
-    nodes = chain.num_devices // each
-    tiles_NNDD = blocks_MM.reshape(nodes, each, nodes, each).transpose(0, 2, 1, 3)
-    inner = [[_assigned(tile_DD) for tile_DD in row] for row in tiles_NNDD]
-    like = chain.node_likeness
-    weight_NN = np.array([[(1 - like) * labels.kept for labels in row] for row in inner])
-    outer = _assigned(weight_NN + like * tiles_NNDD.sum(axis=(2, 3)))
+    nodes, like = chain.nodes, chain.node_likeness
+    kind_M = np.zeros(nodes.devices, np.int64) if chain.kind_M is None else chain.kind_M
+    kinds = [np.sort(kind_M[nodes.node_M == node]) for node in range(nodes.count)]
+    weight_NN = np.full((nodes.count, nodes.count), -np.inf)  # of nodes that are not alike
+    inner: dict[tuple[int, int], _Labels] = {}
+    for node, group in np.ndindex(weight_NN.shape):
+        if not np.array_equal(kinds[node], kinds[group]):
+            continue
+        here, there = nodes.node_M == node, nodes.node_M == group
+        tile_DD = blocks_MM[np.ix_(here, there)]
+        alike_DD = kind_M[here][:, None] == kind_M[there]
+        inner[node, group] = labels = _assigned(np.where(alike_DD, tile_DD, -np.inf))
+        weight_NN[node, group] = (1 - like) * labels.kept + like * tile_DD.sum()
+    outer = _assigned(weight_NN)
     device_M = np.empty(chain.num_devices, np.int64)
     for group, node in enumerate(outer.device_of_group_M):
-        within_D = inner[node][group].device_of_group_M
-        device_M[group * each : (group + 1) * each] = node * each + within_D
+        within_D = inner[node, group].device_of_group_M
+        device_M[nodes.node_M == group] = nodes.first_N[node] + within_D
     return _Labels(outer.kept, device_M)
 
 
@@ -221,12 +233,15 @@ def _blocks(chain: Chain, layer: int, before_E: np.ndarray, part_E: np.ndarray) 
     return onehot_MM[before_E].T @ chain.keep_LEE[layer - 1] @ onehot_MM[part_E]
 
 
-def _canonical(device_E: np.ndarray, devices_per_node: int) -> np.ndarray:
-    """One form per partition: nodes, and devices in them, in the order of their first experts."""
-    node_E = device_E // devices_per_node
-    _, first_node_E = np.unique(node_E, return_index=True)
-    _, first_E = np.unique(device_E, return_index=True)
-    device_M = np.argsort(
-        np.lexsort((first_E, first_node_E[np.unique(device_E) // devices_per_node]))
-    )
+def _canonical(chain: Chain, device_E: np.ndarray) -> np.ndarray:
+    """One form per partition: nodes, and devices in them, in the order of their first experts.
+
+    Where devices or nodes differ it stays as it is: a partition may be in the pool more than once.
+    """
+    nodes = chain.nodes
+    if not nodes.equal or chain.kind_M is not None:
+        return device_E
+    _, first_node_N = np.unique(nodes.node_M[device_E], return_index=True)
+    _, first_M = np.unique(device_E, return_index=True)
+    device_M = np.argsort(np.lexsort((first_M, first_node_N[nodes.node_M])))
     return device_M[device_E]

@@ -3,7 +3,7 @@
 `transitions`: annealed copies (anneal.py), greedy sweeps and shakes of the best so far, each layer
 exactly re-assigned until nothing improves, all partitions into a pool, the best chain through the
 pool by dynamic programming (chain.py). A load cap does not depend on labels, so a chain of layers
-that keep it keeps it. On several nodes the nodes come first, then the devices inside each.
+that keep it keeps it. On several equal nodes the nodes come first, then the devices inside each.
 
 `coherent`: rows there are 2 |S| per layer less the chance that the next layer needs the device on
 which the token waits. Partitions by co-activation under a ladder of load caps, joined along the
@@ -37,7 +37,7 @@ def transitions(
     """Yields better and better placements for `exflow`."""
     chain = problem.chain(problem.top1_LEE)
     capped = problem.load_cap is not None
-    if problem.topology.num_nodes > 1 and not capped:
+    if problem.topology.num_nodes > 1 and problem.topology.nodes.equal and not capped:
         now = time.monotonic()
         nested_LE = _nested(chain, rng, now + NESTED_SHARE * (deadline - now))
         yield nested_LE
@@ -47,8 +47,8 @@ def transitions(
 
 def _nested(chain: chain_lib.Chain, rng: np.random.Generator, deadline: float) -> np.ndarray:
     """Nodes first, as if each were one device; then the devices inside each node, by themselves."""
-    layers, experts, each = chain.num_layers, chain.keep_LEE.shape[1], chain.devices_per_node
-    nodes = chain.num_devices // each
+    layers, experts, nodes = chain.num_layers, chain.keep_LEE.shape[1], chain.nodes.count
+    each = chain.num_devices // nodes
     now = time.monotonic()
     node_LE = _best_of(chain.keep_LEE, nodes, rng, now + (deadline - now) / 2)
     device_LE = np.empty((layers, experts), np.int64)

@@ -73,6 +73,10 @@ class Sets:
             arrivals_EM[row] = (weight_QM[has_Q] * (there_QM[has_Q] == 0)).sum(axis=0)
         return arrivals_EM
 
+    def present_QM(self, device_E: np.ndarray, devices: int) -> np.ndarray:
+        """bool [Q, M]: the set has an expert on the device."""
+        return self._experts_on(device_E, devices) > 0
+
     def _experts_on(self, device_E: np.ndarray, devices: int) -> np.ndarray:
         """int16 [Q, M]: how many experts of a set live on each device."""
         there_QM = np.zeros((len(self.count_Q), devices + 1), np.int16)

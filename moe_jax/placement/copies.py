@@ -23,6 +23,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from moe_jax.errors import Refused
+from moe_jax.placement import nodes as nodes_lib
+from moe_jax.placement.nodes import DevicesPerNode, Nodes
 from moe_jax.placement.plan import Placement
 
 RULE = "local"
@@ -56,35 +58,34 @@ class Candidates:
         return np.where(real_TK, self.slot_EMR.take(at_TK * copies + turn_TK), -1)
 
 
-def candidates(placement: Placement, layer: int, devices_per_node: int | None = None) -> Candidates:
+def candidates(
+    placement: Placement, layer: int, devices_per_node: DevicesPerNode | None = None
+) -> Candidates:
     """The tables of one layer; devices are numbered node by node, None is one node."""
     slot_ER = placement.logical_to_physical_LER[layer].astype(np.int64)
     device_ER = np.where(slot_ER < 0, -1, slot_ER // placement.slots_per_device)
-    return tables(slot_ER, device_ER, placement.num_devices, devices_per_node)
+    return tables(slot_ER, device_ER, nodes_lib.of(placement.num_devices, devices_per_node))
 
 
 def tables(
     slot_ER: Int[np.ndarray, "E R"],
     device_ER: Int[np.ndarray, "E R"],
-    devices: int,
-    devices_per_node: int | None = None,
+    nodes: Nodes,
 ) -> Candidates:
     """The tables from every expert's slots (ascending, padded with -1) and their devices."""
-    near_EMR = nearness(device_ER, devices, devices_per_node or devices)
+    near_EMR = nearness(device_ER, nodes)
     keep_EMR = near_EMR == near_EMR.max(axis=2, keepdims=True)
     order_EMR = np.argsort(~keep_EMR, axis=2, kind="stable")
     slot_EMR = np.where(keep_EMR, slot_ER[:, None, :], -1)
     return Candidates(np.take_along_axis(slot_EMR, order_EMR, axis=2), keep_EMR.sum(axis=2))
 
 
-def nearness(
-    device_ER: Int[np.ndarray, "E R"], devices: int, devices_per_node: int
-) -> Int[np.ndarray, "E M R"]:
+def nearness(device_ER: Int[np.ndarray, "E R"], nodes: Nodes) -> Int[np.ndarray, "E M R"]:
     """2 on the home device, 1 on its node, 0 elsewhere, -1 where there is no copy."""
-    home_M = np.arange(devices)[None, :, None]
+    home_M = np.arange(nodes.devices)[None, :, None]
     device_E1R = device_ER[:, None, :]
     on_home: Bool[np.ndarray, "E M R"] = device_E1R == home_M
-    on_node = device_E1R // devices_per_node == home_M // devices_per_node
+    on_node = nodes.node_of(device_E1R) == nodes.node_M[home_M]
     return np.where(device_E1R < 0, -1, on_home.astype(np.int64) + on_node)
 
 

@@ -14,8 +14,9 @@ Dispatches
 - gathered: every token goes to every other device, and partial sums come back: fixed.
 - exchange: home sends one row to each device of S, which answers with one row (`partial`: its
   experts' sum) or one per expert there (`exact`: summed at home in rank order, bit-identical).
-- hierarchical: one row to each remote node, to the device with home's place in that node, and from
-  there one row to each further device of S in the node; answers take the same way back.
+- hierarchical: one row to each remote node, to the device with home's place in that node (nodes.py
+  says which where nodes differ), and from there one row to each further device of S in the node;
+  answers take the same way back.
 - coherent (ExFlow, arXiv 2401.08383): the token does not return; it goes on from the device of its
   best expert, known as soon as the layer is routed. Layer l sends from where layer l - 1 left it.
 
@@ -31,6 +32,8 @@ from jaxtyping import Float, Int, Integer, Num
 
 from moe_jax.errors import Refused
 from moe_jax.placement import copies
+from moe_jax.placement import nodes as nodes_lib
+from moe_jax.placement.nodes import DevicesPerNode, Nodes
 from moe_jax.placement.plan import Placement
 
 DISPATCHES = ("exchange", "hierarchical", "coherent", "gathered")
@@ -62,7 +65,7 @@ def rows(
     dispatch: str,
     home_T: Int[np.ndarray, " T"] | None = None,
     combine: str = "partial",
-    devices_per_node: int | None = None,
+    devices_per_node: DevicesPerNode | None = None,
 ) -> Rows:
     """Counts the rows of every layer; see the head of this file.
 
@@ -99,10 +102,9 @@ def _rows(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node
             out_MM = _gathered(device_TK, home_T, devices)
             back_MM = out_MM.T
         elif dispatch == "hierarchical":
-            assert devices_per_node is not None
-            first_TK, node_TK = first_of(device_TK), device_TK // devices_per_node
-            ways = _Ways(device_TK, home_T, devices, devices_per_node)
-            out_MM = ways.rows(first_TK, first_of(np.where(device_TK < 0, UNKNOWN, node_TK)))
+            nodes = nodes_lib.of(devices, devices_per_node)
+            ways = _Ways(device_TK, home_T, nodes)
+            out_MM = ways.rows(first_of(device_TK), first_of(nodes.node_of(device_TK)))
             back_MM = out_MM.T
             if combine == "exact":
                 every_TK = device_TK >= 0
@@ -137,7 +139,7 @@ def walk(
     placement: Placement,
     dispatch: str,
     home_T: Int[np.ndarray, " T"],
-    devices_per_node: int | None = None,
+    devices_per_node: DevicesPerNode | None = None,
 ) -> Iterator[Step]:
     """Layer by layer, where tokens are and where their experts are computed."""
     for layer in range(placement.num_layers):
@@ -164,7 +166,7 @@ def computed_LP(
     placement: Placement,
     dispatch: str = "exchange",
     home_T: Int[np.ndarray, " T"] | None = None,
-    devices_per_node: int | None = None,
+    devices_per_node: DevicesPerNode | None = None,
 ) -> Num[np.ndarray, "L P"]:
     """Rows that every physical expert computes: int64, or float64 expected.
 
@@ -206,7 +208,7 @@ def computed_LM(
     placement: Placement,
     dispatch: str = "exchange",
     home_T: Int[np.ndarray, " T"] | None = None,
-    devices_per_node: int | None = None,
+    devices_per_node: DevicesPerNode | None = None,
 ) -> Num[np.ndarray, "L M"]:
     """Rows that every device computes; see computed_LP."""
     load_LP = computed_LP(expert_ids_TLK, placement, dispatch, home_T, devices_per_node)
@@ -218,7 +220,7 @@ def devices_TK(
     placement: Placement,
     layer: int,
     home_T: Int[np.ndarray, " T"] | None = None,
-    devices_per_node: int | None = None,
+    devices_per_node: DevicesPerNode | None = None,
 ) -> Integer[np.ndarray, "T K"]:
     """int64: the device of every assignment of one layer, -1 where there is no expert.
 
@@ -272,14 +274,12 @@ def _gathered(device_TK: np.ndarray, home_T: np.ndarray, devices: int) -> np.nda
 class _Ways:
     """The two hops of hierarchical dispatch: home -> relay (another node), relay -> device.
 
-    The relay has home's place within the node of the device; in home's own node it is home itself,
-    which makes both hops one formula.
+    In home's own node the relay is home itself, which makes both hops one formula.
     """
 
     device_TK: np.ndarray
     home_T: np.ndarray
-    devices: int
-    per_node: int
+    nodes: Nodes
 
     def rows(self, sent_TK: np.ndarray, sent_node_TK: np.ndarray) -> np.ndarray:
         known_T = self.home_T >= 0
@@ -293,23 +293,23 @@ class _Ways:
             self.device_TK[pick_T],
             np.broadcast_to(home_T[:, None], self.device_TK[pick_T].shape),
         )
-        relay_TK = device_TK // self.per_node * self.per_node + home_TK % self.per_node
+        relay_TK = self.nodes.relay(home_TK, self.nodes.node_of(device_TK))
         slow, fast = sent_node_TK[pick_T], sent_TK[pick_T]
-        return _pairs(home_TK[slow], relay_TK[slow], self.devices) + _pairs(
-            relay_TK[fast], device_TK[fast], self.devices
+        devices = self.nodes.devices
+        return _pairs(home_TK[slow], relay_TK[slow], devices) + _pairs(
+            relay_TK[fast], device_TK[fast], devices
         )
 
     def _expected(self, pick_T, sent_TK, sent_node_TK) -> np.ndarray:
-        nodes, each = self.devices // self.per_node, self.per_node
-        device_TK = self.device_TK[pick_T]
-        node_N = np.bincount(device_TK[sent_node_TK[pick_T]] // each, minlength=nodes)
-        to_M = np.bincount(device_TK[sent_TK[pick_T]], minlength=self.devices)
-        home, other = np.divmod(np.arange(self.devices), each)
-        same_place = other[:, None] == other[None, :]
-        same_node = home[:, None] == home[None, :]
-        slow_MM = same_place * node_N[home][None, :] / self.devices
-        fast_MM = same_node * to_M[None, :] / each
-        return np.where(same_node, 0.0, slow_MM) + fast_MM
+        nodes, device_TK = self.nodes, self.device_TK[pick_T]
+        node_TK = nodes.node_of(device_TK)
+        node_N = np.bincount(node_TK[sent_node_TK[pick_T]], minlength=nodes.count)
+        to_M = np.bincount(device_TK[sent_TK[pick_T]], minlength=nodes.devices)
+        every_M = np.arange(nodes.devices)
+        relays_MM = nodes.relay(every_M[:, None], nodes.node_M[None, :]) == every_M[None, :]
+        slow_MM = relays_MM * node_N[nodes.node_M][None, :]
+        fast_MM = nodes.relayed_M[:, None] * to_M[None, :]
+        return np.where(nodes.same_MM, fast_MM, slow_MM) / nodes.devices
 
 
 def _pairs(source: np.ndarray, destination: np.ndarray, devices: int) -> np.ndarray:
@@ -354,15 +354,14 @@ def _check(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_nod
             f"one device below {placement.num_devices} per token",
             "Leave it out, or record homes on as many devices as are planned for",
         )
-    if dispatch == "hierarchical" and (
-        devices_per_node is None or placement.num_devices % devices_per_node
-    ):
+    if dispatch == "hierarchical" and (devices_per_node is None):
         raise Refused(
             "devices_per_node",
-            devices_per_node,
-            f"hierarchical dispatch needs a divisor of the {placement.num_devices} devices",
+            None,
+            "hierarchical dispatch needs to know the nodes",
             "Give the devices of a node",
         )
+    _ = nodes_lib.of(placement.num_devices, devices_per_node)  # refuses what does not fit
 
 
 def _strange(expert_ids_TLK: np.ndarray, placement: Placement) -> np.ndarray:

@@ -147,13 +147,13 @@ def _count(
         (trace.num_sequences, placement.num_layers, placement.num_devices), np.int64
     )
     sequence_T = np.repeat(np.arange(trace.num_sequences), trace.seq_len)
-    each, before_TK = topology.devices_per_node, None
+    nodes, each, before_TK = topology.nodes, topology.devices_per_node, None
     staying = cost.walk(trace.expert_ids_TLK, placement, "coherent", home_T, each)
     for layer, stay in enumerate(staying):
         device_TK = stay.device_TK
         if placement.has_replicas:  # which copy depends on where the token is
             device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer, home_T, each)
-        node_TK = np.where(device_TK < 0, cost.UNKNOWN, device_TK // each)
+        node_TK = nodes.node_of(device_TK)
         first_TK, first_node_TK = cost.first_of(device_TK), cost.first_of(node_TK)
         per_token["token_layers"] += (device_TK >= 0).any(axis=1)
         per_token["distinct"] += first_TK.sum(axis=1)
@@ -163,10 +163,13 @@ def _count(
         )
         if placement.has_replicas:
             rows["exchange"] += 2 * _away(device_TK, first_TK, home_T, placement.num_devices)
-            entry_TK = node_TK * each + home_T[:, None] % each
-            relayed_TK = first_TK & (device_TK != entry_TK)
-            sent_TK = first_node_TK & (node_TK != home_T[:, None] // each)
+            relayed_TK = first_TK & (device_TK != nodes.relay(home_T[:, None], node_TK))
+            sent_TK = first_node_TK & (node_TK != nodes.node_of(home_T)[:, None])
             rows["hierarchical"] += 2.0 * (relayed_TK.sum(axis=1) + sent_TK.sum(axis=1))
+        else:  # homes are uniform and decide nothing else
+            far_M, far_N = nodes.devices - nodes.relayed_M, nodes.devices - nodes.size_N
+            away_T = (first_TK * far_M[device_TK] + first_node_TK * far_N[node_TK]).sum(axis=1)
+            rows["hierarchical"] += 2 * away_T / nodes.devices
         stay_first_TK = cost.first_of(stay.device_TK)
         for at_T in (stay.home_T, stay.next_T):
             rows["coherent"] += _away(stay.device_TK, stay_first_TK, at_T, placement.num_devices)
@@ -176,19 +179,8 @@ def _count(
     sums = {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in per_token.items()}
     sums |= {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in rows.items()}
     if not placement.has_replicas:
-        sums |= _closed(sums["distinct_S"], sums["nodes_S"], topology)
+        sums["exchange_S"] = sums["distinct_S"] * (2 * (nodes.devices - 1) / nodes.devices)
     return Tally(**sums, load_SLM=load_SLM)
-
-
-def _closed(distinct_S, nodes_S, topology: Topology) -> dict[str, np.ndarray]:
-    """Rows of dispatches that return home, homes being uniform, where homes decide nothing else."""
-    devices, nodes, each = topology.num_devices, topology.num_nodes, topology.devices_per_node
-    slow_S = nodes_S * (2 * (nodes - 1) / nodes)
-    fast_S = distinct_S * (2 * (each - 1) / each)
-    return {
-        "exchange_S": distinct_S * (2 * (devices - 1) / devices),
-        "hierarchical_S": slow_S + fast_S,
-    }
 
 
 _PER_TOKEN = ("token_layers", "distinct", "nodes", "moves", "stays", "pairs", "pair_stays")

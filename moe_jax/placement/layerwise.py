@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy import optimize
 
-from moe_jax.placement import clusters, greedy, ilp
+from moe_jax.placement import clusters, greedy, ilp, seating
 from moe_jax.placement.problem import Problem
 
 LADDER: tuple[float, ...] = (
@@ -89,7 +89,10 @@ def best_of_layer(
     if problem.objective == "load" or problem.dispatch == "gathered":
         found.append(_evened(problem, layer, deadline))
     else:
-        rungs = _rungs(problem, layer, factors, rng, deadline)
+        rungs = [
+            seating.seated(problem, layer, device_E, deadline)
+            for device_E in _rungs(problem, layer, factors, rng, deadline)
+        ]
         value_F = np.array([_value(problem, layer, device_E) for device_E in rungs])
         if np.isfinite(value_F).all():
             loss_F = value_F / max(value_F.min(), 1e-300)
@@ -147,6 +150,9 @@ def _polished(problem: Problem, layer: int, device_E: np.ndarray, rng, deadline)
     if not problem.allowed(layer, device_E):
         return device_E
     device_E = _swapped(problem, layer, device_E, deadline)
+    if problem.devices_differ:
+        device_E = seating.seated(problem, layer, device_E, deadline)
+        device_E = _swapped(problem, layer, device_E, deadline)
     if problem.objective == "rows" and problem.node_likeness == 0:
         for _ in range(ROTATIONS):
             if time.monotonic() >= deadline:
@@ -159,13 +165,13 @@ def _polished(problem: Problem, layer: int, device_E: np.ndarray, rng, deadline)
 def _swapped(problem: Problem, layer: int, device_E: np.ndarray, deadline: float) -> np.ndarray:
     """Best-swap descent on the exact objective; swaps that pass the cap do not count."""
     device_E = device_E.copy()
-    devices, each = problem.num_devices, problem.topology.devices_per_node
+    devices, node_M = problem.num_devices, problem.topology.node_M
     load_E = problem.load_LE[layer]
     value = problem.layer_value(layer, device_E)
     while time.monotonic() < deadline:
         apart_EE = device_E[:, None] != device_E[None, :]
         if problem.dispatch == "hierarchical":  # contacts of nodes stay as they are
-            apart_EE &= (device_E // each)[:, None] == (device_E // each)[None, :]
+            apart_EE &= node_M[device_E][:, None] == node_M[device_E][None, :]
         e_P, f_P = np.nonzero(np.triu(apart_EE))
         if not e_P.size:
             break
@@ -173,11 +179,11 @@ def _swapped(problem: Problem, layer: int, device_E: np.ndarray, deadline: float
         pair = np.arange(len(e_P))
         load_PM[pair, device_E[e_P]] += load_E[f_P] - load_E[e_P]
         load_PM[pair, device_E[f_P]] += load_E[e_P] - load_E[f_P]
-        node_N = problem.sets[layer].touched_M(device_E // each, problem.topology.num_nodes)
+        node_N = problem.sets[layer].touched_M(node_M[device_E], problem.topology.num_nodes)
         touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
         node_PN = np.broadcast_to(node_N, (len(e_P), len(node_N)))
         score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
-        score_P[load_PM.max(axis=1) > problem.cap_L[layer] * (1 + 1e-9)] = np.inf
+        score_P[problem.over(layer, load_PM)] = np.inf
         best = int(score_P.argmin())
         if not score_P[best] < value * (1 - 1e-9):
             break

@@ -10,7 +10,8 @@ changes neither rows nor seconds:
   `solve` adds for free: it pays nothing in these dispatches.)
 - coherent dispatch, and the objective exflow: a token goes from device to device over all layers,
   so there is one numbering for all of them.
-Devices of a node stay together in either case. Of two numberings the placement keeps the one it
+Devices of a node stay together in either case, and only devices and nodes that are alike change
+places. Of two numberings the placement keeps the one it
 has unless the other moves less.
 
 Seconds are those of the links alone: the busiest device of the slower tier, all experts at once.
@@ -71,21 +72,22 @@ def relabelled(problem: Problem, before: Placement, after: Placement) -> Placeme
     old_LE, new_LE = before.device_LE, after.device_LE.copy()
     if problem.separable:
         for layer, new_E in enumerate(after.device_LE):
-            new_LE[layer] = _numbered(problem.topology, old_LE[layer], new_E)
+            new_LE[layer] = _numbered(problem, old_LE[layer], new_E)
     else:
-        new_LE = _numbered(problem.topology, old_LE, new_LE)
+        new_LE = _numbered(problem, old_LE, new_LE)
     return Placement.from_device_LE(new_LE, problem.num_devices)
 
 
-def _numbered(topology: Topology, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+def _numbered(problem: Problem, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """`new` under the numbering of its groups that leaves most entries as in `old`."""
-    devices, each = topology.num_devices, topology.devices_per_node
+    devices, each = problem.num_devices, problem.topology.devices_per_node
     shared_MM = np.zeros((devices, devices))
     np.add.at(shared_MM, (old.ravel(), new.ravel()), 1.0)
     # a chain of two layers whose "experts" are devices: what stays is what the labelling keeps
     as_they_are = np.tile(np.arange(devices), (2, 1))
     unlimited = np.full(2, np.inf)
-    pair = chain.Chain(shared_MM[None], devices, each, 0.0, np.zeros((2, devices)), unlimited)
+    nothing_LE = np.zeros((2, devices))
+    pair = chain.Chain(shared_MM[None], devices, each, 0.0, nothing_LE, unlimited, problem.kind_M)
     device_of_M = chain.align(pair, as_they_are)[1]
     if shared_MM[device_of_M, np.arange(devices)].sum() <= np.trace(shared_MM):
         return new

@@ -169,7 +169,7 @@ class _Layers:
     def returning(self, device_TK: np.ndarray, active_B: np.ndarray) -> _Wire:
         """Dispatches whose tokens go home after the layer: closed forms of the contacts."""
         problem, topology = self._problem, self._problem.topology
-        node_TK = np.where(device_TK < 0, cost.UNKNOWN, device_TK // topology.devices_per_node)
+        node_TK = topology.nodes.node_of(device_TK)
         touched_BM = self.sums(_once(device_TK), topology.num_devices)
         node_BN = self.sums(_once(node_TK), topology.num_nodes)
         seconds_B = ways.seconds(

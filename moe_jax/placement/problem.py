@@ -182,9 +182,22 @@ class Problem:
             return (ratio - 1) / ratio
         if self.dispatch != "hierarchical":
             return 0.0
-        nodes, each = self.topology.num_nodes, self.topology.devices_per_node
-        slow = ratio * (nodes - 1) / nodes
-        return slow / (slow + (each - 1) / each)
+        nodes, devices = self.topology.nodes, self.num_devices
+        slow = ratio * float((devices - nodes.size_N).mean())
+        return slow / (slow + float((devices - nodes.relayed_M).mean()))
+
+    @property
+    def devices_differ(self) -> bool:
+        """It matters which group of experts goes on which device."""
+        if self.objective == "rows":
+            return self.dispatch == "hierarchical" and not self.topology.nodes.equal
+        return self.objective == "seconds" and not self.topology.alike
+
+    @property
+    def kind_M(self) -> np.ndarray | None:
+        """int64: labels that may change places in a node, costing nothing; None: all of them."""
+        nodes = self.topology.nodes
+        return None if nodes.equal or self.dispatch != "hierarchical" else nodes.relayed_M
 
     def prepare(self) -> None:
         """Counts what every value needs, so that later timings do not contain it."""
@@ -192,12 +205,16 @@ class Problem:
         if self.separable and self.objective != "load":
             _ = self.sets
 
+    def over(self, layer: int, load_PM: np.ndarray) -> np.ndarray:
+        """bool [P]: a device passes the layer's load cap."""
+        return load_PM.max(axis=1) > self.cap_L[layer] * (1 + 1e-9)
+
     def allowed(self, layer: int, device_E: np.ndarray) -> bool:
         """The layer keeps its load cap."""
-        if not np.isfinite(cap := self.cap_L[layer]):
+        if not np.isfinite(self.cap_L[layer]):
             return True
-        load_M = np.bincount(device_E, weights=self.load_LE[layer])
-        return bool(load_M.max() <= cap * (1 + 1e-9))
+        load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
+        return not self.over(layer, load_M[None])[0]
 
     def all_allowed(self, device_LE: np.ndarray) -> bool:
         return all(self.allowed(layer, row_E) for layer, row_E in enumerate(device_LE))
@@ -215,8 +232,7 @@ class Problem:
 
     def layer(self, layer: int, cap: float) -> clusters.Layer:
         """The clustering problem of one layer."""
-        per_node = self.topology.devices_per_node
-        like_MM = chain.likeness(self.num_devices, per_node, self.node_likeness)
+        like_MM = chain.likeness(self.topology.nodes, self.node_likeness)
         return clusters.Layer(self.coactivation_LEE[layer], self.load_LE[layer], like_MM, cap)
 
     def chain(self, keep_LEE: np.ndarray) -> chain.Chain:
@@ -228,6 +244,7 @@ class Problem:
             self.node_likeness,
             self.load_LE,
             self.cap_L,
+            self.kind_M,
         )
 
     def value(self, device_LE: np.ndarray) -> float:
@@ -315,7 +332,7 @@ class Problem:
         load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
         if self.objective == "load":
             return float(load_M.max() / max(load_M.mean(), 1e-300))
-        node_E = device_E // self.topology.devices_per_node
+        node_E = self.topology.node_M[device_E]
         return float(
             self.scores(
                 layer,

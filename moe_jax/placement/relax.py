@@ -1,8 +1,10 @@
 """The proven lower bound of a `Problem`'s objective: the arguments of bounds.py, put together.
 
-Axes: L MoE layers, M devices, G devices per node. A sum is at least the sum of its terms' minima,
-a maximum over devices at least their mean; so fewest contacts (token, device) and (token, node),
-smallest largest load, and most transitions that can stay are all that is needed.
+Axes: L MoE layers, M devices. A sum is at least the sum of its terms' minima, a maximum over
+devices at least their mean; so fewest contacts (token, device) and (token, node), smallest largest
+load, and most transitions that can stay are all that is needed. Where nodes differ in size, a
+contact with a node counts as one with the node that costs least, and what fits into a node is what
+fits into the largest.
 """
 
 import dataclasses
@@ -62,6 +64,8 @@ def _contacts(problem: Problem, deadline: float, steps: int) -> _Contacts:
 
 def _fewest_L(problem: Problem, count: int, deadline: float, steps: int) -> np.ndarray:
     """Fewest contacts with `count` devices or nodes, by layer."""
+    if not _alike(problem, count):
+        return _from_pairs_L(problem, count)
     sets = [[TokenSets(one.expert_QK, one.count_Q)] for one in problem.sets]
     fewest_L = contact_bound.fewest(sets, _groups(problem, count, 1), deadline, steps)
     return np.maximum(fewest_L, _from_pairs_L(problem, count))
@@ -69,7 +73,20 @@ def _fewest_L(problem: Problem, count: int, deadline: float, steps: int) -> np.n
 
 def _from_pairs_L(problem: Problem, count: int) -> np.ndarray:
     counted = zip(problem.coactivation_LEE, problem.tokens_of_size_LK, strict=True)
-    return np.array([bounds.contacts_lower(pairs_EE, sizes, count) for pairs_EE, sizes in counted])
+    most = _most_slots(problem, count)
+    return np.array([bounds.contacts_lower(pairs, sizes, count, most) for pairs, sizes in counted])
+
+
+def _alike(problem: Problem, count: int) -> bool:
+    """The `count` devices or nodes hold equally many experts: what the relaxation asks for."""
+    return count == problem.num_devices or problem.topology.nodes.equal
+
+
+def _most_slots(problem: Problem, count: int) -> int:
+    """Experts on one of `count` devices, or on the largest of `count` nodes."""
+    if count == problem.num_devices:
+        return problem.slots
+    return problem.slots * int(problem.topology.nodes.size_N.max())
 
 
 def _least_coherent(problem: Problem, deadline: float, steps: int) -> float:
@@ -127,9 +144,13 @@ def _least_rows(problem: Problem, contacts: _Contacts) -> float:
     if problem.dispatch == "coherent":
         return contacts.coherent
     if problem.dispatch == "hierarchical":
-        nodes, each = topology.num_nodes, topology.devices_per_node
-        slow_L = contacts.node_L * (nodes - 1) / nodes * problem.tier_ratio
-        return float(2 * (slow_L + contacts.device_L * (each - 1) / each).sum())
+        nodes = topology.nodes
+        # every contact with a node is one with a device of it, and the other ones come on top
+        most_N = np.maximum.reduceat(nodes.relayed_M, nodes.first_N)
+        node_N = (devices - nodes.size_N) * problem.tier_ratio + (devices - most_N)
+        more_L = np.maximum(contacts.device_L - contacts.node_L, 0.0)
+        rows_L = contacts.node_L * node_N.min() + more_L * (devices - most_N.max())
+        return float(2 * rows_L.sum() / devices)
     return float(2 * contacts.device_L.sum() * (devices - 1) / devices)
 
 
@@ -137,24 +158,25 @@ def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
     topology, work = problem.topology, problem.work
     tokens = problem.trace.num_tokens
     compute_L = seconds_lib.compute_seconds(_load_lower_L(problem), topology, work, tokens)
-    to_bytes = work.batch_tokens / tokens * work.row_bytes / problem.num_devices
-    nodes, each = topology.num_nodes, topology.devices_per_node
+    devices, nodes = problem.num_devices, topology.nodes
+    to_bytes = work.batch_tokens / tokens * work.row_bytes / devices
     fast, slow = topology.fast, topology.slow
     if problem.dispatch == "coherent":
         # a tier's share is free: at best both are busy all the time
-        wire = fast.bandwidth + (slow.bandwidth if nodes > 1 else 0.0)
+        wire = fast.bandwidth + (slow.bandwidth if nodes.count > 1 else 0.0)
         gather = seconds_lib.gather_seconds(topology, work)
         rows = contacts.coherent / problem.trace.num_layers  # of a layer, on average
         return compute_L + gather + rows * to_bytes / wire
     if problem.dispatch == "gathered":
         from_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1) * to_bytes
-        fast_L, slow_L = from_L * (each - 1), from_L * (nodes - 1) * each
+        fast_L = from_L * (nodes.size_N.max() - 1)
+        slow_L = from_L * (devices - nodes.size_N.min())
     elif problem.dispatch == "hierarchical":
-        fast_L = contacts.device_L * to_bytes * (each - 1) / each
-        slow_L = contacts.node_L * to_bytes * (nodes - 1) / nodes
+        fast_L = contacts.device_L * to_bytes * (devices - nodes.relayed_M.max()) / devices
+        slow_L = contacts.node_L * to_bytes * (devices - nodes.size_N.max()) / devices
     else:
-        fast_L = contacts.device_L * to_bytes * (each - 1) / problem.num_devices
-        slow_L = contacts.device_L * to_bytes * (nodes - 1) / nodes
+        fast_L = contacts.device_L * to_bytes * (nodes.size_N.min() - 1) / devices
+        slow_L = contacts.device_L * to_bytes * (devices - nodes.size_N.max()) / devices
     fast_L = fast_L / fast.bandwidth + fast.latency * (fast_L > 0)
     slow_L = slow_L / slow.bandwidth + slow.latency * (slow_L > 0)
     way_L = fast_L + slow_L if problem.dispatch == "hierarchical" else np.maximum(fast_L, slow_L)
@@ -173,6 +195,9 @@ def _most_stays(problem: Problem, keep_LEE: np.ndarray, deadline: float, steps: 
     counts = [(1 - like, problem.num_devices)] + ([(like, nodes)] if nodes > 1 else [])
     total = 0.0
     for share, count in counts:
+        if not _alike(problem, count):
+            total += share * bounds.most_stays(keep_LEE, _most_slots(problem, count))
+            continue
         groups = _groups(problem, count, 2)
         weight_N = groups.layout.flat(nothing_LEE, keep_LEE)
         kept = semidefinite.most_kept(groups, weight_N, clock.next(), steps)

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.errors import Refused
 from moe_jax.placement import copies, cost, replication
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.nodes import Nodes
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 
@@ -92,7 +93,9 @@ def balanced(problem: Problem) -> Placement:
     slots, experts = problem.num_slots, problem.trace.num_experts
     assert slots is not None
     plan = replication.balanced_slots(load_LE, slots, devices, rounds=ROUNDS)
-    if nodes == 1 or experts % nodes or slots > experts * problem.topology.devices_per_node:
+    if nodes == 1 or experts % nodes or not problem.topology.nodes.equal:
+        return plan
+    if slots * nodes > experts * devices:  # more than a node's experts on each of its devices
         return plan
     by_node = replication.balanced_slots(load_LE, slots, devices, nodes, experts, rounds=ROUNDS)
     worst = [_largest_L(problem, one) for one in (plan, by_node)]
@@ -235,7 +238,7 @@ class _Layer:
         here_nK = self._ids_nK == e
         pick = np.flatnonzero(here_nK.any(axis=1))
         k_n = here_nK[pick].argmax(axis=1)
-        table = _table(holds_XM, self._problem.topology.devices_per_node)
+        table = _table(holds_XM, self._nodes)
         home_n = self._home_n[pick]
         turn_Xn = (self._position_n[pick] + k_n) % table.count_EM[:, home_n]
         device_Xn = table.slot_EMR[np.arange(len(at_X))[:, None], home_n, turn_Xn]
@@ -244,22 +247,22 @@ class _Layer:
         rows_XMM = rows_MM + self._rows(device_XnK, pick)
         rows_XMM -= self._rows(self._device_nK[pick][None], pick)
         load_M = self._loads(self.holds_EM)
-        load_XM = load_M + _share(holds_XM, self._per_node) * self._problem.load_LE[self._layer, e]
+        load_XM = load_M + _share(holds_XM, self._nodes) * self._problem.load_LE[self._layer, e]
         load_XM -= (
-            _share(self.holds_EM[e][None], self._per_node) * (self._problem.load_LE[self._layer, e])
+            _share(self.holds_EM[e][None], self._nodes) * (self._problem.load_LE[self._layer, e])
         )
         saving_X[at_X] = (now - self._value(rows_XMM, load_XM)) / added_XM.sum(axis=1)
         return saving_X
 
     @property
-    def _per_node(self) -> int:
-        return self._problem.topology.devices_per_node
+    def _nodes(self) -> Nodes:
+        return self._problem.topology.nodes
 
     def _loads(self, holds_EM) -> Float[np.ndarray, " M"]:
-        return self._problem.load_LE[self._layer] @ _share(holds_EM, self._per_node)
+        return self._problem.load_LE[self._layer] @ _share(holds_EM, self._nodes)
 
     def _served(self, holds_EM) -> Int[np.ndarray, "n K"]:
-        table = _table(holds_EM, self._per_node)
+        table = _table(holds_EM, self._nodes)
         return table.slots_TK(self._ids_nK, self._home_n, self._position_n)
 
     def _rows(self, device_XnK, pick) -> Float[np.ndarray, "X 2 M M"]:
@@ -278,11 +281,10 @@ class _Layer:
         elif problem.dispatch == "gathered":
             there_XMM = back_XMM = np.zeros((shape[0], devices, devices))
         elif problem.dispatch == "hierarchical":
-            each = self._per_node
-            node_XnK = np.where(device_XnK < 0, -1, device_XnK // each)
+            node_XnK = self._nodes.node_of(device_XnK)
             first_node = cost.first_of(node_XnK.reshape(-1, shape[2])).reshape(shape)
             home_XnK = np.broadcast_to(home_n[:, None], shape)
-            entry_XnK = node_XnK * each + home_XnK % each
+            entry_XnK = self._nodes.relay(home_XnK, node_XnK)
             there_XMM = _pairs(home_XnK, entry_XnK, first_node, devices)
             there_XMM += _pairs(entry_XnK, device_XnK, first_XnK, devices)
             back_XMM = there_XMM.transpose(0, 2, 1)
@@ -327,24 +329,22 @@ def _ahead(ids_nLK: np.ndarray, layer: int, next_E: np.ndarray | None) -> Int[np
     return np.where(real_n, next_E[np.where(real_n, best_n, 0)], cost.UNKNOWN).astype(np.int64)
 
 
-def _table(holds_EM: Bool[np.ndarray, "E M"], per_node: int) -> copies.Candidates:
+def _table(holds_EM: Bool[np.ndarray, "E M"], nodes: Nodes) -> copies.Candidates:
     """The copy rule, devices in place of slots."""
     devices = holds_EM.shape[1]
     device_EM = np.where(holds_EM, np.arange(devices), devices)
     device_ER = np.sort(device_EM, axis=1)[:, : int(holds_EM.sum(axis=1).max())]
     device_ER = np.where(device_ER == devices, -1, device_ER)
-    return copies.tables(device_ER, device_ER, devices, per_node)
+    return copies.tables(device_ER, device_ER, nodes)
 
 
-def _share(holds_EM: Bool[np.ndarray, "E M"], per_node: int) -> Float[np.ndarray, "E M"]:
+def _share(holds_EM: Bool[np.ndarray, "E M"], nodes: Nodes) -> Float[np.ndarray, "E M"]:
     """The share of an expert's rows that each device computes, homes being uniform."""
-    experts, devices = holds_EM.shape
-    near_ENG = holds_EM.reshape(experts, -1, per_node).astype(float)
-    near_EN = near_ENG.sum(axis=2)
-    nodes = near_EN.shape[1]
-    own_ENG = near_ENG / np.maximum(near_EN, 1)[:, :, None] / nodes
-    far_E1 = (near_EN == 0).sum(axis=1, keepdims=True) / nodes
-    return own_ENG.reshape(experts, devices) + far_E1 * holds_EM / holds_EM.sum(1, keepdims=True)
+    near_EN = nodes.sums(holds_EM.astype(float))
+    homes_N = nodes.size_N / nodes.devices
+    own_EM = holds_EM * (homes_N / np.maximum(near_EN, 1))[:, nodes.node_M]
+    far_E1 = (near_EN == 0) @ homes_N[:, None]
+    return own_EM + far_E1 * holds_EM / holds_EM.sum(1, keepdims=True)
 
 
 def _pairs(source, destination, sent, devices: int) -> Float[np.ndarray, "X M M"]:

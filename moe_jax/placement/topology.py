@@ -1,8 +1,8 @@
 """The machine a plan is for: nodes, devices, two tiers of links, and how fast a device computes.
 
-Promise: `Topology` is frozen and validated. Devices are numbered node by node: device m is in node
-m // devices_per_node. The fast tier joins the devices of a node, the slow tier the nodes; on a
-flat machine there is one node and the slow tier is not used.
+Promise: `Topology` is frozen and validated. Devices are numbered node by node (nodes.py). The fast
+tier joins the devices of a node, the slow tier the nodes; on a flat machine there is one node and
+the slow tier is not used.
 
 Presets are small JSON files in `configs/topology/` (fields as below). A name is looked up there
 from the current folder, then from the checkout this package lies in; a path to a `.json` of one's
@@ -10,6 +10,7 @@ own works as well.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import Refused
+from moe_jax.placement import nodes as nodes_lib
+from moe_jax.placement.nodes import DevicesPerNode, Nodes
 
 FOLDERS = (
     pathlib.Path("configs/topology"),
@@ -55,7 +58,7 @@ class Topology:
     Attributes:
       name: for people.
       num_nodes: nodes of the machine.
-      devices_per_node: devices in each.
+      devices_per_node: devices in each; where nodes differ, one number per node (a list in JSON).
       fast: links inside a node.
       slow: links between nodes.
       device_flops: floating-point operations per second that a device reaches in expert matmuls.
@@ -63,29 +66,52 @@ class Topology:
 
     name: str
     num_nodes: int
-    devices_per_node: int
+    devices_per_node: DevicesPerNode
     fast: Tier = FAST
     slow: Tier = SLOW
     device_flops: float = 4e14
 
     def __post_init__(self):
-        for field in ("num_nodes", "devices_per_node"):
-            value = getattr(self, field)
-            if type(value) is not int or not 1 <= value <= 2**16:
-                raise Refused(field, value, "a whole number from 1 to 65536", "Correct it")
+        value = self.num_nodes
+        if type(value) is not int or not 1 <= value <= nodes_lib.MOST:
+            rule = f"a whole number from 1 to {nodes_lib.MOST}"
+            raise Refused("num_nodes", value, rule, "Correct it")
+        each = nodes_lib.checked(self.num_nodes, self.devices_per_node)
+        object.__setattr__(self, "devices_per_node", each)
         _number("device_flops", self.device_flops, above=0.0)
 
     @property
     def num_devices(self) -> int:
-        return self.num_nodes * self.devices_per_node
+        each = self.devices_per_node
+        return sum(each) if isinstance(each, tuple) else self.num_nodes * each
+
+    @functools.cached_property
+    def nodes(self) -> Nodes:
+        return nodes_lib.of(self.num_devices, self.devices_per_node)
 
     @property
     def node_M(self) -> np.ndarray:
         """int64 [M]: the node of every device."""
-        return np.arange(self.num_devices) // self.devices_per_node
+        return self.nodes.node_M
+
+    @property
+    def alike(self) -> bool:
+        """Any two devices of a node may change places, and any two nodes."""
+        return self.nodes.equal
+
+    @property
+    def shape(self) -> str:
+        """Nodes and devices, for people: `2 x 8`, `8 + 4`."""
+        each = self.devices_per_node
+        return (
+            " + ".join(map(str, each)) if isinstance(each, tuple) else f"{self.num_nodes} x {each}"
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if isinstance(self.devices_per_node, tuple):
+            fields["devices_per_node"] = list(self.devices_per_node)
+        return fields
 
 
 def flat(num_devices: int) -> Topology:
@@ -105,6 +131,11 @@ def nodes_by_devices(num_nodes: int, num_devices: int) -> Topology:
         return flat(num_devices)
     each = num_devices // num_nodes
     return Topology(f"{num_nodes}x{each}", num_nodes, each)
+
+
+def uneven(sizes: tuple[int, ...]) -> Topology:
+    """Nodes of these numbers of devices."""
+    return Topology("+".join(map(str, sizes)), len(sizes), sizes)
 
 
 def preset(name: str) -> Topology:
@@ -132,6 +163,8 @@ def from_json(fields: Any, source: str = "topology") -> Topology:
         if key not in fields:
             raise Refused(f"{source} {key}", None, "this field is needed", "Add it")
     values = dict(fields)
+    each = nodes_lib.checked(values["num_nodes"], values["devices_per_node"])
+    values["devices_per_node"] = each
     for key in ("fast", "slow"):
         if key in values:
             tier = values[key]

@@ -155,7 +155,13 @@ def test_bad_arguments_are_refused(changes):
         cost.rows(holey_trace(0).expert_ids_TLK, **{**good, **changes})
 
 
-TOPOLOGIES = [topology.flat(4), topology.nodes_by_devices(2, 4), topology.nodes_by_devices(4, 8)]
+TOPOLOGIES = [
+    topology.flat(4),
+    topology.nodes_by_devices(2, 4),
+    topology.nodes_by_devices(4, 8),
+    topology.uneven((3, 1)),
+    topology.uneven((1, 5, 2)),
+]
 
 
 @pytest.mark.parametrize("machine", TOPOLOGIES, ids=lambda machine: machine.name)

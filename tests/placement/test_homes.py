@@ -63,6 +63,9 @@ MACHINES = [
     ("hierarchical", topology.nodes_by_devices(2, 4)),
     ("hierarchical", topology.nodes_by_devices(2, 8)),
     ("hierarchical", topology.nodes_by_devices(4, 4)),
+    ("exchange", topology.uneven((3, 1))),
+    ("hierarchical", topology.uneven((3, 1))),
+    ("hierarchical", topology.uneven((2, 5, 1))),
 ]
 
 
@@ -276,10 +279,9 @@ def test_numbers_are_the_best_of_all(dispatch, machine):
     number_LP = joint.numbers_LP(
         tally.count(trace, device_LE, machine), price, home_S, machine.devices_per_node
     )
-    node_M, best = machine.node_M, np.inf
+    same_MM, best = machine.nodes.same_MM, np.inf
     for order in itertools.permutations(range(devices)):
-        nodes = node_M[np.array(order)].reshape(machine.num_nodes, -1)
-        if dispatch == "hierarchical" and (nodes != nodes[:, :1]).any():
+        if dispatch == "hierarchical" and (same_MM[np.ix_(order, order)] != same_MM).any():
             continue  # tears a node apart
         best = min(best, homed.exact(np.array(order)[device_LE]))
     found = homed.exact(np.take_along_axis(number_LP, device_LE, 1))

@@ -6,8 +6,9 @@ M devices, N nodes, B rows of a batch of packings (layers, or layers x nodes).
 Hierarchical: groups of experts are packed onto nodes; inside a node the expert with the largest
 load per copy gets the next copy until the slots are used up; copies are packed onto the devices
 of the node. Global: the same with one node and one group; it is used as well where the nodes do
-not divide the groups. Packing goes heaviest first, each to the lightest pack with room (where a
-pack holds one item, item i goes to pack i). Ties go to the lower index.
+not divide the groups. There is no hierarchical form for nodes of different sizes. Packing goes
+heaviest first, each to the lightest pack with room (where a pack holds one item, item i goes to
+pack i). Ties go to the lower index.
 
 Nothing keeps two copies of one expert off one device, where the second one is a wasted slot:
 `duplicates` counts them. So the maps are not a valid Placement; replication.py makes one that is as

@@ -67,7 +67,7 @@ class Baseline:
         """Is it another method than those above it, on this machine with these slots?"""
         return {
             "": True,
-            "nodes": problem.topology.num_nodes > 1 or problem.has_replicas,
+            "nodes": _equal_nodes(problem) > 1 or problem.has_replicas,
             "replicas": problem.has_replicas,
             "transitions": problem.trace.num_layers > 1,
         }[self.needs]
@@ -88,6 +88,11 @@ def chosen(
 
 def by_key(key: str) -> Baseline:
     return next(one for one in ALL if one.key == key)
+
+
+def _equal_nodes(problem: Problem) -> int:
+    """Nodes for methods that are published for equal ones; others count as one node."""
+    return problem.topology.num_nodes if problem.topology.nodes.equal else 1
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int]:
@@ -133,7 +138,7 @@ def _eplb(problem: Problem, groups: int, nodes: int) -> Made:
 
 
 def _eplb_hierarchical(problem: Problem, seed: int, seconds: float) -> Made:
-    experts, nodes = problem.trace.num_experts, problem.topology.num_nodes
+    experts, nodes = problem.trace.num_experts, _equal_nodes(problem)
     return _eplb(problem, experts, nodes) if experts % nodes == 0 else _eplb(problem, 1, 1)
 
 
@@ -174,13 +179,13 @@ def _occult(problem: Problem, seed: int, seconds: float) -> Made:
 
 
 def _grace(problem: Problem, seed: int, seconds: float) -> Made:
-    nodes, devices = problem.topology.num_nodes, problem.num_devices
+    nodes, devices = _equal_nodes(problem), problem.num_devices
     device_LE = grace.bounded_groups(problem.coactivation_LEE, nodes, devices, seed)
     return Made(uneven.of_devices(device_LE, devices))
 
 
 def _exflow(problem: Problem, seed: int, seconds: float) -> Made:
-    nodes, devices = problem.topology.num_nodes, problem.num_devices
+    nodes, devices = _equal_nodes(problem), problem.num_devices
     found = exflow.staged(problem.top1_LEE, nodes, devices, seconds)
     return dataclasses.replace(_equal(problem, found.device_LE), cut=found.cut)
 

@@ -22,6 +22,7 @@ from moe_jax.placement.homes.report import Found, Study
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
+from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 SLACK = 0.05  # of the tokens of a device, in planning; more where sequences do not fit
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace) -> str:
             "sequences", 1, "rules are judged on sequences of their own", "Record two or more"
         )
     given = Plan.read(options.plan) if options.plan else None
-    problem = options_lib.problem_of(_with_machine(options, given), halves.plan_half)
+    problem = options_lib.problem_of(options, halves.plan_half, _machine(options, given))
     tally.check(problem)
     planned = _planned(options, problem, given)
     found = report.study(problem, halves.judge_half, planned.before_LE, planned.after_LE, settings)
@@ -123,14 +124,11 @@ def run(options: argparse.Namespace) -> str:
     return _text(options, trace, problem, planned, found, halves.judge_half)
 
 
-def _with_machine(options: argparse.Namespace, given: Plan | None) -> argparse.Namespace:
+def _machine(options: argparse.Namespace, given: Plan | None) -> Topology:
     """The plan's own machine where the command line names none."""
-    if given is None or options.topology or options.devices:
-        return options
-    machine = options_lib.evaluation_topology(options, given)
-    return argparse.Namespace(
-        **{**vars(options), "devices": machine.num_devices, "nodes": machine.num_nodes}
-    )
+    if given is None:
+        return options_lib.topology_of(options)
+    return options_lib.evaluation_topology(options, given)
 
 
 def _planned(options: argparse.Namespace, problem: Problem, given: Plan | None) -> _Planned:

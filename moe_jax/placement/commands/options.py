@@ -45,6 +45,9 @@ def machine_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("machine and model sizes")
     group.add_argument("--devices", type=int, help="expert-parallel devices, all nodes together")
     group.add_argument("--nodes", type=int, default=1, help="equal nodes (default 1)")
+    group.add_argument(
+        "--node-sizes", metavar="8,4", help="devices of every node, where nodes are not equal"
+    )
     group.add_argument("--topology", metavar="NAME", help="configs/topology/NAME.json, or a path")
     sizes = Work()
     for name, text in (
@@ -95,11 +98,13 @@ def objective_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of the halves and of the search")
 
 
-def problem_of(options: argparse.Namespace, trace: Trace) -> Problem:
-    """The problem that the options describe."""
+def problem_of(
+    options: argparse.Namespace, trace: Trace, topology: Topology | None = None
+) -> Problem:
+    """The problem that the options describe; on another machine if one is given."""
     return Problem(
         trace,
-        topology_of(options),
+        topology or topology_of(options),
         options.objective,
         options.dispatch,
         work_of(options),
@@ -119,6 +124,8 @@ def topology_of(options: argparse.Namespace) -> Topology:
                 "Leave --devices out, or choose another topology",
             )
         return topology
+    if options.node_sizes:
+        return _uneven(options)
     if options.devices is None:
         raise Refused("devices", None, "the number of devices is needed", "Give --devices=8")
     if options.devices < 1:
@@ -126,10 +133,25 @@ def topology_of(options: argparse.Namespace) -> Topology:
     return topology_lib.nodes_by_devices(options.nodes, options.devices)
 
 
+def _uneven(options: argparse.Namespace) -> Topology:
+    try:
+        sizes = [int(size) for size in options.node_sizes.split(",")]
+    except ValueError:
+        sizes = [0]
+    topology = topology_lib.uneven(tuple(sizes))
+    for field, given in (("devices", topology.num_devices), ("nodes", topology.num_nodes)):
+        asked = getattr(options, field)
+        if asked not in (None, given) and not (field == "nodes" and asked == 1):
+            raise Refused(field, asked, f"--node-sizes makes {given}", f"Leave --{field} out")
+    return topology
+
+
 def evaluation_topology(options: argparse.Namespace, plan: Plan) -> Topology:
     """The topology asked for, else the plan's own, else a flat one."""
-    if options.topology or options.devices or options.nodes > 1:
-        devices = options.devices or (None if options.topology else plan.placement.num_devices)
+    if options.topology or options.node_sizes:
+        return topology_of(options)
+    if options.devices or options.nodes > 1:
+        devices = options.devices or plan.placement.num_devices
         return topology_of(argparse.Namespace(**{**vars(options), "devices": devices}))
     if plan.topology:
         return topology_lib.from_json(plan.topology, "plan topology")

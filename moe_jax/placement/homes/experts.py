@@ -56,6 +56,11 @@ class HomedProblem(Problem):
 
     homes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
+    @property
+    def devices_differ(self) -> bool:
+        """Groups stay where their homes want them: a contact's price depends on its device."""
+        return False
+
     @functools.cached_property
     def price(self) -> Prices:
         return tally.prices_of(self)
@@ -79,7 +84,7 @@ class HomedProblem(Problem):
     def layer_value(self, layer: int, device_E: np.ndarray) -> float:
         """What the search minimises: exact for `rows`, see the head of this file for `seconds`."""
         load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
-        node_E, sets = device_E // self.topology.devices_per_node, self.sets[layer]
+        node_E, sets = self.topology.node_M[device_E], self.sets[layer]
         touched_PM = sets.touched_M(device_E, self.num_devices)[None]
         node_PN = sets.touched_M(node_E, self.topology.num_nodes)[None]
         return float(self.scores(layer, touched_PM, node_PN, load_M[None])[0])
@@ -93,7 +98,8 @@ class HomedProblem(Problem):
             return scale * (touched_PM.sum(axis=1) + node_PN.sum(axis=1))
         row_seconds = self.work.row_bytes / self.topology.fast.bandwidth
         row_seconds *= self.work.batch_tokens / self.trace.num_tokens
-        busiest_P = touched_PM.max(axis=1) + node_PN.max(axis=1) / self.topology.devices_per_node
+        node_PN = node_PN / self.topology.nodes.size_N  # its relays share
+        busiest_P = touched_PM.max(axis=1) + node_PN.max(axis=1)
         compute_PM = seconds_lib.compute_seconds(
             load_PM, self.topology, self.work, self.trace.num_tokens
         )
@@ -106,7 +112,7 @@ class HomedProblem(Problem):
         sets = self.sets[layer]
         assert isinstance(sets, HomedSets)
         touched_HM = sets.contacts_HM(device_E, self.num_devices)
-        node_E = device_E // self.topology.devices_per_node
+        node_E = self.topology.node_M[device_E]
         node_HN = sets.contacts_HM(node_E, self.topology.num_nodes)
         out_LMM = tally.wire_LMM(touched_HM[None], node_HN[None], self.topology, self.dispatch)
         load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)

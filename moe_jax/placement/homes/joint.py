@@ -23,9 +23,11 @@ from jaxtyping import Float, Int
 from scipy import optimize
 
 from moe_jax.placement import layerwise
+from moe_jax.placement import nodes as nodes_lib
 from moe_jax.placement.homes import assign, experts, tally
 from moe_jax.placement.homes.assign import Seated
 from moe_jax.placement.homes.tally import Contacts, Prices
+from moe_jax.placement.nodes import DevicesPerNode, Nodes
 from moe_jax.placement.problem import Problem
 
 STARTS = 8
@@ -146,7 +148,7 @@ def _turns(
     best = start
     for _ in range(TURNS):
         number_LP = numbers_LP(contacts, price, best.home_S, problem.topology.devices_per_node)
-        renumbered = _renumbered(contacts, number_LP, problem.topology.devices_per_node)
+        renumbered = _renumbered(contacts, number_LP, problem.topology.nodes)
         found = seat(tally.cost_SM(renumbered, price))
         if not found.value < best.value * (1 - 1e-12):
             break
@@ -157,13 +159,17 @@ def _turns(
 
 
 def numbers_LP(
-    contacts: Contacts, price: Prices, home_S: Int[np.ndarray, " S"], each: int
+    contacts: Contacts,
+    price: Prices,
+    home_S: Int[np.ndarray, " S"],
+    devices_per_node: DevicesPerNode,
 ) -> Int[np.ndarray, "L P"]:
     """The device that every part should be, layer by layer: the fewest rows for these homes.
 
     Devices of a node stay together; where nodes cost nothing by themselves any device will do.
     """
     devices = contacts.touched_SLM.shape[2]
+    nodes = nodes_lib.of(devices, devices_per_node)
     onehot_SH = np.eye(devices)[home_S]
     of_home_LHP = np.einsum("sh,slp->lhp", onehot_SH, contacts.touched_SLM, optimize=True)
     cost_LPM = np.einsum("lhp,hm->lpm", of_home_LHP, price.device_HM, optimize=True)
@@ -173,21 +179,24 @@ def numbers_LP(
     cost_LNN = np.einsum("lhp,hn->lpn", of_home_LHN, price.node_HN, optimize=True)
     return np.stack(
         [
-            _by_node(cost_PM, cost_NN, each)
+            _by_node(cost_PM, cost_NN, nodes)
             for cost_PM, cost_NN in zip(cost_LPM, cost_LNN, strict=True)
         ]
     )
 
 
-def _by_node(cost_PM: np.ndarray, cost_NN: np.ndarray, each: int) -> np.ndarray:
-    """Which place in its node every part takes, and which node every node's parts become.
+def _by_node(cost_PM: np.ndarray, cost_NN: np.ndarray, nodes: Nodes) -> np.ndarray:
+    """Which place in its node every part takes, and which node (of its size) its node becomes.
 
-    The two are independent: a device's price depends on its place only.
+    The two are independent: a device's price depends on its place and the size of its node only.
     """
-    node_N, _ = _assigned(cost_NN)
-    blocks = cost_PM[:, :each].reshape(len(cost_NN), each, each)
-    place_NG = np.stack([_assigned(block_GG)[0] for block_GG in blocks])
-    return (node_N[:, None] * each + place_NG).ravel()
+    same_NN = nodes.size_N[:, None] == nodes.size_N
+    node_N, _ = _assigned(np.where(same_NN, cost_NN, np.inf))
+    number_P = np.empty(nodes.devices, np.int64)
+    for node, first in enumerate(nodes.first_N):
+        inside = slice(first, first + nodes.size_N[node])
+        number_P[inside] = nodes.first_N[node_N[node]] + _assigned(cost_PM[inside, inside])[0]
+    return number_P
 
 
 def _assigned(cost: np.ndarray) -> tuple[np.ndarray, float]:
@@ -195,13 +204,12 @@ def _assigned(cost: np.ndarray) -> tuple[np.ndarray, float]:
     return column, float(cost[row, column].sum())
 
 
-def _renumbered(contacts: Contacts, number_LP: np.ndarray, each: int) -> Contacts:
+def _renumbered(contacts: Contacts, number_LP: np.ndarray, nodes: Nodes) -> Contacts:
     part_LM = np.argsort(number_LP, axis=1)
-    node_LN = part_LM[:, ::each] // each
-    nodes = contacts.node_SLN.shape[2]
+    node_LN = nodes.node_M[part_LM[:, nodes.first_N]]
     # without prices of their own nodes may be torn apart, and their contacts are not asked for
     node_SLN = contacts.node_SLN
-    if nodes > 1 and (part_LM // each == np.repeat(node_LN, each, axis=1)).all():
+    if nodes.count > 1 and (nodes.node_M[part_LM] == node_LN[:, nodes.node_M]).all():
         node_SLN = np.take_along_axis(contacts.node_SLN, node_LN[None], axis=2)
     return dataclasses.replace(
         contacts,

@@ -88,13 +88,13 @@ def check(problem: Problem) -> None:
 
 def prices(topology: Topology, dispatch: str, slow_weight: float = 1.0) -> Prices:
     """A row between nodes counts `slow_weight` times."""
-    devices, each = topology.num_devices, topology.devices_per_node
-    node_M, place_M = topology.node_M, np.arange(devices) % each
+    devices, node_M = topology.num_devices, topology.node_M
     other_HN = node_M[:, None] != np.arange(topology.num_nodes)
-    if dispatch == "hierarchical" and each == 1:  # a node is a device
+    if dispatch == "hierarchical" and topology.num_nodes == devices:  # a node is a device
         return Prices(2.0 * slow_weight * other_HN, np.zeros(other_HN.shape))
     if dispatch == "hierarchical":
-        other_HM = place_M[:, None] != place_M
+        home_M = np.arange(devices)
+        other_HM = topology.nodes.relay(home_M[:, None], node_M) != home_M
         return Prices(2.0 * other_HM, 2.0 * slow_weight * other_HN)
     row_HM = np.where(node_M[:, None] == node_M, 2.0, 2.0 * slow_weight)
     np.fill_diagonal(row_HM, 0.0)
@@ -116,7 +116,7 @@ def count(trace: Trace, device_LE: Integer[np.ndarray, "L E"], topology: Topolog
     for layer, device_E in enumerate(device_LE.astype(np.int64)):
         ids_TK = np.minimum(trace.expert_ids_TLK[:, layer].astype(np.int64), trace.num_experts)
         device_TK = np.append(device_E, cost.UNKNOWN)[ids_TK]
-        node_TK = np.where(device_TK < 0, cost.UNKNOWN, device_TK // topology.devices_per_node)
+        node_TK = topology.nodes.node_of(device_TK)
         touched.append(evidence.per_sequence(_once(device_TK), sequence_T, shape_M))
         nodes.append(evidence.per_sequence(_once(node_TK), sequence_T, shape_N))
         load.append(evidence.per_sequence(device_TK, sequence_T, shape_M))
@@ -159,16 +159,13 @@ def wire_LMM(
 
 def _relayed(touched_LHM, node_LHN, topology: Topology) -> np.ndarray:
     """Home -> the device of its place in each node -> devices of that node."""
-    each, nodes = topology.devices_per_node, topology.num_nodes
-    layers, devices, _ = touched_LHM.shape
-    # from the homes of one place, whatever their node: the relay of m's node that has this place
-    of_place_LGM = touched_LHM.reshape(layers, nodes, each, devices).sum(axis=1)
-    out_LMM = np.zeros((layers, devices, devices), touched_LHM.dtype)
-    for node in range(nodes):
-        inside = slice(node * each, (node + 1) * each)
-        out_LMM[:, inside, inside] += of_place_LGM[:, :, inside]
-        for home in range(devices):  # in its own node home is the relay: the diagonal
-            out_LMM[:, home, node * each + home % each] += node_LHN[:, home, node]
+    out_LMM = np.zeros_like(touched_LHM)
+    for node in range(topology.num_nodes):
+        inside = np.flatnonzero(topology.node_M == node)
+        for home in range(topology.num_devices):  # in its own node home is the relay: the diagonal
+            relay = topology.nodes.relay(home, node)
+            out_LMM[:, relay, inside] += touched_LHM[:, home, inside]
+            out_LMM[:, home, relay] += node_LHN[:, home, node]
     return out_LMM
 
 

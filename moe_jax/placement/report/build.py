@@ -173,7 +173,7 @@ def _origin(done: Done) -> tuple[tuple[str, str], ...]:
         "plan digest, after": done.after.digest,
         "plan digest, before": done.before.digest,
         "seed": str(done.seed),
-        "machine": f"{machine.name}: {machine.num_nodes} x {machine.devices_per_node} devices, "
+        "machine": f"{machine.name}: {machine.shape} devices, "
         f"{machine.fast.bandwidth / 1e9:g} GB/s and {1e6 * machine.fast.latency:g} µs inside a "
         f"node, {machine.slow.bandwidth / 1e9:g} GB/s and {1e6 * machine.slow.latency:g} µs "
         f"between nodes, {machine.device_flops / 1e12:g} TFLOP/s a device",
