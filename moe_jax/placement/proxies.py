@@ -103,12 +103,13 @@ def of(
     """
     if placement.has_replicas:
         return ()
-    devices, nodes, each = topology.num_devices, topology.num_nodes, topology.devices_per_node
+    devices, nodes = topology.num_devices, topology.num_nodes
     device_LE = placement.device_LE
     contacts = _contacts(pairs, device_LE)
-    on_nodes = _contacts(pairs, device_LE // each)
+    on_nodes = _contacts(pairs, topology.node_M[device_LE])
     share = pairs.token_layers
-    by_node = 2 * (nodes - 1) / nodes * on_nodes + 2 * (each - 1) / each * contacts
+    # where nodes differ in size, the chance of an average one
+    by_node = 2 * (nodes - 1) / nodes * on_nodes + 2 * (devices - nodes) / devices * contacts
     found = [
         ("exchange", "co-activation", 2 * (devices - 1) / devices * contacts / share),
         ("hierarchical", "co-activation, by tier", by_node / share),
