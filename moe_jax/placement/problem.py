@@ -25,6 +25,8 @@ import numpy as np
 from moe_jax.errors import Refused
 from moe_jax.placement import bounds, chain, clusters, contacts, copies, cost, greedy, uneven, ways
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.limits.pins import Pins
+from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement, check_divides
 from moe_jax.placement.seconds import Work
 from moe_jax.placement.topology import Topology
@@ -75,6 +77,8 @@ class Problem:
     work: Work = dataclasses.field(default_factory=Work)
     load_cap: LoadCap | None = None
     num_slots: int | None = None
+    pins: Pins | None = None
+    previous: Previous | None = None
 
     def __post_init__(self):
         for field, allowed in (("objective", OBJECTIVES), ("dispatch", cost.DISPATCHES)):
@@ -94,6 +98,12 @@ class Problem:
             )
         if self.objective == "exflow" and self.trace.num_layers < 2:
             raise Refused("objective", "exflow", "one layer has no transitions", "Use rows or load")
+        each = (self.num_slots or self.trace.num_experts) // self.num_devices
+        if self.pins is not None:
+            self.pins.check(each, self.has_replicas, self.trace.layer_ids)
+        if self.previous is not None:
+            shape = (self.trace.num_layers, self.trace.num_experts, self.num_devices)
+            self.previous.check(*shape, self.has_replicas)
 
     @property
     def num_devices(self) -> int:
@@ -199,6 +209,11 @@ class Problem:
         nodes = self.topology.nodes
         return None if nodes.equal or self.dispatch != "hierarchical" else nodes.relayed_M
 
+    @property
+    def unrestricted(self) -> "Problem":
+        """The same without pins and without a plan in use."""
+        return dataclasses.replace(self, pins=None, previous=None)
+
     def prepare(self) -> None:
         """Counts what every value needs, so that later timings do not contain it."""
         _ = self.load_LE, self.top1_LEE, self.coactivation_LEE, self.tokens_of_size_LK
@@ -210,13 +225,17 @@ class Problem:
         return load_PM.max(axis=1) > self.cap_L[layer] * (1 + 1e-9)
 
     def allowed(self, layer: int, device_E: np.ndarray) -> bool:
-        """The layer keeps its load cap."""
+        """The layer keeps its load cap and its pins."""
+        if self.pins is not None and not self.pins.kept(layer, device_E):
+            return False
         if not np.isfinite(self.cap_L[layer]):
             return True
         load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
         return not self.over(layer, load_M[None])[0]
 
     def all_allowed(self, device_LE: np.ndarray) -> bool:
+        if self.previous is not None and self.previous.left(device_LE) < 0:
+            return False
         return all(self.allowed(layer, row_E) for layer, row_E in enumerate(device_LE))
 
     def repaired(self, device_LE: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ import numpy as np
 
 from moe_jax.errors import Refused
 from moe_jax.placement import baselines, chain, chainwise, greedy, layerwise, relax, spare
+from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import UNITS, LoadCap, Problem
 from moe_jax.placement.seconds import Work
@@ -30,6 +31,7 @@ from moe_jax.routing.trace import Trace
 
 BOUND_SHARE = 0.3  # of the time, at most
 BASE_SHARE = 0.5  # of the time for plans without replicas, where some are to be added
+FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
 INTERRUPTED = "interrupted: the best so far"
 
@@ -63,6 +65,7 @@ class Report:
       history: (seconds, objective, bound) after every improvement of either.
       note: what a reader has to know, in words.
       interrupted: Ctrl-C ended the search.
+      tradeoff: (moves, least objective found with so many), where there is a plan in use.
     """
 
     objective_name: str
@@ -76,6 +79,7 @@ class Report:
     history: tuple[tuple[float, float, float], ...]
     note: str = ""
     interrupted: bool = False
+    tradeoff: tuple[tuple[int, float], ...] = ()
 
     @property
     def gap(self) -> float:
@@ -155,6 +159,8 @@ def solve_problem(
         return _with_replicas(problem, seed, time_limit, progress)
     run = _Run(problem, started, time_limit, progress)
     try:
+        if problem.pins is not None or problem.previous is not None:
+            return _restricted(problem, run, seed, started + time_limit)
         return _searched(problem, run, seed, started, time_limit)
     except KeyboardInterrupt as stop:
         if not np.isfinite(run.best):
@@ -175,6 +181,23 @@ def _searched(
     run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))
     run.search(seed, deadline)
     return run.solution("" if run.finished else "the time limit ended the search")
+
+
+def _restricted(problem: Problem, run: "_Run", seed: int, deadline: float) -> Solution:
+    """Pins, or a budget of moves from the plan in use: the free plan, and what lies before it."""
+    start_LE = limits_search.start(problem)
+    run.offer("plan in use" if problem.previous else "greedy", start_LE)
+    left = max(deadline - time.monotonic(), 0.0)
+    free = solve_problem(
+        problem.unrestricted, seed, FREE_SHARE * left, run.telling("without limits")
+    )
+    run.prove("bound", free.report.bound)
+    free_LE, value_B = free.placement.device_LE.astype(np.int64), np.zeros(0)
+    for step in limits_search.search(problem, start_LE, free_LE, deadline):
+        run.offer("within limits", step.device_LE)
+        value_B = step.value_B
+    run.finished = free.report.finished and time.monotonic() < deadline
+    return run.solution("" if run.finished else "the time limit ended the search", value_B)
 
 
 def _with_replicas(
@@ -281,8 +304,13 @@ class _Run:
             self.best_LE = _labelled(problem, self.best_LE)
         self.finished = time.monotonic() < deadline
 
-    def solution(self, note: str) -> Solution:
+    def solution(self, note: str, value_B: np.ndarray | None = None) -> Solution:
         problem = self._problem
+        placement = Placement.from_device_LE(self.best_LE, problem.num_devices)
+        tradeoff: tuple[tuple[int, float], ...] = ()
+        if problem.previous is not None:
+            placement = problem.previous.slotted(placement)
+            tradeoff = limits_search.corners(value_B) if value_B is not None else ()
         report = Report(
             objective_name=problem.objective,
             dispatch=problem.dispatch,
@@ -294,8 +322,9 @@ class _Run:
             finished=self.finished,
             history=tuple(self._history),
             note=note,
+            tradeoff=tradeoff,
         )
-        return Solution(Placement.from_device_LE(self.best_LE, problem.num_devices), report)
+        return Solution(placement, report)
 
     def _whole(self, deadline: float) -> None:
         """Integer programs of the whole, where they are small enough to prove optimality."""
@@ -323,6 +352,15 @@ class _Run:
 
     def _remember(self) -> None:
         self._history.append((time.monotonic() - self._started, self.best, self.bound))
+
+    def telling(self, stage: str) -> Callable[[Progress], None] | None:
+        """For a search inside this one: its stages, under this name."""
+        tell = self._progress
+        if tell is None:
+            return None
+        return lambda step: tell(
+            dataclasses.replace(step, stage=f"{stage}: {step.stage}", time_limit=self._limit)
+        )
 
     def tell(self, stage: str) -> None:
         if self._progress is not None:

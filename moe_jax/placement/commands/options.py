@@ -196,7 +196,7 @@ def report_ok(options: argparse.Namespace) -> None:
         return
     files_ok(options.report, "report")
     page = pathlib.Path(options.report).resolve()
-    for field in ("trace", "out", "before"):
+    for field in ("trace", "out", "before", "previous"):
         other = getattr(options, field, None)
         if other and pathlib.Path(other).resolve() == page:
             raise Refused("report", options.report, f"is the {field} as well", "Choose another")

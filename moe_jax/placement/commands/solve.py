@@ -10,7 +10,7 @@ import json
 
 from moe_jax.placement import compare, evidence, tables
 from moe_jax.placement import solve as solve_lib
-from moe_jax.placement.commands import counts, inputs, interrupt, words
+from moe_jax.placement.commands import counts, inputs, interrupt, limits, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.plan import Placement, Plan
@@ -29,6 +29,7 @@ def add(commands) -> None:
     options_lib.report_option(command)
     options_lib.machine_options(command)
     options_lib.objective_options(command)
+    limits.add(command)
     command.set_defaults(run=run)
 
 
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> str:
         return counts.solve(options, trace)
     halves = options_lib.split(trace, options.seed)
     problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
+    problem = limits.limited(options, problem)
     placement, report = _best_found(options, problem)
     plan = Plan(
         placement,
@@ -61,6 +63,7 @@ def run(options: argparse.Namespace) -> str:
         answer = json.dumps(
             {
                 **{k: v for k, v in report.to_json().items() if k != "history"},
+                "move": limits.to_json(options, problem, placement),
                 "plan_digest": placement.digest,
                 "out": str(options.out),
                 "report": options.report,
@@ -107,13 +110,14 @@ def _stays(problem: Problem, report: solve_lib.Report) -> Stays | None:
 
 
 def _text(options, trace, problem, placement, report, halves, held_out) -> str:
+    first = "plan in use" if problem.previous else "greedy start"
     lines = [
         words.describe(trace),
         f"Planned on {words.planned_on(problem.trace, bool(halves))}.",
         f"  {report.objective_name} for {report.dispatch} dispatch on {problem.topology.name}: "
         f"{report.objective:.6g} {report.unit}",
-        f"  proven bound {report.bound:.6g}, gap {100 * report.gap:.2f} %; greedy start "
-        f"{report.greedy:.6g}; {report.seconds:.1f} s"
+        f"  proven bound {report.bound:.6g}, gap {100 * report.gap:.2f} %; "
+        f"{first} {report.greedy:.6g}; {report.seconds:.1f} s"
         + (f" ({report.note})" if report.note else ""),
     ]
     if (stays := _stays(problem, report)) is not None:
@@ -121,6 +125,7 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
             f"  stays on its device: {stays.share:.4f} of the transitions; no plan keeps more than "
             f"{stays.most:.4f} (gap {100 * stays.gap:.1f} %)"
         )
+    lines += limits.text(options, problem, placement, report)
     if held_out is not None:
         lines += [
             f"Judged on the other {halves.judge_half.num_sequences} sequences "
@@ -136,6 +141,8 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
 def _write_page(options, trace, problem, placement, report, halves) -> None:
     judge = compare.halves_of(halves, problem)[1] if halves else problem
     before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
+    if problem.previous is not None:
+        before = problem.previous.placement
     done = build.Done(
         trace=trace,
         judge=judge,
@@ -143,7 +150,7 @@ def _write_page(options, trace, problem, placement, report, halves) -> None:
         planned=problem.trace,
         before=before,
         after=placement,
-        before_name="contiguous",
+        before_name=limits.before_name(options),
         seed=options.seed,
         command=options_lib.typed(options),
         report=report,

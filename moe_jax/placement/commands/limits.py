@@ -1,0 +1,127 @@
+"""Options of plans that start from where people are: the plan in use, what may move, pins."""
+
+import argparse
+import dataclasses
+import pathlib
+from typing import Any
+
+from moe_jax.errors import Refused
+from moe_jax.placement import move as move_lib
+from moe_jax.placement import tables
+from moe_jax.placement.limits import pins as pins_lib
+from moe_jax.placement.limits.previous import MoveBudget, Previous
+from moe_jax.placement.plan import Placement, Plan
+from moe_jax.placement.problem import UNITS, Problem
+from moe_jax.placement.solve import Report
+
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all experts, in the table of budgets
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    """--previous, --move-budget, --expert-bytes and --pin."""
+    group = command.add_argument_group("starting from where you are")
+    group.add_argument(
+        "--previous",
+        metavar="PLAN.json",
+        help="the plan in use: the new one is numbered like it and moves as little as it can; "
+        "prints what other budgets would bring",
+    )
+    group.add_argument(
+        "--move-budget",
+        metavar="BYTES",
+        help="move at most so much away from --previous: 2GB, 500MB, 0, or 10%% of the bytes of "
+        "all experts; a copy that appears on a device counts, one that disappears does not "
+        "(default: no limit)",
+    )
+    group.add_argument(
+        "--expert-bytes",
+        type=int,
+        metavar="BYTES",
+        help="that move with one expert of one layer (default: 3 x d_model x d_ff values)",
+    )
+    group.add_argument(
+        "--pin",
+        action="append",
+        metavar="LAYER:EXPERT:DEVICE",
+        help="this expert stays on this device (LAYER is the model's number, * is every layer), "
+        "or a file of such lines; may be given again",
+    )
+
+
+def limited(options: argparse.Namespace, problem: Problem) -> Problem:
+    """The problem with the plan in use and the pins that the options name."""
+    trace, previous, pins = problem.trace, None, None
+    if options.previous is None:
+        for name in ("move_budget", "expert_bytes"):
+            if (value := getattr(options, name)) is not None:
+                rule = "counts what moves away from the plan in use"
+                raise Refused(name, value, rule, "Give --previous=PLAN.json as well")
+    else:
+        budget = None if options.move_budget is None else MoveBudget.parse(options.move_budget)
+        plan = Plan.read(options.previous)
+        if plan.layer_ids != trace.layer_ids and plan.placement.num_layers == trace.num_layers:
+            rule = f"the plan in use has the layers {_span(plan.layer_ids)}"
+            raise Refused("trace layers", _span(trace.layer_ids), rule, "Use those of one model")
+        previous = Previous.of(plan.placement, budget, expert_bytes(options, problem))
+    if options.pin:
+        sizes = (trace.num_experts, problem.num_devices, trace.layer_ids)
+        pins = pins_lib.parse(options.pin, *sizes)
+    return dataclasses.replace(problem, previous=previous, pins=pins)
+
+
+def expert_bytes(options: argparse.Namespace, problem: Problem) -> int:
+    """What one expert of one layer weighs."""
+    given = options.expert_bytes
+    return problem.work.expert_bytes if given is None else given
+
+
+def before_name(options: argparse.Namespace) -> str:
+    return pathlib.Path(options.previous).name if options.previous else "contiguous"
+
+
+def to_json(
+    options: argparse.Namespace, problem: Problem, placement: Placement
+) -> dict[str, Any] | None:
+    """What moves, where there is a plan in use."""
+    if problem.previous is None:
+        return None
+    weight = expert_bytes(options, problem)
+    move = move_lib.move(problem.previous.placement, placement, problem.topology, weight)
+    return {"budget_bytes": problem.previous.moves * weight, **move.to_json()}
+
+
+def text(
+    options: argparse.Namespace, problem: Problem, placement: Placement, report: Report
+) -> list[str]:
+    """What moves, and what other budgets would bring; nothing without a plan in use."""
+    if problem.previous is None:
+        return []
+    weight = expert_bytes(options, problem)
+    move = move_lib.move(problem.previous.placement, placement, problem.topology, weight)
+    return [
+        f"From {before_name(options)}: {move.experts} of {move.of_experts} experts move, "
+        f"{move.bytes / 1e9:.3g} GB of {problem.previous.moves * weight / 1e9:.3g} GB allowed, "
+        f"{1e3 * move.seconds:.3g} ms over the links.",
+        "What other budgets would bring, as found on the way:",
+        _budgets(problem, report, move.of_experts, weight),
+    ]
+
+
+def _budgets(problem: Problem, report: Report, experts: int, weight: int) -> str:
+    first = report.tradeoff[0][1] if report.tradeoff else report.objective
+    rows: list[list[str]] = []
+    for share in SHARES:
+        within = [step for step in report.tradeoff if step[0] <= share * experts]
+        if not within:
+            continue
+        moves, value = within[-1]
+        saved = (first - value) / first if first > 0 else 0.0
+        row = [str(moves), f"{moves * weight / 1e9:.3g}", f"{value:.6g}", f"{100 * saved:.1f} %"]
+        if not rows or rows[-1][1:] != row:
+            rows.append([f"{100 * share:g} %", *row])
+    heads = ["of all experts", "moves", "GB", UNITS[problem.objective], "saved"]
+    return tables.table(heads, rows)
+
+
+def _span(layer_ids) -> str:
+    return f"{layer_ids[0]} to {layer_ids[-1]}, {len(layer_ids)} in all"
