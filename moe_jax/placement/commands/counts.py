@@ -80,6 +80,8 @@ def _check(options: argparse.Namespace) -> None:
     for name, rule in (
         ("report", "the page draws traffic, and counts have none"),
         ("load_cap", "the plan's loads are as even as possible already"),
+        ("previous", "moves are limited where plans are made from traces"),
+        ("pin", "pins are kept where plans are made from traces"),
     ):
         if getattr(options, name):
             raise Refused(

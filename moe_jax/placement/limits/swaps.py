@@ -29,5 +29,5 @@ def scores_P(
         if across_P.any():
             node_PN[across_P] = sets.swapped_PM(node_E, nodes, e_P[across_P], f_P[across_P])
         score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
-    score_P[load_PM.max(axis=1) > problem.cap_L[layer] * (1 + 1e-9)] = np.inf
+    score_P[problem.over(layer, load_PM)] = np.inf
     return score_P
