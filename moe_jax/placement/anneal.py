@@ -39,6 +39,7 @@ def anneal(
     sweeps: int,
     deadline: float,
     hot: float = HOT,
+    own_LEE: np.ndarray | None = None,
 ) -> np.ndarray:
     """int64 [B, L, E]: the labels after `sweeps` sweeps, or at the deadline.
 
@@ -49,10 +50,11 @@ def anneal(
       sweeps: moves per layer and pair of devices.
       deadline: time.monotonic() after which the sweeps end.
       hot: first temperature, over the mean gain or loss of a random swap.
+      own_LEE: what two experts of one layer keep on one device, or None; symmetric, zero diagonal.
     """
     if chain.num_devices < 2:
         return start_BLE
-    state = _State.of(chain, start_BLE)
+    state = _State.of(chain, start_BLE, own_LEE)
     scale = state.typical(rng)
     for sweep in range(sweeps):
         if time.monotonic() >= deadline:
@@ -70,7 +72,7 @@ class _State:
     """Copies of the labels, by expert and by slot, with the loads of the devices.
 
     Attributes:
-      keep_LEN: [L, E, 2 E], transitions with the layer before and the layer after.
+      keep_LEN: [L, E, 2 E or 3 E], with the layer before, the layer after, and the own layer.
     """
 
     chain: Chain
@@ -80,7 +82,7 @@ class _State:
     keep_LEN: np.ndarray
 
     @classmethod
-    def of(cls, chain: Chain, start_BLE: np.ndarray) -> "_State":
+    def of(cls, chain: Chain, start_BLE: np.ndarray, own_LEE: np.ndarray | None = None) -> "_State":
         copies, layers, experts = start_BLE.shape
         order_BLE = np.argsort(start_BLE, axis=2, kind="stable")
         expert_BLMS = order_BLE.reshape(copies, layers, chain.num_devices, -1)
@@ -88,7 +90,8 @@ class _State:
         none_1EE = np.zeros((1, experts, experts))
         before_LEE = np.concatenate([none_1EE, chain.keep_LEE.transpose(0, 2, 1)])
         after_LEE = np.concatenate([chain.keep_LEE, none_1EE])
-        keep_LEN = np.concatenate([before_LEE, after_LEE], axis=2)
+        parts = [before_LEE, after_LEE] + ([] if own_LEE is None else [own_LEE])
+        keep_LEN = np.concatenate(parts, axis=2)
         return cls(chain, start_BLE.copy(), expert_BLMS, load_BLM, keep_LEN)
 
     def typical(self, rng: np.random.Generator) -> float:
@@ -126,7 +129,10 @@ class _State:
         differ_BLPN = self.keep_LEN[layer_1L1, e_BLP] - self.keep_LEN[layer_1L1, f_BLP]
         before_BLE = self.device_BLE[:, np.maximum(layer_L - 1, 0)]
         after_BLE = self.device_BLE[:, np.minimum(layer_L + 1, layers - 1)]
-        near_BL1N = np.concatenate([before_BLE, after_BLE], axis=2)[:, :, None, :]
+        experts, near = before_BLE.shape[2], [before_BLE, after_BLE]
+        if own := self.keep_LEN.shape[2] > 2 * experts:
+            near.append(self.device_BLE[:, layer_L])
+        near_BL1N = np.concatenate(near, axis=2)[:, :, None, :]
         if self.chain.node_likeness or self.chain.devices_per_node != devices:
             like_MM = self.chain.likeness_MM
             like_BLPN = (
@@ -136,6 +142,9 @@ class _State:
             like_BLPN = (near_BL1N == to_BLP[..., None]).astype(np.int8)
             like_BLPN -= near_BL1N == of_BLP[..., None]
         gain_BLP = np.einsum("blpn,blpn->blp", differ_BLPN, like_BLPN)
+        if own:  # e and f themselves change places, so what they keep of each other stays
+            like_BLP = 1.0 - self.chain.likeness_MM[of_BLP, to_BLP]
+            gain_BLP -= 2.0 * like_BLP * self.keep_LEN[layer_1L1, e_BLP, 2 * experts + f_BLP]
 
         load_e, load_f = (self.chain.load_LE[layer_1L1, x] for x in (e_BLP, f_BLP))
         cap_1L1 = self.chain.cap_L[layer_L][None, :, None]

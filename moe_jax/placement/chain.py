@@ -64,6 +64,14 @@ class Chain:
         like_LEE = self.likeness_MM[device_LE[:-1, :, None], device_LE[1:, None, :]]
         return float((self.keep_LEE * like_LEE).sum())
 
+    def ahead_EM(self, layer: int, part_E: np.ndarray) -> np.ndarray:
+        """float64 [E, M]: what experts of layer - 1 keep with each group of `layer`."""
+        return self.keep_LEE[layer - 1] @ np.eye(self.num_devices)[part_E]
+
+    def own(self, layer: int, part_E: np.ndarray) -> float:
+        """What a partition keeps by itself; here nothing."""
+        return 0.0
+
     def over_L(self, device_LE: np.ndarray) -> np.ndarray:
         """bool [L]: does a device pass the layer's cap?"""
         onehot_MM = np.eye(self.num_devices)
@@ -120,6 +128,8 @@ class Pool:
         self._chain, self._size = chain, size
         self._found: list[dict[bytes, int]] = [{} for _ in range(chain.num_layers)]
         self._parts: list[np.ndarray] = []  # by number
+        self._ahead: list[np.ndarray] = []  # by number, what the layer before keeps with it
+        self._own: list[float] = []  # by number, what it keeps by itself
         self._kept: dict[tuple[int, int], float] = {}  # by the best labels of two, once computed
 
     def add(self, device_LE: np.ndarray) -> None:
@@ -131,6 +141,8 @@ class Pool:
             if number is None:
                 number = len(self._parts)
                 self._parts.append(canonical_E)
+                self._own.append(self._chain.own(layer, canonical_E))
+                self._ahead.append(self._chain.ahead_EM(max(layer, 1), canonical_E))
             known[key] = number
             if len(known) > self._size:
                 del known[next(iter(known))]
@@ -138,29 +150,30 @@ class Pool:
     def best_chain(self, deadline: float) -> np.ndarray | None:
         """int64 [L, E]: the best labels over all choices of partitions; None if time ran out."""
         pools = [list(found.values()) for found in self._found]
-        value_C, edges = np.zeros(len(pools[0])), []
+        own_C = [np.array([self._own[number] for number in pool]) for pool in pools]
+        value_C, edges = own_C[0], []
         for layer in range(1, len(pools)):
             if time.monotonic() >= deadline:
                 return None
-            weight_CC = self._edge(layer, pools[layer - 1], pools[layer])
+            weight_CC = self._edge(pools[layer - 1], pools[layer])
             total_CC = value_C[:, None] + weight_CC
             edges.append(total_CC.argmax(axis=0))
-            value_C = total_CC.max(axis=0)
+            value_C = total_CC.max(axis=0) + own_C[layer]
         chosen = [int(value_C.argmax())]
         for back_C in reversed(edges):
             chosen.append(int(back_C[chosen[-1]]))
         parts = [self._parts[pool[c]] for pool, c in zip(pools, reversed(chosen), strict=True)]
         return align(self._chain, np.stack(parts))
 
-    def _edge(self, layer: int, before: list[int], after: list[int]) -> np.ndarray:
+    def _edge(self, before: list[int], after: list[int]) -> np.ndarray:
         """float64 [C, C]: what the best labelling of each pair of partitions keeps."""
         onehot_MM, weight_CC = np.eye(self._chain.num_devices), np.empty((len(before), len(after)))
         for c, one in enumerate(before):
             new = [d for d, other in enumerate(after) if (one, other) not in self._kept]
             if new:
-                left_ME = onehot_MM[self._parts[one]].T @ self._chain.keep_LEE[layer - 1]
-                right_CEM = onehot_MM[np.stack([self._parts[after[d]] for d in new])]
-                for d, blocks_MM in zip(new, left_ME @ right_CEM, strict=True):
+                before_ME = onehot_MM[self._parts[one]].T
+                ahead_CEM = np.stack([self._ahead[after[d]] for d in new])
+                for d, blocks_MM in zip(new, before_ME @ ahead_CEM, strict=True):
                     self._kept[one, after[d]] = _best_labels(self._chain, blocks_MM).kept
             weight_CC[c] = [self._kept[one, other] for other in after]
         return weight_CC
@@ -229,8 +242,7 @@ def _reassigned(chain: Chain, benefit_EM, layer: int, now_E: np.ndarray, deadlin
 
 def _blocks(chain: Chain, layer: int, before_E: np.ndarray, part_E: np.ndarray) -> np.ndarray:
     """float64 [M, M]: transitions from each device of layer - 1 to each group of layer."""
-    onehot_MM = np.eye(chain.num_devices)
-    return onehot_MM[before_E].T @ chain.keep_LEE[layer - 1] @ onehot_MM[part_E]
+    return np.eye(chain.num_devices)[before_E].T @ chain.ahead_EM(layer, part_E)
 
 
 def _canonical(chain: Chain, device_E: np.ndarray) -> np.ndarray:

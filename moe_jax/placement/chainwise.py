@@ -1,13 +1,9 @@
-"""Search for objectives that tie layers together: ExFlow's transitions, and coherent dispatch.
+"""Search for ExFlow's transitions, which tie layers together.
 
 `transitions`: annealed copies (anneal.py), greedy sweeps and shakes of the best so far, each layer
 exactly re-assigned until nothing improves, all partitions into a pool, the best chain through the
 pool by dynamic programming (chain.py). A load cap does not depend on labels, so a chain of layers
 that keep it keeps it. On several equal nodes the nodes come first, then the devices inside each.
-
-`coherent`: rows there are 2 |S| per layer less the chance that the next layer needs the device on
-which the token waits. Partitions by co-activation under a ladder of load caps, joined along the
-chain by best-to-all transitions, each judged by the exact objective.
 """
 
 import dataclasses
@@ -16,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import anneal, clusters, ilp, layerwise
+from moe_jax.placement import anneal, clusters, ilp
 from moe_jax.placement import chain as chain_lib
 from moe_jax.placement.problem import Problem
 
@@ -42,7 +38,7 @@ def transitions(
         nested_LE = _nested(chain, rng, now + NESTED_SHARE * (deadline - now))
         yield nested_LE
         device_LE = max(device_LE, nested_LE, key=chain.value)
-    yield from _Search(chain, problem.balanced_LE if capped else None, rng).run(device_LE, deadline)
+    yield from Search(chain, problem.balanced_LE if capped else None, rng).run(device_LE, deadline)
 
 
 def _nested(chain: chain_lib.Chain, rng: np.random.Generator, deadline: float) -> np.ndarray:
@@ -71,24 +67,26 @@ def _best_of(
     layers, experts = len(keep_LEE) + 1, keep_LEE.shape[1]
     nothing_LE, no_cap_L = np.zeros((layers, experts)), np.full(layers, np.inf)
     chain = chain_lib.Chain(keep_LEE, devices, devices, 0.0, nothing_LE, no_cap_L)
-    search = _Search(chain, None, rng)
+    search = Search(chain, None, rng)
     *_, best_LE = search.run(search.start(), deadline)
     return best_LE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Search:
+class Search:
     """Rounds of annealed copies, or of greedy sweeps and shakes, joined through one pool.
 
     Attributes:
       chain: what is kept together.
       even_LE: labels within the caps; None where there are none.
       rng: of everything.
+      own_LEE: what annealing keeps together within a layer, or None.
     """
 
     chain: chain_lib.Chain
     even_LE: np.ndarray | None
     rng: np.random.Generator
+    own_LEE: np.ndarray | None = None
 
     def run(self, device_LE: np.ndarray, deadline: float) -> Iterator[np.ndarray]:
         """Yields better and better labels, beginning with `device_LE` made better."""
@@ -100,10 +98,10 @@ class _Search:
         for number in range(ROUNDS):
             before = best
             for new_LE in self.round(pool, best_LE, number, deadline):
-                if self.chain.value(new_LE) > best * (1 + 1e-12):
+                if self.chain.value(new_LE) > best + 1e-12 * abs(best):
                     best_LE, best = new_LE, self.chain.value(new_LE)
                     yield best_LE
-            idle = 0 if best > before * (1 + 1e-6) else idle + 1
+            idle = 0 if best > before + 1e-6 * abs(before) else idle + 1
             if idle >= PATIENCE or time.monotonic() >= deadline:
                 return
 
@@ -123,10 +121,15 @@ class _Search:
 
     def copies(self, best_LE: np.ndarray, number: int, deadline: float) -> list[np.ndarray]:
         """Where the labels of a round come from. Under a cap only annealing is fast enough."""
-        turn, cycle = number % (1 + len(WARM)), number // (1 + len(WARM))
+        turn = number % (1 + len(WARM))
         if self.even_LE is None and turn < len(WARM):
             swept = [chain_lib.sweep(self.chain, self.start()[0], deadline) for _ in range(SWEPT)]
             return swept + [_shaken(best_LE, self.rng) for _ in range(SWEPT)]
+        return self.annealed(best_LE, number, deadline)
+
+    def annealed(self, best_LE: np.ndarray, number: int, deadline: float) -> list[np.ndarray]:
+        """Copies from hot, or warm from the best so far, in turns."""
+        turn, cycle = number % (1 + len(WARM)), number // (1 + len(WARM))
         copies = min(COPIES, anneal.copies_for(self.chain))
         if turn == 0:
             start_BLE, hot, sweeps = np.tile(self.start(), (copies, 1, 1)), anneal.HOT, SWEEPS[0]
@@ -136,8 +139,11 @@ class _Search:
             sweeps = SWEEPS[1]
         experts = best_LE.shape[1]
         most = min(40 * experts, max(50, 2**28 // (best_LE.size * self.chain.num_devices)))
+        own_LEE = self.own_LEE
         return list(
-            anneal.anneal(self.chain, start_BLE, self.rng, min(sweeps, most), deadline, hot)
+            anneal.anneal(
+                self.chain, start_BLE, self.rng, min(sweeps, most), deadline, hot, own_LEE
+            )
         )
 
     def start(self) -> np.ndarray:
@@ -155,32 +161,6 @@ class _Search:
         if self.even_LE is None:
             return chain_lib.alternate(self.chain, device_LE, deadline)
         return np.where(self.chain.over_L(device_LE)[:, None], self.even_LE, device_LE)
-
-
-def coherent(
-    problem: Problem, device_LE: np.ndarray, rng: np.random.Generator, deadline: float
-) -> Iterator[np.ndarray]:
-    """Yields placements for coherent dispatch; the caller keeps what is better."""
-    chain = problem.chain(problem.best_to_all_LEE)
-    factors = (np.inf,) if problem.objective == "rows" else layerwise.LADDER
-    reachable_L = np.array(
-        [
-            np.bincount(device_E, weights=load_E).max()
-            for device_E, load_E in zip(problem.balanced_LE, problem.load_LE, strict=True)
-        ]
-    )
-    yield chain_lib.align(chain, problem.balanced_LE)
-    near_LE: list[np.ndarray | None] = [None] * problem.trace.num_layers
-    for rung, factor in enumerate(factors):
-        now = time.monotonic()
-        if now >= deadline:
-            return
-        share = now + (deadline - now) / (len(factors) - rung)
-        cap_L = np.minimum(problem.cap_L, reachable_L * factor)
-        for layer, cap in enumerate(cap_L):
-            near_LE[layer] = layerwise.clustered(problem, layer, cap, near_LE[layer], rng, share)
-        part_LE = np.stack([device_E for device_E in near_LE if device_E is not None])
-        yield chain_lib.align(chain, problem.repaired(part_LE))
 
 
 def whole(problem: Problem, deadline: float) -> ilp.Solved | None:

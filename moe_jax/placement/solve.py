@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import baselines, chain, chainwise, greedy, layerwise, relax, spare
+from moe_jax.placement import (
+    baselines,
+    chain,
+    chainwise,
+    coherent,
+    greedy,
+    layerwise,
+    relax,
+    spare,
+)
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import UNITS, LoadCap, Problem
@@ -373,7 +382,7 @@ def _steps(problem: Problem, start_LE, rng, deadline: float) -> Iterator[np.ndar
         return chainwise.transitions(problem, start_LE, rng, deadline)
     if problem.separable:
         return layerwise.search(problem, start_LE, rng, deadline)
-    return chainwise.coherent(problem, start_LE, rng, deadline)
+    return coherent.search(problem, start_LE, rng, deadline)
 
 
 def _labelled(problem: Problem, part_LE: np.ndarray) -> np.ndarray:
