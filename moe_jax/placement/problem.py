@@ -9,9 +9,10 @@ Objectives (all per layer, so that layers of different traces compare):
 - `exflow`: transitions of the best expert that leave their device, per token (ExFlow's objective
   with its tokens summed up to counts). On several nodes, one that leaves its node counts
   fast.bandwidth / slow.bandwidth times.
+- `moetuner`: MoETuner's two stages together (moetuner.py); the dispatch does not enter.
 - `load`: mean over layers of the largest device load over the mean one.
 
-Except for `exflow` and coherent dispatch a layer's value depends on that layer alone.
+Except for `exflow`, `moetuner` and coherent dispatch a layer's value depends on that layer alone.
 
 `num_slots` above E asks for replicas. Placements that have some are valued by counting, under the
 copy rule and with homes drawn uniformly (`value_of`); closed forms and searches are for the others.
@@ -23,7 +24,18 @@ import functools
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import bounds, chain, clusters, contacts, copies, cost, greedy, uneven, ways
+from moe_jax.placement import (
+    bounds,
+    chain,
+    clusters,
+    contacts,
+    copies,
+    cost,
+    greedy,
+    moetuner,
+    uneven,
+    ways,
+)
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import Previous
@@ -33,10 +45,11 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing import affinity
 from moe_jax.routing.trace import Trace
 
-OBJECTIVES = ("seconds", "rows", "exflow", "load")
+OBJECTIVES = ("seconds", "rows", "moetuner", "exflow", "load")
 UNITS = {
     "seconds": "s per layer and step",
     "rows": "rows per token and layer",
+    "moetuner": "s per layer and step",
     "exflow": "hops per token",
     "load": "max / mean",
 }
@@ -96,6 +109,13 @@ class Problem:
                 "gathered dispatch moves the same rows under every placement",
                 "Use --objective=seconds or --objective=load",
             )
+        if self.objective == "moetuner" and self.has_replicas:
+            raise Refused(
+                "num_slots",
+                self.num_slots,
+                "MoETuner has no replicas",
+                "Leave --slots out, or choose --objective=seconds",
+            )
         if self.objective == "exflow" and self.trace.num_layers < 2:
             raise Refused("objective", "exflow", "one layer has no transitions", "Use rows or load")
         each = (self.num_slots or self.trace.num_experts) // self.num_devices
@@ -121,7 +141,7 @@ class Problem:
     def separable(self) -> bool:
         """A layer's value depends on that layer alone."""
         return self.objective == "load" or (
-            self.objective != "exflow" and self.dispatch != "coherent"
+            self.objective not in ("exflow", "moetuner") and self.dispatch != "coherent"
         )
 
     @functools.cached_property
@@ -188,7 +208,7 @@ class Problem:
         if self.topology.num_nodes == 1:
             return 0.0
         ratio = self.tier_ratio
-        if self.objective == "exflow":
+        if self.objective in ("exflow", "moetuner"):
             return (ratio - 1) / ratio
         if self.dispatch != "hierarchical":
             return 0.0
@@ -266,8 +286,18 @@ class Problem:
             self.kind_M,
         )
 
+    @functools.cached_property
+    def tuner(self) -> moetuner.Tuner:
+        """MoETuner's quantities."""
+        pairs_LEE = affinity.transitions_all_LEE(self.trace).astype(float)
+        return moetuner.tuner(
+            self.load_LE, pairs_LEE, self.cap_L, self.topology, self.work, self.trace.num_tokens
+        )
+
     def value(self, device_LE: np.ndarray) -> float:
         """The objective of a whole placement."""
+        if self.objective == "moetuner":
+            return self.tuner.value(device_LE)
         if self.objective == "exflow":
             return self.hops(self.chain(self.top1_LEE).value(device_LE))
         return float(self.values_L(device_LE).mean())
@@ -281,7 +311,7 @@ class Problem:
         return float(self.counted_L(placement).mean())
 
     def counted_L(self, placement: Placement) -> np.ndarray:
-        """The objective by layer, counted token by token. Not for `exflow`."""
+        """The objective by layer, counted token by token. Not for `exflow` and `moetuner`."""
         ids_TLK, each = self.trace.expert_ids_TLK, self.topology.devices_per_node
         if self.objective != "rows":
             load_LM = cost.computed_LM(ids_TLK, placement, self.dispatch, None, each)
@@ -331,7 +361,7 @@ class Problem:
         return float(len(self.top1_LEE) * ratio * (moves - kept) / max(moves, 1.0))
 
     def values_L(self, device_LE: np.ndarray) -> np.ndarray:
-        """The objective by layer; the whole is their mean. Not for `exflow`."""
+        """The objective by layer; the whole is their mean. Not for `exflow` and `moetuner`."""
         if self.separable:
             return np.array([self.layer_value(n, row_E) for n, row_E in enumerate(device_LE)])
         rows = cost.rows(

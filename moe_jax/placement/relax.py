@@ -25,6 +25,8 @@ def lower_bound(problem: Problem, deadline: float, steps: int = 3000) -> float:
     """No placement has a smaller objective; at the deadline it stops refining, and stays true."""
     if problem.objective == "exflow":
         return SAFETY * problem.hops(_most_stays(problem, problem.top1_LEE, deadline, steps))
+    if problem.objective == "moetuner":
+        return SAFETY * _tuner_lower(problem, deadline, steps)
     if problem.objective == "load":
         mean_L = np.maximum(problem.load_LE.sum(axis=1) / problem.num_devices, 1e-300)
         return SAFETY * float((_load_lower_L(problem) / mean_L).mean())
@@ -203,6 +205,33 @@ def _most_stays(problem: Problem, keep_LEE: np.ndarray, deadline: float, steps: 
         kept = semidefinite.most_kept(groups, weight_N, clock.next(), steps)
         total += share * float(kept.sum())
     return total
+
+
+def _tuner_lower(problem: Problem, deadline: float, steps: int) -> float:
+    """Devices above the mean work as much more as those below it less, and the fullest is above by
+    what bounds.py proves. The slowest of pairs takes at least all their bytes over all their
+    bandwidth: of all pairs, and of those between nodes.
+    """
+    tuner, nodes = problem.tuner, problem.topology.num_nodes
+    layers, devices = problem.load_LE.shape[0], problem.num_devices
+    mean_L = tuner.work_LE.sum(axis=1) / devices
+    fullest_L = np.array([bounds.load_lower(work_E, devices) for work_E in tuner.work_LE])
+    deviation = 2 * np.maximum(fullest_L * SAFETY - mean_L, 0.0).sum()
+    if layers == 1 or devices == 1:
+        return float(deviation / layers)
+    clock, slowest = _Shares(deadline, 1 + (nodes > 1)), 0.0
+    nothing_LEE = np.zeros((layers, *tuner.flow_lEE.shape[1:]))
+    counts = [(devices, np.arange(devices))]
+    if nodes > 1:
+        counts.append((nodes, problem.topology.node_M))
+    for count, group_M in counts:
+        groups = _groups(problem, count, 2)
+        apart_MM = group_M[:, None] != group_M[None, :]
+        weight_N = groups.layout.flat(nothing_LEE, tuner.flow_lEE)
+        kept = float(semidefinite.most_kept(groups, weight_N, clock.next(), steps).sum())
+        away = max(tuner.flow_lEE.sum() * SAFETY - kept, 0.0)
+        slowest = max(slowest, away / tuner.bandwidth_MM[apart_MM].sum())
+    return float((deviation + slowest) / layers)
 
 
 class _Shares:

@@ -28,6 +28,8 @@ from moe_jax.placement import (
     coherent,
     greedy,
     layerwise,
+    moetuner_moves,
+    moetuner_search,
     relax,
     spare,
 )
@@ -342,6 +344,11 @@ class _Run:
         if (all_layers := chainwise.whole(problem, deadline)) is not None:
             self.offer(stage, all_layers.device)
             self.prove(stage, problem.hops(all_layers.bound) * relax.SAFETY)
+        if problem.objective == "moetuner":
+            found = moetuner_moves.whole(problem.tuner, problem.slots, deadline)
+            if found is not None:
+                self.offer(stage, found.device)
+                self.prove(stage, found.bound * relax.SAFETY)
         if problem.objective != "rows" or not problem.separable:
             return
         contacts, device_LE = 0.0, self.best_LE.copy()
@@ -380,6 +387,9 @@ class _Run:
 def _steps(problem: Problem, start_LE, rng, deadline: float) -> Iterator[np.ndarray]:
     if problem.objective == "exflow":
         return chainwise.transitions(problem, start_LE, rng, deadline)
+    if problem.objective == "moetuner":
+        even_LE = problem.balanced_LE
+        return moetuner_search.search(problem.tuner, start_LE, even_LE, rng, deadline)
     if problem.separable:
         return layerwise.search(problem, start_LE, rng, deadline)
     return coherent.search(problem, start_LE, rng, deadline)

@@ -300,7 +300,9 @@ def test_every_baseline_places_every_expert(devices, nodes, slots):
             assert set(row_P) - {uneven.EMPTY} == set(range(8)), one.key
         if made.valid:
             Placement(made.placement.physical_to_logical_LP, 8, devices)
-        assert made.valid == (made.duplicates == 0 and one.key != "grace")
+        padded = made.placement.num_slots > 8 and not made.placement.has_replicas
+        assert made.valid == (made.duplicates == 0 and not padded)
+        assert one.key in ("grace", "moetuner-free") or not padded
     assert len(set(names)) == len(names)
     assert ("eplb-hierarchical" in names) == (nodes > 1)
     assert ("balanced-slots" in names) == (slots is not None)

@@ -109,6 +109,8 @@ def test_compare_prints_every_method(trace_path, tmp_path, capsys):
         "Occult-style groups",
         "GRACE-style groups",
         "ExFlow",
+        "MoETuner",
+        "MoETuner, free sizes",
         "greedy",
         "greedy + ILP",
     ]

@@ -16,6 +16,7 @@ from moe_jax.placement.baselines import (
     eplb,
     exflow,
     grace,
+    moetuner,
     packing,
     topology_cost,
 )
@@ -190,6 +191,16 @@ def _exflow(problem: Problem, seed: int, seconds: float) -> Made:
     return dataclasses.replace(_equal(problem, found.device_LE), cut=found.cut)
 
 
+def _moetuner(problem: Problem, seed: int, seconds: float) -> Made:
+    found = moetuner.two_stages(problem.tuner, True, seconds)
+    return dataclasses.replace(_equal(problem, found.device_LE), cut=found.cut)
+
+
+def _moetuner_free(problem: Problem, seed: int, seconds: float) -> Made:
+    found = moetuner.two_stages(problem.tuner, False, seconds)
+    return Made(uneven.of_devices(found.device_LE, problem.num_devices), cut=found.cut)
+
+
 ALL: tuple[Baseline, ...] = (
     Baseline("contiguous", "contiguous", "neighbouring ids together: nobody planned", _contiguous),
     Baseline("round-robin", "round-robin", "expert e on device e mod M", _round_robin),
@@ -247,5 +258,19 @@ ALL: tuple[Baseline, ...] = (
         _exflow,
         slow=True,
         needs="transitions",
+    ),
+    Baseline(
+        "moetuner",
+        "MoETuner",
+        "even clusters, then devices of least slowest pair: integer programs, equal sizes",
+        _moetuner,
+        slow=True,
+    ),
+    Baseline(
+        "moetuner-free",
+        "MoETuner, free sizes",
+        "the same with clusters of any size, as published; other slots stay empty",
+        _moetuner_free,
+        slow=True,
     ),
 )

@@ -72,7 +72,8 @@ def objective_options(command: argparse.ArgumentParser) -> None:
         "--objective",
         choices=OBJECTIVES,
         default="seconds",
-        help="seconds of a layer (default), rows on the wire, ExFlow's transitions, largest load",
+        help="seconds of a layer (default), rows on the wire, MoETuner's two stages, ExFlow's "
+        "transitions, largest load",
     )
     group.add_argument(
         "--dispatch",

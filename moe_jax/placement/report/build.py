@@ -29,6 +29,7 @@ GOALS = {
     "seconds": "the time of a layer",
     "rows": "rows on the wire",
     "exflow": "best experts that stay on their device from layer to layer",
+    "moetuner": "MoETuner's sum of uneven work and slowest pairs of devices",
     "load": "an even load",
 }
 

@@ -19,6 +19,7 @@ LESS = {
     "seconds": "A layer takes {} {} time",
     "rows": "{} {} rows travel",
     "exflow": "{} {} transitions leave their device",
+    "moetuner": "MoETuner's sum of uneven work and slowest pairs is {} {}",
     "load": "The fullest device computes {} {}",
 }
 FEWER = ("rows", "exflow")
@@ -152,7 +153,7 @@ def _value(one: View, key: str, dispatch: str) -> Figure:
 
 def _figure(one: View, result: Result) -> Figure | None:
     """The objective with an interval, where there is one."""
-    if result.objective == "seconds":
+    if result.objective in ("seconds", "moetuner"):
         return None
     key = {"exflow": "hops", "load": "load_mean"}.get(result.objective, "rows")
     return _value(one, key, result.dispatch)
