@@ -225,10 +225,13 @@ def _tuner_lower(problem: Problem, deadline: float, steps: int) -> float:
     if nodes > 1:
         counts.append((nodes, problem.topology.node_M))
     for count, group_M in counts:
-        groups = _groups(problem, count, 2)
         apart_MM = group_M[:, None] != group_M[None, :]
-        weight_N = groups.layout.flat(nothing_LEE, tuner.flow_lEE)
-        kept = float(semidefinite.most_kept(groups, weight_N, clock.next(), steps).sum())
+        if _alike(problem, count):
+            groups = _groups(problem, count, 2)
+            weight_N = groups.layout.flat(nothing_LEE, tuner.flow_lEE)
+            kept = float(semidefinite.most_kept(groups, weight_N, clock.next(), steps).sum())
+        else:
+            kept = bounds.most_stays(tuner.flow_lEE, _most_slots(problem, count))
         away = max(tuner.flow_lEE.sum() * SAFETY - kept, 0.0)
         slowest = max(slowest, away / tuner.bandwidth_MM[apart_MM].sum())
     return float((deviation + slowest) / layers)
