@@ -80,18 +80,28 @@ def relabelled(problem: Problem, before: Placement, after: Placement) -> Placeme
 
 def _numbered(problem: Problem, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """`new` under the numbering of its groups that leaves most entries as in `old`."""
-    devices, each = problem.num_devices, problem.topology.devices_per_node
-    shared_MM = np.zeros((devices, devices))
+    shared_MM = np.zeros((problem.num_devices, problem.num_devices))
     np.add.at(shared_MM, (old.ravel(), new.ravel()), 1.0)
+    return numbering(problem, shared_MM)[new]
+
+
+def numbering(problem: Problem, worth_MM: np.ndarray) -> np.ndarray:
+    """int64 [M]: the device that each group gets, for most worth; as they are if none is better.
+
+    Args:
+      problem: which devices and nodes may change places.
+      worth_MM: [device, group], what a group is worth on a device.
+    """
+    devices, each = problem.num_devices, problem.topology.devices_per_node
     # a chain of two layers whose "experts" are devices: what stays is what the labelling keeps
     as_they_are = np.tile(np.arange(devices), (2, 1))
     unlimited = np.full(2, np.inf)
     nothing_LE = np.zeros((2, devices))
-    pair = chain.Chain(shared_MM[None], devices, each, 0.0, nothing_LE, unlimited, problem.kind_M)
+    pair = chain.Chain(worth_MM[None], devices, each, 0.0, nothing_LE, unlimited, problem.kind_M)
     device_of_M = chain.align(pair, as_they_are)[1]
-    if shared_MM[device_of_M, np.arange(devices)].sum() <= np.trace(shared_MM):
-        return new
-    return device_of_M[new]
+    if worth_MM[device_of_M, np.arange(devices)].sum() <= np.trace(worth_MM):
+        return as_they_are[0]
+    return device_of_M
 
 
 def _bytes_MM(before: Placement, after: Placement, expert_bytes: int) -> Float[np.ndarray, "M M"]:

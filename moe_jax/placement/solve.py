@@ -167,6 +167,9 @@ def solve_problem(
         raise Refused("time_limit", time_limit, "seconds, at least 0", "Use 60")
     started = time.monotonic()
     if problem.has_replicas:
+        if problem.pins is not None or problem.previous is not None:
+            rule = "pins and a plan in use are kept without replicas only"
+            raise Refused("slots", problem.num_slots, rule, "Leave --slots out")
         return _with_replicas(problem, seed, time_limit, progress)
     run = _Run(problem, started, time_limit, progress)
     try:

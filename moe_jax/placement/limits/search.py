@@ -21,7 +21,6 @@ from moe_jax.placement import move as move_lib
 from moe_jax.placement.limits import chained, knapsack
 from moe_jax.placement.limits.menu import Border, Menu, extended
 from moe_jax.placement.limits.nearest import Nearest, nearest
-from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 
 REPAIR_SECONDS = 2.0  # of the integer program of a layer that breaks a pin or the cap
@@ -78,6 +77,7 @@ def search(
     if problem.previous is not None:
         old_LE = problem.previous.placement.device_LE.astype(np.int64)
     free_LE = _fitted(problem, start_LE, free_LE, deadline)
+    yield Step(free_LE, np.zeros(0))
     if problem.objective == "exflow":
         yield from _hops(problem, old_LE, start_LE, free_LE, deadline)
     elif problem.separable:
@@ -192,12 +192,22 @@ def _thinned(menu: Menu, most: int) -> np.ndarray:
 
 
 def _fitted(problem: Problem, start_LE, free_LE, deadline: float) -> np.ndarray:
-    """The free plan under the device numbers nearest to `start_LE`, within pins and caps."""
-    devices = problem.num_devices
-    ends = [Placement.from_device_LE(labels_LE, devices) for labels_LE in (start_LE, free_LE)]
-    near_LE = move_lib.relabelled(problem, ends[0], ends[1]).device_LE.astype(np.int64)
+    """The free plan, numbered for most pins and then fewest moves, within pins and caps."""
+    layers, devices = len(free_LE), problem.num_devices
+    held_LEM = (start_LE[:, :, None] == np.arange(devices)).astype(float)
+    if problem.pins is not None:  # a pin outweighs all else
+        held_LEM += (free_LE.size + 1) * problem.pins.held_LEM
+    worth_LMM = np.stack(
+        [
+            held_EM.T @ np.eye(devices)[row_E]
+            for held_EM, row_E in zip(held_LEM, free_LE, strict=True)
+        ]
+    )
+    if not problem.separable:  # one numbering for all layers
+        worth_LMM = np.tile(worth_LMM.sum(axis=0), (layers, 1, 1))
     rows = []
-    for layer, near_E in enumerate(near_LE):
+    for layer, worth_MM in enumerate(worth_LMM):
+        near_E = move_lib.numbering(problem, worth_MM)[free_LE[layer]]
         left = min(deadline - time.monotonic(), REPAIR_SECONDS)
         found = nearest(near_E, chained.within_of(problem, layer), max(left, 0.0))
         rows.append(start_LE[layer] if found.device_E is None else found.device_E)
