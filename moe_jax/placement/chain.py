@@ -128,7 +128,7 @@ class Pool:
         self._chain, self._size = chain, size
         self._found: list[dict[bytes, int]] = [{} for _ in range(chain.num_layers)]
         self._parts: list[np.ndarray] = []  # by number
-        self._ahead: list[np.ndarray] = []  # by number, what the layer before keeps with it
+        self._ahead: list[np.ndarray] = []  # by number, what the layer before keeps with it, if any
         self._own: list[float] = []  # by number, what it keeps by itself
         self._kept: dict[tuple[int, int], float] = {}  # by the best labels of two, once computed
 
@@ -142,7 +142,8 @@ class Pool:
                 number = len(self._parts)
                 self._parts.append(canonical_E)
                 self._own.append(self._chain.own(layer, canonical_E))
-                self._ahead.append(self._chain.ahead_EM(max(layer, 1), canonical_E))
+                ahead_EM = self._chain.ahead_EM(layer, canonical_E) if layer else np.empty((0, 0))
+                self._ahead.append(ahead_EM)
             known[key] = number
             if len(known) > self._size:
                 del known[next(iter(known))]

@@ -1,0 +1,139 @@
+"""Random instances of the planner's problem, numbered, and values counted in another way.
+
+`instance(n)` is the same problem for ever: combinations of objective, dispatch, cap, nodes and
+replicas in a fixed random order, sizes drawn from n. The first FEW are small.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from moe_jax.placement import baselines, cost, greedy, topology
+from moe_jax.placement import problem as problem_lib
+from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.routing import synthetic
+from moe_jax.routing.trace import Trace
+
+FEW, ALL = 60, 300
+OBJECTIVES = ("seconds", "rows", "exflow", "load")
+DISPATCHES = ("exchange", "hierarchical", "coherent", "gathered")
+CAPS = ("none", "relative", "absolute")
+
+
+def combinations() -> list[tuple[str, str, str, int, bool]]:
+    """(objective, dispatch, cap, nodes, replicas), every one once, shuffled once and for all."""
+    every = [
+        one
+        for one in itertools.product(OBJECTIVES, DISPATCHES, CAPS, (1, 2), (False, True))
+        if one[:2] != ("rows", "gathered")
+    ]
+    order = np.random.default_rng(0).permutation(len(every))
+    return [every[i] for i in order]
+
+
+COMBINATIONS = combinations()
+
+
+def instance(number: int) -> Problem:
+    """Problem number `number`."""
+    objective, dispatch, cap, nodes, replicas = COMBINATIONS[number % len(COMBINATIONS)]
+    rng = np.random.default_rng([7, number])
+    small = number < FEW
+    devices = int(rng.choice([2, 4] if small or nodes == 2 else [2, 3, 4, 5]))
+    experts = devices * int(rng.integers(2, (4 if devices == 2 else 3) if small else 5))
+    layers = int(rng.integers(2 if objective == "exflow" else 1, 3 if small else 5))
+    tokens = int(rng.integers(30, 120 if small else 400))
+    trace = synthetic.realistic(
+        num_tokens=tokens,
+        num_layers=layers,
+        num_experts=experts,
+        top_k=int(rng.integers(1, min(4, experts) + 1)),
+        seed=number,
+        num_classes=int(rng.integers(2, 12)),
+        num_sequences=int(rng.integers(1, 9)),
+    )
+    if rng.random() < 0.3:
+        trace = with_gaps(trace, rng)
+    machine = topology.nodes_by_devices(nodes, devices)
+    slots = None
+    if replicas:
+        most = experts // devices + int(rng.integers(1, 3))
+        slots = devices * min(most, experts)
+    made = Problem(trace, machine, objective, dispatch, num_slots=slots)
+    return dataclasses.replace(made, load_cap=_cap(made, cap, rng))
+
+
+def with_gaps(trace: Trace, rng: np.random.Generator) -> Trace:
+    """Some experts missing (the others move up), and tokens without any in one layer."""
+    ids = trace.expert_ids_TLK.copy()
+    none = trace.no_expert
+    ids[rng.random(ids.shape) < 0.15] = none
+    ids[:: int(rng.integers(5, 9)), int(rng.integers(ids.shape[1]))] = none
+    order_TLK = np.argsort(ids == none, axis=2, kind="stable")
+    return Trace(np.take_along_axis(ids, order_TLK, axis=2), trace.num_experts, trace.seq_len)
+
+
+def _cap(problem: Problem, kind: str, rng: np.random.Generator) -> LoadCap | None:
+    if kind == "none":
+        return None
+    if kind == "relative":
+        return LoadCap(float(rng.uniform(1.02, 1.4)), True)
+    least = reachable_L(problem) / (problem.load_LE.sum(axis=1) / problem.num_devices)
+    return LoadCap(float(np.nanmax(least) * rng.uniform(1.02, 1.3)))
+
+
+def reachable_L(problem: Problem) -> np.ndarray:
+    """Largest device load of every layer that packing and swaps reach without replicas."""
+    device_LE = greedy.balanced(problem.load_LE, problem.num_devices)
+    return problem_lib.loads(problem.load_LE, device_LE, problem.num_devices).max(axis=1)
+
+
+def draws(problem: Problem, count: int, seed: int) -> list[np.ndarray]:
+    """Random placements without replicas that keep the load cap."""
+    sizes = (problem.trace.num_layers, problem.trace.num_experts, problem.num_devices)
+    drawn = [baselines.random(*sizes, seed=seed + i) for i in range(count)]
+    drawn.append(baselines.contiguous(*sizes))
+    drawn.append(greedy.balanced(problem.load_LE, problem.num_devices))
+    return [device_LE for device_LE in drawn if problem.all_allowed(device_LE)]
+
+
+def counted(problem: Problem, placement: Placement) -> float:
+    """The objective token by token from the rows of cost.py, not by the planner's closed forms."""
+    trace, each = problem.trace, problem.topology.devices_per_node
+    ids_TLK = trace.expert_ids_TLK
+    if problem.objective == "exflow":
+        return _hops(problem, placement)
+    load_LM = cost.computed_LM(ids_TLK, placement, problem.dispatch, None, each)
+    if problem.objective == "load":
+        return float((load_LM.max(axis=1) / load_LM.mean(axis=1)).mean())
+    rows = cost.rows(ids_TLK, placement, problem.dispatch, devices_per_node=each)
+    if problem.objective == "rows":
+        real = (ids_TLK != trace.no_expert).any(axis=2).sum()
+        return float((rows.total_LMM * problem.row_weight_MM).sum() / real)
+    total = seconds_lib.seconds(
+        rows, load_LM, problem.topology, problem.work, problem.dispatch, trace.num_tokens
+    ).total_L
+    return float(total.mean())
+
+
+def _hops(problem: Problem, placement: Placement) -> float:
+    """Weighted hops of the best expert per token, by loops; the mean over homes with replicas."""
+    trace, total, moves = problem.trace, 0.0, 0
+    for homes_T in cost.homes(placement, trace.num_tokens):
+        walk = cost.walk(
+            trace.expert_ids_TLK[:, :, :1],
+            placement,
+            "coherent",
+            homes_T,
+            problem.topology.devices_per_node,
+        )
+        device_LT = [step.device_TK[:, 0] for step in walk]
+        for here_T, there_T in itertools.pairwise(device_LT):
+            for here, there in zip(here_T.tolist(), there_T.tolist(), strict=True):
+                if here >= 0 and there >= 0:
+                    total += problem.hop_MM[here, there]
+                    moves += 1
+    return (trace.num_layers - 1) * total / max(moves, 1)
