@@ -37,6 +37,7 @@ from moe_jax.placement import (
     ways,
 )
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.limits.caps import LoadCap
 from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement, check_divides
@@ -53,30 +54,6 @@ UNITS = {
     "exflow": "hops per token",
     "load": "max / mean",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadCap:
-    """Largest device load of a layer over its mean; `relative`: over the best that is reachable."""
-
-    factor: float
-    relative: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "LoadCap":
-        """`1.1` or `1.1x`."""
-        try:
-            factor = float(text.removesuffix("x"))
-        except ValueError:
-            factor = float("nan")
-        if not 1.0 <= factor < float("inf"):
-            raise Refused(
-                "load_cap",
-                text,
-                "a factor of at least 1, as 1.1 (over the mean) or 1.1x (over what is reachable)",
-                "Use 1.1x if in doubt",
-            )
-        return cls(factor, text.endswith("x"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,17 +165,18 @@ class Problem:
             return np.full(layers, np.inf)
         mean_L = self.load_LE.sum(axis=1) / self.num_devices
         reachable_L = loads(self.load_LE, self.balanced_LE, self.num_devices).max(axis=1)
-        cap_L = self.load_cap.factor * (reachable_L if self.load_cap.relative else mean_L)
+        scale = self.work.batch_tokens / self.trace.num_tokens
+        cap_L = self.load_cap.largest_L(mean_L, reachable_L, scale)
         if (over_L := reachable_L > cap_L * (1 + 1e-9)).any():
             ratio_L = reachable_L / np.maximum(mean_L, 1e-300)
             layer = int(np.where(over_L, ratio_L, 0).argmax())
             proven = bounds.load_lower(self.load_LE[layer], self.num_devices) / mean_L[layer]
             raise Refused(
                 "load_cap",
-                self.load_cap.factor,
+                str(self.load_cap),
                 f"layer {self.trace.layer_ids[layer]} cannot be balanced better than "
                 f"{ratio_L[layer]:.4f} (proven: not below {proven:.4f})",
-                f"Use {np.ceil(ratio_L[layer] * 1e4) / 1e4:.4f} or more, or a relative cap as 1.1x",
+                self.load_cap.advice(reachable_L[layer], mean_L[layer], scale),
             )
         return cap_L
 

@@ -29,6 +29,7 @@ from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 
 ROUNDS = 1000  # of swaps for balance: until none helps
+USUAL = 1.1  # the relative cap in place of rows that are out of reach without replicas
 WIDER = (1.15, 1.4)  # load caps of further bases, in those of the problem
 WORK = 2**22  # assignments that a pass over all candidates of a layer may look at
 SAMPLE = 8192  # tokens, at most
@@ -70,7 +71,8 @@ def without(problem: Problem) -> Problem:
     try:
         _ = same.cap_L
     except Refused:
-        return dataclasses.replace(same, load_cap=LoadCap(same.load_cap.factor, relative=True))
+        factor = USUAL if same.load_cap.rows else same.load_cap.factor
+        return dataclasses.replace(same, load_cap=LoadCap(factor, relative=True))
     return same
 
 
@@ -83,7 +85,7 @@ def bases(problem: Problem) -> list[Problem]:
     cap = first.load_cap
     if cap is None:
         return [first]
-    wider = [LoadCap(cap.factor * f, cap.relative) for f in WIDER]
+    wider = [dataclasses.replace(cap, factor=cap.factor * f) for f in WIDER]
     return [first, *(without(dataclasses.replace(problem, load_cap=one)) for one in wider)]
 
 
@@ -108,16 +110,17 @@ def caps(problem: Problem, balanced_plan: Placement) -> Float[np.ndarray, " L"]:
         return np.full(problem.trace.num_layers, np.inf)
     mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
     reached_L = _largest_L(problem, balanced_plan)
-    cap_L = problem.load_cap.factor * (reached_L if problem.load_cap.relative else mean_L)
+    scale = problem.work.batch_tokens / problem.trace.num_tokens
+    cap_L = problem.load_cap.largest_L(mean_L, reached_L, scale)
     ratio_L = reached_L / np.maximum(mean_L, 1e-300)
     if (over_L := reached_L > cap_L * (1 + 1e-9)).any():
         layer = int(np.where(over_L, ratio_L, 0).argmax())
         raise Refused(
             "load_cap",
-            problem.load_cap.factor,
+            str(problem.load_cap),
             f"layer {problem.trace.layer_ids[layer]} could not be balanced better than "
             f"{ratio_L[layer]:.4f} with {problem.num_slots} slots",
-            f"Use {np.ceil(ratio_L[layer] * 1e4) / 1e4:.4f} or more, or a relative cap as 1.1x",
+            problem.load_cap.advice(reached_L[layer], mean_L[layer], scale),
         )
     return cap_L
 

@@ -71,10 +71,11 @@ CASES = [
     ("rows", "coherent", 1),
     ("exflow", "exchange", 2),
     ("seconds", "gathered", 1),
+    ("moetuner", "exchange", 1),
 ]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(7))
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 def test_pins_are_kept_whatever_is_minimised(seed, limit):
     objective, dispatch, nodes = CASES[seed]
@@ -88,7 +89,7 @@ def test_pins_are_kept_whatever_is_minimised(seed, limit):
     assert report.objective == pytest.approx(problem.value(placement.device_LE), rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(7))
 def test_pins_that_the_free_plan_keeps_cost_nothing(seed):
     objective, dispatch, nodes = CASES[seed]
     trace = noisy_trace(seed, num_experts=12, num_layers=3)

@@ -84,7 +84,8 @@ def objective_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--load-cap",
         metavar="C",
-        help="largest device load of a layer: 1.1 (over the mean), 1.1x (over what is reachable)",
+        help="largest device load of a layer: 1.1 (over the mean), 1.1x (over what is reachable), "
+        "9000rows (of a device in a step of --batch-tokens)",
     )
     group.add_argument(
         "--slots",

@@ -8,8 +8,8 @@ Axes: L layers, E experts, M devices, C options of a layer.
   gains most per move, or loses least per move saved (paths.py). Their rows are the options.
   The mixes of some numbers of moves are refined, layer by layer by an exact program that limits the
   moves, and join the options.
-- coherent dispatch: co-activation within a layer is most of it, so options are those of exchange
-  dispatch (menu.py).
+- coherent dispatch, moetuner: options are those of exchange dispatch (menu.py), in seconds for
+  moetuner.
 
 Two neighbouring layers have a value together that no other layer enters (knapsack.chained), exactly
 so where every token has an expert in every layer.
@@ -134,7 +134,7 @@ def counted_edges(
         for c, d in np.ndindex(*edge_CD.shape):
             if time.monotonic() >= deadline:
                 return None
-            edge_CD[c, d] = scale * pair.values_L(np.stack([left_CE[c], right_DE[d]]))[1]
+            edge_CD[c, d] = scale * _values_2(pair, np.stack([left_CE[c], right_DE[d]]))[1]
         edges.append(edge_CD)
     return edges
 
@@ -142,7 +142,15 @@ def counted_edges(
 def counted_first(problem: Problem, option_CE: np.ndarray) -> np.ndarray:
     """float64 [C]: the objective of the first layer."""
     pair, scale = _pair(problem, 1)
-    return np.array([scale * pair.values_L(np.stack([row_E] * 2))[0] for row_E in option_CE])
+    return np.array([scale * _values_2(pair, np.stack([row_E] * 2))[0] for row_E in option_CE])
+
+
+def _values_2(pair: Problem, device_2E: np.ndarray) -> np.ndarray:
+    """float64 [2]: what each of two layers adds, the way between them in the later one."""
+    if pair.objective != "moetuner":
+        return pair.values_L(device_2E)
+    stages = pair.tuner.stages(device_2E)
+    return stages.deviation_L + np.append(0.0, stages.slowest_l)
 
 
 def _pair(problem: Problem, layer: int) -> tuple[Problem, float]:

@@ -85,7 +85,7 @@ def search(
         for menus in _menus(borders, start_LE, free_LE, deadline):
             yield _mixed_apart(problem, menus)
     else:
-        yield from _coherent(problem, old_LE, start_LE, free_LE, deadline)
+        yield from _tied(problem, old_LE, start_LE, free_LE, deadline)
 
 
 def corners(value_B: np.ndarray) -> tuple[tuple[int, float], ...]:
@@ -125,8 +125,9 @@ def _hop_step(problem: Problem, table: knapsack.Table, options: list[np.ndarray]
     return _chosen(problem, table, options, np.array([problem.hops(-v) for v in table.value_B]))
 
 
-def _coherent(problem: Problem, old_LE, start_LE, free_LE, deadline: float) -> Iterator[Step]:
-    near = dataclasses.replace(problem, dispatch="exchange")
+def _tied(problem: Problem, old_LE, start_LE, free_LE, deadline: float) -> Iterator[Step]:
+    likely = "seconds" if problem.objective == "moetuner" else problem.objective
+    near = dataclasses.replace(problem, objective=likely, dispatch="exchange")
     borders = [Border(near, layer, old_E) for layer, old_E in enumerate(old_LE)]
     now = time.monotonic()
     half = now + (deadline - now) / 2

@@ -1,0 +1,68 @@
+"""Load caps: the largest load that a device may have in any layer, in one of three measures.
+
+- `1.1`: over the mean load of the layer.
+- `1.1x`: over the smallest largest load that is reachable in the layer.
+- `9000rows`: rows that a device computes in a step of `batch_tokens` tokens.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.errors import Refused
+
+RULE = (
+    "a factor of at least 1, as 1.1 (over the mean) or 1.1x (over what is reachable), or rows of a "
+    "device and step as 9000rows"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadCap:
+    """Largest device load of a layer.
+
+    Attributes:
+      factor: over the mean, or what it is counted in otherwise.
+      relative: over the best that is reachable.
+      rows: `factor` counts rows of a device and step.
+    """
+
+    factor: float
+    relative: bool = False
+    rows: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "LoadCap":
+        """`1.1`, `1.1x` or `9000rows`."""
+        relative, rows = text.endswith("x"), text.endswith("rows")
+        try:
+            factor = float(text.removesuffix("rows") if rows else text.removesuffix("x"))
+        except ValueError:
+            factor = float("nan")
+        if not (1e-9 if rows else 1.0) <= factor < float("inf"):
+            raise Refused("load_cap", text, RULE, "Use 1.1x if in doubt")
+        return cls(factor, relative, rows)
+
+    def largest_L(
+        self, mean_L: np.ndarray, reachable_L: np.ndarray, rows_per_step: float
+    ) -> np.ndarray:
+        """float64 [L]: the largest load that is allowed, in rows of the trace.
+
+        Args:
+          mean_L: load of a layer over the devices.
+          reachable_L: the smallest largest load that is known.
+          rows_per_step: rows of a step for each row of the trace.
+        """
+        if self.rows:
+            return np.full(len(mean_L), self.factor / rows_per_step)
+        return self.factor * (reachable_L if self.relative else mean_L)
+
+    def advice(self, load: float, mean: float, rows_per_step: float) -> str:
+        """The smallest cap of this measure that allows a load, as one types it."""
+        least = f"{np.ceil(load / max(mean, 1e-300) * 1e4) / 1e4:.4f}"
+        if self.rows:
+            least = f"{np.ceil(load * rows_per_step):.0f}rows"
+        return f"Use {least} or more, or a relative cap as 1.1x"
+
+    def __str__(self) -> str:
+        return f"{self.factor:g}" + ("rows" if self.rows else "x" * self.relative)
