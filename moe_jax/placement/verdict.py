@@ -3,7 +3,8 @@
 Axes: B bootstrap samples, L MoE layers.
 
 The rule, on the seconds of window B that the new placement saves against the one in use, with the
-95 % interval over sequences (paired.py), W being "the move pays for itself within `steps` steps":
+95 % interval over sequences (paired.py), W being "the move pays for itself within `steps` steps,
+and the saving is at least `min_gain` of the time":
 - not enough data: fewer than MIN_SEQUENCES sequences judge; or the interval contains 0 and at its
   upper end W holds, so that more sequences may decide it;
 - recommended: the interval's lower end is above 0, and W holds for the saving itself;
@@ -39,7 +40,7 @@ from moe_jax.placement.move import Move
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
-from moe_jax.placement.solve import Progress
+from moe_jax.placement.solve import Progress, Report, Solution
 from moe_jax.placement.windows import Window
 from moe_jax.routing.trace import Trace
 
@@ -64,6 +65,7 @@ class Settings:
       time_limit: seconds of the plan.
       steps: within which the move has to pay for itself.
       expert_bytes: that move with an expert; None: three matrices of d_model x d_ff.
+      min_gain: share of a layer's time that has to be saved.
     """
 
     split: str = "sequence"
@@ -71,6 +73,7 @@ class Settings:
     time_limit: float = 60.0
     steps: int = 100_000
     expert_bytes: int | None = None
+    min_gain: float = 0.0
 
     def __post_init__(self):
         for field, least in (("steps", 1), ("expert_bytes", 1), ("seed", 0)):
@@ -79,6 +82,9 @@ class Settings:
                 raise Refused(field, value, f"a whole number of at least {least}", "Correct it")
         if not 0 <= self.time_limit < float("inf"):
             raise Refused("time_limit", self.time_limit, "seconds, at least 0", "Use 60")
+        if not 0 <= self.min_gain < 1:
+            shown = f"{100 * self.min_gain:g}"
+            raise Refused("min_gain", shown, "percent, from 0 to below 100", "Use 2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +123,7 @@ class Verdict:
       notes: what a reader has to know.
       placement: the new one, with the device numbers that move least; of the dearest move where
         there are several windows.
+      search: how that plan was found.
     """
 
     answer: str
@@ -134,6 +141,7 @@ class Verdict:
     evidence: tuple[Named, ...]
     notes: tuple[str, ...]
     placement: Placement
+    search: Report
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON data."""
@@ -142,6 +150,7 @@ class Verdict:
             "reason": self.reason,
             "split": self.settings.split,
             "within_steps": self.settings.steps,
+            "min_gain": self.settings.min_gain,
             "plan_digest": self.placement.digest,
             "planned_on_sequences": self.planned,
             "judged_on_sequences": self.judged,
@@ -178,14 +187,15 @@ def verdict(
     settings = settings or Settings()
     trace = problem.trace
     if before is None:
-        before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
+        before = contiguous(problem)
     found = windows_lib.windows(trace, settings.split, settings.seed)
     for window in found:
         _ = dataclasses.replace(problem, trace=window.plan).cap_L  # refuses caps out of reach
     if say is not None:
         say(estimate(settings, found))
     judge = _Judge(problem, before, found, settings, progress)
-    raw = judge.plans("plan", [window.plan for window in found])
+    solutions = judge.solutions("plan", [window.plan for window in found])
+    raw = [solution.placement for solution in solutions]
     after = [move_lib.relabelled(problem, before, placement) for placement in raw]
     gains = judge.gains(after)
     size = problem.work.expert_bytes if settings.expert_bytes is None else settings.expert_bytes
@@ -195,7 +205,9 @@ def verdict(
     move, layers = moves[dearest], trace.num_layers
     judged = sum(window.judge.num_sequences for window in found)
     saved = gains["seconds"].difference
-    answer, reason = decide(gains["seconds"], move, layers, judged, settings.steps)
+    answer, reason = decide(
+        gains["seconds"], move, layers, judged, settings.steps, settings.min_gain
+    )
     return Verdict(
         answer,
         reason,
@@ -212,10 +224,19 @@ def verdict(
         evidence=tuple(judge.evidence()),
         notes=(GATHERED,) if problem.dispatch == "gathered" else (),
         placement=after[dearest],
+        search=solutions[dearest].report,
     )
 
 
-def decide(gain: Gain, move: Move, layers: int, judged: int, steps: int) -> tuple[str, str]:
+def contiguous(problem: Problem) -> Placement:
+    """What is in use where nobody says."""
+    trace = problem.trace
+    return Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
+
+
+def decide(
+    gain: Gain, move: Move, layers: int, judged: int, steps: int, min_gain: float = 0.0
+) -> tuple[str, str]:
     """The verdict and its reason in a sentence; the rule is at the head of this file.
 
     Args:
@@ -224,12 +245,13 @@ def decide(gain: Gain, move: Move, layers: int, judged: int, steps: int) -> tupl
       layers: of the model.
       judged: sequences that judged.
       steps: within which the move has to pay for itself.
+      min_gain: share of the time that has to be saved.
     """
     saved, share = gain.difference, gain.share
 
     def worth(seconds: float) -> bool:
         needed = move.steps(layers * seconds)
-        return needed is not None and needed <= steps
+        return needed is not None and needed <= steps and seconds >= min_gain * gain.before
 
     interval = f"{percent(share.low)} to {percent(share.high)} of the time of a layer"
     if judged < MIN_SEQUENCES:
@@ -247,6 +269,11 @@ def decide(gain: Gain, move: Move, layers: int, judged: int, steps: int) -> tupl
         return RECOMMENDED, (
             f"it saves {interval}, and the move has paid for itself after "
             f"{steps_of(needed)} ({steps:,} were allowed)"
+        )
+    if saved.low > 0 and share.value < min_gain:
+        return NOT_RECOMMENDED, (
+            f"it saves {interval}, on the whole {percent(share.value)}, less than the "
+            f"{percent(min_gain)} that were asked for"
         )
     if saved.low > 0:
         return NOT_RECOMMENDED, (
@@ -278,6 +305,9 @@ class _Judge:
             start += window.judge.num_sequences
 
     def plans(self, stage: str, traces: Sequence[Trace], share: float = 1.0) -> list[Placement]:
+        return [solution.placement for solution in self.solutions(stage, traces, share)]
+
+    def solutions(self, stage: str, traces: Sequence[Trace], share: float = 1.0) -> list[Solution]:
         """One plan for each trace; they share the time limit (or this share of it)."""
         limit = share * self._settings.time_limit / len(traces)
         made = []
@@ -285,8 +315,8 @@ class _Judge:
             name = stage if len(traces) == 1 else f"{stage} {number} of {len(traces)}"
             problem = dataclasses.replace(self._problem, trace=trace)
             tell = self._telling(name)
-            placement, report = solve.solve_problem(problem, self._settings.seed, limit, tell)
-            made.append(placement)
+            made.append(solve.solve_problem(problem, self._settings.seed, limit, tell))
+            report = made[-1].report
             if tell is not None:
                 tell(Progress("judging", report.seconds, limit, report.objective, report.bound))
         return made
@@ -349,7 +379,7 @@ class _Judge:
         return Named(name, trace.num_sequences, paired.gains(before, after)["seconds"])
 
     def _judging(self, trace: Trace) -> Problem:
-        return dataclasses.replace(self._problem, trace=trace, load_cap=None)
+        return dataclasses.replace(self._problem.unrestricted, trace=trace, load_cap=None)
 
     def _telling(self, name: str) -> Tell | None:
         tell = self._progress

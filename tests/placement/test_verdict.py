@@ -366,6 +366,23 @@ def test_the_rule(gain, judged, answer):
     assert "\n" not in reason
 
 
+@pytest.mark.parametrize(
+    ("gain", "min_gain", "answer"),
+    [
+        (of_seconds(0.2, 0.1, 0.3), 0.2, RECOMMENDED),
+        (of_seconds(0.2, 0.1, 0.3), 0.21, NOT_RECOMMENDED),
+        (of_seconds(0.2, -0.1, 0.5), 0.4, NOT_ENOUGH),
+        (of_seconds(0.2, -0.1, 0.5), 0.51, NOT_RECOMMENDED),
+    ],
+)
+def test_less_than_the_least_gain_is_not_recommended(gain, min_gain, answer):
+    move = Move(experts=1, of_experts=8, bytes=8, seconds=20.0)
+    found, reason = verdict.decide(gain, move, 2, 100, 1000, min_gain)
+    assert found == answer
+    if gain.difference.low > 0 and answer == NOT_RECOMMENDED:
+        assert "20.0 %, less than the 21.0 %" in reason
+
+
 def test_planted_affinity_is_recommended_and_the_null_test_saves_nothing():
     found = verdict.verdict(Problem(grouped(1), WIRES), settings=FAST)
     assert found.answer == RECOMMENDED
@@ -475,6 +492,7 @@ def test_the_command_prints_one_object(trace_path, tmp_path, capsys):
         "reason",
         "split",
         "within_steps",
+        "min_gain",
         "plan_digest",
         "planned_on_sequences",
         "judged_on_sequences",
@@ -501,6 +519,26 @@ def test_the_command_prints_one_object(trace_path, tmp_path, capsys):
     assert "now.json" in text
 
 
+def test_the_command_keeps_a_budget_and_asks_for_a_least_gain(trace_path, tmp_path, capsys):
+    page, words = tmp_path / "p.html", ("verdict", trace_path, "--devices=4", "--time-limit=1")
+    words = (*words, "--expert-bytes=1000", "--json")
+    answers = []
+    for budget in ("0", "4000", "100%"):
+        assert run(*words, f"--move-budget={budget}", f"--report={page}") == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    none, some, all_ = answers
+    assert none["move"]["experts"] == 0
+    assert none["gains"]["seconds"]["difference"]["value"] == 0
+    assert none["verdict"] == NOT_RECOMMENDED
+    assert 0 < some["move"]["bytes"] <= 4000 < all_["move"]["bytes"]
+    assert some["gains"]["rows"]["after"] > all_["gains"]["rows"]["after"]
+    assert "The search" in page.read_text(encoding="utf-8")
+    share = all_["gains"]["seconds"]["share"]["value"]
+    assert run(*words, f"--min-gain={100 * share + 1}") == 0
+    stricter = json.loads(capsys.readouterr().out)
+    assert (all_["verdict"], stricter["verdict"]) == (RECOMMENDED, NOT_RECOMMENDED)
+
+
 def test_gathered_can_gain_by_load_only(trace_path, capsys):
     assert run("verdict", trace_path, "--devices=4", "--time-limit=0", "--dispatch=gathered") == 0
     text = capsys.readouterr().out
@@ -514,6 +552,9 @@ REFUSED = {
     "time negative": (["--time-limit=-1"], "time_limit"),
     "one plan of many": (["--split=name", "--out=p.json"], "one plan per group"),
     "out is a folder": (["--out=."], "is a folder"),
+    "gain negative": (["--min-gain=-1"], "min_gain"),
+    "gain no number": (["--min-gain=nan"], "min_gain"),
+    "budget no number": (["--move-budget=much"], "move_budget"),
     "seed negative": (["--seed=-1"], "seed"),
     "cap out of reach": (["--load-cap=1.0"], "cannot be balanced"),
     "plan of another model": (["--before=other.json"], "num_experts"),

@@ -26,19 +26,7 @@ def add(command: argparse.ArgumentParser) -> None:
         help="the plan in use: the new one is numbered like it and moves as little as it can; "
         "prints what other budgets would bring",
     )
-    group.add_argument(
-        "--move-budget",
-        metavar="BYTES",
-        help="move at most so much away from --previous: 2GB, 500MB, 0, or 10%% of the bytes of "
-        "all experts; a copy that appears on a device counts, one that disappears does not "
-        "(default: no limit)",
-    )
-    group.add_argument(
-        "--expert-bytes",
-        type=int,
-        metavar="BYTES",
-        help="that move with one expert of one layer (default: 3 x d_model x d_ff values)",
-    )
+    add_budget(group, "--previous")
     group.add_argument(
         "--pin",
         action="append",
@@ -48,25 +36,48 @@ def add(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_budget(group, previous: str) -> None:
+    """--move-budget and --expert-bytes, counted from what the option `previous` names."""
+    group.add_argument(
+        "--move-budget",
+        metavar="BYTES",
+        help=f"move at most so much away from {previous}: 2GB, 500MB, 0, or 10%% of the bytes of "
+        "all experts; a copy that appears on a device counts, one that disappears does not "
+        "(default: no limit)",
+    )
+    group.add_argument(
+        "--expert-bytes",
+        type=int,
+        metavar="BYTES",
+        help="that move with one expert of one layer (default: 3 x d_model x d_ff values)",
+    )
+
+
+def budgeted(options: argparse.Namespace, problem: Problem, now: Placement) -> Problem:
+    """The problem with what is in use, and the budget of the options."""
+    budget = None if options.move_budget is None else MoveBudget.parse(options.move_budget)
+    previous = Previous.of(now, budget, expert_bytes(options, problem))
+    return dataclasses.replace(problem, previous=previous)
+
+
 def limited(options: argparse.Namespace, problem: Problem) -> Problem:
     """The problem with the plan in use and the pins that the options name."""
-    trace, previous, pins = problem.trace, None, None
+    trace = problem.trace
     if options.previous is None:
         for name in ("move_budget", "expert_bytes"):
             if (value := getattr(options, name)) is not None:
                 rule = "counts what moves away from the plan in use"
                 raise Refused(name, value, rule, "Give --previous=PLAN.json as well")
     else:
-        budget = None if options.move_budget is None else MoveBudget.parse(options.move_budget)
         plan = Plan.read(options.previous)
         if plan.layer_ids != trace.layer_ids and plan.placement.num_layers == trace.num_layers:
             rule = f"the plan in use has the layers {_span(plan.layer_ids)}"
             raise Refused("trace layers", _span(trace.layer_ids), rule, "Use those of one model")
-        previous = Previous.of(plan.placement, budget, expert_bytes(options, problem))
+        problem = budgeted(options, problem, plan.placement)
     if options.pin:
         sizes = (trace.num_experts, problem.num_devices, trace.layer_ids)
-        pins = pins_lib.parse(options.pin, *sizes)
-    return dataclasses.replace(problem, previous=previous, pins=pins)
+        problem = dataclasses.replace(problem, pins=pins_lib.parse(options.pin, *sizes))
+    return problem
 
 
 def expert_bytes(options: argparse.Namespace, problem: Problem) -> int:

@@ -9,7 +9,7 @@ import sys
 from moe_jax.errors import Refused
 from moe_jax.placement import verdict as verdict_lib
 from moe_jax.placement import verdict_text, windows
-from moe_jax.placement.commands import inputs, words
+from moe_jax.placement.commands import inputs, limits, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
@@ -49,11 +49,19 @@ def run(options: argparse.Namespace) -> str:
             rule = "split=name judges one plan per group"
             raise Refused(name, getattr(options, name), rule, f"Leave --{name} out")
     settings = verdict_lib.Settings(
-        options.split, options.seed, options.time_limit, options.steps, options.expert_bytes
+        options.split,
+        options.seed,
+        options.time_limit,
+        options.steps,
+        options.expert_bytes,
+        options.min_gain / 100,
     )
     trace = inputs.trace(options)
     problem = options_lib.problem_of(options, trace)
     before = options_lib.in_use(options.before, trace, problem.topology) if options.before else None
+    if options.move_budget is not None:
+        now = before or verdict_lib.contiguous(problem)
+        problem = limits.budgeted(options, problem, now)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -95,10 +103,13 @@ def _judging(command: argparse.ArgumentParser) -> None:
         help=f"within which the move has to pay for itself (default {settings.steps})",
     )
     group.add_argument(
-        "--expert-bytes",
-        type=int,
-        help="that move with one expert of one layer (default: 3 x d_model x d_ff values)",
+        "--min-gain",
+        type=float,
+        default=0.0,
+        metavar="PERCENT",
+        help="of a layer's time that the plan has to save, else it is not recommended (default 0)",
     )
+    limits.add_budget(group, "--before")
 
 
 def _write_page(
@@ -110,10 +121,10 @@ def _write_page(
     trace = problem.trace
     (window,) = windows.windows(trace, options.split, options.seed)
     if before is None:
-        before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
+        before = verdict_lib.contiguous(problem)
     done = build.Done(
         trace=trace,
-        judge=dataclasses.replace(problem, trace=window.judge, load_cap=None),
+        judge=dataclasses.replace(problem.unrestricted, trace=window.judge, load_cap=None),
         held_out=True,
         planned=window.plan,
         before=before,
@@ -121,6 +132,7 @@ def _write_page(
         before_name=pathlib.Path(options.before).name if options.before else "contiguous",
         seed=options.seed,
         command=options_lib.typed(options),
+        report=found.search,
         answer=(
             f"Verdict: {found.answer}. {found.reason[0].upper()}{found.reason[1:]}.",
             TONES[found.answer],
