@@ -147,12 +147,12 @@ class _State:
             gain_BLP -= 2.0 * like_BLP * self.keep_LEN[layer_1L1, e_BLP, 2 * experts + f_BLP]
 
         load_e, load_f = (self.chain.load_LE[layer_1L1, x] for x in (e_BLP, f_BLP))
-        cap_1L1 = self.chain.cap_L[layer_L][None, :, None]
         overload_BLP = np.zeros(shape)
         for device_BLP, shift_BLP in ((of_BLP, load_f - load_e), (to_BLP, load_e - load_f)):
             load_BLP = self.load_BLM[copy_B11, layer_1L1, device_BLP]
-            overload_BLP += np.maximum(load_BLP + shift_BLP - cap_1L1, 0.0)
-            overload_BLP -= np.maximum(load_BLP - cap_1L1, 0.0)
+            cap_BLP = self.chain.cap_LM[layer_1L1, device_BLP]
+            overload_BLP += np.maximum(load_BLP + shift_BLP - cap_BLP, 0.0)
+            overload_BLP -= np.maximum(load_BLP - cap_BLP, 0.0)
         return _Moves(
             layer_L, e_BLP, f_BLP, of_BLP, to_BLP, slot_e_BLP, slot_f_BLP, gain_BLP, overload_BLP
         )

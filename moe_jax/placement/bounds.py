@@ -11,7 +11,8 @@ contacts >= sum_t a(b) - b * (most pairs that can be kept), the latter by semide
 
 **Load.** No placement has a largest device load below the mean, nor below the hottest expert with
 the s - 1 coldest others, nor below what a pigeonhole forces: of the j M + 1 hottest experts, j + 1
-share a device.
+share a device. Where devices differ in speed, a load counts over its device's speed, and the k
+slowest devices hold at least the k s coldest experts.
 """
 
 import functools
@@ -94,8 +95,17 @@ def most_stays(keep_LEE: np.ndarray, slots: int) -> float:
     return float(np.minimum(top_LEE.sum(axis=(1, 2)), other_LEE.sum(axis=(1, 2))).sum())
 
 
-def load_lower(load_E: np.ndarray, devices: int) -> float:
-    """Smallest possible load of the most loaded device of one layer."""
+def load_lower(
+    load_E: np.ndarray, devices: int, speed_M: np.ndarray | None = None, extra: float = 0.0
+) -> float:
+    """Smallest possible load of the most loaded device of one layer.
+
+    Args:
+      load_E: tokens per expert.
+      devices: M.
+      speed_M: a device's load counts over its speed; None: all are 1.
+      extra: load that every device has besides.
+    """
     slots = len(load_E) // devices
     descending_E = np.sort(load_E)[::-1].astype(float)
     best = max(float(load_E.sum()) / devices, 0.0)
@@ -104,7 +114,12 @@ def load_lower(load_E: np.ndarray, devices: int) -> float:
         shared = descending_E[hottest - together : hottest].sum()
         rest = np.concatenate([descending_E[: hottest - together], descending_E[hottest:]])
         best = max(best, shared + np.sort(rest)[: slots - together].sum())
-    return best
+    if speed_M is None:
+        return best + extra
+    coldest_M = np.cumsum(descending_E[::-1])[slots - 1 :: slots]
+    slowest_M = coldest_M + extra * np.arange(1, devices + 1)
+    over_M = slowest_M / np.cumsum(np.sort(speed_M))
+    return float(max((best + extra) / speed_M.max(), over_M.max()))
 
 
 @functools.lru_cache(maxsize=256)

@@ -36,6 +36,7 @@ class Chain:
       node_likeness: the share that is gained on another device of the same node.
       load_LE: float64.
       cap_L: largest device load of each layer; inf where there is none.
+      speed_M: a device may be loaded up to its speed times the cap; None: all are 1.
       kind_M: labels may only go to devices of the same kind; None: all are alike.
     """
 
@@ -45,11 +46,18 @@ class Chain:
     node_likeness: float
     load_LE: np.ndarray
     cap_L: np.ndarray
+    speed_M: np.ndarray | None = None
     kind_M: np.ndarray | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.keep_LEE) + 1
+
+    @functools.cached_property
+    def cap_LM(self) -> np.ndarray:
+        """float64 [L, M]: largest load of every device."""
+        speed_M = np.ones(self.num_devices) if self.speed_M is None else self.speed_M
+        return self.cap_L[:, None] * speed_M
 
     @functools.cached_property
     def nodes(self) -> Nodes:
@@ -76,7 +84,7 @@ class Chain:
         """bool [L]: does a device pass the layer's cap?"""
         onehot_MM = np.eye(self.num_devices)
         load_LM = np.einsum("le,lem->lm", self.load_LE, onehot_MM[device_LE])
-        return load_LM.max(axis=1) > self.cap_L * (1 + 1e-9)
+        return (load_LM > self.cap_LM * (1 + 1e-9)).any(axis=1)
 
     def benefit_EM(self, device_LE: np.ndarray, layer: int, before: bool, after: bool):
         """float64 [E, M]: what an expert keeps on each device, given its neighbours."""
@@ -233,11 +241,11 @@ def _assigned(weight_MM: np.ndarray) -> _Labels:
 
 
 def _reassigned(chain: Chain, benefit_EM, layer: int, now_E: np.ndarray, deadline: float):
-    cap = chain.cap_L[layer]
-    if not np.isfinite(cap):
+    cap_M = chain.cap_LM[layer]
+    if not np.isfinite(cap_M).any():
         return ilp.assign(benefit_EM)
     left = min(deadline - time.monotonic(), 1.0)
-    new_E = ilp.assign_capped(benefit_EM, chain.load_LE[layer], cap, left) if left > 0 else None
+    new_E = ilp.assign_capped(benefit_EM, chain.load_LE[layer], cap_M, left) if left > 0 else None
     return now_E if new_E is None else new_E
 
 

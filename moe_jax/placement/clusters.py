@@ -24,14 +24,14 @@ class Layer:
       affinity_EE: float64, symmetric, zero diagonal.
       load_E: float64, tokens per expert.
       likeness_MM: float64, symmetric, ones on the diagonal.
-      cap: largest load of a device that is not penalised.
+      cap: largest load of a device that is not penalised; one number, or one per device.
       bonus_EM: what an expert is worth on a device by itself (homes), or None.
     """
 
     affinity_EE: np.ndarray
     load_E: np.ndarray
     likeness_MM: np.ndarray
-    cap: float = np.inf
+    cap: float | np.ndarray = np.inf
     bonus_EM: np.ndarray | None = None
 
     @property
@@ -53,7 +53,11 @@ class Layer:
 
     def overload(self, device_E: np.ndarray) -> float:
         load_M = np.bincount(device_E, weights=self.load_E, minlength=len(self.likeness_MM))
-        return float(np.maximum(load_M - self.cap, 0.0).sum()) if np.isfinite(self.cap) else 0.0
+        return float(np.maximum(load_M - self.cap, 0.0).sum()) if self.capped else 0.0
+
+    @property
+    def capped(self) -> bool:
+        return bool(np.isfinite(self.cap).any())
 
 
 def descend(layer: Layer, device_BE: np.ndarray, deadline: float) -> np.ndarray:
@@ -131,7 +135,7 @@ def _deltas(layer: Layer, device_BE: np.ndarray) -> np.ndarray:
     move_BEE = at_BEE - own_BE[:, :, None]
     like_BEE = like_MM[device_BE[:, :, None], device_BE[:, None, :]]
     delta_BEE = move_BEE + move_BEE.transpose(0, 2, 1) - 2.0 * affinity_EE * (1.0 - like_BEE)
-    if np.isfinite(layer.cap):
+    if layer.capped:
         delta_BEE -= layer.penalty * _overload_change(layer, device_BE, onehot_BEM)
     delta_BEE[device_BE[:, :, None] == device_BE[:, None, :]] = 0.0
     return delta_BEE
@@ -141,8 +145,9 @@ def _overload_change(layer: Layer, device_BE, onehot_BEM) -> np.ndarray:
     load_BM = layer.load_E @ onehot_BEM
     of_BE = np.take_along_axis(load_BM, device_BE, 1)
     shift_EE = layer.load_E[None, :] - layer.load_E[:, None]  # e's device gets f and loses e
-    after_BEE = np.maximum(of_BE[:, :, None] + shift_EE - layer.cap, 0.0)
-    before_BE = np.maximum(of_BE - layer.cap, 0.0)
+    cap_BE = np.broadcast_to(layer.cap, onehot_BEM.shape[2])[device_BE]
+    after_BEE = np.maximum(of_BE[:, :, None] + shift_EE - cap_BE[:, :, None], 0.0)
+    before_BE = np.maximum(of_BE - cap_BE, 0.0)
     change_BEE = after_BEE - before_BE[:, :, None]
     return change_BEE + change_BEE.transpose(0, 2, 1)
 

@@ -185,8 +185,9 @@ def _gains(chain, layer, sets, ahead_EM, device_E, e_P, f_P) -> np.ndarray:
     gain_P += ahead_EM[e_P, b_P] + ahead_EM[f_P, a_P] - ahead_EM[e_P, a_P] - ahead_EM[f_P, b_P]
     load_M = np.bincount(device_E, weights=load_E, minlength=devices)
     shift_P = load_E[f_P] - load_E[e_P]
-    highest_P = np.maximum(load_M[a_P] + shift_P, load_M[b_P] - shift_P)
-    return np.where(highest_P > chain.cap_L[layer] * (1 + 1e-9), -np.inf, gain_P)
+    cap_M = chain.cap_LM[layer] * (1 + 1e-9)
+    over_P = (load_M[a_P] + shift_P > cap_M[a_P]) | (load_M[b_P] - shift_P > cap_M[b_P])
+    return np.where(over_P, -np.inf, gain_P)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,8 +242,8 @@ def _chains(problem: Problem, factors: tuple[float, ...]) -> list[CoherentChain]
     plain = problem.chain(problem.best_to_all_LEE)
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     sets = tuple(sets_of(problem, layer) for layer in range(problem.trace.num_layers))
-    even = zip(problem.balanced_LE, problem.load_LE, strict=True)
-    reachable_L = np.array([np.bincount(row_E, weights=load_E).max() for row_E, load_E in even])
+    even = enumerate(problem.balanced_LE)
+    reachable_L = np.array([problem.relative_M(layer, row_E).max() for layer, row_E in even])
     return [
         CoherentChain(
             **{**fields, "cap_L": np.minimum(problem.cap_L, reachable_L * factor)}, sets=sets

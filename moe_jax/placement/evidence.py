@@ -66,7 +66,7 @@ class Evidence:
       all_pairs: the same share over all K x K transitions.
       distinct_devices: devices per token and layer.
       distinct_nodes: nodes per token and layer.
-      load_mean: max / mean device load, mean over layers.
+      load_mean: max / mean device load (over its speed, 1 on average), mean over layers.
       load_worst: max / mean device load of the worst layer.
       balancedness: mean / max, mean over layers (vLLM, SGLang).
       imbalance_ratio: (max - mean) / mean, mean over layers (TensorRT-LLM).
@@ -106,8 +106,9 @@ def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0)
         "gathered": tally.token_layers_S * (2.0 * (devices - 1)),
     }
     load_LM = tally.load_SLM.sum(axis=0)
-    over_BL = _over_mean(np.tensordot(weight_BS, tally.load_SLM, axes=1))
-    over_L = _over_mean(load_LM)
+    speed_M = topology.speed_M
+    over_BL = over_mean(np.tensordot(weight_BS, tally.load_SLM, axes=1), speed_M)
+    over_L = over_mean(load_LM, speed_M)
     layers = max(placement.num_layers - 1, 1)
     moves_per_token = _ratio(tally.moves_S - tally.stays_S, tally.moves_S, weight_BS)
     return Evidence(
@@ -121,7 +122,7 @@ def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0)
         load_worst=_figure(over_L.max(), over_BL.max(axis=1)),
         balancedness=float((1 / over_L).mean()),
         imbalance_ratio=float((over_L - 1).mean()),
-        load_cv=float((load_LM.std(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)).mean()),
+        load_cv=float(variation(load_LM, speed_M).mean()),
     )
 
 
@@ -213,9 +214,16 @@ def per_sequence(index_TK, sequence_T, shape: tuple[int, int]) -> np.ndarray:
     return counts.reshape(sequences, size)
 
 
-def _over_mean(load) -> np.ndarray:
+def over_mean(load, speed_M: np.ndarray) -> np.ndarray:
+    """The largest load over its device's speed, over the mean load; 1 where there is none."""
     mean = load.mean(axis=-1)
-    return np.where(mean > 0, load.max(axis=-1) / np.maximum(mean, 1e-300), 1.0)
+    return np.where(mean > 0, (load / speed_M).max(axis=-1) / np.maximum(mean, 1e-300), 1.0)
+
+
+def variation(load_LM: np.ndarray, speed_M: np.ndarray) -> np.ndarray:
+    """float64 [L]: standard deviation over mean of the loads, each over its device's speed."""
+    relative_LM = load_LM / speed_M
+    return relative_LM.std(axis=1) / np.maximum(relative_LM.mean(axis=1), 1e-300)
 
 
 def resamples(sequences: int, seed: int) -> np.ndarray:

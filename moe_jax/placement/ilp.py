@@ -44,12 +44,15 @@ def assign(benefit_EM: np.ndarray) -> np.ndarray:
 
 
 def assign_capped(
-    benefit_EM: np.ndarray, load_E: np.ndarray, cap: float, time_limit: float
+    benefit_EM: np.ndarray, load_E: np.ndarray, cap: float | np.ndarray, time_limit: float
 ) -> np.ndarray | None:
-    """As `assign`, no device loaded above `cap`; None if no solution was found in time."""
+    """As `assign`, no device loaded above `cap` (one number, or one per device).
+
+    None if no solution was found in time.
+    """
     device_E = assign(benefit_EM)
     experts, devices = benefit_EM.shape
-    if np.bincount(device_E, weights=load_E, minlength=devices).max() <= cap:
+    if (np.bincount(device_E, weights=load_E, minlength=devices) <= cap).all():
         return device_E
     scale = max(float(np.abs(benefit_EM).max()), 1e-300)
     result = _milp(
@@ -64,19 +67,29 @@ def assign_capped(
     return device_E if _keeps(device_E, load_E, devices, cap) else None
 
 
-def balance(load_E: np.ndarray, devices: int, time_limit: float) -> np.ndarray | None:
-    """int64 [E]: equal-sized groups of least maximal load; None if none was found in time."""
+def balance(
+    load_E: np.ndarray,
+    devices: int,
+    time_limit: float,
+    speed_M: np.ndarray | None = None,
+    extra: float = 0.0,
+) -> np.ndarray | None:
+    """int64 [E]: equal-sized groups of least maximal load; None if none was found in time.
+
+    Every device has a load of `extra` besides, and a load counts over its device's speed (None:
+    all are 1).
+    """
     experts = len(load_E)
     order_E = np.argsort(-load_E, kind="stable")
     scale = max(float(load_E.sum()) / devices, 1e-300)
     size = experts * devices
     once, equal = _once(experts, devices, 1), _equal(experts, devices, 1)
-    rows_MN = sparse.hstack(
-        [_loads(load_E[order_E] / scale, devices, np.inf).A, -np.ones((devices, 1))]
-    )
-    under = optimize.LinearConstraint(rows_MN, -np.inf, 0.0)
-    # devices are alike: the e-th heaviest expert lives on one of the first e + 1
-    upper_EM = (np.arange(devices)[None, :] <= np.arange(experts)[:, None]).astype(float)
+    full_M1 = np.ones((devices, 1)) if speed_M is None else speed_M[:, None]
+    rows_MN = sparse.hstack([_loads(load_E[order_E] / scale, devices, np.inf).A, -full_M1])
+    under = optimize.LinearConstraint(rows_MN, -np.inf, -extra / scale)
+    upper_EM = np.ones((experts, devices))
+    if speed_M is None:  # devices are alike: the e-th heaviest expert is on one of the first e + 1
+        upper_EM = (np.arange(devices)[None, :] <= np.arange(experts)[:, None]).astype(float)
     result = _milp(
         np.concatenate([np.zeros(size), [1.0]]),
         [once, equal, under],
@@ -186,7 +199,7 @@ def _equal(experts: int, devices: int, extra: int = 0) -> optimize.LinearConstra
     return optimize.LinearConstraint(_widen(rows, rows.shape[1] + extra), slots, slots)
 
 
-def _loads(load_E: np.ndarray, devices: int, cap: float) -> optimize.LinearConstraint:
+def _loads(load_E: np.ndarray, devices: int, cap: float | np.ndarray) -> optimize.LinearConstraint:
     rows = sparse.kron(load_E[None, :], sparse.eye(devices))
     return optimize.LinearConstraint(rows, -np.inf, cap)
 
@@ -209,7 +222,8 @@ def _widen(matrix, columns: int):
     )
 
 
-def _keeps(device_E: np.ndarray, load_E: np.ndarray, devices: int, cap: float) -> bool:
+def _keeps(device_E: np.ndarray, load_E: np.ndarray, devices: int, cap: float | np.ndarray) -> bool:
     sizes_M = np.bincount(device_E, minlength=devices)
     load_M = np.bincount(device_E, weights=load_E, minlength=devices)
-    return bool((sizes_M == len(load_E) // devices).all() and load_M.max() <= cap * (1 + 1e-9))
+    kept_M = load_M <= np.asarray(cap) * (1 + 1e-9)
+    return bool((sizes_M == len(load_E) // devices).all() and kept_M.all())

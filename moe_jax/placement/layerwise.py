@@ -122,13 +122,13 @@ def clustered(
 
 def _rungs(problem: Problem, layer: int, factors, rng, deadline: float) -> list[np.ndarray]:
     """Clusterings under tighter and tighter caps, each from the one before it."""
-    load_M = np.bincount(problem.balanced_LE[layer], weights=problem.load_LE[layer])
+    least = float(problem.relative_M(layer, problem.balanced_LE[layer]).max())
     found: list[np.ndarray] = []
     for rung, factor in enumerate(factors):
         now = time.monotonic()
         # half of the time is for polishing
         share = now + max(deadline - now, 0.0) / (len(factors) - rung + 1)
-        cap = min(problem.cap_L[layer], float(load_M.max()) * factor)
+        cap = min(problem.cap_L[layer], least * factor)
         near_E = found[-1] if found else None
         found.append(clustered(problem, layer, cap, near_E, rng, share))
     return found
@@ -139,10 +139,11 @@ def _evened(problem: Problem, layer: int, deadline: float) -> np.ndarray:
     balanced_E = problem.balanced_LE[layer]
     left = deadline - time.monotonic()
     device_E = None
-    if left > 0 and problem.load_excess(layer, balanced_E) > 1e-4:
-        device_E = ilp.balance(
-            problem.load_LE[layer], problem.num_devices, min(left, BALANCE_SECONDS)
-        )
+    speed_M = None if problem.even_speed else problem.topology.speed_M
+    extra = 0.0 if speed_M is None else problem.shared_load
+    if left > 0 and (extra or problem.load_excess(layer, balanced_E) > 1e-4):
+        limit = min(left, BALANCE_SECONDS)
+        device_E = ilp.balance(problem.load_LE[layer], problem.num_devices, limit, speed_M, extra)
     return balanced_E if device_E is None else device_E
 
 
@@ -200,7 +201,8 @@ def _rotated(problem: Problem, layer: int, device_E: np.ndarray, rng) -> np.ndar
     out_E = members_MS[np.arange(devices), rng.integers(members_MS.shape[1], size=devices)]
     arrivals_EM = problem.sets[layer].arrivals_EM(device_E, devices, out_E)
     rest_M = np.bincount(device_E, weights=load_E, minlength=devices) - load_E[out_E]
-    over_EM = rest_M[None, :] + load_E[out_E][:, None] > problem.cap_L[layer] * (1 + 1e-9)
+    cap_M = problem.cap_L[layer] * problem.topology.speed_M
+    over_EM = rest_M[None, :] + load_E[out_E][:, None] > cap_M * (1 + 1e-9)
     arrivals_EM[over_EM] += 10 * problem.sets[layer].count_Q.sum()
     now = np.trace(arrivals_EM)
     rows, columns = optimize.linear_sum_assignment(arrivals_EM)

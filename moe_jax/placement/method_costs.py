@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.placement import baselines, cost, move
+from moe_jax.placement import baselines, cost, evidence, move
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.uneven import Uneven
@@ -69,9 +69,8 @@ def costs(judge: Problem, placement: Placement) -> Costs:
         None,
         judge.topology.devices_per_node,
     )
-    mean_L = np.maximum(load_LM.mean(axis=1), 1e-300)
-    over_L = np.where(load_LM.any(axis=1), load_LM.max(axis=1) / mean_L, 1.0)
-    cv_L = load_LM.std(axis=1) / mean_L
+    over_L = evidence.over_mean(load_LM, judge.topology.speed_M)
+    cv_L = evidence.variation(load_LM, judge.topology.speed_M)
     moved = arrivals(judge, placement)
     return Costs(
         seconds=float(seconds_L.mean()),

@@ -93,7 +93,7 @@ def tuner(
 ) -> Tuner:
     """From counts of `num_tokens` tokens: loads, caps in tokens, all K x K transitions."""
     scale = work.batch_tokens / num_tokens
-    token_seconds = scale * work.row_flops / topology.device_flops
+    token_seconds = scale * work.row_flops / topology.mean_flops
     return Tuner(
         load_LE * token_seconds,
         pairs_lEE * (scale * work.row_bytes),

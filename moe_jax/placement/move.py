@@ -97,7 +97,9 @@ def numbering(problem: Problem, worth_MM: np.ndarray) -> np.ndarray:
     as_they_are = np.tile(np.arange(devices), (2, 1))
     unlimited = np.full(2, np.inf)
     nothing_LE = np.zeros((2, devices))
-    pair = chain.Chain(worth_MM[None], devices, each, 0.0, nothing_LE, unlimited, problem.kind_M)
+    pair = chain.Chain(
+        worth_MM[None], devices, each, 0.0, nothing_LE, unlimited, None, problem.kind_M
+    )
     device_of_M = chain.align(pair, as_they_are)[1]
     if worth_MM[device_of_M, np.arange(devices)].sum() <= np.trace(worth_MM):
         return as_they_are[0]

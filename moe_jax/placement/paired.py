@@ -86,7 +86,8 @@ def sample(problem: Problem, placement: Placement, weight_BS: Float[np.ndarray, 
         device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer)
         load_BM = layers.sums(device_TK, devices)
         mean_B = np.maximum(load_BM.mean(axis=1), 1e-300)
-        load_B += np.where(load_BM.any(axis=1), load_BM.max(axis=1) / mean_B, 1.0)
+        full_B = (load_BM / problem.topology.speed_M).max(axis=1)
+        load_B += np.where(load_BM.any(axis=1), full_B / mean_B, 1.0)
         seconds_B += layers.computing(load_BM)
         layer_active_B = layers.active(device_TK)
         active_B += layer_active_B
@@ -162,9 +163,12 @@ class _Layers:
         """float64 [B]: seconds of the busiest device."""
         problem = self._problem
         second_BM = seconds_lib.compute_seconds(
-            load_BM, problem.topology, problem.work, problem.work.batch_tokens
+            load_BM * self._scale_B[:, None],
+            problem.topology,
+            problem.work,
+            problem.work.batch_tokens,
         )
-        return second_BM.max(axis=1) * self._scale_B
+        return second_BM.max(axis=1)
 
     def returning(self, device_TK: np.ndarray, active_B: np.ndarray) -> _Wire:
         """Dispatches whose tokens go home after the layer: closed forms of the contacts."""

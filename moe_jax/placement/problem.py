@@ -12,6 +12,9 @@ Objectives (all per layer, so that layers of different traces compare):
 - `moetuner`: MoETuner's two stages together (moetuner.py); the dispatch does not enter.
 - `load`: mean over layers of the largest device load over the mean one.
 
+Where devices differ in speed, the load of a device counts over its speed (topology.speed_M, 1 on
+average), in the objective `load` and in every cap: 1 is still what nothing can be below.
+
 Except for `exflow`, `moetuner` and coherent dispatch a layer's value depends on that layer alone.
 
 `num_slots` above E asks for replicas. Placements that have some are valued by counting, under the
@@ -86,6 +89,9 @@ class Problem:
                 "gathered dispatch moves the same rows under every placement",
                 "Use --objective=seconds or --objective=load",
             )
+        if self.objective == "moetuner" and not self.even_speed:
+            rule = "MoETuner's stages are for devices of one speed"
+            raise Refused("objective", "moetuner", rule, "Use --objective=seconds")
         if self.objective == "moetuner" and self.has_replicas:
             raise Refused(
                 "num_slots",
@@ -150,7 +156,25 @@ class Problem:
     @functools.cached_property
     def balanced_LE(self) -> np.ndarray:
         """The most even placement that packing and swaps find."""
-        return greedy.balanced(self.load_LE, self.num_devices)
+        speed_M = None if self.even_speed else self.topology.speed_M
+        return greedy.balanced(self.load_LE, self.num_devices, speed_M)
+
+    @property
+    def even_speed(self) -> bool:
+        return not isinstance(self.topology.device_flops, tuple)
+
+    @property
+    def shared_load(self) -> float:
+        """What shared experts add to every device in `seconds`, in rows of the trace."""
+        if self.objective != "seconds":
+            return 0.0
+        rows = self.work.shared_flops / self.work.row_flops
+        return self.trace.num_tokens / self.num_devices * rows
+
+    def relative_M(self, layer: int, device_E: np.ndarray) -> np.ndarray:
+        """float64 [M]: loads over speeds."""
+        load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
+        return load_M / self.topology.speed_M
 
     @property
     def tier_ratio(self) -> float:
@@ -164,13 +188,14 @@ class Problem:
         if self.load_cap is None:
             return np.full(layers, np.inf)
         mean_L = self.load_LE.sum(axis=1) / self.num_devices
-        reachable_L = loads(self.load_LE, self.balanced_LE, self.num_devices).max(axis=1)
+        load_LM = loads(self.load_LE, self.balanced_LE, self.num_devices)
+        reachable_L = (load_LM / self.topology.speed_M).max(axis=1)
         scale = self.work.batch_tokens / self.trace.num_tokens
         cap_L = self.load_cap.largest_L(mean_L, reachable_L, scale)
         if (over_L := reachable_L > cap_L * (1 + 1e-9)).any():
             ratio_L = reachable_L / np.maximum(mean_L, 1e-300)
             layer = int(np.where(over_L, ratio_L, 0).argmax())
-            proven = bounds.load_lower(self.load_LE[layer], self.num_devices) / mean_L[layer]
+            proven = self.least_load(layer) / mean_L[layer]
             raise Refused(
                 "load_cap",
                 str(self.load_cap),
@@ -204,8 +229,12 @@ class Problem:
     @property
     def kind_M(self) -> np.ndarray | None:
         """int64: labels that may change places in a node, costing nothing; None: all of them."""
-        nodes = self.topology.nodes
-        return None if nodes.equal or self.dispatch != "hierarchical" else nodes.relayed_M
+        nodes, flops_M = self.topology.nodes, self.topology.flops_M
+        relayed_M = nodes.relayed_M if self.dispatch == "hierarchical" else np.ones_like(flops_M)
+        kinds, kind_M = np.unique(
+            np.stack([flops_M, relayed_M], axis=1), axis=0, return_inverse=True
+        )
+        return None if len(kinds) == 1 else kind_M.reshape(-1)
 
     @property
     def unrestricted(self) -> "Problem":
@@ -220,7 +249,8 @@ class Problem:
 
     def over(self, layer: int, load_PM: np.ndarray) -> np.ndarray:
         """bool [P]: a device passes the layer's load cap."""
-        return load_PM.max(axis=1) > self.cap_L[layer] * (1 + 1e-9)
+        relative_PM = load_PM / self.topology.speed_M
+        return relative_PM.max(axis=1) > self.cap_L[layer] * (1 + 1e-9)
 
     def allowed(self, layer: int, device_E: np.ndarray) -> bool:
         """The layer keeps its load cap and its pins."""
@@ -243,14 +273,19 @@ class Problem:
 
     def load_excess(self, layer: int, device_E: np.ndarray) -> float:
         """How far the largest load is above what is proven, as a share."""
-        load_M = np.bincount(device_E, weights=self.load_LE[layer])
-        least = bounds.load_lower(self.load_LE[layer], self.num_devices)
-        return float(load_M.max() / max(least, 1e-300) - 1)
+        least = self.least_load(layer)
+        return float(self.relative_M(layer, device_E).max() / max(least, 1e-300) - 1)
+
+    def least_load(self, layer: int) -> float:
+        """Proven: no placement has a smaller largest load in this layer."""
+        speed_M = None if self.even_speed else self.topology.speed_M
+        return bounds.load_lower(self.load_LE[layer], self.num_devices, speed_M)
 
     def layer(self, layer: int, cap: float) -> clusters.Layer:
         """The clustering problem of one layer."""
         like_MM = chain.likeness(self.topology.nodes, self.node_likeness)
-        return clusters.Layer(self.coactivation_LEE[layer], self.load_LE[layer], like_MM, cap)
+        cap_M = cap if self.even_speed else cap * self.topology.speed_M
+        return clusters.Layer(self.coactivation_LEE[layer], self.load_LE[layer], like_MM, cap_M)
 
     def chain(self, keep_LEE: np.ndarray) -> chain.Chain:
         """The transition problem over all layers."""
@@ -261,6 +296,7 @@ class Problem:
             self.node_likeness,
             self.load_LE,
             self.cap_L,
+            self.topology.speed_M,
             self.kind_M,
         )
 
@@ -294,7 +330,8 @@ class Problem:
         if self.objective != "rows":
             load_LM = cost.computed_LM(ids_TLK, placement, self.dispatch, None, each)
         if self.objective == "load":
-            return load_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
+            relative_LM = load_LM / self.topology.speed_M
+            return relative_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
         rows = cost.rows(ids_TLK, placement, self.dispatch, devices_per_node=each)
         if self.objective == "rows":
             weighted_LMM = rows.total_LMM * self.row_weight_MM
@@ -358,7 +395,8 @@ class Problem:
         """The objective of one layer, where it depends on that layer alone."""
         load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
         if self.objective == "load":
-            return float(load_M.max() / max(load_M.mean(), 1e-300))
+            relative_M = load_M / self.topology.speed_M
+            return float(relative_M.max() / max(load_M.mean(), 1e-300))
         node_E = self.topology.node_M[device_E]
         return float(
             self.scores(

@@ -136,8 +136,15 @@ def _tied(problem: Problem, layer: int, back: TokenSets) -> list[TokenSets]:
 def _groups(problem: Problem, count: int, width: int) -> Groups:
     """`count` devices or nodes, whose caps are those of their devices together."""
     layout = Layout(problem.trace.num_layers, problem.trace.num_experts, width)
-    cap_L = problem.cap_L * (problem.num_devices // count)
+    speed_M = problem.topology.speed_M
+    fastest = speed_M.max() if count == problem.num_devices else _sums_of_nodes(problem, speed_M)
+    cap_L = problem.cap_L * fastest
     return Groups(layout, count, problem.load_LE, cap_L)
+
+
+def _sums_of_nodes(problem: Problem, value_M: np.ndarray) -> float:
+    """The largest sum over the devices of a node."""
+    return float(problem.topology.nodes.sums(value_M[None]).max())
 
 
 def _least_rows(problem: Problem, contacts: _Contacts) -> float:
@@ -159,7 +166,7 @@ def _least_rows(problem: Problem, contacts: _Contacts) -> float:
 def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
     topology, work = problem.topology, problem.work
     tokens = problem.trace.num_tokens
-    compute_L = seconds_lib.compute_seconds(_load_lower_L(problem), topology, work, tokens)
+    compute_L = _least_compute_L(problem)
     devices, nodes = problem.num_devices, topology.nodes
     to_bytes = work.batch_tokens / tokens * work.row_bytes / devices
     fast, slow = topology.fast, topology.slow
@@ -185,8 +192,17 @@ def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
     return compute_L + 2 * way_L
 
 
-def _load_lower_L(problem: Problem) -> np.ndarray:
-    return np.array([bounds.load_lower(load_E, problem.num_devices) for load_E in problem.load_LE])
+def _least_compute_L(problem: Problem) -> np.ndarray:
+    """Seconds of the slowest device's experts, shared ones included."""
+    work, topology = problem.work, problem.topology
+    row_flops = work.batch_tokens / problem.trace.num_tokens * work.row_flops
+    return _load_lower_L(problem, problem.shared_load) * (row_flops / topology.mean_flops)
+
+
+def _load_lower_L(problem: Problem, extra: float = 0.0) -> np.ndarray:
+    speed_M = None if problem.even_speed else problem.topology.speed_M
+    devices = problem.num_devices
+    return np.array([bounds.load_lower(e, devices, speed_M, extra) for e in problem.load_LE])
 
 
 def _most_stays(problem: Problem, keep_LEE: np.ndarray, deadline: float, steps: int) -> float:

@@ -4,7 +4,11 @@ Axes: L MoE layers, M devices. A layer costs dispatch + compute + combine. In ea
 sends and receives at the same time, so a tier needs max over devices of max(bytes out, bytes in) /
 bandwidth, plus its latency where it is used. The tiers of a direct exchange run at once (the
 slower one counts); the two hops of hierarchical dispatch follow each other (they add up). Compute
-is the slowest device's rows. Counts are scaled from the trace to a batch of `batch_tokens`.
+is the slowest device's rows, over its own speed. Counts are scaled from the trace to a batch of
+`batch_tokens`.
+
+Shared experts compute every token on the device that holds it, an equal share each (in coherent
+dispatch too, where tokens do not lie evenly: attention has the same imbalance and is left out).
 """
 
 import dataclasses
@@ -28,6 +32,10 @@ class Work:
       kv_values: key and value entries of one token and layer (2 d_kv); `coherent` gathers them on
         every device.
       batch_tokens: tokens of a step, over all devices.
+      num_shared_experts: experts that every token uses, besides those that are routed.
+      d_ff_shared: hidden size of one of them; 0: as d_ff.
+      num_dense_layers: layers without experts, for the seconds of a whole step.
+      d_ff_dense: hidden size of one of them.
     """
 
     d_model: int = 2048
@@ -35,12 +43,22 @@ class Work:
     value_bytes: int = 2
     kv_values: int = 1024
     batch_tokens: int = 65536
+    num_shared_experts: int = 0
+    d_ff_shared: int = 0
+    num_dense_layers: int = 0
+    d_ff_dense: int = 0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or not 1 <= value < 2**40:
-                raise Refused(field.name, value, "a whole number of at least 1", "Correct it")
+            value, least = getattr(self, field.name), 0 if field.default == 0 else 1
+            if type(value) is not int or not least <= value < 2**40:
+                raise Refused(
+                    field.name, value, f"a whole number of at least {least}", "Correct it"
+                )
+        if self.num_dense_layers and not self.d_ff_dense:
+            raise Refused(
+                "d_ff_dense", 0, "dense layers need their hidden size", "Give --d-ff-dense"
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -49,6 +67,16 @@ class Work:
     @property
     def row_flops(self) -> int:
         return 6 * self.d_model * self.d_ff
+
+    @property
+    def shared_flops(self) -> int:
+        """Operations of the shared experts of one layer, for a token."""
+        return 6 * self.d_model * self.num_shared_experts * (self.d_ff_shared or self.d_ff)
+
+    @property
+    def dense_flops(self) -> int:
+        """Operations of one dense layer, attention left out, for a token."""
+        return 6 * self.d_model * self.d_ff_dense
 
     @property
     def expert_bytes(self) -> int:
@@ -92,9 +120,25 @@ def seconds(
 
 
 def compute_seconds(computed_LM, topology: Topology, work: Work, num_tokens: int) -> np.ndarray:
-    """float64 [L, M]: seconds of every device's experts."""
+    """float64 [L, M]: seconds of every device's experts, shared ones included."""
     scale = work.batch_tokens / num_tokens
-    return computed_LM * (scale * work.row_flops / topology.device_flops)
+    routed_LM = computed_LM * (scale * work.row_flops / topology.flops_M)
+    return routed_LM + shared_seconds(topology, work)
+
+
+def shared_seconds(topology: Topology, work: Work) -> np.ndarray:
+    """float64 [M]: seconds of the shared experts of a layer, for an equal share of the tokens."""
+    return work.batch_tokens / topology.num_devices * work.shared_flops / topology.flops_M
+
+
+def step_seconds(layer_seconds: float, layers: int, topology: Topology, work: Work) -> float:
+    """A whole step without attention: `layers` MoE layers of that mean, and the dense ones.
+
+    Dense layers compute an equal share of the tokens on every device; the slowest one counts.
+    """
+    share = work.batch_tokens / topology.num_devices
+    dense = share * work.dense_flops / float(topology.flops_M.min())
+    return layers * layer_seconds + work.num_dense_layers * dense
 
 
 def exchange_seconds(bytes_LMM, topology: Topology, one_after_other: bool) -> np.ndarray:

@@ -168,7 +168,8 @@ def _mixed(first: Placement, second: Placement, take_L: np.ndarray) -> Placement
 def _largest_L(problem: Problem, plan: Placement) -> Float[np.ndarray, " L"]:
     """Largest device load of each layer, counted under the copy rule."""
     ids_TLK, each = problem.trace.expert_ids_TLK, problem.topology.devices_per_node
-    return cost.computed_LM(ids_TLK, plan, problem.dispatch, None, each).max(axis=1) * 1.0
+    load_LM = cost.computed_LM(ids_TLK, plan, problem.dispatch, None, each)
+    return (load_LM / problem.topology.speed_M).max(axis=1)
 
 
 class _Layer:
@@ -304,7 +305,8 @@ class _Layer:
     def _value(self, rows_X2MM, load_XM) -> Float[np.ndarray, " X"]:
         """The objective of the layer; an overload counts more than anything else."""
         problem = self._problem
-        over_X = np.maximum(load_XM.max(axis=1) / self._cap - 1, 0.0)
+        full_X = (load_XM / problem.topology.speed_M).max(axis=1)
+        over_X = np.maximum(full_X / self._cap - 1, 0.0)
         if problem.objective == "exflow":
             value_X = (rows_X2MM * problem.hop_MM).sum(axis=(1, 2, 3)) / problem.trace.num_tokens
         elif problem.objective == "rows":

@@ -34,6 +34,19 @@ def _number(field: str, value: Any, above: float) -> None:
         raise Refused(field, value, f"a finite number above {above:g}", "Correct it")
 
 
+def _flops(value: Any, devices: int) -> float | tuple[float, ...]:
+    """One number where devices are alike, else one per device."""
+    if not isinstance(value, tuple):
+        _number("device_flops", value, above=0.0)
+        return value
+    if len(value) != devices:
+        rule = f"{len(value)} numbers for {devices} devices"
+        raise Refused("device_flops", list(value)[:20], rule, "Give one per device, or one for all")
+    for flops in value:
+        _number("device_flops", flops, above=0.0)
+    return value[0] if len(set(value)) == 1 else value
+
+
 @dataclasses.dataclass(frozen=True)
 class Tier:
     """A kind of link: bytes per second that a device sends (and receives), seconds per message."""
@@ -61,7 +74,8 @@ class Topology:
       devices_per_node: devices in each; where nodes differ, one number per node (a list in JSON).
       fast: links inside a node.
       slow: links between nodes.
-      device_flops: floating-point operations per second that a device reaches in expert matmuls.
+      device_flops: floating-point operations per second that a device reaches in expert matmuls;
+        where devices differ, one number per device (a list in JSON).
     """
 
     name: str
@@ -69,7 +83,7 @@ class Topology:
     devices_per_node: DevicesPerNode
     fast: Tier = FAST
     slow: Tier = SLOW
-    device_flops: float = 4e14
+    device_flops: float | tuple[float, ...] = 4e14
 
     def __post_init__(self):
         value = self.num_nodes
@@ -78,7 +92,8 @@ class Topology:
             raise Refused("num_nodes", value, rule, "Correct it")
         each = nodes_lib.checked(self.num_nodes, self.devices_per_node)
         object.__setattr__(self, "devices_per_node", each)
-        _number("device_flops", self.device_flops, above=0.0)
+        flops = _flops(self.device_flops, self.num_devices)
+        object.__setattr__(self, "device_flops", flops)
 
     @property
     def num_devices(self) -> int:
@@ -97,7 +112,29 @@ class Topology:
     @property
     def alike(self) -> bool:
         """Any two devices of a node may change places, and any two nodes."""
-        return self.nodes.equal
+        return self.nodes.equal and not isinstance(self.device_flops, tuple)
+
+    @functools.cached_property
+    def flops_M(self) -> np.ndarray:
+        """float64 [M]: operations per second of every device."""
+        return np.broadcast_to(np.array(self.device_flops, float), self.num_devices)
+
+    @functools.cached_property
+    def mean_flops(self) -> float:
+        flops = self.device_flops
+        return float(np.mean(flops)) if isinstance(flops, tuple) else float(flops)
+
+    @property
+    def speed_M(self) -> np.ndarray:
+        """float64 [M]: speeds over their mean; exactly 1 where devices are alike."""
+        return self.flops_M / self.mean_flops
+
+    @property
+    def tera(self) -> str:
+        """TFLOP/s of a device, for people; of each where they differ."""
+        flops = self.device_flops
+        each = flops if isinstance(flops, tuple) else (flops,)
+        return ", ".join(f"{one / 1e12:g}" for one in each)
 
     @property
     def shape(self) -> str:
@@ -109,9 +146,7 @@ class Topology:
 
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        if isinstance(self.devices_per_node, tuple):
-            fields["devices_per_node"] = list(self.devices_per_node)
-        return fields
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 def flat(num_devices: int) -> Topology:
@@ -165,6 +200,9 @@ def from_json(fields: Any, source: str = "topology") -> Topology:
     values = dict(fields)
     each = nodes_lib.checked(values["num_nodes"], values["devices_per_node"])
     values["devices_per_node"] = each
+    if isinstance(flops := values.get("device_flops"), list):
+        devices = sum(each) if isinstance(each, tuple) else each * values["num_nodes"]
+        values["device_flops"] = _flops(tuple(flops), devices)
     for key in ("fast", "slow"):
         if key in values:
             tier = values[key]

@@ -49,6 +49,11 @@ def machine_options(command: argparse.ArgumentParser) -> None:
         "--node-sizes", metavar="8,4", help="devices of every node, where nodes are not equal"
     )
     group.add_argument("--topology", metavar="NAME", help="configs/topology/NAME.json, or a path")
+    group.add_argument(
+        "--device-flops",
+        metavar="F",
+        help="operations per second of a device in expert matmuls, or of each: 4e14,4e14,2e14,2e14",
+    )
     sizes = Work()
     for name, text in (
         ("d_model", "values of a row"),
@@ -56,6 +61,10 @@ def machine_options(command: argparse.ArgumentParser) -> None:
         ("value_bytes", "bytes of a value on the wire"),
         ("kv_values", "key and value entries per token and layer, for coherent dispatch"),
         ("batch_tokens", "tokens of a step over all devices"),
+        ("num_shared_experts", "experts that every token uses at home, besides the routed ones"),
+        ("d_ff_shared", "hidden size of a shared expert, 0: as --d-ff"),
+        ("num_dense_layers", "layers without experts, for the seconds of a whole step"),
+        ("d_ff_dense", "hidden size of a dense layer"),
     ):
         default = getattr(sizes, name)
         group.add_argument(
@@ -116,6 +125,19 @@ def problem_of(
 
 
 def topology_of(options: argparse.Namespace) -> Topology:
+    """The machine that the options describe."""
+    topology = _topology_of(options)
+    if options.device_flops is None:
+        return topology
+    try:
+        flops = [float(one) for one in options.device_flops.split(",")]
+    except ValueError:
+        flops = [0.0]
+    each = flops[0] if len(flops) == 1 else tuple(flops)
+    return dataclasses.replace(topology, device_flops=each)
+
+
+def _topology_of(options: argparse.Namespace) -> Topology:
     if options.topology:
         topology = topology_lib.preset(options.topology)
         if options.devices not in (None, topology.num_devices):
@@ -152,7 +174,7 @@ def evaluation_topology(options: argparse.Namespace, plan: Plan) -> Topology:
     """The topology asked for, else the plan's own, else a flat one."""
     if options.topology or options.node_sizes:
         return topology_of(options)
-    if options.devices or options.nodes > 1:
+    if options.devices or options.nodes > 1 or options.device_flops:
         devices = options.devices or plan.placement.num_devices
         return topology_of(argparse.Namespace(**{**vars(options), "devices": devices}))
     if plan.topology:

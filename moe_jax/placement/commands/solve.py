@@ -126,6 +126,8 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
             f"{stays.most:.4f} (gap {100 * stays.gap:.1f} %)"
         )
     lines += limits.text(options, problem, placement, report)
+    if problem.objective == "seconds":
+        lines.append(words.step(problem, placement, halves.judge_half if halves else None))
     if held_out is not None:
         lines += [
             f"Judged on the other {halves.judge_half.num_sequences} sequences "

@@ -96,7 +96,8 @@ def within_of(problem: Problem, layer: int) -> Within:
     pin_E = np.full(problem.trace.num_experts, -1)
     if problem.pins is not None:
         pin_E = problem.pins.device_LE[layer]
-    return Within(pin_E, problem.load_LE[layer], problem.cap_L[layer], problem.num_devices)
+    cap_M = problem.cap_L[layer] * problem.topology.speed_M
+    return Within(pin_E, problem.load_LE[layer], cap_M, problem.num_devices)
 
 
 def options(plans_PLE: Sequence[np.ndarray]) -> list[np.ndarray]:

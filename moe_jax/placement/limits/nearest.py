@@ -20,19 +20,19 @@ class Within:
     Attributes:
       pin_E: the device an expert has to be on, -1 where it is free.
       load_E: of every expert.
-      cap: largest load of a device; inf without one.
+      cap: largest load of a device, one number or one per device; inf without one.
       devices: M.
     """
 
     pin_E: np.ndarray
     load_E: np.ndarray
-    cap: float
+    cap: float | np.ndarray
     devices: int
 
     def kept(self, device_E: np.ndarray) -> bool:
         load_M = np.bincount(device_E, weights=self.load_E, minlength=self.devices)
         pinned = ((self.pin_E < 0) | (self.pin_E == device_E)).all()
-        return bool(pinned and load_M.max() <= self.cap * (1 + 1e-9))
+        return bool(pinned and (load_M <= np.asarray(self.cap) * (1 + 1e-9)).all())
 
     @property
     def open_EM(self) -> np.ndarray:
@@ -75,11 +75,10 @@ def best(
         optimize.LinearConstraint(equal, experts // devices, experts // devices),
         optimize.LinearConstraint(changed_EM.astype(float).ravel()[None, :], -np.inf, moves),
     ]
-    if np.isfinite(within.cap):
-        unit_E = within.load_E / max(within.cap, 1e-300)
-        limits.append(
-            optimize.LinearConstraint(sparse.kron(unit_E[None, :], sparse.eye(devices)), 0, 1)
-        )
+    if np.isfinite(within.cap).all():
+        most = max(float(np.max(within.cap)), 1e-300)
+        loads = sparse.kron(within.load_E[None, :] / most, sparse.eye(devices))
+        limits.append(optimize.LinearConstraint(loads, 0, np.asarray(within.cap) / most))
     result = optimize.milp(
         -benefit_EM.ravel() / scale,
         constraints=limits,

@@ -25,10 +25,11 @@ def gains_EE(problem: Problem, chain: Chain, device_LE: np.ndarray, layer: int) 
     own_E = benefit_EM[np.arange(len(device_E)), device_E]
     move_EE = benefit_EM[:, device_E] - own_E[:, None]
     allowed_EE = device_E[:, None] != device_E[None, :]
-    if np.isfinite(cap := chain.cap_L[layer]):
+    if np.isfinite(chain.cap_L[layer]):
+        cap_E = chain.cap_LM[layer, device_E] * (1 + 1e-9)
         load_M = np.bincount(device_E, weights=load_E, minlength=chain.num_devices)
         shift_EE = load_E[None, :] - load_E[:, None]  # the device of e gets f and loses e
-        over_EE = load_M[device_E][:, None] + shift_EE > cap * (1 + 1e-9)
+        over_EE = load_M[device_E][:, None] + shift_EE > cap_E[:, None]
         allowed_EE &= ~over_EE & ~over_EE.T
     if problem.pins is not None:
         free_E = problem.pins.device_LE[layer] < 0

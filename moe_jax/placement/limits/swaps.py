@@ -19,7 +19,8 @@ def scores_P(
     load_PM[pair_P, device_E[e_P]] += load_E[f_P] - load_E[e_P]
     load_PM[pair_P, device_E[f_P]] += load_E[e_P] - load_E[f_P]
     if problem.objective == "load":
-        score_P = load_PM.max(axis=1) / max(load_M.mean(), 1e-300)
+        relative_PM = load_PM / problem.topology.speed_M
+        score_P = relative_PM.max(axis=1) / max(load_M.mean(), 1e-300)
     else:
         sets, node_E = problem.sets[layer], problem.topology.node_M[device_E]
         nodes = problem.topology.num_nodes

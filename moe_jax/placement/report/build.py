@@ -177,7 +177,7 @@ def _origin(done: Done) -> tuple[tuple[str, str], ...]:
         "machine": f"{machine.name}: {machine.shape} devices, "
         f"{machine.fast.bandwidth / 1e9:g} GB/s and {1e6 * machine.fast.latency:g} µs inside a "
         f"node, {machine.slow.bandwidth / 1e9:g} GB/s and {1e6 * machine.slow.latency:g} µs "
-        f"between nodes, {machine.device_flops / 1e12:g} TFLOP/s a device",
+        f"between nodes, {machine.tera} TFLOP/s a device",
         "sizes": ", ".join(f"{k} {v:,}" for k, v in dataclasses.asdict(judge.work).items()),
         "slots of a layer": f"{done.after.num_slots} for {done.after.num_experts} experts",
     }

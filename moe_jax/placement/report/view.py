@@ -29,6 +29,7 @@ class View:
       objective: what the plan minimises, on this trace.
       traffic_MM: rows from device to device, both ways, per PER tokens and layer.
       load_LM: rows computed.
+      speed_M: of the devices, 1 on average.
       clock: where the time goes.
       flow_JMM: share of the tokens whose best expert lies on device s in one layer and on device d
         in the next, for each of the L - 1 pairs of adjacent layers; with replicas in coherent
@@ -42,6 +43,7 @@ class View:
     objective: float
     traffic_MM: Float[np.ndarray, "M M"]
     load_LM: Num[np.ndarray, "L M"]
+    speed_M: Float[np.ndarray, " M"]
     clock: Clock
     flow_JMM: Float[np.ndarray, "J M M"]
     order_LE: Int[np.ndarray, "L E"]
@@ -49,7 +51,8 @@ class View:
 
     @property
     def load_over_mean_LM(self) -> Float[np.ndarray, "L M"]:
-        return self.load_LM / np.maximum(self.load_LM.mean(axis=1, keepdims=True), 1e-300)
+        mean_L1 = np.maximum(self.load_LM.mean(axis=1, keepdims=True), 1e-300)
+        return self.load_LM / self.speed_M / mean_L1
 
     @property
     def stays_J(self) -> Float[np.ndarray, " J"]:
@@ -69,6 +72,7 @@ def view(name: str, judge: Problem, placement: Placement) -> View:
         objective=judge.value_of(placement),
         traffic_MM=rows.total_LMM.sum(axis=0) * (PER / max(judge.token_layers, 1)),
         load_LM=load_LM,
+        speed_M=judge.topology.speed_M,
         clock=clock_lib.clock(rows, load_LM, judge.topology, judge.work, judge.dispatch, tokens),
         flow_JMM=flow_JMM(judge, placement),
         order_LE=order_LE(placement),
