@@ -164,34 +164,58 @@ def _polished(problem: Problem, layer: int, device_E: np.ndarray, rng, deadline)
 
 
 def _swapped(problem: Problem, layer: int, device_E: np.ndarray, deadline: float) -> np.ndarray:
-    """Best-swap descent on the exact objective; swaps that pass the cap do not count."""
-    device_E = device_E.copy()
-    devices, node_M = problem.num_devices, problem.topology.node_M
-    load_E = problem.load_LE[layer]
-    value = problem.layer_value(layer, device_E)
+    """Best-swap descent on the exact objective; swaps that pass the cap do not count.
+
+    Where nodes count (hierarchical), swaps between nodes are tried once none inside helps.
+    """
+    device_E, value = device_E.copy(), problem.layer_value(layer, device_E)
+    first = problem.dispatch != "hierarchical"
+    everywhere = first
     while time.monotonic() < deadline:
-        apart_EE = device_E[:, None] != device_E[None, :]
-        if problem.dispatch == "hierarchical":  # contacts of nodes stay as they are
-            apart_EE &= node_M[device_E][:, None] == node_M[device_E][None, :]
-        e_P, f_P = np.nonzero(np.triu(apart_EE))
-        if not e_P.size:
+        score, e, f = _best_swap(problem, layer, device_E, everywhere)
+        if score < value * (1 - 1e-9):
+            value, everywhere = score, first
+            device_E[e], device_E[f] = device_E[f], device_E[e]
+        elif everywhere:
             break
-        load_PM = np.tile(np.bincount(device_E, weights=load_E, minlength=devices), (len(e_P), 1))
-        pair = np.arange(len(e_P))
-        load_PM[pair, device_E[e_P]] += load_E[f_P] - load_E[e_P]
-        load_PM[pair, device_E[f_P]] += load_E[e_P] - load_E[f_P]
-        node_N = problem.sets[layer].touched_M(node_M[device_E], problem.topology.num_nodes)
-        touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
-        node_PN = np.broadcast_to(node_N, (len(e_P), len(node_N)))
-        score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
-        score_P[problem.over(layer, load_PM)] = np.inf
-        best = int(score_P.argmin())
-        if not score_P[best] < value * (1 - 1e-9):
-            break
-        value = float(score_P[best])
-        e, f = e_P[best], f_P[best]
-        device_E[e], device_E[f] = device_E[f], device_E[e]
+        else:
+            everywhere = True
     return device_E
+
+
+def _best_swap(
+    problem: Problem, layer: int, device_E: np.ndarray, everywhere: bool
+) -> tuple[float, int, int]:
+    """The value after the best swap of all, or of those inside a node, and its two experts."""
+    devices, node_M = problem.num_devices, problem.topology.node_M
+    load_E, label_E = problem.load_LE[layer], node_M[device_E]
+    apart_EE = device_E[:, None] != device_E[None, :]
+    if not everywhere:
+        apart_EE &= label_E[:, None] == label_E[None, :]
+    e_P, f_P = np.nonzero(np.triu(apart_EE))
+    if not e_P.size:
+        return np.inf, 0, 0
+    load_PM = np.tile(np.bincount(device_E, weights=load_E, minlength=devices), (len(e_P), 1))
+    pair = np.arange(len(e_P))
+    load_PM[pair, device_E[e_P]] += load_E[f_P] - load_E[e_P]
+    load_PM[pair, device_E[f_P]] += load_E[e_P] - load_E[f_P]
+    touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
+    node_PN = _swapped_nodes(problem, layer, label_E, e_P, f_P)
+    score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
+    score_P[problem.over(layer, load_PM)] = np.inf
+    best = int(score_P.argmin())
+    return float(score_P[best]), int(e_P[best]), int(f_P[best])
+
+
+def _swapped_nodes(problem: Problem, layer: int, node_E, e_P, f_P) -> np.ndarray:
+    """float64 [P, N]: contacts of nodes after each swap; swaps inside a node change none."""
+    sets, nodes = problem.sets[layer], problem.topology.num_nodes
+    node_PN = np.tile(sets.touched_M(node_E, nodes).astype(float), (len(e_P), 1))
+    if problem.dispatch == "hierarchical":  # no other counts them
+        away_P = node_E[e_P] != node_E[f_P]
+        if away_P.any():
+            node_PN[away_P] = sets.swapped_PM(node_E, nodes, e_P[away_P], f_P[away_P])
+    return node_PN
 
 
 def _rotated(problem: Problem, layer: int, device_E: np.ndarray, rng) -> np.ndarray:
