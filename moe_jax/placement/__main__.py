@@ -45,6 +45,8 @@ examples:
   python -m moe_jax.placement solve trace.npz --devices=8 --slots=40 --out=plan.json
   # what would it bring, against what everybody else does? with a page to look at
   python -m moe_jax.placement compare trace.npz --devices=8 --report=page.html
+  # is the planner better than every baseline in every dispatch, on these machines?
+  python -m moe_jax.placement compare trace.npz --every --machines=flat8,2x4 --time-limit=10
   # is that worth moving for? planned on one half, judged on the other, the move counted
   python -m moe_jax.placement verdict trace.npz --devices=8 --before=old_plan.json
   # which device should hold which sequence? the rules that a server can follow, judged

@@ -93,14 +93,11 @@ class WaitingSets(contacts.Sets):
 
 def sets_of(problem: Problem, layer: int) -> WaitingSets:
     """The sets of a layer with the best experts of the layer before."""
-    sets, experts, top_k = problem.sets[layer], problem.trace.num_experts, problem.trace.top_k
+    sets, experts = problem.sets[layer], problem.trace.num_experts
     ids_TK = np.sort(np.minimum(problem.trace.expert_ids_TLK[:, layer].astype(np.int64), experts))
     before_T = problem.trace.expert_ids_TLK[:, max(layer - 1, 0), 0].astype(np.int64)
     ids_TK, before_T = ids_TK[ids_TK[:, 0] < experts], before_T[ids_TK[:, 0] < experts]
-    set_T = np.arange(len(ids_TK))
-    if (experts + 1) ** top_k < 2**63:  # as in contacts.sets_of
-        power_K = (experts + 1) ** np.arange(top_k, dtype=np.int64)
-        set_T = np.searchsorted(sets.expert_QK @ power_K, ids_TK @ power_K)
+    set_T = set_of_tokens(sets, ids_TK)
     known_T = before_T < experts
     pair_J, count_J = np.unique(set_T[known_T] * experts + before_T[known_T], return_counts=True)
     return WaitingSets(
@@ -112,6 +109,15 @@ def sets_of(problem: Problem, layer: int) -> WaitingSets:
         count_J.astype(float),
         first=layer == 0,
     )
+
+
+def set_of_tokens(sets: contacts.Sets, ids_TK: np.ndarray) -> np.ndarray:
+    """int64 [T]: the set of every token, its experts in ascending order, as contacts.sets_of."""
+    side, top_k = sets.num_experts + 1, ids_TK.shape[1]
+    if side**top_k >= 2**63:
+        return np.arange(len(ids_TK))
+    power_K = side ** np.arange(top_k, dtype=np.int64)
+    return np.searchsorted(sets.expert_QK @ power_K, ids_TK @ power_K)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

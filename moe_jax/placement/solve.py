@@ -26,12 +26,14 @@ from moe_jax.placement import (
     chain,
     chainwise,
     coherent,
+    coherent_seconds,
     greedy,
     layerwise,
     moetuner_moves,
     moetuner_search,
     relax,
     spare,
+    starts,
 )
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.plan import Placement
@@ -190,6 +192,8 @@ def _searched(
     if time_limit == 0:
         run.prove("bound", relax.lower_bound(problem, deadline, steps=1))
         return run.solution("time limit 0: this is the greedy placement")
+    for device_LE in starts.offered(problem, run.best_LE):
+        run.offer("baselines", device_LE)
     run.tell("bound")
     now = time.monotonic()
     run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))
@@ -395,6 +399,8 @@ def _steps(problem: Problem, start_LE, rng, deadline: float) -> Iterator[np.ndar
         return moetuner_search.search(problem.tuner, start_LE, even_LE, rng, deadline)
     if problem.separable:
         return layerwise.search(problem, start_LE, rng, deadline)
+    if problem.objective == "seconds":
+        return coherent_seconds.search(problem, start_LE, rng, deadline)
     return coherent.search(problem, start_LE, rng, deadline)
 
 

@@ -8,7 +8,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
 from moe_jax.placement import compare_text, tables
 from moe_jax.placement.baselines import registry
-from moe_jax.placement.commands import inputs, words
+from moe_jax.placement.commands import every, inputs, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.plan import Plan
 from moe_jax.placement.problem import Problem
@@ -32,6 +32,7 @@ def add(commands) -> None:
         + " (default: all that apply)",
     )
     command.add_argument("--out-plans", metavar="DIR", help="write every method's plan there")
+    every.add(command)
     command.set_defaults(run=run)
 
 
@@ -47,6 +48,8 @@ def run(options: argparse.Namespace) -> str:
             "compare judges on sequences that were not planned on",
             "Record two or more sequences",
         )
+    if options.every:
+        return every.run(options, trace, halves)
     plan, judge = compare_lib.halves_of(halves, options_lib.problem_of(options, trace))
     with Ticker() as ticker:
         made = compare_lib.methods(

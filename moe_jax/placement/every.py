@@ -1,0 +1,166 @@
+"""The planner against every baseline: dispatches, machines, with and without a load cap.
+
+Axes: none. One line a combination: the best baseline, the planner, and their ratio, on the planning
+half and on the held-out half. Baselines know neither dispatch nor cap, so each is made once per
+machine; the one with the best value counts even if it breaks the cap that the planner keeps, or
+holds more experts on a device than there are slots. Those at random count as their mean.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.placement import cost, solve, tables
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.baselines import registry
+from moe_jax.placement.compare import RANDOMS, SLOW_SHARE
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.placement.topology import Topology
+from moe_jax.routing.trace import Halves
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One half of the sequences.
+
+    Attributes:
+      best: name of the best baseline there.
+      theirs: its objective.
+      ours: the planner's.
+    """
+
+    best: str
+    theirs: float
+    ours: float
+
+    @property
+    def ratio(self) -> float:
+        """The planner's objective over the best baseline's: below 1 the planner is better."""
+        return self.ours / max(self.theirs, 1e-300)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One combination.
+
+    Attributes:
+      dispatch, machine, cap: which one; cap is `none` or as in --load-cap.
+      planned: on the half that was planned on.
+      held_out: on the other half.
+      gap: of the planner's objective to its proven bound, as a share.
+    """
+
+    dispatch: str
+    machine: str
+    cap: str
+    planned: Side
+    held_out: Side
+    gap: float
+
+    def to_json(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        for name in ("planned", "held_out"):
+            fields[name]["ratio"] = getattr(self, name).ratio
+        return fields
+
+
+def machine(name: str) -> Topology:
+    """`flat8`, `2x4`, or a preset of configs/topology."""
+    if found := re.fullmatch(r"flat([1-9]\d{0,4})", name):
+        return topology_lib.flat(int(found[1]))
+    if found := re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", name):
+        nodes, each = int(found[1]), int(found[2])
+        return topology_lib.nodes_by_devices(nodes, nodes * each)
+    return topology_lib.preset(name)
+
+
+def lines(
+    halves: Halves,
+    like: Problem,
+    machines: Sequence[Topology],
+    caps: Sequence[str],
+    dispatches: Sequence[str],
+    seed: int,
+    time_limit: float,
+    progress: Callable[[solve.Progress], None] | None = None,
+) -> Iterator[Line]:
+    """The combinations, as they are done.
+
+    Args:
+      like: objective and sizes; its machine, dispatch and cap do not matter.
+      time_limit: of the planner, for each combination.
+    """
+    for dispatch in dispatches:
+        if dispatch not in cost.DISPATCHES:
+            fix = f"Use some of {','.join(cost.DISPATCHES)}"
+            raise Refused("dispatches", dispatch, "not known", fix)
+    for one in machines:
+        plan = dataclasses.replace(like, trace=halves.plan_half, topology=one, load_cap=None)
+        made = _made(plan, seed, SLOW_SHARE * time_limit)
+        for dispatch in dispatches:
+            if plan.objective == "rows" and dispatch == "gathered":
+                continue  # the same under every placement
+            free = dataclasses.replace(plan, dispatch=dispatch)
+            judge = dataclasses.replace(free, trace=halves.judge_half)
+            theirs = [_best(problem, made) for problem in (free, judge)]
+            for cap in caps:
+                limit = None if cap == "none" else LoadCap.parse(cap)
+                problem = dataclasses.replace(free, load_cap=limit)
+                placement, report = solve.solve_problem(problem, seed, time_limit, progress)
+                ours = (free.value_of(placement), judge.value_of(placement))
+                planned, held_out = (
+                    Side(name, value, own) for (name, value), own in zip(theirs, ours, strict=True)
+                )
+                yield Line(dispatch, one.name, cap, planned, held_out, report.gap)
+
+
+def text(done: Sequence[Line]) -> str:
+    """The table, and how often the planner is better."""
+    heads = ["dispatch", "machine", "cap", "planned: best", "theirs", "ours", "ratio"]
+    heads += ["held out: best", "theirs", "ours", "ratio"]
+    rows = [
+        [one.dispatch, one.machine, one.cap, *_cells(one.planned), *_cells(one.held_out)]
+        for one in done
+    ]
+    better = [sum(side.ratio < 1 for side in sides) for sides in zip(*_sides(done), strict=True)]
+    return "\n".join(
+        [
+            tables.table(heads, rows),
+            "",
+            f"The planner is better than every baseline in {better[0]} of {len(done)} "
+            f"combinations on the planning half, in {better[1]} held out.",
+        ]
+    )
+
+
+def _sides(done: Sequence[Line]) -> list[tuple[Side, Side]]:
+    return [(one.planned, one.held_out) for one in done]
+
+
+def _cells(side: Side) -> list[str]:
+    return [side.best, f"{side.theirs:.5g}", f"{side.ours:.5g}", f"{side.ratio:.4f}"]
+
+
+def _made(plan: Problem, seed: int, seconds: float) -> dict[str, list[Placement]]:
+    """The plans of every baseline on one machine; several where the mean counts."""
+    found: dict[str, list[Placement]] = {}
+    for one in registry.chosen(None, plan):
+        draws = range(seed, seed + RANDOMS) if one.key == "random" else (seed,)
+        found[one.key] = [
+            one.make(plan, draw, seconds if one.slow else 0.0).placement for draw in draws
+        ]
+    return found
+
+
+def _best(problem: Problem, made: dict[str, list[Placement]]) -> tuple[str, float]:
+    values = {
+        key: float(np.mean([problem.value_of(one) for one in several]))
+        for key, several in made.items()
+    }
+    key = min(values, key=lambda name: values[name])
+    return key, values[key]
