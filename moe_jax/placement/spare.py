@@ -146,8 +146,7 @@ def valued(problem: Problem, plan: Placement) -> Valued:
 def better(problem: Problem, best: Valued, plan: Placement, cap_L: np.ndarray) -> Valued:
     """The better of both, layer by layer where layers are independent, with the caps kept."""
     if np.isfinite(cap_L).any():
-        kept_L = _largest_L(problem, plan) <= cap_L * (1 + 1e-9)
-        plan = _mixed(plan, best.placement, kept_L)
+        plan = _capped(problem, plan, best.placement, cap_L)
     new = valued(problem, plan)
     better_L = new.value_L < best.value_L
     take_L = better_L if problem.separable else np.full(problem.trace.num_layers, better_L.all())
@@ -155,6 +154,20 @@ def better(problem: Problem, best: Valued, plan: Placement, cap_L: np.ndarray) -
         _mixed(new.placement, best.placement, take_L),
         np.where(better_L, new.value_L, best.value_L),
     )
+
+
+def _capped(problem: Problem, plan: Placement, within: Placement, cap_L: np.ndarray) -> Placement:
+    """`plan`, its layers above the cap replaced by those of `within`, which has none.
+
+    Where tokens stay, the loads of a layer depend on the layers before it: until none is above.
+    """
+    taken_L, mixed = np.zeros(len(cap_L), bool), plan
+    while (over_L := _largest_L(problem, mixed) > cap_L * (1 + 1e-9)).any():
+        if not (over_L & ~taken_L).any():
+            return within
+        taken_L |= over_L
+        mixed = _mixed(within, plan, taken_L)
+    return mixed
 
 
 def _mixed(first: Placement, second: Placement, take_L: np.ndarray) -> Placement:

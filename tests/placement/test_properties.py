@@ -5,9 +5,10 @@ The first FEW of the random instances (instances.py) in the default run, all of 
     python -m pytest -m slow tests/placement/test_properties.py
 """
 
+import numpy as np
 import pytest
 
-from moe_jax.placement import cost, solve, topology
+from moe_jax.placement import cost, solve, spare, topology
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.routing import synthetic
@@ -92,6 +93,30 @@ def test_a_seed_gives_one_plan(number):
     again = solve.solve_problem(instances.instance(number), number, time_limit=60)
     assert again.placement.digest == first.placement.digest
     assert again.report.objective == first.report.objective
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_of_two_plans_with_copies_keep_the_cap_together(seed):
+    """Where tokens stay, which copy serves depends on the layers before: each kept it alone."""
+    rng = np.random.default_rng(seed)
+    trace = synthetic.realistic(num_tokens=80, num_layers=4, num_experts=6, top_k=2, seed=seed)
+    problem = Problem(trace, topology.flat(3), "rows", "coherent", num_slots=9)
+    one, other = (random_copies(rng, 4, 6, 3) for _ in range(2))
+    best = spare.valued(problem, one)
+    cap_L = cost.computed_LM(trace.expert_ids_TLK, one, "coherent").max(axis=1) * 1.02
+    found = spare.better(problem, best, other, cap_L).placement
+    load_LM = cost.computed_LM(trace.expert_ids_TLK, found, "coherent")
+    assert (load_LM.max(axis=1) <= cap_L * (1 + 1e-9)).all()
+
+
+def random_copies(rng, layers: int, experts: int, devices: int) -> Placement:
+    """Every device holds its share of the experts and one more."""
+    rows = []
+    for _ in range(layers):
+        own_MS = rng.permutation(experts).reshape(devices, -1)
+        more_M = [rng.choice(np.setdiff1d(np.arange(experts), own_S)) for own_S in own_MS]
+        rows.append(np.column_stack([own_MS, more_M]).ravel())
+    return Placement(np.stack(rows), experts, devices)
 
 
 @pytest.mark.parametrize("objective", ["seconds", "rows", "load"])
