@@ -12,7 +12,8 @@ changes neither rows nor seconds:
   so there is one numbering for all of them.
 Devices of a node stay together in either case, and only devices and nodes that are alike change
 places. Of two numberings the placement keeps the one it
-has unless the other moves less.
+has unless the other moves less. With replicas this holds but for the order of copies, which the
+copy rule takes them in.
 
 Seconds are those of the links alone: the busiest device of the slower tier, all experts at once.
 A server that stands still meanwhile, or moves layer by layer, needs longer. Experts that change
@@ -23,10 +24,11 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moe_jax.placement import chain
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.limits.previous import arrivals_L, holds_LEM, placement_of
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.topology import Topology
@@ -37,8 +39,8 @@ class Move:
     """The cost of a move.
 
     Attributes:
-      experts: experts that change device, over all layers.
-      of_experts: experts there are, over all layers.
+      experts: experts that change device, over all layers; with replicas, copies that appear.
+      of_experts: experts there are, over all layers; with replicas, slots.
       bytes: what they weigh.
       seconds: to send them over the links.
     """
@@ -60,15 +62,17 @@ class Move:
 
 
 def move(before: Placement, after: Placement, topology: Topology, expert_bytes: int) -> Move:
-    """Every expert whose device changes is sent once, from the old device to the new one."""
-    bytes_MM = _bytes_MM(before, after, expert_bytes)
-    moved = int((before.device_LE != after.device_LE).sum())
+    """Every copy of an expert on a device without one is sent there once; see `_bytes_MM`."""
+    bytes_MM = _bytes_MM(before, after, topology, expert_bytes)
+    moved = int(arrivals_L(before, after).sum())
     seconds = float(seconds_lib.exchange_seconds(bytes_MM[None], topology, False)[0])
-    return Move(moved, before.device_LE.size, moved * expert_bytes, seconds)
+    return Move(moved, after.num_layers * after.num_slots, moved * expert_bytes, seconds)
 
 
 def relabelled(problem: Problem, before: Placement, after: Placement) -> Placement:
     """`after` with the device numbers that move least; see the head of this file."""
+    if before.has_replicas or after.has_replicas:
+        return placement_of(numbered(problem, holds_LEM(before), holds_LEM(after)))
     old_LE, new_LE = before.device_LE, after.device_LE.copy()
     if problem.separable:
         for layer, new_E in enumerate(after.device_LE):
@@ -76,6 +80,25 @@ def relabelled(problem: Problem, before: Placement, after: Placement) -> Placeme
     else:
         new_LE = _numbered(problem, old_LE, new_LE)
     return Placement.from_device_LE(new_LE, problem.num_devices)
+
+
+def numbered(
+    problem: Problem, worth_LEM: np.ndarray, new_LEM: Bool[np.ndarray, "L E M"]
+) -> Bool[np.ndarray, "L E M"]:
+    """Who holds what, under the device numbers that are worth most.
+
+    Args:
+      problem: which devices may change places, and whether layers by themselves.
+      worth_LEM: what it is worth to have this expert on this device.
+      new_LEM: who holds what so far.
+    """
+    worth_LMM = np.einsum("lem,leg->lmg", worth_LEM.astype(float), new_LEM.astype(float))
+    if not problem.separable:
+        worth_LMM = np.tile(worth_LMM.sum(axis=0), (len(new_LEM), 1, 1))
+    found_LEM = np.empty_like(new_LEM)
+    for layer, worth_MM in enumerate(worth_LMM):
+        found_LEM[layer][:, numbering(problem, worth_MM)] = new_LEM[layer]
+    return found_LEM
 
 
 def _numbered(problem: Problem, old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -106,9 +129,17 @@ def numbering(problem: Problem, worth_MM: np.ndarray) -> np.ndarray:
     return device_of_M
 
 
-def _bytes_MM(before: Placement, after: Placement, expert_bytes: int) -> Float[np.ndarray, "M M"]:
-    """[source, destination]"""
-    bytes_MM = np.zeros((before.num_devices, before.num_devices))
-    np.add.at(bytes_MM, (before.device_LE.ravel(), after.device_LE.ravel()), float(expert_bytes))
-    np.fill_diagonal(bytes_MM, 0.0)
+def _bytes_MM(
+    before: Placement, after: Placement, topology: Topology, expert_bytes: int
+) -> Float[np.ndarray, "M M"]:
+    """[source, destination]; of several sources one in the node, then the one that sent least."""
+    devices, node_M = before.num_devices, topology.node_M
+    bytes_MM, sent_M = np.zeros((devices, devices)), np.zeros(devices)
+    old_LEM = holds_LEM(before)
+    for layer, expert, device in np.argwhere(holds_LEM(after) & ~old_LEM):
+        sources = np.flatnonzero(old_LEM[layer, expert])
+        far = node_M[sources] != node_M[device]
+        source = int(sources[np.lexsort((sent_M[sources], far))[0]])
+        bytes_MM[source, device] += expert_bytes
+        sent_M[source] += expert_bytes
     return bytes_MM

@@ -106,7 +106,7 @@ class Problem:
             self.pins.check(each, self.has_replicas, self.trace.layer_ids)
         if self.previous is not None:
             shape = (self.trace.num_layers, self.trace.num_experts, self.num_devices)
-            self.previous.check(*shape, self.has_replicas)
+            self.previous.check(*shape, self.num_slots or self.trace.num_experts)
 
     @property
     def num_devices(self) -> int:

@@ -36,6 +36,7 @@ from moe_jax.placement import (
     starts,
 )
 from moe_jax.placement.limits import search as limits_search
+from moe_jax.placement.limits import slots
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import UNITS, LoadCap, Problem
 from moe_jax.placement.seconds import Work
@@ -170,8 +171,7 @@ def solve_problem(
     started = time.monotonic()
     if problem.has_replicas:
         if problem.pins is not None or problem.previous is not None:
-            rule = "pins and a plan in use are kept without replicas only"
-            raise Refused("slots", problem.num_slots, rule, "Leave --slots out")
+            return _restricted_replicas(problem, seed, time_limit, progress)
         return _with_replicas(problem, seed, time_limit, progress)
     run = _Run(problem, started, time_limit, progress)
     try:
@@ -261,6 +261,53 @@ def _with_replicas(
         note=note if finished or stopped else f"{note}; the time limit ended the search",
     )
     solution = Solution(best.placement, report)
+    if stopped is not None:
+        raise Interrupted(solution) from stopped
+    return solution
+
+
+def _restricted_replicas(
+    problem: Problem,
+    seed: int,
+    time_limit: float,
+    progress: Callable[[Progress], None] | None,
+) -> Solution:
+    """As `_restricted`, with replicas."""
+    started = time.monotonic()
+    cap_L = spare.caps(problem, spare.balanced(problem))
+    start = slots.start(problem, cap_L, seed)
+    best, value = start, problem.value_of(start)
+    capped = not slots.over_L(problem, start, cap_L).any()
+    first, history, stopped, report = value, [], None, None
+    try:
+        free, report = solve_problem(problem.unrestricted, seed, FREE_SHARE * time_limit, progress)
+        for plan in slots.search(problem, start, free, cap_L, started + time_limit):
+            if slots.over_L(problem, plan, cap_L).any():
+                continue
+            if (new := problem.value_of(plan)) < value or not capped:
+                best, value, capped = plan, new, True
+                history.append((time.monotonic() - started, value, report.bound))
+    except KeyboardInterrupt as stop:
+        stopped = stop
+    if not capped and stopped is None:
+        rule = "no plan within it was found that far from the plan in use"
+        raise Refused("load_cap", str(problem.load_cap), rule, "Allow more load, or more moves")
+    seconds = time.monotonic() - started
+    finished = report is not None and report.finished and seconds < time_limit
+    note = "no bound is proven for replicas" if report is None else report.note
+    done = Report(
+        objective_name=problem.objective,
+        dispatch=problem.dispatch,
+        unit=UNITS[problem.objective],
+        objective=value,
+        bound=0.0 if report is None else min(report.bound, value),
+        greedy=first,
+        seconds=seconds,
+        finished=finished,
+        history=tuple(history),
+        note=note if finished or stopped else f"{note}; the time limit ended the search",
+    )
+    solution = Solution(problem.previous.slotted(best) if problem.previous else best, done)
     if stopped is not None:
         raise Interrupted(solution) from stopped
     return solution

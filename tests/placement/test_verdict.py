@@ -289,6 +289,18 @@ def test_bytes_and_seconds_of_a_move_by_hand():
     assert seconds.Work(d_model=10, d_ff=4, value_bytes=2).expert_bytes == 240
 
 
+def test_copies_are_sent_from_the_node_and_from_who_sent_least_by_hand():
+    before = Placement(np.array([[0, 1, 2, 3, 0, 1, 2, 3]]), 4, 4)  # 01 23 | 01 23
+    after = Placement(np.array([[0, 2, 1, 3, 0, 2, 3, 2]]), 4, 4)  # 02 13 | 02 32
+    found = move_lib.move(before, after, topology.nodes_by_devices(2, 4), 9_000_000)
+    assert (found.experts, found.of_experts, found.bytes) == (3, 8, 27_000_000)
+    assert found.seconds == pytest.approx(9e6 / 450e9 + 5e-6)  # all inside a node, one each way
+    far = Placement(np.array([[0, 1, 2, 3, 0, 1, 0, 1]]), 4, 4)
+    back = Placement(np.array([[0, 1, 2, 3, 0, 2, 1, 3]]), 4, 4)
+    found = move_lib.move(far, back, topology.nodes_by_devices(2, 4), 9_000_000)
+    assert found.seconds == pytest.approx(2 * 9e6 / 50e9 + 10e-6)  # both from the one that has them
+
+
 @pytest.mark.parametrize("dispatch", cost.DISPATCHES)
 @pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
 def test_new_device_numbers_change_nothing_but_the_move(dispatch, machine):

@@ -109,10 +109,16 @@ def text(
         return []
     weight = expert_bytes(options, problem)
     move = move_lib.move(problem.previous.placement, placement, problem.topology, weight)
-    return [
-        f"From {before_name(options)}: {move.experts} of {move.of_experts} experts move, "
+    what = "copies appear" if placement.has_replicas else "experts move"
+    lines = [
+        f"From {before_name(options)}: {move.experts} of {move.of_experts} {what}, "
         f"{move.bytes / 1e9:.3g} GB of {problem.previous.moves * weight / 1e9:.3g} GB allowed, "
-        f"{1e3 * move.seconds:.3g} ms over the links.",
+        f"{1e3 * move.seconds:.3g} ms over the links."
+    ]
+    if not report.tradeoff:
+        return lines
+    return [
+        *lines,
         "What other budgets would bring, as found on the way:",
         _budgets(problem, report, move.of_experts, weight),
     ]

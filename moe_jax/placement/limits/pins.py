@@ -48,6 +48,15 @@ class Pins:
                     "an expert without replicas lives on one device",
                     "Pin it once, or give it room for copies with --slots",
                 )
+        free_L = slots_per_device * self.held_LEM.shape[2] - self.held_LEM.sum(axis=(1, 2))
+        loose_L = (~self.held_LEM.any(axis=2)).sum(axis=1)
+        for layer in np.flatnonzero(loose_L > free_L)[:1]:
+            raise Refused(
+                "pin",
+                f"layer {layer_ids[layer]}",
+                f"{loose_L[layer]} experts that are not pinned have {max(free_L[layer], 0)} slots",
+                "Pin fewer copies",
+            )
         full_LM = self.held_LEM.sum(axis=1) > slots_per_device
         for layer, device in np.argwhere(full_LM)[:1]:
             raise Refused(

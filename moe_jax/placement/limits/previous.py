@@ -85,8 +85,11 @@ class Previous:
         held_LE = np.take_along_axis(held_LEM, device_LE[:, :, None].astype(np.int64), axis=2)
         return self.moves - int((~held_LE).sum())
 
-    def check(self, layers: int, experts: int, devices: int, replicas: bool) -> None:
-        """Refuses a plan in use that is for another model or machine, or has copies to lose."""
+    def check(self, layers: int, experts: int, devices: int, slots: int) -> None:
+        """Refuses a plan in use that is for another model or machine, or for other slots.
+
+        One without replicas may gain slots; they are filled, and that is counted.
+        """
         plan = self.placement
         for field, has, needs in (
             ("layers", plan.num_layers, layers),
@@ -96,8 +99,8 @@ class Previous:
             if has != needs:
                 rule = f"the plan is for another model or machine: here it is {needs}"
                 raise Refused(f"previous {field}", has, rule, "Give the plan that is in use")
-        if plan.has_replicas and not replicas:
-            rule = "the plan in use has replicas, the new one would have none"
+        if plan.has_replicas and plan.num_slots != slots:
+            rule = f"the plan in use has {plan.num_slots} slots, the new one would have {slots}"
             raise Refused("previous slots", plan.num_slots, rule, f"Give --slots={plan.num_slots}")
 
     def slotted(self, placement: Placement) -> Placement:
@@ -125,6 +128,13 @@ def holds_LEM(placement: Placement) -> Bool[np.ndarray, "L E M"]:
     device_P = np.arange(slots) // placement.slots_per_device
     held_LEM[np.arange(layers)[:, None], placement.physical_to_logical_LP, device_P] = True
     return held_LEM
+
+
+def placement_of(held_LEM: Bool[np.ndarray, "L E M"]) -> Placement:
+    """From who holds what; slots of a device hold its experts in ascending id."""
+    experts, devices = held_LEM.shape[1:]
+    slots = [np.nonzero(held_EM.T)[1] for held_EM in held_LEM]
+    return Placement(np.stack(slots), experts, devices)
 
 
 def _slotted(old_P: np.ndarray, new_P: np.ndarray, each: int) -> np.ndarray:

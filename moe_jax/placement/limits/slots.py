@@ -1,0 +1,232 @@
+"""Plans with replicas that start from a plan in use, or keep pins: copy by copy to a better one.
+
+Axes: L MoE layers, E experts, M devices. A layer is held_EM, bool: which device holds which expert;
+all devices hold equally many, and every expert is somewhere.
+
+`path` leads from one layer to another so that every stop is a valid layer, no copy arrives that
+the end does not have, and the stop that is worth most comes next, as a sample of tokens says.
+`search` walks from the plan in use to the free plan and to the even one, their devices numbered so
+that least moves. The stops are options of a layer, and knapsack.py picks one per layer. Where
+layers are tied (coherent dispatch, exflow) rows of exchange dispatch stand in for the values of
+single layers, and blocks of whole layers are offered too; plans are judged by their true values.
+
+A slot that is added has to be filled, so its copy counts as a move.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool
+
+from moe_jax.errors import Refused
+from moe_jax.placement import cost, spare
+from moe_jax.placement import move as move_lib
+from moe_jax.placement.limits import knapsack
+from moe_jax.placement.limits.previous import holds_LEM, placement_of
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.problem import Problem
+from moe_jax.routing.trace import Trace
+
+CHOOSING, JUDGING = 2048, 16384  # tokens that a next stop is chosen by, and valued by
+NEXT = 6  # next stops that are looked at
+STOPS = 10  # stops of a path that are valued
+
+
+def start(problem: Problem, cap_L: np.ndarray, seed: int) -> Placement:
+    """The plan in use, or the even one, changed as little as slots and pins need.
+
+    Refuses a budget that does not pay for that.
+    """
+    previous = problem.previous
+    if previous is None:
+        plan = spare.balanced(problem)
+    elif previous.placement.num_slots == problem.num_slots:
+        plan = previous.placement
+    else:
+        device_LE = previous.placement.device_LE.astype(np.int64)
+        plan = spare.filled(problem, device_LE, cap_L, seed, time.monotonic() + 3600.0)
+    if problem.pins is not None:
+        held = zip(holds_LEM(plan), problem.pins.held_LEM, strict=True)
+        plan = placement_of(np.stack([pinned(held_EM, pin_EM) for held_EM, pin_EM in held]))
+    if previous is not None and (needed := previous.moved(plan)) > previous.moves:
+        raise Refused(
+            "move_budget",
+            f"{previous.moves} copies",
+            f"pins, and slots that have to be filled, bring {needed} copies",
+            f"Allow the bytes of {needed} experts",
+        )
+    return plan
+
+
+def search(
+    problem: Problem, first: Placement, free: Placement, cap_L: np.ndarray, deadline: float
+) -> Iterator[Placement]:
+    """Yields plans within pins, budget and caps; the caller keeps the best."""
+    targets = [free, *(_numbered(problem, first, one) for one in (free, spare.balanced(problem)))]
+    if not problem.separable:
+        targets += _blocks(problem, holds_LEM(first), holds_LEM(targets[1]))
+    yield from (target for target in targets if _keeps(problem, target))
+    held_LEM = holds_LEM(first)
+    old_LEM = held_LEM if problem.previous is None else holds_LEM(problem.previous.placement)
+    options, moves, values = [], [], []
+    for layer, held_EM in enumerate(held_LEM):
+        ends = [_mended(problem, layer, holds_LEM(target)[layer]) for target in targets[1:3]]
+        now = time.monotonic()
+        share = now + (deadline - now) / (len(held_LEM) - layer)
+        one = _Layer(problem, layer, cap_L[layer])
+        stops = one.stops(held_EM, ends, share)
+        count = np.array([(stop_EM & ~old_LEM[layer]).sum() for stop_EM in stops])
+        options.append(stops)
+        moves.append(count)
+        values.append(np.array([one.value(stop_EM) for stop_EM in stops]))
+    most = int(sum(count.max() for count in moves))
+    table = knapsack.apart(values, moves, most)
+    choice = table.choice(most if problem.previous is None else problem.previous.moves)
+    if choice is not None:
+        rows = [stops[c] for stops, c in zip(options, choice, strict=True)]
+        yield placement_of(np.stack(rows))
+
+
+def over_L(problem: Problem, plan: Placement, cap_L: np.ndarray) -> np.ndarray:
+    """bool [L]: a device passes the layer's cap, counted under the copy rule."""
+    each = problem.topology.devices_per_node
+    load_LM = cost.computed_LM(problem.trace.expert_ids_TLK, plan, problem.dispatch, None, each)
+    return load_LM.max(axis=1) > cap_L * (1 + 1e-9)
+
+
+def pinned(held_EM: Bool[np.ndarray, "E M"], pin_EM: Bool[np.ndarray, "E M"]) -> np.ndarray:
+    """bool [E, M]: the layer with every pin held, by few changes."""
+    held_EM = held_EM.copy()
+    for expert, device in np.argwhere(pin_EM):
+        if held_EM[expert, device]:
+            continue
+        loose_E = held_EM[:, device] & ~pin_EM[:, device]
+        victim = int(np.where(loose_E, held_EM.sum(axis=1), -1).argmax())
+        held_EM[victim, device], held_EM[expert, device] = False, True
+        if held_EM[victim].any():
+            continue
+        # its last copy: it takes the slot of an expert that has others (Pins.check: there is one)
+        spare_EM = held_EM & ~pin_EM & (held_EM.sum(axis=1, keepdims=True) > 1)
+        other, where = np.argwhere(spare_EM)[0]
+        held_EM[other, where], held_EM[victim, where] = False, True
+    return held_EM
+
+
+def path(
+    held_EM: Bool[np.ndarray, "E M"], end_EM: Bool[np.ndarray, "E M"], prefer, rng
+) -> Iterator[np.ndarray]:
+    """The stops from one layer to another, both of them left out at the beginning only.
+
+    Args:
+      held_EM: where it begins; not yielded.
+      end_EM: where it ends; the last stop.
+      prefer: of several next stops, the number of the best one.
+      rng: which next stops are looked at.
+    """
+    while not np.array_equal(held_EM, end_EM):
+        arrives, leaves = end_EM & ~held_EM, held_EM & ~end_EM
+        pairs = [
+            (int(a), int(d), int(m))
+            for m in np.flatnonzero(arrives.any(axis=0))
+            for a in np.flatnonzero(arrives[:, m])
+            for d in np.flatnonzero(leaves[:, m])
+        ]
+        chosen = rng.choice(len(pairs), size=min(NEXT, len(pairs)), replace=False)
+        stops = [_replaced(held_EM, end_EM, *pairs[c]) for c in chosen]
+        held_EM = stops[prefer(stops) if len(stops) > 1 else 0]
+        yield held_EM
+
+
+def _replaced(held_EM, end_EM, arriving: int, leaving: int, device: int) -> np.ndarray:
+    """One copy for another; an expert that is nowhere then goes where the end has it, and so on."""
+    held_EM = held_EM.copy()
+    while True:
+        held_EM[leaving, device], held_EM[arriving, device] = False, True
+        if held_EM[leaving].any():
+            return held_EM
+        arriving = leaving
+        device = int(np.flatnonzero(end_EM[arriving])[0])
+        leaves_E = held_EM[:, device] & ~end_EM[:, device]
+        leaving = int(np.where(leaves_E, held_EM.sum(axis=1), -1).argmax())
+
+
+class _Layer:
+    """One layer's options and what they are worth."""
+
+    def __init__(self, problem: Problem, layer: int, cap: float):
+        self._problem, self._layer, self._cap = problem, layer, cap
+        self._choosing = _alone(problem, layer, CHOOSING)
+        self._judging = _alone(problem, layer, JUDGING)
+
+    def stops(self, held_EM: np.ndarray, ends: list[np.ndarray], deadline: float):
+        """The layer itself, and stops on the ways to the ends."""
+        found, rng = [held_EM], np.random.default_rng(self._layer)
+        for end_EM in ends:
+            way = list(path(held_EM, end_EM, lambda s: self._best(s, deadline), rng))
+            if way:
+                at = np.unique(np.linspace(0, len(way) - 1, STOPS).round().astype(int))
+                found += [way[n] for n in at]
+        return found
+
+    def value(self, held_EM: np.ndarray) -> float:
+        """What the layer is worth; inf above the cap."""
+        if np.isfinite(self._cap):
+            whole = _alone(self._problem, self._layer, self._problem.trace.num_tokens)
+            if over_L(whole, placement_of(held_EM[None]), np.array([self._cap]))[0]:
+                return np.inf
+        return float(self._judging.counted_L(placement_of(held_EM[None]))[0])
+
+    def _best(self, stops: list[np.ndarray], deadline: float) -> int:
+        if time.monotonic() >= deadline:
+            return 0
+        values = [self._choosing.counted_L(placement_of(stop[None]))[0] for stop in stops]
+        return int(np.argmin(values))
+
+
+def _alone(problem: Problem, layer: int, tokens: int) -> Problem:
+    """The problem of one layer on evenly spread tokens; see the head of this file for tied ones."""
+    trace = problem.trace
+    at = np.unique(np.linspace(0, trace.num_tokens - 1, min(tokens, trace.num_tokens)).astype(int))
+    ids_TLK = trace.expert_ids_TLK[at][:, layer : layer + 1]
+    one = Trace(ids_TLK, trace.num_experts, np.array([len(at)]))
+    if not problem.separable:
+        problem = dataclasses.replace(problem, dispatch="exchange", objective="rows")
+    return dataclasses.replace(problem.unrestricted, trace=one, load_cap=None)
+
+
+def _numbered(problem: Problem, first: Placement, plan: Placement) -> Placement:
+    """A plan under the device numbers that keep most pins, and then most copies where they are."""
+    worth_LEM = holds_LEM(first).astype(float)
+    if problem.pins is not None:
+        worth_LEM += (worth_LEM.size + 1) * problem.pins.held_LEM
+    return placement_of(move_lib.numbered(problem, worth_LEM, holds_LEM(plan)))
+
+
+def _blocks(problem: Problem, first_LEM: np.ndarray, new_LEM: np.ndarray) -> list[Placement]:
+    """As many layers of the new plan as the budget pays for, from either end of the model."""
+    if problem.previous is None:
+        return []
+    old_LEM = holds_LEM(problem.previous.placement)
+    counts = [(plan_LEM & ~old_LEM).sum(axis=(1, 2)) for plan_LEM in (first_LEM, new_LEM)]
+    left, blocks = problem.previous.moves - int(counts[0].sum()), []
+    more_L = counts[1] - counts[0]
+    for turn in (slice(None), slice(None, None, -1)):
+        taken_L = np.cumsum(more_L[turn]) <= left
+        taken_L = np.logical_and.accumulate(taken_L)[turn]
+        blocks.append(placement_of(np.where(taken_L[:, None, None], new_LEM, first_LEM)))
+    return blocks
+
+
+def _mended(problem: Problem, layer: int, held_EM: np.ndarray) -> np.ndarray:
+    if problem.pins is None:
+        return held_EM
+    return pinned(held_EM, problem.pins.held_LEM[layer])
+
+
+def _keeps(problem: Problem, plan: Placement) -> bool:
+    """Within pins and budget."""
+    if problem.pins is not None and (problem.pins.held_LEM & ~holds_LEM(plan)).any():
+        return False
+    return problem.previous is None or problem.previous.moved(plan) <= problem.previous.moves
