@@ -93,7 +93,7 @@ def over_L(problem: Problem, plan: Placement, cap_L: np.ndarray) -> np.ndarray:
     """bool [L]: a device passes the layer's cap, counted under the copy rule."""
     each = problem.topology.devices_per_node
     load_LM = cost.computed_LM(problem.trace.expert_ids_TLK, plan, problem.dispatch, None, each)
-    return load_LM.max(axis=1) > cap_L * (1 + 1e-9)
+    return (load_LM / problem.topology.speed_M).max(axis=1) > cap_L * (1 + 1e-9)
 
 
 def pinned(held_EM: Bool[np.ndarray, "E M"], pin_EM: Bool[np.ndarray, "E M"]) -> np.ndarray:
