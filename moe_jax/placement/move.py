@@ -11,7 +11,7 @@ changes neither rows nor seconds:
 - coherent dispatch, and the objective exflow: a token goes from device to device over all layers,
   so there is one numbering for all of them.
 Devices of a node stay together in either case, and only devices and nodes that are alike change
-places. Of two numberings the placement keeps the one it
+places; on a torus, for `seconds`, none do. Of two numberings the placement keeps the one it
 has unless the other moves less. With replicas this holds but for the order of copies, which the
 copy rule takes them in.
 
@@ -116,6 +116,8 @@ def numbering(problem: Problem, worth_MM: np.ndarray) -> np.ndarray:
       worth_MM: [device, group], what a group is worth on a device.
     """
     devices, each = problem.num_devices, problem.topology.devices_per_node
+    if problem.labels_count:
+        return np.arange(devices)
     # a chain of two layers whose "experts" are devices: what stays is what the labelling keeps
     as_they_are = np.tile(np.arange(devices), (2, 1))
     unlimited = np.full(2, np.inf)

@@ -227,6 +227,11 @@ class Problem:
         return self.objective == "seconds" and not self.topology.alike
 
     @property
+    def labels_count(self) -> bool:
+        """Even devices of one kind may not change places: on a torus neighbours matter."""
+        return self.objective == "seconds" and self.topology.torus is not None
+
+    @property
     def kind_M(self) -> np.ndarray | None:
         """int64: labels that may change places in a node, costing nothing; None: all of them."""
         nodes, flops_M = self.topology.nodes, self.topology.flops_M

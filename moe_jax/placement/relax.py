@@ -17,6 +17,7 @@ from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.contact_bound import TokenSets
 from moe_jax.placement.layout import Groups, Layout
 from moe_jax.placement.problem import Problem
+from moe_jax.placement.torus import Torus
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
@@ -172,7 +173,7 @@ def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
     fast, slow = topology.fast, topology.slow
     if problem.dispatch == "coherent":
         # a tier's share is free: at best both are busy all the time
-        wire = fast.bandwidth + (slow.bandwidth if nodes.count > 1 else 0.0)
+        wire = fast.bandwidth * _links(problem) + (slow.bandwidth if nodes.count > 1 else 0.0)
         gather = seconds_lib.gather_seconds(topology, work)
         rows = contacts.coherent / problem.trace.num_layers  # of a layer, on average
         return compute_L + gather + rows * to_bytes / wire
@@ -186,10 +187,33 @@ def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
     else:
         fast_L = contacts.device_L * to_bytes * (nodes.size_N.min() - 1) / devices
         slow_L = contacts.device_L * to_bytes * (devices - nodes.size_N.max()) / devices
-    fast_L = fast_L / fast.bandwidth + fast.latency * (fast_L > 0)
+    hops = 1
+    if topology.torus is not None:
+        fast_L, hops = _torus_bytes(problem, topology.torus, fast_L, contacts.device_L * to_bytes)
+    fast_L = fast_L / fast.bandwidth + fast.latency * hops * (fast_L > 0)
     slow_L = slow_L / slow.bandwidth + slow.latency * (slow_L > 0)
     way_L = fast_L + slow_L if problem.dispatch == "hierarchical" else np.maximum(fast_L, slow_L)
     return compute_L + 2 * way_L
+
+
+def _links(problem: Problem) -> float:
+    """Links that leave a device into its node, on average; every row takes one at least."""
+    torus = problem.topology.torus
+    return 1.0 if torus is None else max(float(torus.links_G.mean()), 1.0)
+
+
+def _torus_bytes(problem: Problem, torus: Torus, direct_L: np.ndarray, device_L: np.ndarray):
+    """Least bytes of the busiest link inside nodes, and the fewest hops of the longest way.
+
+    The busiest link carries at least the mean over all links, to which every row adds its hops; at
+    least those to the device that is nearest to all. device_L: bytes of contacts over M.
+    """
+    if problem.dispatch == "gathered":
+        return direct_L / max(int(torus.links_G.min()), 1), int(torus.hops_GG.max())
+    homes = problem.topology.num_nodes if problem.dispatch == "hierarchical" else 1
+    hops = float(torus.hops_GG.sum(axis=0).min()) * homes
+    links = max(int(torus.links_G.sum()), 1) * problem.topology.num_nodes
+    return device_L * (hops / links), int(torus.hops_GG.max(axis=0).min())
 
 
 def _least_compute_L(problem: Problem) -> np.ndarray:

@@ -3,9 +3,10 @@
 Axes: L MoE layers, M devices. A layer costs dispatch + compute + combine. In each exchange a device
 sends and receives at the same time, so a tier needs max over devices of max(bytes out, bytes in) /
 bandwidth, plus its latency where it is used. The tiers of a direct exchange run at once (the
-slower one counts); the two hops of hierarchical dispatch follow each other (they add up). Compute
-is the slowest device's rows, over its own speed. Counts are scaled from the trace to a batch of
-`batch_tokens`.
+slower one counts); on a torus the fast tier needs what its busiest link does (torus.py), and the
+latency of as many hops as the longest way has; the two hops of hierarchical dispatch follow each
+other (they add up). Compute is the slowest device's rows, over its own speed. Counts are scaled
+from the trace to a batch of `batch_tokens`.
 
 Shared experts compute every token on the device that holds it, an equal share each (in coherent
 dispatch too, where tokens do not lie evenly: attention has the same imbalance and is left out).
@@ -18,7 +19,8 @@ from jaxtyping import Float, Num
 
 from moe_jax.errors import Refused
 from moe_jax.placement.cost import Rows
-from moe_jax.placement.topology import Topology
+from moe_jax.placement.topology import Tier, Topology
+from moe_jax.placement.torus import Torus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +110,15 @@ def seconds(
     """Seconds of a step of `work.batch_tokens`, from the counts of `num_tokens` tokens."""
     scale = work.batch_tokens / num_tokens
     to_bytes = scale * work.row_bytes
+    gathered = dispatch == "gathered"
     one_after_other = dispatch == "hierarchical"
-    there_L = exchange_seconds(rows.dispatch_LMM * to_bytes, topology, one_after_other)
+    there_L = exchange_seconds(rows.dispatch_LMM * to_bytes, topology, one_after_other, gathered)
     if dispatch == "coherent":
         there_L = there_L + gather_seconds(topology, work)
     return Seconds(
         there_L,
         compute_seconds(computed_LM, topology, work, num_tokens).max(axis=1),
-        exchange_seconds(rows.combine_LMM * to_bytes, topology, one_after_other),
+        exchange_seconds(rows.combine_LMM * to_bytes, topology, one_after_other, gathered),
     )
 
 
@@ -141,21 +144,50 @@ def step_seconds(layer_seconds: float, layers: int, topology: Topology, work: Wo
     return layers * layer_seconds + work.num_dense_layers * dense
 
 
-def exchange_seconds(bytes_LMM, topology: Topology, one_after_other: bool) -> np.ndarray:
+def exchange_seconds(
+    bytes_LMM, topology: Topology, one_after_other: bool, gathered: bool = False
+) -> np.ndarray:
     """float64 [L]: the slowest device of the slower tier, or of both tiers in turn."""
-    fast_L, slow_L = (tier_LM.max(axis=1) for tier_LM in tier_seconds(bytes_LMM, topology))
+    tiers = tier_seconds(bytes_LMM, topology, gathered)
+    fast_L, slow_L = (tier_LM.max(axis=1) for tier_LM in tiers)
     return fast_L + slow_L if one_after_other else np.maximum(fast_L, slow_L)
 
 
-def tier_seconds(bytes_LMM, topology: Topology) -> list[np.ndarray]:
-    """float64 [L, M], fast tier and slow tier: what each device needs to send and receive."""
-    same_MM = topology.node_M[:, None] == topology.node_M[None, :]
-    tiers = []
-    for mask_MM, tier in ((same_MM, topology.fast), (~same_MM, topology.slow)):
-        on_tier_LMM = bytes_LMM * mask_MM
-        busy_LM = np.maximum(on_tier_LMM.sum(axis=2), on_tier_LMM.sum(axis=1))
-        tiers.append(busy_LM / tier.bandwidth + tier.latency * (busy_LM > 0))
-    return tiers
+def tier_seconds(bytes_LMM, topology: Topology, gathered: bool = False) -> list[np.ndarray]:
+    """float64 [L, M], fast tier and slow tier: what each device needs to send and receive.
+
+    gathered: all devices get the same, which neighbours of a torus pass on.
+    """
+    same_MM = topology.nodes.same_MM
+    slow_LM = _direct_seconds(bytes_LMM * ~same_MM, topology.slow)
+    if topology.torus is None:
+        return [_direct_seconds(bytes_LMM * same_MM, topology.fast), slow_LM]
+    return [_torus_seconds(bytes_LMM * same_MM, topology, topology.torus, gathered), slow_LM]
+
+
+def _direct_seconds(bytes_LMM, tier: Tier) -> np.ndarray:
+    """float64 [L, M]: every device sends and receives at the same time."""
+    busy_LM = np.maximum(bytes_LMM.sum(axis=2), bytes_LMM.sum(axis=1))
+    return busy_LM / tier.bandwidth + tier.latency * (busy_LM > 0)
+
+
+def _torus_seconds(bytes_LMM, topology: Topology, torus: Torus, gathered: bool) -> np.ndarray:
+    """float64 [L, M]: the busiest link that leaves each device, and the longest way of all rows.
+
+    Gathered rows are received once over all links of a device, and passed on at the same time.
+    """
+    latency = topology.fast.latency
+    if gathered:
+        busy_LM = np.maximum(bytes_LMM.sum(axis=2), bytes_LMM.sum(axis=1))
+        links_M = np.tile(np.maximum(torus.links_G, 1), topology.num_nodes)
+        hops = int(torus.hops_GG.max())
+        return busy_LM / (links_M * topology.fast.bandwidth) + latency * hops * (busy_LM > 0)
+    busiest_LM = np.empty(bytes_LMM.shape[:2])
+    for first in topology.nodes.first_N:
+        inside = slice(first, first + torus.size)
+        busiest_LM[:, inside] = torus.busiest_LG(bytes_LMM[:, inside, inside])
+    hops_L1 = (topology.hops_MM * (bytes_LMM > 0)).max(axis=(1, 2))[:, None]
+    return busiest_LM / topology.fast.bandwidth + latency * hops_L1 * (busiest_LM > 0)
 
 
 def gather_seconds(topology: Topology, work: Work) -> float:
@@ -164,4 +196,4 @@ def gather_seconds(topology: Topology, work: Work) -> float:
     share = work.batch_tokens / devices * work.kv_values * work.value_bytes
     bytes_MM = np.full((1, devices, devices), share)
     bytes_MM[0, np.arange(devices), np.arange(devices)] = 0
-    return float(exchange_seconds(bytes_MM, topology, False)[0])
+    return float(exchange_seconds(bytes_MM, topology, False, gathered=True)[0])

@@ -366,7 +366,9 @@ class _Run:
             self.offer("search", device_LE)
         self._whole(deadline)
         if problem.separable and problem.trace.num_layers > 1:
-            self.best_LE = _labelled(problem, self.best_LE)
+            labelled_LE = _labelled(problem, self.best_LE)
+            if not problem.labels_count or problem.value(labelled_LE) <= self.best:
+                self.best_LE = labelled_LE
         self.finished = time.monotonic() < deadline
 
     def solution(self, note: str, value_B: np.ndarray | None = None) -> Solution:

@@ -20,7 +20,9 @@ import numpy as np
 
 from moe_jax.errors import Refused
 from moe_jax.placement import nodes as nodes_lib
+from moe_jax.placement import torus as torus_lib
 from moe_jax.placement.nodes import DevicesPerNode, Nodes
+from moe_jax.placement.torus import Torus
 
 FOLDERS = (
     pathlib.Path("configs/topology"),
@@ -74,6 +76,8 @@ class Topology:
       devices_per_node: devices in each; where nodes differ, one number per node (a list in JSON).
       fast: links inside a node.
       slow: links between nodes.
+      torus: how the devices of a node are wired, where every pair has no link of its own: `fast`
+        is then one link in one direction, its latency that of a hop. The same in every node.
       device_flops: floating-point operations per second that a device reaches in expert matmuls;
         where devices differ, one number per device (a list in JSON).
     """
@@ -84,6 +88,7 @@ class Topology:
     fast: Tier = FAST
     slow: Tier = SLOW
     device_flops: float | tuple[float, ...] = 4e14
+    torus: Torus | None = None
 
     def __post_init__(self):
         value = self.num_nodes
@@ -94,6 +99,9 @@ class Topology:
         object.__setattr__(self, "devices_per_node", each)
         flops = _flops(self.device_flops, self.num_devices)
         object.__setattr__(self, "device_flops", flops)
+        if self.torus is not None and self.torus.size != each:
+            rule = f"{self.torus.size} devices, and devices_per_node is {each}"
+            raise Refused("torus shape", list(self.torus.shape), rule, "Correct one of them")
 
     @property
     def num_devices(self) -> int:
@@ -112,7 +120,21 @@ class Topology:
     @property
     def alike(self) -> bool:
         """Any two devices of a node may change places, and any two nodes."""
-        return self.nodes.equal and not isinstance(self.device_flops, tuple)
+        even_speed = not isinstance(self.device_flops, tuple)
+        return self.nodes.equal and even_speed and self.torus is None
+
+    @functools.cached_property
+    def hops_MM(self) -> np.ndarray:
+        """int64: 0 to itself; inside a node 1 (a switch), or the links of the torus; else 3.
+
+        Three: switch, spine, switch, as in a fat tree of two levels.
+        """
+        inside_MM = np.ones((self.num_devices, self.num_devices), np.int64)
+        if self.torus is not None:
+            inside_MM = np.tile(self.torus.hops_GG, (self.num_nodes, self.num_nodes))
+        hops_MM = np.where(self.nodes.same_MM, inside_MM, 3)
+        np.fill_diagonal(hops_MM, 0)
+        return hops_MM
 
     @functools.cached_property
     def flops_M(self) -> np.ndarray:
@@ -146,6 +168,10 @@ class Topology:
 
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
+        if self.torus is None:
+            del fields["torus"]  # as files were before there were any
+        else:
+            fields["torus"] = {"shape": list(self.torus.shape), "wrap": list(self.torus.wrap)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
@@ -209,6 +235,8 @@ def from_json(fields: Any, source: str = "topology") -> Topology:
             if not isinstance(tier, dict) or set(tier) != {"bandwidth", "latency"}:
                 raise Refused(f"{source} {key}", tier, "has bandwidth and latency", "Correct it")
             values[key] = Tier(**tier)
+    if "torus" in values:
+        values["torus"] = torus_lib.from_json(values["torus"])
     return Topology(**values)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_jax.placement.nodes import Nodes
 from moe_jax.placement.topology import Topology
+from moe_jax.placement.torus import Torus
 
 
 def rows(
@@ -48,9 +49,35 @@ def seconds(topology: Topology, dispatch: str, touched_PM, node_PN, tokens) -> n
         far_M = (devices - nodes.size_N)[nodes.node_M]
         slow_P = np.maximum(slow_P, (touched_PM * (far_M / devices)).max(axis=1))
     fast, slow = topology.fast, topology.slow
-    fast_P = fast_P / fast.bandwidth + fast.latency * (fast_P > 0)
     slow_P = slow_P / slow.bandwidth + slow.latency * (slow_P > 0)
-    return 2 * (fast_P + slow_P if dispatch == "hierarchical" else np.maximum(fast_P, slow_P))
+    fast_P = fast_P / fast.bandwidth + fast.latency * (fast_P > 0)
+    ways = [fast_P, fast_P]  # out and back
+    if topology.torus is not None:
+        ways = _on_torus(topology, topology.torus, dispatch, touched_PM, tokens)
+    if dispatch == "hierarchical":
+        return ways[0] + ways[1] + 2 * slow_P
+    return np.maximum(ways[0], slow_P) + np.maximum(ways[1], slow_P)
+
+
+def _on_torus(
+    topology: Topology, torus: Torus, dispatch: str, touched_PM, tokens
+) -> list[np.ndarray]:
+    """float64 [P], out and back: seconds of the busiest link inside nodes, of the longest way."""
+    devices, fast, copies = topology.num_devices, topology.fast, len(touched_PM)
+    if dispatch == "gathered":
+        received = np.broadcast_to(tokens / devices * (torus.size - 1), copies)
+        links, hops = max(int(torus.links_G.min()), 1), int(torus.hops_GG.max())
+        way_P = received / (links * fast.bandwidth) + fast.latency * hops * (received > 0)
+        return [way_P, way_P]
+    touched_XG = touched_PM.reshape(-1, torus.size)  # X: placements and nodes
+    homes = topology.num_nodes if dispatch == "hierarchical" else 1  # that a device sends for
+    hops_P = torus.furthest(touched_XG > 0).reshape(copies, -1).max(axis=1)
+    ways = []
+    for on_links_KG in (torus.shared_KG, torus.answered_KG):
+        busiest_X = (touched_XG @ on_links_KG.T).max(axis=1) * (homes / devices)
+        busiest_P = busiest_X.reshape(copies, -1).max(axis=1)
+        ways.append(busiest_P / fast.bandwidth + fast.latency * hops_P)
+    return ways
 
 
 def _inside(touched_PM: np.ndarray, nodes: Nodes, homes_M: np.ndarray) -> np.ndarray:

@@ -59,5 +59,5 @@ def own_seconds(
     bytes_LMM: Num[np.ndarray, "L M M"], topology: Topology, dispatch: str
 ) -> Float[np.ndarray, "L M"]:
     """What each device needs for its own bytes: the slower tier, or both in turn."""
-    fast_LM, slow_LM = seconds_lib.tier_seconds(bytes_LMM, topology)
+    fast_LM, slow_LM = seconds_lib.tier_seconds(bytes_LMM, topology, dispatch == "gathered")
     return fast_LM + slow_LM if dispatch == "hierarchical" else np.maximum(fast_LM, slow_LM)
