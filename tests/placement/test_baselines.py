@@ -316,3 +316,8 @@ def test_baselines_are_chosen_by_name():
     ]
     with pytest.raises(Refused, match="methods"):
         registry.chosen(["best"], problem)
+
+
+def test_occult_with_a_device_for_every_expert():
+    pairs_LEE = np.array([[[0, 3, 1], [3, 0, 2], [1, 2, 0]]], float)
+    np.testing.assert_array_equal(np.sort(affinity_groups.occult(pairs_LEE, 3)), [[0, 1, 2]])

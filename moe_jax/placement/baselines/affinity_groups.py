@@ -68,7 +68,8 @@ def _occult(pairs_EE: np.ndarray, devices: int) -> np.ndarray:
     for m in range(devices):
         free_E = device_E < 0
         most_E = np.where(free_E[:, None] & free_E[None, :], off_EE, -np.inf).max(axis=1)
-        device_E[int(np.where(free_E, most_E, -np.inf).argmax())] = m
+        # the last one, free alone, has no pair at all
+        device_E[np.flatnonzero(free_E)[most_E[free_E].argmax()]] = m
         for _ in range(experts // devices - 1):
             wanted_E = pairs_EE[device_E == m].sum(axis=0)
             device_E[int(np.where(device_E < 0, wanted_E, -np.inf).argmax())] = m
