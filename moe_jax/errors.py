@@ -17,7 +17,16 @@ class Refused(ValueError):
 
     def __init__(self, field: str, value: object, rule: str, fix: str):
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except RecursionError:
+            shown = f"{type(value).__name__} too deep to be shown"
         if len(shown) > 200:
             shown = shown[:200] + "..."
-        super().__init__(f"{field} = {shown}: {rule}. {fix}.")
+        super().__init__(f"{_plain(field)} = {shown}: {_plain(rule)}. {fix}.")
+
+
+def _plain(text: str) -> str:
+    """One line of printable characters, not endless: names from files may stand in it."""
+    text = text if len(text) <= 500 else text[:500] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

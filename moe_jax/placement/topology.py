@@ -223,17 +223,24 @@ def from_json(fields: Any, source: str = "topology") -> Topology:
     for key in ("name", "num_nodes", "devices_per_node"):
         if key not in fields:
             raise Refused(f"{source} {key}", None, "this field is needed", "Add it")
+    if type(fields["name"]) is not str or type(fields["num_nodes"]) is not int:
+        named = {key: fields[key] for key in ("name", "num_nodes")}
+        raise Refused(source, named, "name is a text, num_nodes a whole number", "Correct it")
     values = dict(fields)
     each = nodes_lib.checked(values["num_nodes"], values["devices_per_node"])
     values["devices_per_node"] = each
     if isinstance(flops := values.get("device_flops"), list):
         devices = sum(each) if isinstance(each, tuple) else each * values["num_nodes"]
         values["device_flops"] = _flops(tuple(flops), devices)
+    elif "device_flops" in values:
+        _number("device_flops", flops, above=0.0)
     for key in ("fast", "slow"):
         if key in values:
             tier = values[key]
             if not isinstance(tier, dict) or set(tier) != {"bandwidth", "latency"}:
                 raise Refused(f"{source} {key}", tier, "has bandwidth and latency", "Correct it")
+            for name, above in (("bandwidth", 0.0), ("latency", -1e-30)):
+                _number(f"{key} {name}", tier[name], above)
             values[key] = Tier(**tier)
     if "torus" in values:
         values["torus"] = torus_lib.from_json(values["torus"])

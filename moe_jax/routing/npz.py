@@ -22,6 +22,8 @@ import numpy as np
 from moe_jax.errors import Refused
 
 MAX_DEFLATE_RATIO = 1040  # deflate packs at most 1032 : 1
+FREE = 1 << 26  # bytes that are unpacked whatever the ratio
+LIKELY_RATIO = 200  # beyond FREE: no recording packs better
 _PIECE = 1 << 20
 BROKEN = (
     zipfile.BadZipFile,
@@ -78,6 +80,13 @@ def _read_member(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> np.
             info.file_size,
             f"more bytes than {info.compress_size} packed ones can hold",
             "Record the trace again: the archive's directory is damaged",
+        )
+    if info.file_size > max(FREE, info.compress_size * LIKELY_RATIO):
+        raise Refused(
+            name,
+            info.file_size,
+            f"bytes out of {info.compress_size} packed ones: no recording packs so well",
+            "If it is real, save the array unpacked (numpy.savez)",
         )
     with archive.open(info) as file:
         array = _read_array(file, name, info.file_size)
