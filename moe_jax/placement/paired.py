@@ -79,15 +79,13 @@ def sample(problem: Problem, placement: Placement, weight_BS: Float[np.ndarray, 
     trace, devices = problem.trace, problem.num_devices
     tokens_B = weight_BS @ trace.seq_len.astype(float)
     scale_B = problem.work.batch_tokens / np.maximum(tokens_B, 1.0)
-    layers = _Layers(problem, weight_BS, scale_B)
+    layers = Layers(problem, weight_BS, scale_B)
     seconds_B, load_B, rows_B, active_B = (np.zeros(len(weight_BS)) for _ in range(4))
     home_T = np.full(trace.num_tokens, cost.UNKNOWN)
     for layer in range(trace.num_layers):
         device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer)
         load_BM = layers.sums(device_TK, devices)
-        mean_B = np.maximum(load_BM.mean(axis=1), 1e-300)
-        full_B = (load_BM / problem.topology.speed_M).max(axis=1)
-        load_B += np.where(load_BM.any(axis=1), full_B / mean_B, 1.0)
+        load_B += layers.fullest(load_BM)
         seconds_B += layers.computing(load_BM)
         layer_active_B = layers.active(device_TK)
         active_B += layer_active_B
@@ -141,7 +139,7 @@ class _Wire:
     seconds_B: np.ndarray
 
 
-class _Layers:
+class Layers:
     """One layer after the other on every sample."""
 
     def __init__(self, problem: Problem, weight_BS: np.ndarray, scale_B: np.ndarray):
@@ -158,6 +156,12 @@ class _Layers:
     def active(self, device_TK: np.ndarray) -> np.ndarray:
         """float64 [B]: tokens with an expert."""
         return self.sums(np.where((device_TK >= 0).any(axis=1, keepdims=True), 0, -1), 1)[:, 0]
+
+    def fullest(self, load_BM: np.ndarray) -> np.ndarray:
+        """float64 [B]: the largest load over the mean; 1 where there is none."""
+        mean_B = np.maximum(load_BM.mean(axis=1), 1e-300)
+        full_B = (load_BM / self._problem.topology.speed_M).max(axis=1)
+        return np.where(load_BM.any(axis=1), full_B / mean_B, 1.0)
 
     def computing(self, load_BM: np.ndarray) -> np.ndarray:
         """float64 [B]: seconds of the busiest device."""
@@ -189,15 +193,22 @@ class _Layers:
 
     def staying(self, device_TK: np.ndarray, home_T: np.ndarray, next_T: np.ndarray) -> _Wire:
         """Coherent dispatch: from where the token was to its experts, and on to the best one."""
-        problem = self._problem
         out_BMM, back_BMM = self._pairs(device_TK, home_T), self._pairs(device_TK, next_T)
-        bytes_B11 = self._bytes_B1[:, :, None]
-        out_B, back_B = (
-            seconds_lib.exchange_seconds(rows_BMM * bytes_B11, problem.topology, False)
-            for rows_BMM in (out_BMM, back_BMM.transpose(0, 2, 1))
-        )
-        seconds_B = out_B + back_B + seconds_lib.gather_seconds(problem.topology, problem.work)
-        return _Wire((out_BMM + back_BMM).sum(axis=(1, 2)), seconds_B)
+        return self.sent(out_BMM, back_BMM.transpose(0, 2, 1))
+
+    def sent(self, out_BMM: np.ndarray, back_BMM: np.ndarray) -> _Wire:
+        """Rows from device to device, [B, M, M] or flat: out to the experts, and back from them."""
+        problem, devices = self._problem, self._problem.num_devices
+        one_after_other, rows_B = problem.dispatch == "hierarchical", np.zeros(len(out_BMM))
+        seconds_B = np.zeros(len(out_BMM))
+        for rows_BMM in (out_BMM, back_BMM):
+            rows_BMM = rows_BMM.reshape(-1, devices, devices)
+            bytes_BMM = rows_BMM * self._bytes_B1[:, :, None]
+            seconds_B += seconds_lib.exchange_seconds(bytes_BMM, problem.topology, one_after_other)
+            rows_B += rows_BMM.sum(axis=(1, 2))
+        if problem.dispatch == "coherent":
+            seconds_B += seconds_lib.gather_seconds(problem.topology, problem.work)
+        return _Wire(rows_B, seconds_B)
 
     def _pairs(self, device_TK: np.ndarray, home_T: np.ndarray) -> np.ndarray:
         """float64 [B, M, M]: one row from the home of a token to each of its other devices."""

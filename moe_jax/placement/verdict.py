@@ -34,7 +34,7 @@ from typing import Any
 
 from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
-from moe_jax.placement import paired, solve
+from moe_jax.placement import paired, paired_copies, solve
 from moe_jax.placement import windows as windows_lib
 from moe_jax.placement.move import Move
 from moe_jax.placement.paired import Gain
@@ -330,8 +330,8 @@ class _Judge:
         before_all, after_all = [], []
         for trace, placement, weight_BS in zip(judges, after, self._weights, strict=True):
             judging = self._judging(trace)
-            before_all.append(paired.sample(judging, self._before, weight_BS))
-            after_all.append(paired.sample(judging, placement, weight_BS))
+            before_all.append(paired_copies.sample(judging, self._before, weight_BS))
+            after_all.append(paired_copies.sample(judging, placement, weight_BS))
         return paired.gains(paired.pooled(before_all), paired.pooled(after_all))
 
     def without_affinity(self) -> dict[str, Gain]:
@@ -374,8 +374,8 @@ class _Judge:
     def _alone(self, name: str, trace: Trace, placement: Placement) -> Named:
         weight_BS = paired.weights(trace.num_sequences, self._settings.seed)
         judging = self._judging(trace)
-        before = paired.sample(judging, self._before, weight_BS)
-        after = paired.sample(judging, placement, weight_BS)
+        before = paired_copies.sample(judging, self._before, weight_BS)
+        after = paired_copies.sample(judging, placement, weight_BS)
         return Named(name, trace.num_sequences, paired.gains(before, after)["seconds"])
 
     def _judging(self, trace: Trace) -> Problem:

@@ -339,7 +339,7 @@ def test_verdict_stands_on_its_page(tmp_path, capsys):
     answer = capsys.readouterr().out.split("Verdict: ")[1].split("\n")[0]
     written = (tmp_path / "page.html").read_text(encoding="utf-8")
     reader = Reader(written)
-    assert reader.ids == [key for key in SECTIONS if key != "search"]
+    assert reader.ids == SECTIONS
     assert f"Verdict: {answer}" in "".join(reader.text)
     assert "Before: &lt;b&gt;.json" in written
     assert command_line.main([*words, *more, "--split=name"]) == 1

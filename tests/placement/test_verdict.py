@@ -14,6 +14,8 @@ from moe_jax.placement import (
     cost,
     evidence,
     paired,
+    paired_copies,
+    replication,
     seconds,
     solve,
     topology,
@@ -23,6 +25,7 @@ from moe_jax.placement import (
 )
 from moe_jax.placement import move as move_lib
 from moe_jax.placement.evidence import Figure
+from moe_jax.placement.limits.previous import arrivals_L
 from moe_jax.placement.move import Move
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement, Plan
@@ -87,6 +90,34 @@ def test_the_first_sample_is_what_the_planner_and_the_evidence_say(dispatch, mac
     assert samples.rows_B[0] == pytest.approx(known.rows[dispatch].value, rel=1e-12)
     assert samples.load_B[0] == pytest.approx(known.load_mean.value, rel=1e-12)
     assert np.percentile(samples.load_B[1:], 2.5) == pytest.approx(known.load_mean.low)
+
+
+@pytest.mark.parametrize("dispatch", cost.DISPATCHES)
+@pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
+def test_home_by_home_is_the_same_without_replicas(dispatch, machine):
+    trace = realistic()
+    problem, placement = Problem(trace, machine, "seconds", dispatch), at_random(trace, 4, 1)
+    weight_BS = paired.weights(trace.num_sequences, 0)[:20]
+    samples = paired.sample(problem, placement, weight_BS)
+    counted = paired_copies.home_by_home(problem, placement, weight_BS)
+    for field in dataclasses.fields(samples):
+        one, other = getattr(samples, field.name), getattr(counted, field.name)
+        assert other == pytest.approx(one, rel=1e-12)
+
+
+@pytest.mark.parametrize("dispatch", cost.DISPATCHES)
+@pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
+def test_the_first_sample_of_a_plan_with_replicas_is_what_is_counted(dispatch, machine):
+    trace = realistic()
+    problem = Problem(trace, machine, "seconds", dispatch, num_slots=12)
+    load_LE = np.random.default_rng(0).lognormal(0, 1, (3, 8))
+    placement = replication.balanced_slots(load_LE, 12, 4)
+    samples = paired_copies.sample(problem, placement, paired.weights(trace.num_sequences, 0))
+    known = evidence.judge(trace, placement, machine)
+    assert samples.seconds_B[0] == pytest.approx(problem.value_of(placement), rel=1e-12)
+    assert samples.rows_B[0] == pytest.approx(known.rows[dispatch].value, rel=1e-12)
+    as_load = dataclasses.replace(problem, objective="load")
+    assert samples.load_B[0] == pytest.approx(as_load.value_of(placement), rel=1e-12)
 
 
 @pytest.mark.parametrize("dispatch", cost.DISPATCHES)
@@ -551,6 +582,28 @@ def test_the_command_keeps_a_budget_and_asks_for_a_least_gain(trace_path, tmp_pa
     assert (all_["verdict"], stricter["verdict"]) == (RECOMMENDED, NOT_RECOMMENDED)
 
 
+def test_replicas_before_and_after(trace_path, tmp_path, capsys):
+    now, out, page = (tmp_path / name for name in ("now.json", "new.json", "p.html"))
+    load_LE = np.random.default_rng(0).lognormal(0, 1, (2, 12))
+    Plan(replication.balanced_slots(load_LE, 16, 4)).write(now)
+    words = ("verdict", trace_path, "--devices=4", "--time-limit=1", f"--before={now}", "--json")
+    words = (*words, "--expert-bytes=1000", f"--report={page}", f"--out={out}")
+    assert run(*words, "--slots=16", "--move-budget=5000") == 0
+    some = json.loads(capsys.readouterr().out)
+    before, after = Plan.read(now).placement, Plan.read(out).placement
+    assert some["move"]["experts"] == int(arrivals_L(before, after).sum()) <= 5
+    assert after.num_slots == 16
+    assert run(*words, "--slots=16") == 0
+    free = json.loads(capsys.readouterr().out)
+    assert free["gains"]["seconds"]["after"] <= some["gains"]["seconds"]["after"]
+    assert "Before: now.json" in page.read_text(encoding="utf-8")
+    assert run(*words) == 0  # a plan without replicas from one that has some
+    assert Plan.read(out).placement.num_slots == 12
+    capsys.readouterr()
+    assert run(*words, "--move-budget=1GB") == 1
+    assert "--slots=16" in capsys.readouterr().err
+
+
 def test_gathered_can_gain_by_load_only(trace_path, capsys):
     assert run("verdict", trace_path, "--devices=4", "--time-limit=0", "--dispatch=gathered") == 0
     text = capsys.readouterr().out
@@ -571,7 +624,7 @@ REFUSED = {
     "cap out of reach": (["--load-cap=1.0"], "cannot be balanced"),
     "plan of another model": (["--before=other.json"], "num_experts"),
     "plan missing": (["--before=none.json"], "none.json"),
-    "plan with replicas": (["--before=replicas.json"], "without replicas"),
+    "other slots": (["--before=replicas.json", "--slots=36", "--move-budget=0"], "--slots=24"),
     "devices do not divide": (["--devices=5"], "num_devices"),
 }
 

@@ -196,7 +196,6 @@ def in_use(path: str, trace: Trace, topology: Topology) -> Placement:
         num_experts=trace.num_experts,
         num_devices=topology.num_devices,
     )
-    _ = plan.placement.device_LE  # refuses replicas
     return plan.placement
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.placement import paired
+from moe_jax.placement import paired, paired_copies
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import UNITS, Problem
@@ -114,10 +114,12 @@ def _sections(done: Done, result: Result) -> list[Section]:
 
 
 def _gains(done: Done) -> dict[str, Gain]:
-    if done.after.has_replicas or done.before.has_replicas or not done.held_out:
+    if not done.held_out:
         return {}
     weight_BS = paired.weights(done.judge.trace.num_sequences, done.seed)
-    samples = [paired.sample(done.judge, one, weight_BS) for one in (done.before, done.after)]
+    samples = [
+        paired_copies.sample(done.judge, one, weight_BS) for one in (done.before, done.after)
+    ]
     return paired.gains(*samples)
 
 
