@@ -67,6 +67,25 @@ def assign_capped(
     return device_E if _keeps(device_E, load_E, devices, cap) else None
 
 
+def fewest_capped(
+    cost_EM: np.ndarray, load_E: np.ndarray, cap_M: np.ndarray, time_limit: float
+) -> Solved | None:
+    """Least sum of whole costs, equal groups, no device loaded above its cap, with proof.
+
+    None if no solution was found in time.
+    """
+    experts, devices = cost_EM.shape
+    scale = max(float(np.abs(cost_EM).max()), 1.0)
+    limits = [_once(experts, devices), _equal(experts, devices), _loads(load_E, devices, cap_M)]
+    result = _milp(cost_EM.ravel() / scale, limits, time_limit, gap=1e-6)
+    if result.x is None:
+        return None
+    device_E = result.x.reshape(experts, devices).argmax(axis=1)
+    if not _keeps(device_E, load_E, devices, cap_M):
+        return None
+    return Solved(device_E, whole_number_bound(result.mip_dual_bound * scale))
+
+
 def balance(
     load_E: np.ndarray,
     devices: int,

@@ -10,6 +10,8 @@ Objectives (all per layer, so that layers of different traces compare):
   with its tokens summed up to counts). On several nodes, one that leaves its node counts
   fast.bandwidth / slow.bandwidth times.
 - `moetuner`: MoETuner's two stages together (moetuner.py); the dispatch does not enter.
+- `hops`: hops of every assignment from its dispatcher and to its collector, per token and layer
+  (hops.py, topology.hops_MM); the dispatch does not enter.
 - `load`: mean over layers of the largest device load over the mean one.
 
 Where devices differ in speed, the load of a device counts over its speed (topology.speed_M, 1 on
@@ -39,6 +41,7 @@ from moe_jax.placement import (
     uneven,
     ways,
 )
+from moe_jax.placement import hops as hops_lib
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.limits.caps import LoadCap
 from moe_jax.placement.limits.pins import Pins
@@ -49,12 +52,13 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing import affinity
 from moe_jax.routing.trace import Trace
 
-OBJECTIVES = ("seconds", "rows", "moetuner", "exflow", "load")
+OBJECTIVES = ("seconds", "rows", "moetuner", "exflow", "hops", "load")
 UNITS = {
     "seconds": "s per layer and step",
     "rows": "rows per token and layer",
     "moetuner": "s per layer and step",
     "exflow": "hops per token",
+    "hops": "hops per token and layer",
     "load": "max / mean",
 }
 
@@ -72,6 +76,7 @@ class Problem:
     num_slots: int | None = None
     pins: Pins | None = None
     previous: Previous | None = None
+    dispatcher: str = "uniform"
 
     def __post_init__(self):
         for field, allowed in (("objective", OBJECTIVES), ("dispatch", cost.DISPATCHES)):
@@ -99,6 +104,12 @@ class Problem:
                 "MoETuner has no replicas",
                 "Leave --slots out, or choose --objective=seconds",
             )
+        if self.dispatcher not in hops_lib.DISPATCHERS:
+            known = ", ".join(hops_lib.DISPATCHERS)
+            raise Refused("dispatcher", self.dispatcher, "not known", f"Use one of {known}")
+        if self.objective == "hops" and self.has_replicas:
+            rule = "the topology ILP has no replicas"
+            raise Refused("num_slots", self.num_slots, rule, "Leave --slots out")
         if self.objective == "exflow" and self.trace.num_layers < 2:
             raise Refused("objective", "exflow", "one layer has no transitions", "Use rows or load")
         each = (self.num_slots or self.trace.num_experts) // self.num_devices
@@ -123,7 +134,7 @@ class Problem:
     @property
     def separable(self) -> bool:
         """A layer's value depends on that layer alone."""
-        return self.objective == "load" or (
+        return self.objective in ("load", "hops") or (
             self.objective not in ("exflow", "moetuner") and self.dispatch != "coherent"
         )
 
@@ -228,8 +239,13 @@ class Problem:
 
     @property
     def labels_count(self) -> bool:
-        """Even devices of one kind may not change places: on a torus neighbours matter."""
-        return self.objective == "seconds" and self.topology.torus is not None
+        """Even devices of one kind may not change places: hops matter."""
+        on_torus = self.objective == "seconds" and self.topology.torus is not None
+        return on_torus or self.objective == "hops"
+
+    @functools.cached_property
+    def hop_costs(self) -> hops_lib.Costs:
+        return hops_lib.costs(self.load_LE, self.topology.hops_MM, self.dispatcher)
 
     @property
     def kind_M(self) -> np.ndarray | None:
@@ -399,6 +415,9 @@ class Problem:
     def layer_value(self, layer: int, device_E: np.ndarray) -> float:
         """The objective of one layer, where it depends on that layer alone."""
         load_M = np.bincount(device_E, weights=self.load_LE[layer], minlength=self.num_devices)
+        if self.objective == "hops":
+            scale = self.trace.num_layers / self.token_layers
+            return scale * self.hop_costs.layer_value(layer, device_E)
         if self.objective == "load":
             relative_M = load_M / self.topology.speed_M
             return float(relative_M.max() / max(load_M.mean(), 1e-300))

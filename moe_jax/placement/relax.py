@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from moe_jax.placement import bounds, contact_bound, semidefinite
+from moe_jax.placement import bounds, contact_bound, hops, semidefinite
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.contact_bound import TokenSets
 from moe_jax.placement.layout import Groups, Layout
@@ -26,6 +26,9 @@ def lower_bound(problem: Problem, deadline: float, steps: int = 3000) -> float:
     """No placement has a smaller objective; at the deadline it stops refining, and stays true."""
     if problem.objective == "exflow":
         return SAFETY * problem.hops(_most_stays(problem, problem.top1_LEE, deadline, steps))
+    if problem.objective == "hops":  # without caps; _Run proves more where there are any
+        device_LE = hops.hops_optimal(problem.load_LE, problem.topology.hops_MM, problem.dispatcher)
+        return SAFETY * problem.value(device_LE)
     if problem.objective == "moetuner":
         return SAFETY * _tuner_lower(problem, deadline, steps)
     if problem.objective == "load":

@@ -28,6 +28,7 @@ from moe_jax.placement import (
     coherent,
     coherent_seconds,
     greedy,
+    hops,
     layerwise,
     moetuner_moves,
     moetuner_search,
@@ -322,6 +323,10 @@ def constructed(problem: Problem) -> np.ndarray:
         first_E = problem.balanced_LE[0]
         swept_LE = chain.sweep(problem.chain(problem.top1_LEE), first_E, far)
         candidates.append(problem.repaired(swept_LE))
+    elif problem.objective == "hops":
+        hops_MM = problem.topology.hops_MM
+        free_LE = hops.hops_optimal(problem.load_LE, hops_MM, problem.dispatcher)
+        candidates.append(problem.repaired(free_LE))
     elif problem.objective != "load":
         grown_LE = np.stack(
             [greedy.grown(problem.layer(n, problem.cap_L[n]), problem.slots) for n in layers]
@@ -362,6 +367,9 @@ class _Run:
     def search(self, seed: int, deadline: float) -> None:
         self.tell("search")
         problem, rng = self._problem, np.random.default_rng(seed)
+        if problem.objective == "hops":
+            self._fewest_hops(deadline)
+            return
         for device_LE in _steps(problem, self.best_LE, rng, deadline):
             self.offer("search", device_LE)
         self._whole(deadline)
@@ -392,6 +400,15 @@ class _Run:
             tradeoff=tradeoff,
         )
         return Solution(placement, report)
+
+    def _fewest_hops(self, deadline: float) -> None:
+        """Every layer solved exactly, under caps as an integer program."""
+        problem = self._problem
+        cap_LM = problem.cap_L[:, None] * problem.topology.speed_M
+        found = hops.solved(problem.hop_costs, problem.load_LE, cap_LM, self.best_LE, deadline)
+        self.offer("integer program", found.device_LE)
+        self.prove("integer program", found.bound / problem.token_layers * relax.SAFETY)
+        self.finished = time.monotonic() < deadline
 
     def _whole(self, deadline: float) -> None:
         """Integer programs of the whole, where they are small enough to prove optimality."""

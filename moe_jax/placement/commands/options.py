@@ -10,6 +10,7 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.cost import DISPATCHES
+from moe_jax.placement.hops import DISPATCHERS
 from moe_jax.placement.plan import Placement, Plan, check_fits
 from moe_jax.placement.problem import OBJECTIVES, LoadCap, Problem
 from moe_jax.placement.seconds import Work
@@ -82,7 +83,14 @@ def objective_options(command: argparse.ArgumentParser) -> None:
         choices=OBJECTIVES,
         default="seconds",
         help="seconds of a layer (default), rows on the wire, MoETuner's two stages, ExFlow's "
-        "transitions, largest load",
+        "transitions, the topology ILP's hops, largest load",
+    )
+    group.add_argument(
+        "--dispatcher",
+        choices=DISPATCHERS,
+        default="uniform",
+        help="for --objective=hops, where tokens are when a layer begins: on all devices alike "
+        "(default), or on one device, neighbouring layers together, the next layer's collecting",
     )
     group.add_argument(
         "--dispatch",
@@ -121,6 +129,7 @@ def problem_of(
         work_of(options),
         LoadCap.parse(options.load_cap) if options.load_cap else None,
         options.slots,
+        dispatcher=options.dispatcher,
     )
 
 

@@ -18,7 +18,14 @@ def scores_P(
     load_PM = np.tile(load_M, (len(e_P), 1))
     load_PM[pair_P, device_E[e_P]] += load_E[f_P] - load_E[e_P]
     load_PM[pair_P, device_E[f_P]] += load_E[e_P] - load_E[f_P]
-    if problem.objective == "load":
+    if problem.objective == "hops":
+        cost_EM = problem.hop_costs.whole_LEM[layer]
+        here_P, there_P = device_E[e_P], device_E[f_P]
+        more_P = cost_EM[e_P, there_P] + cost_EM[f_P, here_P]
+        more_P = more_P - cost_EM[e_P, here_P] - cost_EM[f_P, there_P]
+        scale = problem.trace.num_layers / problem.token_layers / problem.hop_costs.parts
+        score_P = problem.layer_value(layer, device_E) + more_P * scale
+    elif problem.objective == "load":
         relative_PM = load_PM / problem.topology.speed_M
         score_P = relative_PM.max(axis=1) / max(load_M.mean(), 1e-300)
     else:

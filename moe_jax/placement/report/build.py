@@ -30,6 +30,7 @@ GOALS = {
     "rows": "rows on the wire",
     "exflow": "best experts that stay on their device from layer to layer",
     "moetuner": "MoETuner's sum of uneven work and slowest pairs of devices",
+    "hops": "hops from tokens to their experts and back",
     "load": "an even load",
 }
 

@@ -20,9 +20,10 @@ LESS = {
     "rows": "{} {} rows travel",
     "exflow": "{} {} transitions leave their device",
     "moetuner": "MoETuner's sum of uneven work and slowest pairs is {} {}",
+    "hops": "{} {} hops from tokens to experts and back",
     "load": "The fullest device computes {} {}",
 }
-FEWER = ("rows", "exflow")
+FEWER = ("rows", "exflow", "hops")
 ASK_VERDICT = (
     "Whether moving the experts pays for itself is another question, which "
     "python -m moe_jax.placement verdict answers."
@@ -153,7 +154,7 @@ def _value(one: View, key: str, dispatch: str) -> Figure:
 
 def _figure(one: View, result: Result) -> Figure | None:
     """The objective with an interval, where there is one."""
-    if result.objective in ("seconds", "moetuner"):
+    if result.objective in ("seconds", "moetuner", "hops"):
         return None
     key = {"exflow": "hops", "load": "load_mean"}.get(result.objective, "rows")
     return _value(one, key, result.dispatch)
