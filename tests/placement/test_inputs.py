@@ -65,6 +65,7 @@ def dump(folder: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
+AT_ONCE = ("contiguous", "round-robin", "EPLB-style packing")
 FORMATS = ("t.npz", "t.json", "t.pt", "megatron", "own")
 
 
@@ -84,7 +85,11 @@ def test_every_command_reads_every_format(name, tmp_path, capsys):
             ("homes", source, "--devices=4", "--time-limit=1", "--json", f"--plan={out}"),
         ):
             assert run(*words) == 0, words
-            found.append(json.loads(capsys.readouterr().out))
+            answer = json.loads(capsys.readouterr().out)
+            if words[0] == "compare":  # the others search, and the time limit cuts them anywhere
+                answer["methods"] = [m for m in answer["methods"] if m["name"] in AT_ONCE]
+                assert len(answer["methods"]) == len(AT_ONCE)
+            found.append(answer)
         answers.append(found)
     compared = zip(*answers, strict=True)
     if name == "megatron":  # its sequences have names, which are one more rule for homes

@@ -1,0 +1,62 @@
+"""`python -m moe_jax.routing`: what it prints, and that it is quick."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+from moe_jax.routing import __main__ as command
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+
+SECONDS = 5.0  # of processor time for 215,000 tokens x 24 layers x 4 experts
+
+
+def test_figures_that_are_checked_by_hand(tmp_path, capsys):
+    """Two experts used equally, and the next layer's one is known from this one's: 1 bit."""
+    ids = np.zeros((40, 2, 1), np.uint8)
+    ids[20:] = 1
+    trace_lib.save(Trace(ids, 4, np.array([20, 20])), tmp_path / "t.npz")
+    assert command.main([str(tmp_path / "t.npz")]) == 0
+    text = capsys.readouterr().out
+    assert "40 tokens in 2 sequences, 2 layers x 4 experts, top-1" in text
+    assert "hottest expert over the mean: 2.000, worst layer 2.000" in text
+    assert re.search(r"co-activation .* none", text)
+    assert len(re.findall(r"transitions.* 40 counted; 1.000 bits", text)) == 3
+
+
+def test_independent_layers_tell_nothing(tmp_path, capsys):
+    ids = np.stack(np.meshgrid(np.arange(4), np.arange(4)), axis=-1).reshape(16, 2, 1)
+    trace_lib.save(Trace(ids.astype(np.uint8), 4, np.array([16])), tmp_path / "t.npz")
+    assert command.main([str(tmp_path / "t.npz")]) == 0
+    assert capsys.readouterr().out.count("16 counted; 0.000 bits") == 3
+
+
+def test_one_layer_and_bad_files(tmp_path, capsys):
+    trace_lib.save(Trace(np.zeros((3, 1, 1), np.uint8), 2, np.array([3])), tmp_path / "t.npz")
+    assert command.main([str(tmp_path / "t.npz")]) == 0
+    assert capsys.readouterr().out.count("none") == 4
+    assert command.main([str(tmp_path / "none.npz")]) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert "does not exist" in captured.err
+
+
+def test_a_large_trace_with_all_statistics_takes_seconds(tmp_path):
+    """As a process of its own, the imports included; without jax."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(32, size=(215_000, 24, 1), dtype=np.uint8)
+    ids = (first + np.array([0, 5, 11, 17], np.uint8)) % 32
+    trace_lib.save(Trace(ids, 32, np.full(430, 500, np.int32)), tmp_path / "t.npz")
+    program = (
+        "import sys, time; from moe_jax.routing import __main__ as m; "
+        f"code = m.main([{str(tmp_path / 't.npz')!r}, '--num-experts=32']); "
+        "print('jax' in sys.modules, time.process_time()); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    imported, seconds = last.split()
+    assert imported == "False"
+    assert float(seconds) < SECONDS
