@@ -17,6 +17,7 @@ objective in any case.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 
@@ -208,6 +209,7 @@ class _Best:
         return table_PMM
 
 
+@functools.lru_cache(maxsize=1)
 def model(problem: Problem) -> Model:
     """The layers of a problem of coherent dispatch, counted once."""
     return Model(problem, [_layer(problem, n) for n in range(problem.trace.num_layers)])
@@ -219,12 +221,19 @@ def quick(problem: Problem) -> bool:
     return most * problem.num_devices**2 * problem.trace.top_k <= MOST
 
 
+def begun(problem: Problem, start_LE: np.ndarray, deadline: float) -> Iterator[np.ndarray]:
+    """What comes before everything else, the bound included: descent from the start."""
+    if problem.objective == "seconds" and problem.dispatch == "coherent" and quick(problem):
+        yield from descended(model(problem), start_LE, deadline)
+
+
 def search(
     problem: Problem, start_LE: np.ndarray, rng: np.random.Generator, deadline: float
 ) -> Iterator[np.ndarray]:
     """Yields placements; the caller keeps what is better.
 
-    Descent from the start, then from the best of the search by rows under a ladder of load caps.
+    Descent from the start goes on, then there is one from the best of the search by rows under a
+    ladder of load caps.
     """
     if not quick(problem):
         yield from coherent.search(problem, start_LE, rng, deadline)

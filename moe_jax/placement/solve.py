@@ -45,6 +45,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 BOUND_SHARE = 0.3  # of the time, at most
+FIRST_SHARE = 0.5  # of the time, at most, for descent before the bound (coherent seconds)
 BASE_SHARE = 0.5  # of the time for plans without replicas, where some are to be added
 FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
@@ -195,6 +196,10 @@ def _searched(
         return run.solution("time limit 0: this is the greedy placement")
     for device_LE in starts.offered(problem, run.best_LE):
         run.offer("baselines", device_LE)
+    now = time.monotonic()
+    first = now + FIRST_SHARE * (deadline - now)
+    for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
+        run.offer("swaps", device_LE)
     run.tell("bound")
     now = time.monotonic()
     run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))

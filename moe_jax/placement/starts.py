@@ -28,11 +28,11 @@ def offered(problem: Problem, own_LE: np.ndarray) -> list[np.ndarray]:
 def plans(problem: Problem) -> list[np.ndarray]:
     """int64 [L, E] each: milliseconds, unlike those with programs of their own."""
     load_LE, pairs_LEE, devices = problem.load_LE, problem.coactivation_LEE, problem.num_devices
-    made = [
-        baselines.lpt(load_LE, devices),
-        affinity_groups.cooccurrence(load_LE, pairs_LEE, devices),
-        affinity_groups.occult(pairs_LEE, devices),
-    ]
+    made = [affinity_groups.cooccurrence(load_LE, pairs_LEE, devices)]
+    if problem.objective == "rows":
+        made.append(affinity_groups.occult(pairs_LEE, devices))
+    else:  # the fullest device decides
+        made.append(baselines.lpt(load_LE, devices))
     return [problem.repaired(device_LE) for device_LE in made]
 
 
