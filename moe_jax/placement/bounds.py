@@ -135,3 +135,30 @@ def _shapes(size: int, slots: int, devices: int) -> tuple[tuple[int, int], ...]:
                 yield (count + 1, pairs + part * (part - 1) // 2)
 
     return tuple(sorted({shape for shape in parts(size, slots) if shape[0] <= devices}))
+
+
+def kept_with_copies(keep_EE: np.ndarray, num_slots: int, groups: int) -> float:
+    """Most transitions between two layers that can stay in a group, experts having copies.
+
+    A token of expert d is served on one of d's r copies, and a group holds P / G slots of the next
+    layer: so of d's transitions those to r P / G experts can stay, at best the most frequent ones.
+    What another copy adds falls with r; so the copies that add most, one each and P in all, are
+    more than any plan has. The same holds backwards; the smaller one counts.
+
+    Args:
+      keep_EE: transitions from experts (rows) to experts of the next layer.
+      num_slots: P, of either layer, in groups of equal size.
+      groups: G, devices, or nodes.
+    """
+    size = -(-num_slots // groups)
+    return min(_best_copies(side_EE, num_slots, size, groups) for side_EE in (keep_EE, keep_EE.T))
+
+
+def _best_copies(keep_EE: np.ndarray, num_slots: int, size: int, groups: int) -> float:
+    experts = len(keep_EE)
+    sorted_EE = -np.sort(-keep_EE, axis=1)
+    wide_EE = np.zeros((experts, max(groups * size, experts)))
+    wide_EE[:, :experts] = sorted_EE
+    gain_EG = wide_EE[:, : groups * size].reshape(experts, groups, size).sum(axis=2)
+    more = np.sort(gain_EG[:, 1:].ravel())[::-1][: max(num_slots - experts, 0)]
+    return float(gain_EG[:, 0].sum() + more.sum())

@@ -1,4 +1,6 @@
-"""Which copy of an expert serves a token: the copy rule `local`, which is part of every plan.
+"""Which copy of an expert serves a token: the copy rule, which is part of every plan.
+
+`stay` is described in shares.py; its shares travel in the placement. Without shares it is `local`.
 
 Axes: T tokens, K experts per token, E experts, M devices, R copies of an expert, s slots per
 device. A token at home device h that chose expert e as its k-th:
@@ -24,10 +26,16 @@ from jaxtyping import Bool, Int, Integer
 
 from moe_jax.errors import Refused
 from moe_jax.placement import nodes as nodes_lib
+from moe_jax.placement import shares
 from moe_jax.placement.nodes import DevicesPerNode, Nodes
 from moe_jax.placement.plan import Placement
 
-RULE = "local"
+RULES = ("local", "stay")
+
+
+def rule_of(placement: Placement) -> str:
+    """The rule's name."""
+    return RULES[placement.share_LNP is not None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,13 +66,70 @@ class Candidates:
         return np.where(real_TK, self.slot_EMR.take(at_TK * copies + turn_TK), -1)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stay:
+    """The rule `stay` of one layer as tables.
+
+    Attributes:
+      slot_NEW: slots by node of the home (the last row: of experts that are not the best) and part.
+      local_EM: the slot on the home device, or -1.
+      node_M: the node of every device.
+    """
+
+    slot_NEW: Int[np.ndarray, "N1 E W"]
+    local_EM: Int[np.ndarray, "E M"]
+    node_M: Int[np.ndarray, " M"]
+
+    def slots_TK(
+        self,
+        expert_TK: Integer[np.ndarray, "T K"],
+        home_T: Integer[np.ndarray, " T"],
+        position_T: Integer[np.ndarray, " T"],
+    ) -> Int[np.ndarray, "T K"]:
+        """int64: the slot of every assignment, -1 where there is no expert."""
+        expert_TK = expert_TK.astype(np.int64)
+        real_TK = (expert_TK >= 0) & (expert_TK < len(self.local_EM))
+        safe_TK = np.where(real_TK, expert_TK, 0)
+        row_TK = np.full(safe_TK.shape, len(self.slot_NEW) - 1)
+        row_TK[:, 0] = self.node_M[home_T]
+        part_TK = shares.part_TK(position_T, safe_TK.shape[1])
+        slot_TK = self.slot_NEW[row_TK, safe_TK, part_TK]
+        local_T = self.local_EM[safe_TK[:, 0], home_T]
+        slot_TK[:, 0] = np.where(local_T >= 0, local_T, slot_TK[:, 0])
+        return np.where(real_TK, slot_TK, -1)
+
+
 def candidates(
     placement: Placement, layer: int, devices_per_node: DevicesPerNode | None = None
-) -> Candidates:
+) -> Candidates | Stay:
     """The tables of one layer; devices are numbered node by node, None is one node."""
+    nodes = nodes_lib.of(placement.num_devices, devices_per_node)
+    if placement.share_LNP is not None and placement.share_LNP[layer].any():
+        expert_P, share_NP = placement.physical_to_logical_LP[layer], placement.share_LNP[layer]
+        return staying(expert_P.astype(np.int64), share_NP.astype(np.int64), nodes)
     slot_ER = placement.logical_to_physical_LER[layer].astype(np.int64)
     device_ER = np.where(slot_ER < 0, -1, slot_ER // placement.slots_per_device)
-    return tables(slot_ER, device_ER, nodes_lib.of(placement.num_devices, devices_per_node))
+    return tables(slot_ER, device_ER, nodes)
+
+
+def staying(
+    expert_P: Int[np.ndarray, " P"], share_NP: Int[np.ndarray, "N1 P"], nodes: Nodes
+) -> Stay:
+    """The tables of the rule `stay` from the slots of one layer and their shares."""
+    if len(share_NP) != nodes.count + 1:
+        raise Refused(
+            shares.FIELD,
+            f"{len(share_NP) - 1} nodes",
+            f"the machine has {nodes.count}",
+            "Use the machine that the plan was made for",
+        )
+    order_P = np.argsort(expert_P, kind="stable")
+    slot_NW = np.stack([np.repeat(order_P, share_P[order_P]) for share_P in share_NP])
+    slots_per_device = len(expert_P) // nodes.devices
+    local_EM = np.full((int(expert_P.max()) + 1, nodes.devices), -1)
+    local_EM[expert_P, np.arange(len(expert_P)) // slots_per_device] = np.arange(len(expert_P))
+    slot_NEW = slot_NW.reshape(len(share_NP), -1, shares.PARTS)
+    return Stay(slot_NEW, local_EM, nodes.node_M)
 
 
 def tables(

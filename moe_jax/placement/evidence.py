@@ -71,6 +71,9 @@ class Evidence:
       balancedness: mean / max, mean over layers (vLLM, SGLang).
       imbalance_ratio: (max - mean) / mean, mean over layers (TensorRT-LLM).
       load_cv: standard deviation / mean of the device loads, mean over layers.
+
+    With replicas loads depend on where tokens are: at home, or under the copy rule `stay`, which is
+    made for it, where they stay.
     """
 
     rows: dict[str, Figure]
@@ -159,8 +162,9 @@ def _count(
         per_token["token_layers"] += (device_TK >= 0).any(axis=1)
         per_token["distinct"] += first_TK.sum(axis=1)
         per_token["nodes"] += first_node_TK.sum(axis=1)
+        served_TK = device_TK if placement.share_LNP is None else stay.device_TK
         load_SLM[:, layer] = per_sequence(
-            device_TK, sequence_T, (trace.num_sequences, placement.num_devices)
+            served_TK, sequence_T, (trace.num_sequences, placement.num_devices)
         )
         if placement.has_replicas:
             rows["exchange"] += 2 * _away(device_TK, first_TK, home_T, placement.num_devices)

@@ -22,6 +22,7 @@ import numpy as np
 
 from moe_jax import files
 from moe_jax.errors import Refused
+from moe_jax.placement import shares
 from moe_jax.routing import checks
 
 FORMAT = "moe_jax.placement"
@@ -37,11 +38,13 @@ class Placement:
       physical_to_logical_LP: int32 [L, P], read-only.
       num_experts: E, logical experts per layer.
       num_devices: M.
+      share_LNP: shares of the copy rule `stay` (shares.py), or None: the rule `local` (copies.py).
     """
 
     physical_to_logical_LP: np.ndarray
     num_experts: int
     num_devices: int
+    share_LNP: np.ndarray | None = None
 
     def __post_init__(self):
         for field in ("num_experts", "num_devices"):
@@ -51,6 +54,9 @@ class Placement:
         slots_LP = np.ascontiguousarray(slots_LP, np.int32).copy()
         slots_LP.flags.writeable = False
         object.__setattr__(self, "physical_to_logical_LP", slots_LP)
+        if self.share_LNP is not None:
+            share_LNP = shares.checked(self.share_LNP, slots_LP, self.num_experts)
+            object.__setattr__(self, "share_LNP", share_LNP if share_LNP.any() else None)
 
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_devices: int) -> "Placement":
@@ -123,10 +129,13 @@ class Placement:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of the sizes and the map, little-endian, row by row."""
+        """Hex SHA-256 of the sizes, the map and the shares if any, little-endian, row by row."""
         sizes = (self.num_layers, self.num_slots, self.num_experts, self.num_devices)
         total = hashlib.sha256(f"{FORMAT} {VERSION} {sizes}\n".encode())
         total.update(self.physical_to_logical_LP.astype("<i4").tobytes())
+        if self.share_LNP is not None:
+            total.update(f"{shares.FIELD} {self.share_LNP.shape}\n".encode())
+            total.update(self.share_LNP.astype("<i4").tobytes())
         return total.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -176,6 +185,8 @@ class Plan:
             "digest": self.digest,
         }
         rows = [json.dumps(row) for row in self.placement.physical_to_logical_LP.tolist()]
+        if self.placement.share_LNP is not None:
+            head[shares.FIELD] = self.placement.share_LNP.tolist()
         lines = [f' "{key}": {json.dumps(value, allow_nan=False)}' for key, value in head.items()]
         lines.append(f' "{MAP}": [\n  ' + ",\n  ".join(rows) + "\n ]")
         text = "{\n" + ",\n".join(lines) + "\n}\n"
@@ -197,7 +208,8 @@ class Plan:
         num_devices = _positive("num_devices", fields.get("num_devices"))
         slots_LP = _read_map(fields.get(MAP))
         num_experts = _positive("num_experts", fields.get("num_experts", int(slots_LP.max()) + 1))
-        placement = Placement(slots_LP, num_experts, num_devices)
+        share_LNP = shares.read(fields.get(shares.FIELD))
+        placement = Placement(slots_LP, num_experts, num_devices, share_LNP)
         if fields.get("digest") != placement.digest:
             raise Refused(
                 "digest",

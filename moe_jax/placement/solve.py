@@ -9,7 +9,7 @@ The bound is proven (bounds.py, or an integer program that ran to its end) and n
 objective.
 
 With replicas (num_slots above the experts) the plan without them is solved first and its spare
-slots are filled greedily (spare.py); the plan made for balance alone (replication.py) is the other
+slots are filled (with_copies.py); the plan made for balance alone (replication.py) is the other
 candidate, and the answer for the objective `load`. Values are then counted under the copy rule.
 """
 
@@ -33,8 +33,8 @@ from moe_jax.placement import (
     moetuner_moves,
     moetuner_search,
     relax,
-    spare,
     starts,
+    with_copies,
 )
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits import slots
@@ -46,7 +46,6 @@ from moe_jax.routing.trace import Trace
 
 BOUND_SHARE = 0.3  # of the time, at most
 FIRST_SHARE = 0.5  # of the time, at most, for descent before the bound (coherent seconds)
-BASE_SHARE = 0.5  # of the time for plans without replicas, where some are to be added
 FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
 INTERRUPTED = "interrupted: the best so far"
@@ -231,29 +230,24 @@ def _with_replicas(
     progress: Callable[[Progress], None] | None,
 ) -> Solution:
     started = time.monotonic()
-    balanced = spare.balanced(problem)
-    cap_L = spare.caps(problem, balanced)
-    best = start = spare.valued(problem, balanced)
-    finished, bound, note = True, 1.0, "bound: the fullest device has at least the mean load"
-    deadline, bases = started + time_limit, []
-    if problem.objective != "load":
-        bound, note, bases = 0.0, "no bound is proven for replicas", spare.bases(problem)
+    deadline = started + time_limit
+    bound, note = with_copies.lower_bound(problem)
+    run = with_copies.begin(problem)
+    best = start = run.best
     history, stopped = [(time.monotonic() - started, best.value, bound)], None
     try:
-        for base in bases:
-            share = BASE_SHARE * time_limit / len(bases)
+        for base in run.bases:
+            share = run.base_share * time_limit
             device_LE = solve_problem(base, seed, share, progress).placement.device_LE
-            filled = spare.filled(problem, device_LE, cap_L, seed, deadline)
-            best = spare.better(problem, best, filled, cap_L)
-            history.append((time.monotonic() - started, best.value, bound))
-        if progress is not None:
-            spent = time.monotonic() - started
-            progress(Progress("replicas", spent, time_limit, best.value, bound))
+            for best in run.filled(device_LE.astype(np.int64), seed, deadline):
+                history.append((time.monotonic() - started, best.value, bound))
+                if progress is not None:
+                    spent = time.monotonic() - started
+                    progress(Progress("replicas", spent, time_limit, best.value, bound))
     except KeyboardInterrupt as stop:
-        stopped = stop
+        best, stopped = run.best, stop
     seconds = time.monotonic() - started
-    if bases:
-        finished = seconds < time_limit
+    finished = not run.bases or seconds < time_limit
     report = Report(
         objective_name=problem.objective,
         dispatch=problem.dispatch,
@@ -280,15 +274,16 @@ def _restricted_replicas(
 ) -> Solution:
     """As `_restricted`, with replicas."""
     started = time.monotonic()
-    cap_L = spare.caps(problem, spare.balanced(problem))
-    start = slots.start(problem, cap_L, seed)
+    cap_L = with_copies.begin(problem.unrestricted).cap_L
+    start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
     best, value = start, problem.value_of(start)
-    capped = not slots.over_L(problem, start, cap_L).any()
+    capped = not with_copies.over_L(problem, start, cap_L).any()
     first, history, stopped, report = value, [], None, None
     try:
         free, report = solve_problem(problem.unrestricted, seed, FREE_SHARE * time_limit, progress)
-        for plan in slots.search(problem, start, free, cap_L, started + time_limit):
-            if slots.over_L(problem, plan, cap_L).any():
+        for found in slots.search(problem, start, free, cap_L, started + time_limit):
+            plan = with_copies.shared(problem, found, cap_L)
+            if with_copies.over_L(problem, plan, cap_L).any():
                 continue
             if (new := problem.value_of(plan)) < value or not capped:
                 best, value, capped = plan, new, True

@@ -8,10 +8,10 @@ single copies do not show). The one with the largest saving per slot is taken, n
 slots are equal on all devices, so all are filled. What is above a load cap goes first.
 
 Savings are counted on a sample of tokens, each with a home drawn at random, under the copy rule;
-loads are expected loads. Where tokens stay (coherent dispatch, `exflow`) layers are filled in order
-and homes are where the filled layers leave the tokens; for `exflow` the way on to the next layer,
-as it is without replicas, counts as well. Only the choice is sampled: values of the result are
-counted on the whole trace. Nothing here is proven to be best.
+loads are expected loads. Where tokens stay (coherent dispatch) layers are filled in order and homes
+are where the filled layers leave the tokens. Transitions have a search of their own (staying.py).
+Only the choice is sampled: values of the result are counted on the whole trace. Nothing here is
+proven to be best.
 """
 
 import dataclasses
@@ -54,8 +54,7 @@ def filled(
     home_n = rng.permutation(np.arange(size) % devices)
     rows = []
     for layer in range(trace.num_layers):
-        next_E = device_LE[layer + 1] if layer + 1 < trace.num_layers else None
-        one = _Layer(problem, layer, token_n, home_n, device_LE[layer], next_E, cap_L[layer])
+        one = _Layer(problem, layer, token_n, home_n, device_LE[layer], cap_L[layer])
         one.fill(problem.num_slots // devices, deadline)
         rows.append(np.nonzero(one.holds_EM.T)[1])
         if not problem.separable:
@@ -100,16 +99,15 @@ def balanced(problem: Problem) -> Placement:
     if slots * nodes > experts * devices:  # more than a node's experts on each of its devices
         return plan
     by_node = replication.balanced_slots(load_LE, slots, devices, nodes, experts, rounds=ROUNDS)
-    worst = [_largest_L(problem, one) for one in (plan, by_node)]
+    worst = [largest_L(problem, one) for one in (plan, by_node)]
     return _mixed(by_node, plan, worst[1] <= worst[0])
 
 
-def caps(problem: Problem, balanced_plan: Placement) -> Float[np.ndarray, " L"]:
-    """Largest device load that is allowed in each layer; inf without a cap."""
+def caps(problem: Problem, reached_L: Float[np.ndarray, " L"]) -> Float[np.ndarray, " L"]:
+    """Largest device load that is allowed in each layer, given what balance alone reaches."""
     if problem.load_cap is None:
         return np.full(problem.trace.num_layers, np.inf)
     mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
-    reached_L = _largest_L(problem, balanced_plan)
     scale = problem.work.batch_tokens / problem.trace.num_tokens
     cap_L = problem.load_cap.largest_L(mean_L, reached_L, scale)
     ratio_L = reached_L / np.maximum(mean_L, 1e-300)
@@ -162,7 +160,7 @@ def _capped(problem: Problem, plan: Placement, within: Placement, cap_L: np.ndar
     Where tokens stay, the loads of a layer depend on the layers before it: until none is above.
     """
     taken_L, mixed = np.zeros(len(cap_L), bool), plan
-    while (over_L := _largest_L(problem, mixed) > cap_L * (1 + 1e-9)).any():
+    while (over_L := largest_L(problem, mixed) > cap_L * (1 + 1e-9)).any():
         if not (over_L & ~taken_L).any():
             return within
         taken_L |= over_L
@@ -178,7 +176,7 @@ def _mixed(first: Placement, second: Placement, take_L: np.ndarray) -> Placement
     return Placement(slots_LP, first.num_experts, first.num_devices)
 
 
-def _largest_L(problem: Problem, plan: Placement) -> Float[np.ndarray, " L"]:
+def largest_L(problem: Problem, plan: Placement) -> Float[np.ndarray, " L"]:
     """Largest device load of each layer, counted under the copy rule."""
     ids_TLK, each = problem.trace.expert_ids_TLK, problem.topology.devices_per_node
     load_LM = cost.computed_LM(ids_TLK, plan, problem.dispatch, None, each)
@@ -188,15 +186,12 @@ def _largest_L(problem: Problem, plan: Placement) -> Float[np.ndarray, " L"]:
 class _Layer:
     """One layer being filled."""
 
-    def __init__(self, problem: Problem, layer: int, token_n, home_n, device_E, next_E, cap: float):
+    def __init__(self, problem: Problem, layer: int, token_n, home_n, device_E, cap: float):
         self._problem, self._layer, self._cap = problem, layer, cap
         self._position_n, self._home_n = token_n, home_n
         ids_nLK = problem.trace.expert_ids_TLK[token_n].astype(np.int64)
         self._ids_nK = ids_nLK[:, layer]
         self._ids_nK[self._ids_nK >= problem.trace.num_experts] = -1
-        if problem.objective == "exflow":
-            self._ids_nK = self._ids_nK[:, :1]
-        self._ahead_n = _ahead(ids_nLK, layer, next_E)
         self.holds_EM = device_E[:, None] == np.arange(problem.num_devices)
         self._device_nK = self._served(self.holds_EM)
 
@@ -283,19 +278,13 @@ class _Layer:
         return table.slots_TK(self._ids_nK, self._home_n, self._position_n)
 
     def _rows(self, device_XnK, pick) -> Float[np.ndarray, "X 2 M M"]:
-        """Rows out and back of some tokens, scaled to the trace; `exflow`: moves, then moves on."""
+        """Rows out and back of some tokens, scaled to the trace."""
         problem, devices = self._problem, self._problem.num_devices
-        home_n, ahead_n = self._home_n[pick], self._ahead_n[pick]
+        home_n = self._home_n[pick]
         shape = device_XnK.shape
         home_Xn = np.broadcast_to(home_n, shape[:2])
         first_XnK = cost.first_of(device_XnK.reshape(-1, shape[2])).reshape(shape)
-        if problem.objective == "exflow":
-            best_Xn = device_XnK[:, :, 0]
-            on_Xn = np.broadcast_to(ahead_n, shape[:2])
-            start = home_Xn if self._layer else best_Xn
-            there_XMM = _pairs(start, best_Xn, best_Xn >= 0, devices)
-            back_XMM = _pairs(best_Xn, on_Xn, (best_Xn >= 0) & (on_Xn >= 0), devices)
-        elif problem.dispatch == "gathered":
+        if problem.dispatch == "gathered":
             there_XMM = back_XMM = np.zeros((shape[0], devices, devices))
         elif problem.dispatch == "hierarchical":
             node_XnK = self._nodes.node_of(device_XnK)
@@ -320,9 +309,7 @@ class _Layer:
         problem = self._problem
         full_X = (load_XM / problem.topology.speed_M).max(axis=1)
         over_X = np.maximum(full_X / self._cap - 1, 0.0)
-        if problem.objective == "exflow":
-            value_X = (rows_X2MM * problem.hop_MM).sum(axis=(1, 2, 3)) / problem.trace.num_tokens
-        elif problem.objective == "rows":
+        if problem.objective == "rows":
             weighted = rows_X2MM * problem.row_weight_MM
             value_X = weighted.sum(axis=(1, 2, 3)) / problem.trace.num_tokens
         else:
@@ -336,15 +323,6 @@ class _Layer:
                 problem.trace.num_tokens,
             ).total_L
         return value_X + FIRST * over_X
-
-
-def _ahead(ids_nLK: np.ndarray, layer: int, next_E: np.ndarray | None) -> Int[np.ndarray, " n"]:
-    """The device of the next layer's best expert without replicas; -1 where there is none."""
-    if next_E is None:
-        return np.full(len(ids_nLK), cost.UNKNOWN)
-    best_n = ids_nLK[:, layer + 1, 0]
-    real_n = best_n < len(next_E)
-    return np.where(real_n, next_E[np.where(real_n, best_n, 0)], cost.UNKNOWN).astype(np.int64)
 
 
 def _table(holds_EM: Bool[np.ndarray, "E M"], nodes: Nodes) -> copies.Candidates:

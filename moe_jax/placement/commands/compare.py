@@ -125,8 +125,8 @@ def _write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Pr
             continue
         name = "".join(c if c.isalnum() else "_" for c in method.name.split(" (")[0].lower())
         origin = {"trace_digest": trace.digest, "solver": method.name, "seed": options.seed}
-        origin |= words.copy_rule(method.placement.has_replicas)
         if method.report is not None:
             origin = words.provenance(trace, plan, method.report, options.seed, True)
+        origin |= words.copy_rule(method.placement)
         written = Plan(method.placement, trace.layer_ids, plan.topology.to_json(), origin)
         written.write(pathlib.Path(options.out_plans) / f"{name}.json")

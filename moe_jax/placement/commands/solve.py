@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> str:
         placement,
         trace.layer_ids,
         problem.topology.to_json(),
-        words.provenance(trace, problem, report, options.seed, bool(halves)),
+        words.provenance(trace, problem, report, options.seed, bool(halves))
+        | words.copy_rule(placement),
     )
     plan.write(options.out)
     with interrupt.leaving(f"wrote {options.out}, not judged"):

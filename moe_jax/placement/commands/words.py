@@ -40,7 +40,6 @@ def provenance(
         "gap": report.gap,
         "seconds": report.seconds,
         **({"interrupted": True} if report.interrupted else {}),
-        **copy_rule(problem.has_replicas),
     }
 
 
@@ -63,6 +62,6 @@ def step(problem: Problem, placement: Placement, judge: Trace | None) -> str:
     )
 
 
-def copy_rule(has_replicas: bool) -> dict[str, str]:
+def copy_rule(placement: Placement) -> dict[str, str]:
     """The rule that figures of a plan with replicas hold under (copies.py), for its file."""
-    return {"copy_rule": copies.RULE} if has_replicas else {}
+    return {"copy_rule": copies.rule_of(placement)} if placement.has_replicas else {}

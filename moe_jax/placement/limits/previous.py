@@ -113,7 +113,26 @@ class Previous:
                 self.placement.physical_to_logical_LP, placement.physical_to_logical_LP, strict=True
             )
         ]
-        return Placement(np.stack(rows), placement.num_experts, placement.num_devices)
+        slots_LP, share_LNP = np.stack(rows), placement.share_LNP
+        if share_LNP is not None:  # a device holds an expert once: they name the slot
+            share_LNP = _shares_moved(placement, slots_LP, share_LNP)
+        return Placement(slots_LP, placement.num_experts, placement.num_devices, share_LNP)
+
+
+def _shares_moved(placement: Placement, slots_LP: np.ndarray, share_LNP: np.ndarray):
+    device_P = np.arange(placement.num_slots) // placement.slots_per_device
+    key_LP, old_LP = (
+        device_P * placement.num_experts + map_LP
+        for map_LP in (slots_LP, placement.physical_to_logical_LP)
+    )
+    order_LP = np.argsort(old_LP, axis=1)
+    at_LP = np.stack(
+        [
+            order_P[np.searchsorted(old_P[order_P], key_P)]
+            for order_P, old_P, key_P in zip(order_LP, old_LP, key_LP, strict=True)
+        ]
+    )
+    return np.take_along_axis(share_LNP, at_LP[:, None, :], axis=2)
 
 
 def arrivals_L(before: Placement, after: Placement) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""The search with replicas, whatever the objective: bases without copies, filled, then counted.
+
+A plan made for balance alone comes first; it says how even loads can be, and it is the answer for
+`load`. Other objectives solve the plan without copies and fill its spare slots: one by one by what
+they save (spare.py, the rule `local`), for `exflow` slots and shares together by integer programs
+(staying.py, the rule `stay`). What is kept is decided by true counts under the copy rule.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe_jax.placement import bounds, spare, staying
+from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.placement.spare import Valued
+
+BASE_SHARE = 0.5  # of the time, for plans without replicas
+SAFETY = 1 - 1e-9  # of sums of rounded numbers
+
+
+def lower_bound(problem: Problem) -> tuple[float, str]:
+    """No placement with so many slots has less; and the argument in words."""
+    mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
+    if problem.objective == "load":
+        return 1.0, "bound: the fullest device has at least the mean load"
+    if problem.objective == "seconds":
+        args = problem.topology, problem.work, problem.trace.num_tokens
+        each_LM = seconds_lib.compute_seconds(mean_L[:, None] * problem.topology.speed_M, *args)
+        bound = SAFETY * float(each_LM.max(axis=1).mean())
+        return bound, "bound: the fullest device computes at least the mean load"
+    if problem.objective == "exflow":
+        note = "bound: copies of an expert reach so many experts of the next layer"
+        return max(SAFETY * problem.hops(_most_kept(problem)), 0.0), note
+    return 0.0, "no bound is proven for rows with replicas"
+
+
+def _most_kept(problem: Problem) -> float:
+    assert problem.num_slots is not None
+    nodes, like = problem.topology.nodes, problem.node_likeness
+    total = 0.0
+    for keep_EE in problem.top1_LEE:
+        flat = bounds.kept_with_copies(keep_EE, problem.num_slots, problem.num_devices)
+        total += (1 - like) * flat
+        if like:  # as many slots in every node as the largest one has
+            slots = problem.num_slots // problem.num_devices * int(nodes.size_N.max()) * nodes.count
+            total += like * bounds.kept_with_copies(keep_EE, slots, nodes.count)
+    return total
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """The best plan so far, and how to make better ones.
+
+    Attributes:
+      problem: with its replicas.
+      best: by true counts.
+      cap_L: largest load of each layer, over the device's speed.
+      bases: problems without replicas whose plans are worth filling.
+      base_share: of the time, for each of them.
+      count_seconds: that it takes to count a plan, which the search leaves for the end.
+    """
+
+    problem: Problem
+    best: Valued
+    cap_L: np.ndarray
+    bases: list[Problem]
+    base_share: float
+    count_seconds: float = 0.0
+
+    def filled(self, device_LE: np.ndarray, seed: int, deadline: float) -> Iterator[Valued]:
+        """The best so far after every plan with all slots filled, from one without copies."""
+        if self.problem.objective != "exflow":
+            filled = spare.filled(self.problem, device_LE, self.cap_L, seed, deadline)
+            self.best = spare.better(self.problem, self.best, filled, self.cap_L)
+            yield self.best
+            return
+        deadline -= 2 * self.count_seconds
+        for placement in staying.search(self.problem, device_LE, self.cap_L, seed, deadline):
+            counted = staying.counted(self.problem, placement)
+            fits = (counted.largest_L <= self.cap_L * (1 + 1e-9)).all()
+            if fits and counted.hops < self.best.value:
+                self.best = Valued(placement, np.array([counted.hops]))
+            yield self.best
+
+
+def begin(problem: Problem) -> Run:
+    """The plan for balance alone, and what is to be tried after it."""
+    balanced = spare.balanced(problem)
+    if problem.objective != "exflow":
+        bases = [] if problem.objective == "load" else spare.bases(problem)
+        cap_L = spare.caps(problem, spare.largest_L(problem, balanced))
+        share = BASE_SHARE / max(len(bases), 1)
+        return Run(problem, spare.valued(problem, balanced), cap_L, bases, share)
+    mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
+    even = staying.flows(problem, balanced, mean_L / staying.AIM)
+    started = time.monotonic()
+    counted = staying.counted(problem, even)
+    count_seconds = time.monotonic() - started
+    cap_L = spare.caps(problem, counted.largest_L)
+    base = spare.without(problem)
+    if base.load_cap is not None:
+        base = spare.without(dataclasses.replace(problem, load_cap=_wider(base.load_cap)))
+    best, share = Valued(even, np.array([counted.hops])), staying.BASE_SHARE
+    return Run(problem, best, cap_L, [base], share, count_seconds)
+
+
+def _wider(cap: LoadCap) -> LoadCap:
+    return dataclasses.replace(cap, factor=cap.factor * staying.WIDER)
+
+
+def shared(problem: Problem, placement: Placement, cap_L: np.ndarray) -> Placement:
+    """The same slots; for `exflow` with the best shares for them."""
+    if problem.objective != "exflow":
+        return placement
+    return staying.flows(problem, placement, cap_L)
+
+
+def over_L(problem: Problem, placement: Placement, cap_L: np.ndarray) -> np.ndarray:
+    """bool [L]: a device passes the layer's cap, counted under the copy rule."""
+    if problem.objective == "exflow":
+        return staying.counted(problem, placement).largest_L > cap_L * (1 + 1e-9)
+    return spare.largest_L(problem, placement) > cap_L * (1 + 1e-9)
