@@ -274,7 +274,7 @@ def _restricted_replicas(
 ) -> Solution:
     """As `_restricted`, with replicas."""
     started = time.monotonic()
-    cap_L = with_copies.begin(problem.unrestricted).cap_L
+    cap_L = with_copies.begin(problem).cap_L
     start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
     best, value = start, problem.value_of(start)
     capped = not with_copies.over_L(problem, start, cap_L).any()

@@ -88,7 +88,8 @@ class Run:
 
 
 def begin(problem: Problem) -> Run:
-    """The plan for balance alone, and what is to be tried after it."""
+    """The plan for balance alone, and what is to be tried after it; pins and budgets aside."""
+    problem = problem.unrestricted
     balanced = spare.balanced(problem)
     if problem.objective != "exflow":
         bases = [] if problem.objective == "load" else spare.bases(problem)

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import replication, solve, spare, topology
+from moe_jax.placement import replication, solve, topology, with_copies
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits import slots
 from moe_jax.placement.limits.pins import Pins
@@ -58,7 +58,7 @@ def free_plan(problem: Problem) -> Placement:
 
 def best_offer(problem: Problem, free: Placement) -> Placement:
     """The best plan that the search offers; the start is one."""
-    cap_L = spare.caps(problem, spare.balanced(problem))
+    cap_L = with_copies.begin(problem).cap_L
     first = slots.start(problem, cap_L, 0)
     offers = [first, *slots.search(problem, first, free, cap_L, np.inf)]
     return min(offers, key=problem.value_of)
@@ -162,7 +162,7 @@ def test_slots_that_are_added_have_to_be_paid_for():
 def test_a_cap_holds_or_the_budget_is_refused():
     cap = LoadCap(1.1, relative=True)
     problem = case(0, EVERYTHING, cap)
-    cap_L = spare.caps(problem, spare.balanced(problem))
+    cap_L = with_copies.begin(problem).cap_L
     assert slots.over_L(problem, problem.previous.placement, cap_L).any()
     placement = solve.solve_problem(problem, 0, 2.0).placement
     assert not slots.over_L(problem, placement, cap_L).any()

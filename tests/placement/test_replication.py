@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import copies, cost, evidence, replication, spare, topology
+from moe_jax.placement import copies, cost, evidence, replication, spare, topology, with_copies
 from moe_jax.placement import solve as solve_lib
 from moe_jax.placement.baselines import eplb
 from moe_jax.placement.plan import Placement, Plan
@@ -383,7 +383,7 @@ def test_spare_slots_beat_none_and_balance_alone(objective, dispatch, nodes, cap
     if cap is not None:
         each = machine.devices_per_node
         load_LM = cost.computed_LM(problem.trace.expert_ids_TLK, placement, dispatch, None, each)
-        cap_L = spare.caps(problem, spare.balanced(problem))
+        cap_L = with_copies.begin(problem).cap_L
         assert (load_LM.max(axis=1) <= cap_L * (1 + 1e-9)).all()
 
 
@@ -470,7 +470,7 @@ def test_compare_with_slots_adds_eplb_and_its_doubled_slots(trace_path, tmp_path
     assert run(*words) == 0
     text = capsys.readouterr().out
     assert "doubled)" in text
-    assert "no bound is proven for replicas" in text
+    assert "no bound is proven for rows with replicas" in text
 
 
 @pytest.mark.parametrize(
