@@ -12,7 +12,8 @@ Axes: L layers, E experts, M devices, C options of a layer.
   moetuner.
 
 Two neighbouring layers have a value together that no other layer enters (knapsack.chained), exactly
-so where every token has an expert in every layer.
+so where every token has an expert in every layer. Long traces are sampled for it; plans are valued
+on all of the trace.
 """
 
 import dataclasses
@@ -25,10 +26,13 @@ from moe_jax.placement import chain as chain_lib
 from moe_jax.placement.limits import paths
 from moe_jax.placement.limits.nearest import Within, best
 from moe_jax.placement.problem import Problem
+from moe_jax.routing.trace import Trace
 
 PRICES = (8.0, 4.0, 2.5, 1.8, 1.4, 1.0, 0.7, 0.5, 0.25, 0.1, 0.0)  # in mean gains of a move
 OPTIONS = 48  # of a layer, at most
-PAIRED = 8  # options of a layer whose pairs are counted token by token
+TABLE = 2**28  # steps of the dynamic program, at most: options^2 x layers x moves
+PAIRED = (2, 4, 8)  # options of a layer whose pairs are counted token by token, more and more
+TOKENS = 2**15  # that they are counted on, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,12 +105,14 @@ def within_of(problem: Problem, layer: int) -> Within:
 
 
 def options(plans_PLE: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The distinct rows of every layer, [C, E], the last ones of many."""
+    """The distinct rows of every layer, [C, E]: those of the first two plans and the last ones."""
+    size = plans_PLE[0].size * len(plans_PLE[0])
+    most = int(np.clip(np.sqrt(TABLE / size), 4, OPTIONS))
     found = []
     for rows in zip(*plans_PLE, strict=True):
         distinct = {row_E.tobytes(): row_E for row_E in rows}
         kept = [*distinct.values()]
-        found.append(np.stack(kept[:2] + kept[2:][-OPTIONS + 2 :]))
+        found.append(np.stack(kept[:2] + kept[2:][-most + 2 :]))
     return found
 
 
@@ -157,16 +163,22 @@ def _values_2(pair: Problem, device_2E: np.ndarray) -> np.ndarray:
 def _pair(problem: Problem, layer: int) -> tuple[Problem, float]:
     """The problem of two neighbouring layers, and what its values count in the whole."""
     trace = problem.trace
-    two = dataclasses.replace(
-        trace,
-        expert_ids_TLK=trace.expert_ids_TLK[:, layer - 1 : layer + 1],
-        expert_weights_TLK=None,
-        layer_ids=(),
-    )
-    pair = dataclasses.replace(problem, trace=two, load_cap=None, pins=None, previous=None)
+    count = trace.num_tokens
+    if not counted_whole(problem):
+        count = TOKENS
+    at = np.unique(np.linspace(0, trace.num_tokens - 1, count).astype(int))
+    ids_TLK = trace.expert_ids_TLK[at][:, layer - 1 : layer + 1]
+    two = Trace(ids_TLK, trace.num_experts, np.array([len(at)]))
+    pair = dataclasses.replace(problem.unrestricted, trace=two, load_cap=None)
     if problem.objective != "rows":
         return pair, 1.0
-    return pair, (trace.num_layers / problem.token_layers) * (pair.token_layers / 2)
+    share = len(at) / trace.num_tokens
+    return pair, (trace.num_layers / problem.token_layers) * (pair.token_layers / 2) / share
+
+
+def counted_whole(problem: Problem) -> bool:
+    """Values of neighbours are exact, not counted on a part of the tokens."""
+    return problem.objective == "moetuner" or problem.trace.num_tokens <= TOKENS
 
 
 def _tolled(problem: Problem, chain: chain_lib.Chain, old_LE: np.ndarray, price: float) -> Tolled:

@@ -4,7 +4,8 @@ Axes: L layers, E experts, M devices.
 
 With a layer's neighbours fixed, what all its E^2 swaps gain is known in closed form: the experts of
 one layer do not meet. `away` takes the swap with most gain per move, `back` the one with least loss
-per move saved; swaps that gain without a move come first. Both yield every plan on their way.
+per move saved; swaps that gain without a move come first. Both yield the plans on their way, of
+large models every so many.
 """
 
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from moe_jax.placement.chain import Chain
 from moe_jax.placement.problem import Problem
 
+STEPS = 1024  # experts, over all layers, up to which every plan on the way is yielded
 FIRST = 1e15  # above every gain per move: what costs no move
 
 
@@ -57,7 +59,7 @@ def _walk(
     device_LE = device_LE.copy()
     layers = chain.num_layers
     rate_L, swap_LP = np.full(layers, -np.inf), np.zeros((layers, 2), np.int64)
-    stale = range(layers)
+    stale, steps, stride = range(layers), 0, max(1, device_LE.size // STEPS)
     while time.monotonic() < deadline:
         for layer in stale:
             gain_EE = gains_EE(problem, chain, device_LE, layer)
@@ -69,7 +71,8 @@ def _walk(
             return
         e, f = swap_LP[layer]
         device_LE[layer, [e, f]] = device_LE[layer, [f, e]]
-        yield device_LE.copy()
+        if (steps := steps + 1) % stride == 0:
+            yield device_LE.copy()
         stale = range(max(layer - 1, 0), min(layer + 2, layers))
 
 

@@ -122,7 +122,9 @@ def _hop_table(problem: Problem, old_LE, plans) -> tuple[knapsack.Table, list[np
 
 
 def _hop_step(problem: Problem, table: knapsack.Table, options: list[np.ndarray]) -> Step:
-    return _chosen(problem, table, options, np.array([problem.hops(-v) for v in table.value_B]))
+    moves = max(float(problem.top1_LEE.sum()), 1.0)
+    value_B = problem.hops(0.0) * (1 + table.value_B / moves)  # what is kept is counted below 0
+    return _chosen(problem, table, options, value_B)
 
 
 def _tied(problem: Problem, old_LE, start_LE, free_LE, deadline: float) -> Iterator[Step]:
@@ -130,9 +132,8 @@ def _tied(problem: Problem, old_LE, start_LE, free_LE, deadline: float) -> Itera
     near = dataclasses.replace(problem, objective=likely, dispatch="exchange")
     borders = [Border(near, layer, old_E) for layer, old_E in enumerate(old_LE)]
     now = time.monotonic()
-    half = now + (deadline - now) / 2
-    first, *_, last = _menus(borders, start_LE, free_LE, half)
-    for most, menus in ((2, first), (chained.PAIRED, last)):
+    *_, menus = _menus(borders, start_LE, free_LE, now + (deadline - now) / 3)
+    for most in chained.PAIRED:
         options = [_thinned(menu, most) for menu in menus]
         edges = chained.counted_edges(problem, options, deadline)
         if edges is None:
@@ -140,7 +141,8 @@ def _tied(problem: Problem, old_LE, start_LE, free_LE, deadline: float) -> Itera
         first_C = chained.counted_first(problem, options[0])
         moves = _moves(options, old_LE)
         table = knapsack.chained(first_C, edges, moves, _most(moves))
-        yield _chosen(problem, table, options, table.value_B / problem.trace.num_layers)
+        step = _chosen(problem, table, options, table.value_B / problem.trace.num_layers)
+        yield step if chained.counted_whole(problem) else Step(step.device_LE, np.zeros(0))
 
 
 def _menus(borders: list[Border], start_LE, free_LE, deadline: float) -> Iterator[list[Menu]]:
