@@ -124,7 +124,8 @@ class _State:
         self._nodes = problem.topology.nodes
         ids_TLK = problem.trace.expert_ids_TLK
         experts = problem.trace.num_experts
-        self._best_TL = np.where(ids_TLK[:, :, 0] < experts, ids_TLK[:, :, 0], -1).astype(np.int64)
+        best_TL = ids_TLK[:, :, 0].astype(np.int64)
+        self._best_TL = np.where(best_TL < experts, best_TL, -1)
         best = [np.bincount(best_T[best_T >= 0], minlength=experts) for best_T in self._best_TL.T]
         self._others_LE = problem.load_LE - np.stack(best)
         self.holds_LEM, self.aim_L = held_LEM.copy(), np.full(len(held_LEM), AIM)
