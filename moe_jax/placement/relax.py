@@ -12,12 +12,11 @@ import time
 
 import numpy as np
 
-from moe_jax.placement import bounds, contact_bound, hops, semidefinite
+from moe_jax.placement import bounds, contact_bound, hops, semidefinite, wire_bound
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.contact_bound import TokenSets
 from moe_jax.placement.layout import Groups, Layout
 from moe_jax.placement.problem import Problem
-from moe_jax.placement.torus import Torus
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
@@ -181,42 +180,53 @@ def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
         rows = contacts.coherent / problem.trace.num_layers  # of a layer, on average
         return compute_L + gather + rows * to_bytes / wire
     if problem.dispatch == "gathered":
-        from_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1) * to_bytes
-        fast_L = from_L * (nodes.size_N.max() - 1)
-        slow_L = from_L * (devices - nodes.size_N.min())
-    elif problem.dispatch == "hierarchical":
-        fast_L = contacts.device_L * to_bytes * (devices - nodes.relayed_M.max()) / devices
-        slow_L = contacts.node_L * to_bytes * (devices - nodes.size_N.max()) / devices
-    else:
-        fast_L = contacts.device_L * to_bytes * (nodes.size_N.min() - 1) / devices
-        slow_L = contacts.device_L * to_bytes * (devices - nodes.size_N.max()) / devices
-    hops = 1
-    if topology.torus is not None:
-        fast_L, hops = _torus_bytes(problem, topology.torus, fast_L, contacts.device_L * to_bytes)
-    fast_L = fast_L / fast.bandwidth + fast.latency * hops * (fast_L > 0)
-    slow_L = slow_L / slow.bandwidth + slow.latency * (slow_L > 0)
-    way_L = fast_L + slow_L if problem.dispatch == "hierarchical" else np.maximum(fast_L, slow_L)
-    return compute_L + 2 * way_L
+        return compute_L + 2 * _gathered_L(problem)
+    per_byte = work.batch_tokens / tokens * work.row_bytes
+    return compute_L + _ways_L(problem, contacts.device_L * per_byte, contacts.node_L * per_byte)
+
+
+def _gathered_L(problem: Problem) -> np.ndarray:
+    """Seconds of one way, the same under every placement."""
+    topology, work, nodes = problem.topology, problem.work, problem.topology.nodes
+    rows_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1) / problem.num_devices
+    bytes_L = rows_L * (work.batch_tokens / problem.trace.num_tokens * work.row_bytes)
+    links, hops = 1, 1
+    if (torus := topology.torus) is not None:
+        links, hops = max(int(torus.links_G.min()), 1), int(torus.hops_GG.max())
+    fast_L = bytes_L * (nodes.size_N.max() - 1) / links
+    slow_L = bytes_L * (problem.num_devices - nodes.size_N.min())
+    fast_L = fast_L / topology.fast.bandwidth + topology.fast.latency * hops * (fast_L > 0)
+    return np.maximum(
+        fast_L, slow_L / topology.slow.bandwidth + topology.slow.latency * (slow_L > 0)
+    )
+
+
+def _ways_L(problem: Problem, device_L: np.ndarray, node_L: np.ndarray) -> np.ndarray:
+    """Least seconds out and back of contacts with devices and nodes, in bytes."""
+    topology, torus = problem.topology, problem.topology.torus
+    hops = 1 if torus is None else int(torus.hops_GG.max(axis=0).min())
+    first, then = topology.fast.latency * hops, topology.slow.latency
+    total_L = np.zeros(len(device_L))
+    for way in wire_bound.ways(topology, problem.dispatch):
+        fast_RM = way.fast_RM / topology.fast.bandwidth
+        slow_RX = way.slow_RX / topology.slow.bandwidth
+        fast = wire_bound.least_busiest(fast_RM)
+        slow = wire_bound.least_busiest(slow_RX)
+        fast_L = device_L * fast + first * (device_L * fast > 0)
+        if problem.dispatch == "hierarchical":
+            total_L += fast_L + node_L * slow + then * (node_L * slow > 0)
+            continue
+        both = wire_bound.least_busiest(np.concatenate([fast_RM, slow_RX]))
+        both_L = device_L * both + min(first, then) * (device_L * both > 0)
+        slow_L = device_L * slow + then * (device_L * slow > 0)
+        total_L += np.maximum(np.maximum(fast_L, slow_L), both_L)
+    return total_L
 
 
 def _links(problem: Problem) -> float:
     """Links that leave a device into its node, on average; every row takes one at least."""
     torus = problem.topology.torus
     return 1.0 if torus is None else max(float(torus.links_G.mean()), 1.0)
-
-
-def _torus_bytes(problem: Problem, torus: Torus, direct_L: np.ndarray, device_L: np.ndarray):
-    """Least bytes of the busiest link inside nodes, and the fewest hops of the longest way.
-
-    The busiest link carries at least the mean over all links, to which every row adds its hops; at
-    least those to the device that is nearest to all. device_L: bytes of contacts over M.
-    """
-    if problem.dispatch == "gathered":
-        return direct_L / max(int(torus.links_G.min()), 1), int(torus.hops_GG.max())
-    homes = problem.topology.num_nodes if problem.dispatch == "hierarchical" else 1
-    hops = float(torus.hops_GG.sum(axis=0).min()) * homes
-    links = max(int(torus.links_G.sum()), 1) * problem.topology.num_nodes
-    return device_L * (hops / links), int(torus.hops_GG.max(axis=0).min())
 
 
 def _least_compute_L(problem: Problem) -> np.ndarray:
