@@ -38,6 +38,8 @@ from moe_jax.placement import (
 )
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits import slots
+from moe_jax.placement.limits.pins import Pins
+from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import UNITS, LoadCap, Problem
 from moe_jax.placement.seconds import Work
@@ -134,6 +136,8 @@ def solve(
     work: Work | None = None,
     load_cap: LoadCap | None = None,
     num_slots: int | None = None,
+    pins: Pins | None = None,
+    previous: Previous | None = None,
     seed: int = 0,
     time_limit: float = 60.0,
     progress: Callable[[Progress], None] | None = None,
@@ -148,11 +152,23 @@ def solve(
       work: sizes of the model and the step, for `seconds`.
       load_cap: largest device load of any layer.
       num_slots: slots of a layer; above the experts there are replicas. None: one per expert.
+      pins: experts that have to be on a device.
+      previous: the plan in use, and how much may move away from it.
       seed: of the search.
-      time_limit: seconds; 0 returns the greedy placement.
+      time_limit: seconds; 0 returns the greedy placement, or what a budget allows of it.
       progress: called at every step with a `Progress`.
     """
-    problem = Problem(trace, topology, objective, dispatch, work or Work(), load_cap, num_slots)
+    problem = Problem(
+        trace,
+        topology,
+        objective,
+        dispatch,
+        work or Work(),
+        load_cap,
+        num_slots,
+        pins=pins,
+        previous=previous,
+    )
     return solve_problem(problem, seed, time_limit, progress)
 
 

@@ -149,6 +149,7 @@ MACHINES = [
     ("seconds", "hierarchical", 2),
     ("seconds", "gathered", 1),
     ("load", "exchange", 1),
+    ("hops", "exchange", 2),
 ]
 
 
@@ -229,9 +230,9 @@ TIED = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(22))
 def test_a_budget_is_kept_and_more_of_it_is_never_worse(seed):
-    objective, dispatch, nodes = [*MACHINES, *TIED][seed % 10]
+    objective, dispatch, nodes = [*MACHINES, *TIED][seed % 11]
     trace = noisy_trace(seed, num_experts=8, num_layers=3, num_tokens=400)
     cap = LoadCap(1.5, relative=True) if seed % 4 == 0 else None
     machine = topology.nodes_by_devices(nodes, 4)
@@ -335,6 +336,28 @@ def test_a_sample_of_tokens_chooses_and_the_whole_trace_judges(monkeypatch):
     assert exact <= sampled <= one.value(limits_search.start(one))
 
 
+@pytest.mark.parametrize("where", ["without limits", "within limits"])
+def test_ctrl_c_leaves_a_plan_within_the_budget(where, monkeypatch):
+    problem = from_random(Problem(noisy_trace(0), topology.flat(3), "rows"), 0, 3)
+    search = limits_search.search
+
+    def stopped(*arguments):
+        yield next(iter(search(*arguments)))
+        raise KeyboardInterrupt
+
+    def tell(progress) -> None:
+        if progress.stage.startswith(where):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(limits_search, "search", stopped)
+    with pytest.raises(solve.Interrupted) as stop:
+        solve.solve_problem(problem, 0, 5.0, tell if where == "without limits" else None)
+    placement, report = stop.value.solution
+    assert problem.previous.moved(placement) <= 3
+    assert report.interrupted
+    assert report.objective == pytest.approx(problem.value(placement.device_LE), rel=1e-12)
+
+
 def test_bytes_of_a_budget():
     assert MoveBudget.parse("2GB").bytes(10**12) == 2 * 10**9
     assert MoveBudget.parse("1.5mb").bytes(10**12) == 1_500_000
@@ -383,6 +406,9 @@ def test_the_command_moves_what_it_may_and_says_what_more_would_bring(trace_path
     assert answer["move"]["budget_bytes"] == 4000
     assert answer["tradeoff"][0][0] == 0
     assert answer["objective"] <= answer["greedy"]
+    origin = Plan.read(out).provenance
+    assert origin["previous_digest"] == Plan.read(old).digest
+    assert origin["moves_allowed"] == 4
     page = tmp_path / "p.html"
     assert run("solve", trace_path, *words, f"--out={out}", f"--report={page}") == 0
     text = capsys.readouterr().out
@@ -400,6 +426,9 @@ def test_the_command_moves_what_it_may_and_says_what_more_would_bring(trace_path
         (("--previous=OLD", "--expert-bytes=0"), "expert_bytes"),
         (("--previous=OLD", "--devices=2"), "previous num_devices"),
         (("--previous=missing.json",), "does not exist"),
+        (("--previous=OLD", "--report=OLD"), "is the previous as well"),
+        (("--previous=OLD", "--move-budget=10%%"), "move_budget"),
+        (("--pin=0:0",), "neither a triple nor a file"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(words, message, trace_path, tmp_path, capsys):
@@ -410,6 +439,20 @@ def test_what_cannot_be_counted_is_refused(words, message, trace_path, tmp_path,
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("words", ["--previous=OLD", "--pin=0:0:0"])
+def test_counts_refuse_what_they_cannot_keep(words, tmp_path, capsys):
+    counts, old, out = tmp_path / "logical_count.npz", tmp_path / "old.json", tmp_path / "new.json"
+    np.savez(counts, logical_count=np.ones((4, 3, 8), np.int64))
+    Plan(Placement.contiguous(3, 8, 4)).write(old)
+    more = ("--devices=4", "--objective=load", f"--out={out}")
+    assert run("solve", counts, *more) == 0
+    out.unlink()
+    capsys.readouterr()
+    assert run("solve", counts, *more, words.replace("OLD", str(old))) == 1
+    assert words.split("=")[0][2:] in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -40,7 +40,19 @@ def provenance(
         "gap": report.gap,
         "seconds": report.seconds,
         **({"interrupted": True} if report.interrupted else {}),
+        **_limits(problem),
     }
+
+
+def _limits(problem: Problem) -> dict[str, Any]:
+    """The plan that was in use, what might move away from it, and how many pins there are."""
+    origin: dict[str, Any] = {}
+    if problem.previous is not None:
+        origin["previous_digest"] = problem.previous.placement.digest
+        origin["moves_allowed"] = problem.previous.moves
+    if problem.pins is not None:
+        origin["pins"] = int(problem.pins.held_LEM.sum())
+    return origin
 
 
 def step(problem: Problem, placement: Placement, judge: Trace | None) -> str:
