@@ -23,6 +23,7 @@ import numpy as np
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import shares
+from moe_jax.placement.formats import raw
 from moe_jax.routing import checks
 
 FORMAT = "moe_jax.placement"
@@ -318,7 +319,8 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise Refused("plan", str(path), "the file does not exist", "Give the path of a plan .json")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        text = path.read_text(encoding="utf-8")
+        fields = json.loads(text, parse_constant=_no_constant, parse_float=raw.finite)
     except (ValueError, RecursionError, OSError) as error:
         why = " ".join(str(error).split())[:120]
         raise Refused(

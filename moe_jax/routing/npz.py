@@ -15,7 +15,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -73,8 +73,8 @@ def read_npz(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, np.n
 
 def _read_member(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> np.ndarray:
     info = archive.getinfo(name)
-    room = min(info.compress_size, path.stat().st_size) * MAX_DEFLATE_RATIO + 1024
-    if info.file_size > room:
+    room = info.compress_size * MAX_DEFLATE_RATIO + 1024
+    if info.compress_size > path.stat().st_size or info.file_size > room:
         raise Refused(
             name,
             info.file_size,
@@ -114,8 +114,21 @@ def read_npy(path: str | os.PathLike) -> np.ndarray:
         ) from error
 
 
-def _read_array(file: IO[bytes] | io.BufferedIOBase, name: str, file_size: int) -> np.ndarray:
+class _Within:
+    """A file that is never asked for more than is left of it: a read allocates what it asks for."""
+
+    def __init__(self, file: IO[bytes] | io.BufferedIOBase, size: int):
+        self._file, self.left = file, size
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(min(size, self.left))
+        self.left -= len(data)
+        return data
+
+
+def _read_array(whole: IO[bytes] | io.BufferedIOBase, name: str, file_size: int) -> np.ndarray:
     """One npy array of `file_size` bytes, its header included."""
+    file: Any = _Within(whole, file_size)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise Refused(name, version, "npy version 1 or 2 is read", "Save it with numpy.savez")
@@ -133,11 +146,11 @@ def _read_array(file: IO[bytes] | io.BufferedIOBase, name: str, file_size: int) 
             "Save plain integer, float or string arrays",
         )
     size = math.prod(shape) * dtype.itemsize
-    if any(n < 0 for n in shape) or size != file_size - file.tell():
+    if any(n < 0 for n in shape) or size != file.left:
         raise Refused(
             f"{name} shape",
             shape,
-            f"{size} bytes claimed, {file_size - file.tell()} present",
+            f"{size} bytes claimed, {file.left} present",
             "Record the trace again: the file is truncated or its header is damaged",
         )
     data = np.empty(size, np.uint8)

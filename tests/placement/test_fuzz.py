@@ -383,7 +383,27 @@ def overlapping(content: bytes) -> bytes:
     return out.getvalue()
 
 
+def lying(content: bytes, field: int, name: bytes) -> bytes:
+    """A directory entry whose packed (field 20) or unpacked (24) size is two gigabytes."""
+    at = content.rindex(b"PK\x01\x02", 0, content.rindex(name))
+    data = bytearray(content)
+    data[at + field : at + field + 4] = struct.pack("<I", 2**31 - 1)
+    return bytes(data)
+
+
+def long_header(content: bytes) -> bytes:
+    """An npy array, version 2, whose header claims to be four gigabytes long."""
+    return content[:6] + b"\x02\x00" + b"\xff" * 4 + content[10:]
+
+
 BOMBS = {
+    "packed-size.pt": lying(torch_counts(None), 20, b"dump/data/0"),
+    "unpacked-size.pt": lying(torch_counts(None), 24, b"dump/data.pkl"),
+    "packed-size.npz": lying(npz(expert_ids=ids_LTK()), 20, b"expert_ids.npy"),
+    "unpacked-size.npz": lying(npz(expert_ids=ids_LTK()), 24, b"expert_ids.npy"),
+    "header.npy": long_header(npy(ids_LTK())),
+    "text.pt": tb.archive(b"X\xff\xff\xff\x7f"),
+    "memo.pt": tb.archive(b"Nr\xff\xff\xff\x7f" * 10 + b"]"),
     "zeros.npz": bomb(2**28),
     "zeros-of-sglang.npz": bomb(2**28, "topk_ids_of_layer.npy"),
     "overlapping.pt": overlapping(bytes(50_000)),
@@ -407,6 +427,18 @@ def test_bombs_do_not_go_off(name, tmp_path):
     finally:
         tracemalloc.stop()
     assert isinstance(answer, Refused)
+
+
+@pytest.mark.parametrize("name", ["own.json", "homes.json"])
+def test_numbers_beyond_floats_are_refused(name, tmp_path):
+    """They would be read as infinite, and could not be written again."""
+    content = SEEDS[name](tmp_path).replace(b'"seed": 0', b'"seed": 1e999')
+    (tmp_path / name).write_bytes(content.replace(b'"b": 0.5', b'"b": 1e999'))
+    with pytest.raises(Refused, match="1e999 is too large"):
+        read(name, tmp_path / name)
+    if name == "own.json":
+        with pytest.raises(Refused, match="1e999 is too large"):
+            Plan.read(tmp_path / name)
 
 
 HOSTILE = "\x1b[31m\nrefused: nothing\r" + "x" * 10_000

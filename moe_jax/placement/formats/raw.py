@@ -5,6 +5,7 @@ before it is read, and nothing that a file claims about its own size is believed
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -45,9 +46,14 @@ def decode(data: bytes, where: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """JSON without NaN, Infinity or a key that stands twice in one object."""
+    """JSON without NaN, Infinity (1e999 either) or a key that stands twice in one object."""
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+        return json.loads(
+            text,
+            parse_constant=_no_constant,
+            parse_float=finite,
+            object_pairs_hook=_no_key_twice,
+        )
     except (ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:120]
         raise Refused(
@@ -141,6 +147,14 @@ def _name(field: str, at: int, shape: Sequence[int]) -> str:
     """`field[1][2]` of the entry number `at` in reading order."""
     index = np.unravel_index(at, tuple(shape)) if shape else ()
     return field + "".join(f"[{int(i)}]" for i in index)
+
+
+def finite(text: str) -> float:
+    """A JSON number; one too large for a float cannot be written again."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
 
 
 def _no_constant(name: str) -> float:

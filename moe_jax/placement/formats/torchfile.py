@@ -78,6 +78,8 @@ class _Archive:
         info = self._archive.getinfo(f"{self._folder}/{name}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise Refused(name, "packed", "torch.save stores its members unpacked", _FIX)
+        if info.compress_size != info.file_size:  # zipfile would ask for as much
+            raise Refused(name, info.compress_size, f"{info.file_size} bytes unpacked", _FIX)
         if info.file_size > self.left:
             raise Refused(name, info.file_size, f"{self.left} bytes of the file are left", _FIX)
         self.left -= info.file_size
