@@ -187,24 +187,36 @@ def _best_swap(
     problem: Problem, layer: int, device_E: np.ndarray, everywhere: bool
 ) -> tuple[float, int, int]:
     """The value after the best swap of all, or of those inside a node, and its two experts."""
-    devices, node_M = problem.num_devices, problem.topology.node_M
-    load_E, label_E = problem.load_LE[layer], node_M[device_E]
+    label_E = problem.topology.node_M[device_E]
     apart_EE = device_E[:, None] != device_E[None, :]
     if not everywhere:
         apart_EE &= label_E[:, None] == label_E[None, :]
     e_P, f_P = np.nonzero(np.triu(apart_EE))
     if not e_P.size:
         return np.inf, 0, 0
+    score_P = swap_values(problem, layer, device_E, e_P, f_P)
+    best = int(score_P.argmin())
+    return float(score_P[best]), int(e_P[best]), int(f_P[best])
+
+
+def swap_values(
+    problem: Problem, layer: int, device_E: np.ndarray, e_P: np.ndarray, f_P: np.ndarray
+) -> np.ndarray:
+    """float64 [P]: the objective of a layer after swapping e and f; inf above its load cap."""
+    devices, load_E = problem.num_devices, problem.load_LE[layer]
     load_PM = np.tile(np.bincount(device_E, weights=load_E, minlength=devices), (len(e_P), 1))
     pair = np.arange(len(e_P))
     load_PM[pair, device_E[e_P]] += load_E[f_P] - load_E[e_P]
     load_PM[pair, device_E[f_P]] += load_E[e_P] - load_E[f_P]
-    touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
-    node_PN = _swapped_nodes(problem, layer, label_E, e_P, f_P)
-    score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
+    if problem.objective == "load":
+        mean = max(float(load_E.sum()) / devices, 1e-300)
+        score_P = (load_PM / problem.topology.speed_M).max(axis=1) / mean
+    else:
+        touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
+        node_PN = _swapped_nodes(problem, layer, problem.topology.node_M[device_E], e_P, f_P)
+        score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
     score_P[problem.over(layer, load_PM)] = np.inf
-    best = int(score_P.argmin())
-    return float(score_P[best]), int(e_P[best]), int(f_P[best])
+    return score_P
 
 
 def _swapped_nodes(problem: Problem, layer: int, node_E, e_P, f_P) -> np.ndarray:

@@ -77,6 +77,7 @@ class Problem:
     pins: Pins | None = None
     previous: Previous | None = None
     dispatcher: str = "uniform"
+    steady: float = 0.0  # of a mean device's load, given up for loads that stay even (steady.py)
 
     def __post_init__(self):
         for field, allowed in (("objective", OBJECTIVES), ("dispatch", cost.DISPATCHES)):
@@ -97,6 +98,8 @@ class Problem:
         if self.objective == "moetuner" and not self.even_speed:
             rule = "MoETuner's stages are for devices of one speed"
             raise Refused("objective", "moetuner", rule, "Use --objective=seconds")
+        if not 0 <= self.steady < 1:
+            raise Refused("steady", self.steady, "a share, at least 0 and below 1", "Use 0.003")
         if self.objective == "moetuner" and self.has_replicas:
             raise Refused(
                 "num_slots",

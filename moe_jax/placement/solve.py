@@ -2,7 +2,8 @@
 
     Solution = solve(trace, topology, objective=..., dispatch=..., seed=..., time_limit=...)
 
-Anytime: greedy answers in milliseconds, everything after only replaces it by something better.
+Anytime: greedy answers in milliseconds, everything after only replaces it by something better; but
+for the last step, which gives a little up where `Problem.steady` asks for it (steady.py).
 Seeded and deterministic, unless the time limit cuts the search short (`Report.finished` says so).
 Ctrl-C ends the search with `Interrupted`, which carries the best placement so far.
 The bound is proven (bounds.py, or an integer program that ran to its end) and never above the
@@ -35,6 +36,7 @@ from moe_jax.placement import (
     relax,
     starts,
     with_copies,
+    steady,
 )
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits import slots
@@ -49,6 +51,7 @@ from moe_jax.routing.trace import Trace
 BOUND_SHARE = 0.3  # of the time, at most
 FIRST_SHARE = 0.5  # of the time, at most, for descent before the bound (coherent seconds)
 FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
+STEADY_SHARE, STEADY_MOST = 0.3, 5.0  # of the search's time, and seconds, for steady.py
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
 INTERRUPTED = "interrupted: the best so far"
 
@@ -386,14 +389,28 @@ class _Run:
         if problem.objective == "hops":
             self._fewest_hops(deadline)
             return
-        for device_LE in _steps(problem, self.best_LE, rng, deadline):
+        kept = min(STEADY_SHARE * (deadline - time.monotonic()), STEADY_MOST)
+        searched = deadline - kept if problem.steady else deadline
+        for device_LE in _steps(problem, self.best_LE, rng, searched):
             self.offer("search", device_LE)
         self._whole(deadline)
+        self._steady(seed, deadline)
         if problem.separable and problem.trace.num_layers > 1:
             labelled_LE = _labelled(problem, self.best_LE)
             if not problem.labels_count or problem.value(labelled_LE) <= self.best:
                 self.best_LE = labelled_LE
         self.finished = time.monotonic() < deadline
+
+    def _steady(self, seed: int, deadline: float) -> None:
+        """Gives up a share of the objective for loads that stay even (steady.py)."""
+        problem = self._problem
+        if not problem.steady:
+            return
+        steady_LE = steady.steadied(problem, self.best_LE, seed, deadline)
+        if steady_LE is None or not problem.all_allowed(steady_LE):
+            return
+        self.best, self.best_LE = problem.value(steady_LE), steady_LE
+        self._remember()
 
     def solution(self, note: str, value_B: np.ndarray | None = None) -> Solution:
         problem = self._problem

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, trace: Trace, halves: Halves) -> str:
         if cap != "none":
             LoadCap.parse(cap)
     work = options_lib.work_of(options)
-    like = Problem(trace, topology_lib.flat(1), options.objective, work=work)
+    like = Problem(trace, topology_lib.flat(1), options.objective, work=work, steady=options.steady)
     with Ticker() as ticker:
         lines = every_lib.lines(
             halves,

@@ -115,6 +115,15 @@ def objective_options(command: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, default=60.0, help="seconds; 0 is greedy only (default 60)"
     )
     group.add_argument("--seed", type=int, default=0, help="of the halves and of the search")
+    group.add_argument(
+        "--steady",
+        type=float,
+        default=0.003,
+        metavar="SHARE",
+        help="for seconds and load: give up so much of a mean device's time on the planning "
+        "sequences for loads that stay even on others, told by resampling (default 0.003; 0: "
+        "the best on the planning sequences)",
+    )
 
 
 def problem_of(
@@ -130,6 +139,7 @@ def problem_of(
         LoadCap.parse(options.load_cap) if options.load_cap else None,
         options.slots,
         dispatcher=options.dispatcher,
+        steady=options.steady,
     )
 
 
