@@ -35,8 +35,8 @@ from moe_jax.placement import (
     moetuner_search,
     relax,
     starts,
-    with_copies,
     steady,
+    with_copies,
 )
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits import slots
