@@ -246,7 +246,7 @@ def test_alignment_is_the_best_relabelling(nodes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "hops"}, "objective"),
+        ({"objective": "jumps"}, "objective"),
         ({"dispatch": "shuffled"}, "dispatch"),
         ({"objective": "rows", "dispatch": "gathered"}, "same rows under every placement"),
         ({"time_limit": -1}, "time_limit"),
