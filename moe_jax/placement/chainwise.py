@@ -3,8 +3,8 @@
 `transitions`: annealed copies (anneal.py), greedy sweeps and shakes of the best so far, each layer
 exactly re-assigned until nothing improves, all partitions into a pool, the best chain through the
 pool by dynamic programming (chain.py). A load cap does not depend on labels (which only go to
-devices of the same speed), so a chain of layers
-that keep it keeps it. On several equal nodes the nodes come first, then the devices inside each.
+devices of the same speed), so a chain of layers that keep it keeps it. On several equal nodes the
+nodes come first, then the devices inside each.
 """
 
 import dataclasses
