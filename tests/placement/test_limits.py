@@ -11,10 +11,11 @@ import pytest
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import baselines, relax, solve, topology
-from moe_jax.placement.limits import chained, knapsack, nearest, swaps
+from moe_jax.placement.limits import chained, knapsack, nearest, paths, swaps
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits.menu import Border, extended
 from moe_jax.placement.limits.nearest import Within
+from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import MoveBudget, Previous, arrivals_L
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
@@ -192,6 +193,39 @@ def test_a_menu_holds_exact_values_and_nothing_that_is_beaten():
     assert menu.moves_C[0] == 0
     assert (np.diff(menu.moves_C) > 0).all()
     assert (np.diff(menu.value_C) < 0).all()
+
+
+def test_a_descent_knows_the_moves_of_every_neighbour_it_offers():
+    problem = Problem(noisy_trace(2, num_experts=8), topology.flat(4), "rows")
+    old_E, start_E = baselines.random(2, 8, 4, 1)
+    border = Border(problem, 0, old_E)
+    border.descend(start_E, 0.0, np.inf)
+    for moves, (value, device_E) in border._best.items():
+        assert moves == (device_E != old_E).sum()
+        assert value == pytest.approx(problem.layer_value(0, device_E), rel=1e-12)
+
+
+def test_gains_of_swaps_along_the_chain_are_what_it_keeps_more():
+    trace = noisy_trace(3, num_experts=8, num_layers=3)
+    pin_LEM = np.zeros((3, 8, 4), bool)
+    device_LE = baselines.random(3, 8, 4, 7)
+    pin_LEM[1, 5, device_LE[1, 5]] = True
+    machine = topology.nodes_by_devices(2, 4)
+    problem = Problem(trace, machine, "exflow", load_cap=LoadCap(2.0), pins=Pins(pin_LEM))
+    device_LE = np.where([[False], [True], [False]], device_LE, problem.balanced_LE)
+    chain = problem.chain(problem.top1_LEE)
+    gain_EE = paths.gains_EE(problem, chain, device_LE, 1)
+    kept = []
+    for e, f in np.ndindex(8, 8):
+        after_LE = device_LE.copy()
+        after_LE[1, [e, f]] = after_LE[1, [f, e]]
+        if device_LE[1, e] == device_LE[1, f] or not problem.allowed(1, after_LE[1]):
+            assert gain_EE[e, f] == -np.inf
+            continue
+        kept.append((e, f))
+        more = chain.value(after_LE) - chain.value(device_LE)
+        assert gain_EE[e, f] == pytest.approx(more, abs=1e-9)
+    assert 0 < len(kept) < 8 * 6  # some are allowed, and pin and cap forbid some
 
 
 # The whole

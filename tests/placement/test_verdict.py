@@ -326,6 +326,10 @@ def test_copies_are_sent_from_the_node_and_from_who_sent_least_by_hand():
     found = move_lib.move(before, after, topology.nodes_by_devices(2, 4), 9_000_000)
     assert (found.experts, found.of_experts, found.bytes) == (3, 8, 27_000_000)
     assert found.seconds == pytest.approx(9e6 / 450e9 + 5e-6)  # all inside a node, one each way
+    both = Placement(np.array([[0, 1, 0, 1, 2, 3, 2, 3]]), 4, 4)
+    apart = Placement(np.array([[0, 1, 0, 1, 0, 3, 2, 1]]), 4, 4)
+    found = move_lib.move(both, apart, topology.flat(4), 9_000_000)
+    assert found.seconds == pytest.approx(9e6 / 450e9 + 5e-6)  # one from each that has them
     far = Placement(np.array([[0, 1, 2, 3, 0, 1, 0, 1]]), 4, 4)
     back = Placement(np.array([[0, 1, 2, 3, 0, 2, 1, 3]]), 4, 4)
     found = move_lib.move(far, back, topology.nodes_by_devices(2, 4), 9_000_000)
