@@ -256,6 +256,8 @@ def _with_replicas(
     history, stopped = [(time.monotonic() - started, best.value, bound)], None
     try:
         for base in run.bases:
+            if len(history) > 1 and time.monotonic() >= deadline:
+                break  # filling and counting another one takes a time of its own
             share = run.base_share * time_limit
             device_LE = solve_problem(base, seed, share, progress).placement.device_LE
             for best in run.filled(device_LE.astype(np.int64), seed, deadline):
