@@ -67,6 +67,18 @@ class Chain:
     def likeness_MM(self) -> np.ndarray:
         return likeness(self.nodes, self.node_likeness)
 
+    @functools.cached_property
+    def alike_nodes(self) -> list[tuple[int, int, np.ndarray | None]]:
+        """Nodes that may change places, and which of their devices may not (None: all may)."""
+        nodes, found = self.nodes, []
+        kind_M = np.zeros(nodes.devices, np.int64) if self.kind_M is None else self.kind_M
+        for node, group in np.ndindex(nodes.count, nodes.count):
+            here_D, there_D = kind_M[nodes.inside(node)], kind_M[nodes.inside(group)]
+            if np.array_equal(np.sort(here_D), np.sort(there_D)):
+                apart_DD = here_D[:, None] != there_D
+                found.append((node, group, apart_DD if apart_DD.any() else None))
+        return found
+
     def value(self, device_LE: np.ndarray) -> float:
         """What the labels keep."""
         like_LEE = self.likeness_MM[device_LE[:-1, :, None], device_LE[1:, None, :]]
@@ -213,23 +225,20 @@ class _Labels:
 def _best_labels(chain: Chain, blocks_MM: np.ndarray) -> _Labels:
     """The device of each group of the later layer; blocks_MM [device before, group after]."""
     nodes, like = chain.nodes, chain.node_likeness
-    kind_M = np.zeros(nodes.devices, np.int64) if chain.kind_M is None else chain.kind_M
-    kinds = [np.sort(kind_M[nodes.node_M == node]) for node in range(nodes.count)]
+    if nodes.count == 1 and chain.kind_M is None:
+        return _assigned(blocks_MM)
     weight_NN = np.full((nodes.count, nodes.count), -np.inf)  # of nodes that are not alike
     inner: dict[tuple[int, int], _Labels] = {}
-    for node, group in np.ndindex(weight_NN.shape):
-        if not np.array_equal(kinds[node], kinds[group]):
-            continue
-        here, there = nodes.node_M == node, nodes.node_M == group
-        tile_DD = blocks_MM[np.ix_(here, there)]
-        alike_DD = kind_M[here][:, None] == kind_M[there]
-        inner[node, group] = labels = _assigned(np.where(alike_DD, tile_DD, -np.inf))
+    for node, group, apart_DD in chain.alike_nodes:
+        tile_DD = blocks_MM[nodes.inside(node), nodes.inside(group)]
+        free_DD = tile_DD if apart_DD is None else np.where(apart_DD, -np.inf, tile_DD)
+        inner[node, group] = labels = _assigned(free_DD)
         weight_NN[node, group] = (1 - like) * labels.kept + like * tile_DD.sum()
     outer = _assigned(weight_NN)
     device_M = np.empty(chain.num_devices, np.int64)
     for group, node in enumerate(outer.device_of_group_M):
         within_D = inner[node, group].device_of_group_M
-        device_M[nodes.node_M == group] = nodes.first_N[node] + within_D
+        device_M[nodes.inside(group)] = nodes.first_N[node] + within_D
     return _Labels(outer.kept, device_M)
 
 

@@ -71,6 +71,10 @@ class Nodes:
         entry_MN = self.relay(np.arange(self.devices)[:, None], np.arange(self.count))
         return np.bincount(entry_MN.ravel(), minlength=self.devices)
 
+    def inside(self, node: int) -> slice:
+        """The devices of a node."""
+        return slice(int(self.first_N[node]), int(self.first_N[node] + self.size_N[node]))
+
     def relay(self, home, node) -> np.ndarray:
         """int64: the device over which rows of `home` enter `node`; arrays that broadcast."""
         return np.asarray(self.first_N[node] + self.place_M[home] % self.size_N[node])
