@@ -210,6 +210,19 @@ def test_clusters_are_optimal_within_the_gap():
             assert best - 1e-6 <= off <= best * (1 + two_stages.GAP) + 1e-6
 
 
+def test_clusters_cut_short_are_no_worse_than_packing():
+    work_E = np.random.default_rng(1).lognormal(size=64)
+    for seconds in (0.05, 0.3):
+        cluster_E, _ = two_stages.clusters(work_E, 8, True, seconds)
+        packed_E = two_stages.packed(work_E, 8, True)
+        off = [
+            np.abs(np.bincount(one_E, weights=work_E) - work_E.sum() / 8).sum()
+            for one_E in (cluster_E, packed_E)
+        ]
+        assert off[0] <= off[1]
+        assert np.bincount(cluster_E).tolist() == [8] * 8
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_clusters_cut_short_are_packed(equal):
     work_E = np.random.default_rng(0).lognormal(size=64)
