@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import Refused
-from moe_jax.placement import cost, solve, spare, topology
+from moe_jax.placement import cost, solve, spare, topology, with_copies
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import synthetic
@@ -44,7 +44,7 @@ def within_reach(problem: Problem) -> Problem:
     if not problem.has_replicas or problem.load_cap is None:
         return problem
     try:
-        spare.caps(problem, spare.balanced(problem))
+        with_copies.begin(problem)
     except Refused as refused:
         (offered,) = re.findall(r"Use ([\d.]+) or more", str(refused))
         return dataclasses.replace(problem, load_cap=LoadCap(float(offered)))
