@@ -145,7 +145,8 @@ def holds_LEM(placement: Placement) -> Bool[np.ndarray, "L E M"]:
     layers, slots = placement.physical_to_logical_LP.shape
     held_LEM = np.zeros((layers, placement.num_experts, placement.num_devices), bool)
     device_P = np.arange(slots) // placement.slots_per_device
-    held_LEM[np.arange(layers)[:, None], placement.physical_to_logical_LP, device_P] = True
+    layer, slot = np.nonzero(placement.physical_to_logical_LP >= 0)  # uneven groups: -1 is empty
+    held_LEM[layer, placement.physical_to_logical_LP[layer, slot], device_P[slot]] = True
     return held_LEM
 
 
