@@ -43,6 +43,9 @@ examples:
       --load-cap=1.1 --out=plan.json
   # one spare slot on every device, for copies of experts
   python -m moe_jax.placement solve trace.npz --devices=8 --slots=40 --out=plan.json
+  # start from the plan in use, move a tenth of the experts at most, keep one where it is
+  python -m moe_jax.placement solve trace.npz --devices=8 --previous=old_plan.json \\
+      --move-budget=10% --pin='*:0:0' --out=plan.json
   # what would it bring, against what everybody else does? with a page to look at
   python -m moe_jax.placement compare trace.npz --devices=8 --report=page.html
   # is the planner better than every baseline in every dispatch, on these machines?

@@ -316,13 +316,13 @@ def _restricted_replicas(
         raise Refused("load_cap", str(problem.load_cap), rule, "Allow more load, or more moves")
     seconds = time.monotonic() - started
     finished = report is not None and report.finished and seconds < time_limit
-    note = "no bound is proven for replicas" if report is None else report.note
+    bound, note = with_copies.lower_bound(problem)
     done = Report(
         objective_name=problem.objective,
         dispatch=problem.dispatch,
         unit=UNITS[problem.objective],
         objective=value,
-        bound=0.0 if report is None else min(report.bound, value),
+        bound=min(bound, value),
         greedy=first,
         seconds=seconds,
         finished=finished,

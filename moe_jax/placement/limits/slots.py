@@ -29,7 +29,7 @@ from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.routing.trace import Trace
 
-CHOOSING, JUDGING = 2048, 16384  # tokens that a next stop is chosen by, and valued by
+CHOOSING, JUDGING = 2048, 8192  # tokens that a next stop is chosen by, and valued by
 NEXT = 6  # next stops that are looked at
 STOPS = 10  # stops of a path that are valued
 
@@ -76,11 +76,10 @@ def search(
         now = time.monotonic()
         share = now + (deadline - now) / (len(held_LEM) - layer)
         one = _Layer(problem, layer, cap_L[layer])
-        stops = one.stops(held_EM, ends, share)
-        count = np.array([(stop_EM & ~old_LEM[layer]).sum() for stop_EM in stops])
+        stops, worth = one.valued(held_EM, ends, share)
         options.append(stops)
-        moves.append(count)
-        values.append(np.array([one.value(stop_EM) for stop_EM in stops]))
+        moves.append(np.array([(stop_EM & ~old_LEM[layer]).sum() for stop_EM in stops]))
+        values.append(np.array(worth))
     most = int(sum(count.max() for count in moves))
     table = knapsack.apart(values, moves, most)
     choice = table.choice(most if problem.previous is None else problem.previous.moves)
@@ -160,14 +159,27 @@ class _Layer:
         self._choosing = _alone(problem, layer, CHOOSING)
         self._judging = _alone(problem, layer, JUDGING)
 
+    def valued(self, held_EM: np.ndarray, ends: list[np.ndarray], deadline: float):
+        """The layer itself, the ends and stops on the ways to them, and what they are worth.
+
+        At the deadline those that are not valued yet are left out, all but the layer itself.
+        """
+        now = time.monotonic()
+        stops = self.stops(held_EM, ends, now + (deadline - now) / 2)
+        worth: list[float] = []
+        for stop_EM in stops:
+            if worth and time.monotonic() >= deadline:
+                break
+            worth.append(self.value(stop_EM))
+        return stops[: len(worth)], worth
+
     def stops(self, held_EM: np.ndarray, ends: list[np.ndarray], deadline: float):
-        """The layer itself, and stops on the ways to the ends."""
-        found, rng = [held_EM], np.random.default_rng(self._layer)
+        """The layer itself, the ends, and stops on the ways to the ends."""
+        found, rng = [held_EM, *ends], np.random.default_rng(self._layer)
         for end_EM in ends:
             way = list(path(held_EM, end_EM, lambda s: self._best(s, deadline), rng))
-            if way:
-                at = np.unique(np.linspace(0, len(way) - 1, STOPS).round().astype(int))
-                found += [way[n] for n in at]
+            at = np.unique(np.linspace(0, max(len(way) - 2, 0), STOPS).round().astype(int))
+            found += [way[n] for n in at if n < len(way) - 1]
         return found
 
     def value(self, held_EM: np.ndarray) -> float:
