@@ -47,6 +47,20 @@ def test_every_swap_is_counted_exactly(nodes, top_k, layer):
         )
 
 
+def test_swaps_that_break_a_cap_count_as_infinite():
+    problem = made(1, cap="1.02x")
+    device_LE = problem.balanced_LE.astype(np.int64)
+    e_P, f_P = np.nonzero(np.triu(device_LE[1][:, None] != device_LE[1][None, :]))
+    value_P = coherent_seconds.model(problem).swaps(device_LE, 1, e_P, f_P)
+    allowed = []
+    for e, f in zip(e_P, f_P, strict=True):
+        other_LE = device_LE.copy()
+        other_LE[1, [e, f]] = device_LE[1, [f, e]]
+        allowed.append(problem.all_allowed(other_LE))
+    assert not all(allowed)
+    np.testing.assert_array_equal(np.isfinite(value_P), allowed)
+
+
 def test_swaps_in_several_chunks_and_totals(monkeypatch):
     problem = made(2, 2)
     device_LE = baselines.random(4, 8, 4, 0)
