@@ -20,9 +20,11 @@ import time
 import numpy as np
 from scipy import optimize
 
-from moe_jax.placement import ilp
+from moe_jax.placement import ilp, priced
 from moe_jax.placement import nodes as nodes_lib
 from moe_jax.placement.nodes import DevicesPerNode, Nodes
+
+LARGE = 100  # variables of a layer above which caps are priced, not programmed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -253,6 +255,11 @@ def _reassigned(chain: Chain, benefit_EM, layer: int, now_E: np.ndarray, deadlin
     cap_M = chain.cap_LM[layer]
     if not np.isfinite(cap_M).any():
         return ilp.assign(benefit_EM)
+    if time.monotonic() >= deadline:
+        return now_E
+    if benefit_EM.size > LARGE:
+        new_E = priced.assign(benefit_EM, chain.load_LE[layer], cap_M)
+        return now_E if new_E is None else new_E
     left = min(deadline - time.monotonic(), 1.0)
     new_E = ilp.assign_capped(benefit_EM, chain.load_LE[layer], cap_M, left) if left > 0 else None
     return now_E if new_E is None else new_E

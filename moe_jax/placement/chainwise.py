@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import anneal, clusters, ilp
+from moe_jax.placement import anneal, clusters, ilp, priced
 from moe_jax.placement import chain as chain_lib
 from moe_jax.placement.problem import Problem
 
@@ -21,6 +21,7 @@ POOL = 48
 COPIES = 12  # annealed side by side, at most
 SWEEPS = (1000, 400)  # of an annealing from hot, and from warm
 WARM = (0.2, 0.1, 0.05)  # first temperatures from the best so far
+ANNEALED = 1024  # variables of a layer above which caps are met by sweeps and shakes first
 SWEPT = 4  # greedy sweeps of a round without annealing, and as many shakes of the best so far
 ROUNDS = 200
 PATIENCE = 6  # rounds without gain after which the search ends
@@ -39,7 +40,10 @@ def transitions(
         nested_LE = _nested(chain, rng, now + NESTED_SHARE * (deadline - now))
         yield nested_LE
         device_LE = max(device_LE, nested_LE, key=chain.value)
-    yield from Search(chain, problem.balanced_LE if capped else None, rng).run(device_LE, deadline)
+    size = problem.trace.num_experts * problem.num_devices
+    large = capped and size > ANNEALED
+    even_LE = problem.balanced_LE if capped else None
+    yield from Search(chain, even_LE, rng, large=large).run(device_LE, deadline)
 
 
 def _nested(chain: chain_lib.Chain, rng: np.random.Generator, deadline: float) -> np.ndarray:
@@ -82,12 +86,14 @@ class Search:
       even_LE: labels within the caps; None where there are none.
       rng: of everything.
       own_LEE: what annealing keeps together within a layer, or None.
+      large: layers are so large that annealing is slow beside re-assignment under caps.
     """
 
     chain: chain_lib.Chain
     even_LE: np.ndarray | None
     rng: np.random.Generator
     own_LEE: np.ndarray | None = None
+    large: bool = False
 
     def run(self, device_LE: np.ndarray, deadline: float) -> Iterator[np.ndarray]:
         """Yields better and better labels, beginning with `device_LE` made better."""
@@ -121,11 +127,12 @@ class Search:
                 yield new_LE
 
     def copies(self, best_LE: np.ndarray, number: int, deadline: float) -> list[np.ndarray]:
-        """Where the labels of a round come from. Under a cap only annealing is fast enough."""
+        """Where the labels of a round come from. Under a cap annealing finds more."""
         turn = number % (1 + len(WARM))
-        if self.even_LE is None and turn < len(WARM):
-            swept = [chain_lib.sweep(self.chain, self.start()[0], deadline) for _ in range(SWEPT)]
-            return swept + [_shaken(best_LE, self.rng) for _ in range(SWEPT)]
+        if (self.even_LE is None or self.large) and turn < len(WARM):
+            count = 1 if self.large else SWEPT
+            swept = [chain_lib.sweep(self.chain, self._first(), deadline) for _ in range(count)]
+            return swept + [_shaken(best_LE, self.rng) for _ in range(count)]
         return self.annealed(best_LE, number, deadline)
 
     def annealed(self, best_LE: np.ndarray, number: int, deadline: float) -> list[np.ndarray]:
@@ -135,7 +142,7 @@ class Search:
         if turn == 0:
             start_BLE, hot, sweeps = np.tile(self.start(), (copies, 1, 1)), anneal.HOT, SWEEPS[0]
         else:
-            warm = cycle if self.even_LE is None else turn - 1
+            warm = cycle if self.even_LE is None or self.large else turn - 1
             start_BLE, hot = np.tile(best_LE, (copies, 1, 1)), WARM[warm % len(WARM)]
             sweeps = SWEEPS[1]
         experts = best_LE.shape[1]
@@ -147,6 +154,14 @@ class Search:
             )
         )
 
+    def _first(self) -> np.ndarray:
+        """int64 [E]: some labels of the first layer, within its cap."""
+        if self.even_LE is None:
+            return self.start()[0]
+        some_EM = self.rng.random(self.chain.keep_LEE.shape[1:2] + (self.chain.num_devices,))
+        found_E = priced.assign(some_EM, self.chain.load_LE[0], self.chain.cap_LM[0])
+        return self.even_LE[0] if found_E is None else found_E
+
     def start(self) -> np.ndarray:
         """int64 [L, E]: at random, or as even as can be where there are caps."""
         if self.even_LE is not None:
@@ -155,12 +170,13 @@ class Search:
         return clusters.random_starts(experts, self.chain.num_devices, layers, self.rng)
 
     def finished(self, device_LE: np.ndarray, deadline: float) -> np.ndarray:
-        """Within the caps; without any, every layer exactly re-assigned until nothing improves.
+        """Every layer re-assigned until nothing improves: exactly, under caps by prices."""
+        return self.within(chain_lib.alternate(self.chain, device_LE, deadline))
 
-        Under a cap a re-assignment is a program of its own, too slow to be made for every copy.
-        """
+    def within(self, device_LE: np.ndarray) -> np.ndarray:
+        """Layers above their cap replaced by the most even ones."""
         if self.even_LE is None:
-            return chain_lib.alternate(self.chain, device_LE, deadline)
+            return device_LE
         return np.where(self.chain.over_L(device_LE)[:, None], self.even_LE, device_LE)
 
 

@@ -204,13 +204,11 @@ class _Search(chainwise.Search):
         assert self.own_LEE is not None
         own_LEE = OWN[number % len(OWN)] * self.own_LEE
         found = dataclasses.replace(self, own_LEE=own_LEE).annealed(best_LE, number, deadline)
-        even = [super(_Search, self).finished(one_LE, deadline) for one_LE in found]
-        return sorted(even, key=self.chain.value, reverse=True)[:DESCENDED]
+        return sorted(map(self.within, found), key=self.chain.value, reverse=True)[:DESCENDED]
 
     def finished(self, device_LE: np.ndarray, deadline: float) -> np.ndarray:
-        even_LE = super().finished(device_LE, deadline)
         assert isinstance(self.chain, CoherentChain)
-        return descended(self.chain, even_LE, deadline)
+        return descended(self.chain, self.within(device_LE), deadline)
 
 
 def search(

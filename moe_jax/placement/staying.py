@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import copies, cost, shares, staying_program
+from moe_jax.placement import copies, shares, staying_program
 from moe_jax.placement.limits.previous import holds_LEM
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
@@ -53,23 +53,34 @@ class Counted:
 
 
 def counted(problem: Problem, placement: Placement) -> Counted:
-    """Counts best experts along their way for every home, the others once: shares ignore homes."""
-    ids_TLK, each = problem.trace.expert_ids_TLK, problem.topology.devices_per_node
+    """Counts best experts along their way from every home at once, and all others once.
+
+    The chance of a token to be on each device is carried from layer to layer: what has a copy
+    there stays, the rest of a node goes where its share says. So this is the mean over all homes.
+    """
+    ids_TLK, nodes = problem.trace.expert_ids_TLK, problem.topology.nodes
     tokens, layers, devices = len(ids_TLK), problem.trace.num_layers, problem.num_devices
-    nobody_T = np.zeros(tokens, np.int64)
+    nobody_T, position_T = np.zeros(tokens, np.int64), np.arange(tokens)
     load_LM, total = np.zeros((layers, devices)), 0.0
+    chance_TM, real_T = np.full((tokens, devices), 1.0 / devices), np.zeros(tokens, bool)
     for layer in range(layers):
-        device_TK = cost.devices_TK(ids_TLK, placement, layer, nobody_T, each)[:, 1:]
-        load_LM[layer] = np.bincount(device_TK[device_TK >= 0], minlength=devices)
-    for home_T in (homes := cost.homes(placement, tokens)):
-        before_T = np.full(tokens, cost.UNKNOWN)
-        steps = cost.walk(ids_TLK[:, :, :1], placement, "coherent", home_T, each)
-        for layer, step in enumerate(steps):
-            device_T = step.device_TK[:, 0]
-            load_LM[layer] += np.bincount(device_T[device_T >= 0], minlength=devices) / len(homes)
-            moved_T = (before_T >= 0) & (device_T >= 0)
-            total += problem.hop_MM[before_T[moved_T], device_T[moved_T]].sum() / len(homes)
-            before_T = device_T
+        rule = copies.candidates(placement, layer, problem.topology.devices_per_node)
+        assert isinstance(rule, copies.Stay)
+        slot_TK = rule.slots_TK(ids_TLK[:, layer], nobody_T, position_T)[:, 1:]
+        others = slot_TK[slot_TK >= 0] // placement.slots_per_device
+        load_LM[layer] = np.bincount(others, minlength=devices)
+        best_T = ids_TLK[:, layer, 0].astype(np.int64)
+        before_T, real_T = real_T, best_T < problem.trace.num_experts
+        best_T = np.where(real_T, best_T, 0)
+        leaving_TM = chance_TM * (real_T[:, None] & (rule.local_EM[best_T] < 0))
+        chance_TM = chance_TM - leaving_TM
+        part_T = shares.part_TK(position_T, 1)[:, 0]
+        for node in range(nodes.count):
+            to_T = rule.slot_NEW[node, best_T, part_T] // placement.slots_per_device
+            from_TM = leaving_TM * (nodes.node_M == node)
+            chance_TM[position_T, to_T] += from_TM.sum(axis=1)
+            total += (from_TM * problem.hop_MM.T[to_T])[before_T].sum()
+        load_LM[layer] += chance_TM[real_T].sum(axis=0)
     moves = max(problem.top1_LEE.sum(), 1.0)
     hops = float(len(problem.top1_LEE) * total / moves)
     return Counted(hops, load_LM, (load_LM / problem.topology.speed_M).max(axis=1))
@@ -193,27 +204,28 @@ class _State:
         return np.where(next_T[:, None] >= 0, near_EM[np.maximum(next_T, 0)], 0.0)
 
     def fill(self, layer: int, given: Given, deadline: float) -> None:
-        """The spare slots, by one program; by the most loaded experts where it finds nothing."""
+        """The spare slots, by one program; one by one where it is too large or finds nothing."""
         holds_EM = self.holds_LEM[layer]
-        wanted_E = np.maximum(given.stay_EM.sum(axis=1), given.others_E)
-        free_EM = np.zeros_like(holds_EM)
-        count = max(BINARIES // holds_EM.shape[1], 1)
-        free_EM[np.argsort(-wanted_E, kind="stable")[:count]] = True
-        free_EM &= ~holds_EM
-        answer = None
+        if holds_EM.size > BINARIES:
+            filled = (self._filled(given, holds_EM, rate) for rate in (given.stay_EM, None))
+            answers = [self.flows(given, one_EM) for one_EM in filled]
+            self.take(layer, max(answers, key=lambda answer: answer.value))
+            return
+        free_EM, answer = ~holds_EM, None
         if time.monotonic() < deadline:
             answer = staying_program.solve(given, self._nodes, holds_EM, free_EM, 2 * SECONDS)
         if answer is None:
-            answer = self.flows(given, self._filled(given, holds_EM))
+            answer = self.flows(given, self._filled(given, holds_EM, None))
         self.take(layer, answer)
 
-    def _filled(self, given: Given, holds_EM: np.ndarray) -> np.ndarray:
+    def _filled(self, given: Given, holds_EM: np.ndarray, rate_EM: np.ndarray | None):
+        """Where a copy rates most, device by device; by default the largest load per copy."""
         holds_EM = holds_EM.copy()
         load_E = given.here_EH.sum(axis=1) + given.others_E
         while (room_M := given.slots - holds_EM.sum(axis=0)).any():
             device = int(room_M.argmax())
-            share_E = load_E / holds_EM.sum(axis=1)
-            holds_EM[int(np.where(holds_EM[:, device], -1.0, share_E).argmax()), device] = True
+            rate_E = load_E / holds_EM.sum(axis=1) if rate_EM is None else rate_EM[:, device]
+            holds_EM[int(np.where(holds_EM[:, device], -1.0, rate_E).argmax()), device] = True
         return holds_EM
 
     def flows(self, given: Given, holds_EM: np.ndarray) -> Answer:

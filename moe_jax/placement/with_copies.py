@@ -103,7 +103,8 @@ def begin(problem: Problem) -> Run:
     count_seconds = time.monotonic() - started
     cap_L = spare.caps(problem, counted.largest_L)
     base = spare.without(problem)
-    if base.load_cap is not None:
+    large = problem.trace.num_experts * problem.num_devices > staying.BINARIES
+    if base.load_cap is not None and not large:  # large layers are filled without a program
         base = spare.without(dataclasses.replace(problem, load_cap=_wider(base.load_cap)))
     best, share = Valued(even, np.array([counted.hops])), staying.BASE_SHARE
     return Run(problem, best, cap_L, [base], share, count_seconds)
