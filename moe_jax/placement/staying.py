@@ -27,14 +27,14 @@ from moe_jax.placement.problem import Problem
 from moe_jax.placement.staying_program import Answer, Given
 
 AIM, LOWER = 0.993, 0.01  # of the cap: at first, and how much lower where it was missed
-SETTLED = 3  # passes over layers that missed their cap, at most
+SETTLED = 6  # passes over layers that missed their cap, at most
 FREED = 10  # experts of a layer placed anew at once
 BINARIES = 512  # of a program, at most
 SECONDS = 0.3  # of a program
 RELIEVED = 5  # times that a layer above its cap is placed anew
 SWEEPS = 40
 BASE_SHARE = 0.25  # of the time, for the plan without replicas
-WIDER = 1.1  # load cap of that plan, in caps
+WIDER, NARROWER = 1.1, 0.98  # load cap of that plan, in caps: as a rule, and of large layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +95,12 @@ def flows(problem: Problem, placement: Placement, cap_L: np.ndarray) -> Placemen
 
 
 def search(
-    problem: Problem, device_LE: np.ndarray, cap_L: np.ndarray, seed: int, deadline: float
+    problem: Problem,
+    device_LE: np.ndarray,
+    cap_L: np.ndarray,
+    seed: int,
+    deadline: float,
+    end: float,
 ) -> Iterator[Placement]:
     """Yields placements with all slots filled; the caller counts them and keeps what is better.
 
@@ -105,6 +110,7 @@ def search(
       cap_L: largest load of each layer.
       seed: of the experts that are freed.
       deadline: time.monotonic() after which the sweeps end.
+      end: and after which layers that miss their cap are left.
     """
     state = _State(problem, device_LE[:, :, None] == np.arange(problem.num_devices), cap_L)
     rng = np.random.default_rng(seed)
@@ -115,7 +121,9 @@ def search(
                 state.relieve(layer, given, rng, deadline)
             elif time.monotonic() < deadline:
                 state.improve(layer, given, rng, deadline)
-        yield state.settled(rng, deadline)
+            else:  # what came before it has changed
+                state.take(layer, state.flows(given, state.holds_LEM[layer]))
+        yield state.settled(rng, deadline, end)
         if time.monotonic() >= deadline:
             return
 
@@ -150,12 +158,12 @@ class _State:
             yield layer, self.given(layer, device_T)
             device_T = self._served(layer, device_T)
 
-    def settled(self, rng: np.random.Generator, deadline: float) -> Placement:
+    def settled(self, rng: np.random.Generator, deadline: float, end: float) -> Placement:
         """The placement, after new shares for layers that miss their cap as counted."""
         for _ in range(SETTLED):
             largest_L = counted(self._problem, placement := self.placement()).largest_L
             over_L = largest_L > self._cap_L * (1 + 1e-9)
-            if not over_L.any():
+            if not over_L.any() or time.monotonic() >= end:
                 break
             self.aim_L[over_L] -= LOWER
             for layer, given in self.walk():
@@ -207,26 +215,16 @@ class _State:
         """The spare slots, by one program; one by one where it is too large or finds nothing."""
         holds_EM = self.holds_LEM[layer]
         if holds_EM.size > BINARIES:
-            filled = (self._filled(given, holds_EM, rate) for rate in (given.stay_EM, None))
-            answers = [self.flows(given, one_EM) for one_EM in filled]
+            ways = (_kept(given, holds_EM), _relieved(given, holds_EM))
+            answers = [self.flows(given, one_EM) for one_EM in ways]
             self.take(layer, max(answers, key=lambda answer: answer.value))
             return
         free_EM, answer = ~holds_EM, None
         if time.monotonic() < deadline:
             answer = staying_program.solve(given, self._nodes, holds_EM, free_EM, 2 * SECONDS)
         if answer is None:
-            answer = self.flows(given, self._filled(given, holds_EM, None))
+            answer = self.flows(given, _relieved(given, holds_EM))
         self.take(layer, answer)
-
-    def _filled(self, given: Given, holds_EM: np.ndarray, rate_EM: np.ndarray | None):
-        """Where a copy rates most, device by device; by default the largest load per copy."""
-        holds_EM = holds_EM.copy()
-        load_E = given.here_EH.sum(axis=1) + given.others_E
-        while (room_M := given.slots - holds_EM.sum(axis=0)).any():
-            device = int(room_M.argmax())
-            rate_E = load_E / holds_EM.sum(axis=1) if rate_EM is None else rate_EM[:, device]
-            holds_EM[int(np.where(holds_EM[:, device], -1.0, rate_E).argmax()), device] = True
-        return holds_EM
 
     def flows(self, given: Given, holds_EM: np.ndarray) -> Answer:
         none_EM = np.zeros_like(holds_EM)
@@ -279,6 +277,32 @@ class _State:
             self._problem.num_devices,
             np.stack(self._share_LNP),
         )
+
+
+def _kept(given: Given, holds_EM: np.ndarray) -> np.ndarray:
+    """Spare slots filled with the copies that keep most, on devices that can bear those tokens."""
+    holds_EM, load_E = holds_EM.copy(), given.here_EH.sum(axis=1) + given.others_E
+    load_M = load_E @ (holds_EM / holds_EM.sum(axis=1, keepdims=True))
+    while (room_M := given.slots - holds_EM.sum(axis=0)).any():
+        fits_EM = load_M + given.here_EH <= given.cap_M
+        rate_EM = np.where(fits_EM, given.stay_EM, -given.here_EH)
+        rate_EM = np.where(holds_EM | (room_M == 0), -np.inf, rate_EM)
+        expert, device = np.unravel_index(int(rate_EM.argmax()), rate_EM.shape)
+        here = given.here_EH[expert, device]
+        load_M = load_M - here * holds_EM[expert] / holds_EM[expert].sum()
+        load_M[device] += here
+        holds_EM[expert, device] = True
+    return holds_EM
+
+
+def _relieved(given: Given, holds_EM: np.ndarray) -> np.ndarray:
+    """Spare slots filled with the experts that have the largest load per copy."""
+    holds_EM, load_E = holds_EM.copy(), given.here_EH.sum(axis=1) + given.others_E
+    while (room_M := given.slots - holds_EM.sum(axis=0)).any():
+        device = int(room_M.argmax())
+        share_E = load_E / holds_EM.sum(axis=1)
+        holds_EM[int(np.where(holds_EM[:, device], -1.0, share_E).argmax()), device] = True
+    return holds_EM
 
 
 def _by(best_T: np.ndarray, value_TM: np.ndarray, experts: int) -> np.ndarray:

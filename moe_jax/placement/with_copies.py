@@ -78,8 +78,9 @@ class Run:
             self.best = spare.better(self.problem, self.best, filled, self.cap_L)
             yield self.best
             return
-        deadline -= 2 * self.count_seconds
-        for placement in staying.search(self.problem, device_LE, self.cap_L, seed, deadline):
+        end = deadline - 2 * self.count_seconds
+        sweeps = deadline - 6 * self.count_seconds
+        for placement in staying.search(self.problem, device_LE, self.cap_L, seed, sweeps, end):
             counted = staying.counted(self.problem, placement)
             fits = (counted.largest_L <= self.cap_L * (1 + 1e-9)).all()
             if fits and counted.hops < self.best.value:
@@ -103,15 +104,19 @@ def begin(problem: Problem) -> Run:
     count_seconds = time.monotonic() - started
     cap_L = spare.caps(problem, counted.largest_L)
     base = spare.without(problem)
-    large = problem.trace.num_experts * problem.num_devices > staying.BINARIES
-    if base.load_cap is not None and not large:  # large layers are filled without a program
-        base = spare.without(dataclasses.replace(problem, load_cap=_wider(base.load_cap)))
+    if base.load_cap is not None:
+        base = spare.without(dataclasses.replace(problem, load_cap=_of_base(base)))
     best, share = Valued(even, np.array([counted.hops])), staying.BASE_SHARE
     return Run(problem, best, cap_L, [base], share, count_seconds)
 
 
-def _wider(cap: LoadCap) -> LoadCap:
-    return dataclasses.replace(cap, factor=cap.factor * staying.WIDER)
+def _of_base(base: Problem) -> LoadCap:
+    """Wider, as copies take load off; narrower where layers are too large for a program of that."""
+    cap = base.load_cap
+    assert cap is not None
+    large = base.trace.num_experts * base.num_devices > staying.BINARIES
+    factor = cap.factor * (staying.NARROWER if large else staying.WIDER)
+    return dataclasses.replace(cap, factor=factor if cap.rows else max(factor, 1.0))
 
 
 def shared(problem: Problem, placement: Placement, cap_L: np.ndarray) -> Placement:
