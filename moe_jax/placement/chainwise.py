@@ -24,7 +24,7 @@ WARM = (0.2, 0.1, 0.05)  # first temperatures from the best so far
 ANNEALED = 1024  # variables of a layer above which caps are met by sweeps and shakes first
 SWEPT = 4  # greedy sweeps of a round without annealing, and as many shakes of the best so far
 ROUNDS = 200
-PATIENCE = 6  # rounds without gain after which the search ends
+PATIENCE = 24  # rounds without gain after which the search ends
 NESTED_SHARE = 0.5  # of the time, on several nodes
 WHOLE = 400  # variables up to which all layers are solved as one integer program
 

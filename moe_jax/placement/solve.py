@@ -391,8 +391,9 @@ class _Run:
         if problem.objective == "hops":
             self._fewest_hops(deadline)
             return
-        kept = min(STEADY_SHARE * (deadline - time.monotonic()), STEADY_MOST)
-        searched = deadline - kept if problem.steady else deadline
+        searched = deadline
+        if problem.steady and problem.objective in steady.OBJECTIVES:
+            searched -= min(STEADY_SHARE * (deadline - time.monotonic()), STEADY_MOST)
         for device_LE in _steps(problem, self.best_LE, rng, searched):
             self.offer("search", device_LE)
         self._whole(deadline)

@@ -18,6 +18,7 @@ from moe_jax.placement.problem import Problem
 
 RESAMPLES = 24
 ENTRIES = 2**22  # loads of devices, resamples and swaps at once
+OBJECTIVES = ("seconds", "load")  # that loads enter; the others have nothing to give up
 SEED = 1  # beside that of the search
 
 
@@ -26,7 +27,7 @@ def steadied(
 ) -> np.ndarray | None:
     """int64 [L, E]: the placement after its swaps; None where nothing is to be done."""
     model = None
-    if problem.objective not in ("seconds", "load") or problem.trace.num_sequences < 2:
+    if problem.objective not in OBJECTIVES or problem.trace.num_sequences < 2:
         return None
     if not problem.separable:
         if not coherent_seconds.quick(problem):
