@@ -79,7 +79,7 @@ def check_cap(problem: Problem, placement: Placement) -> None:
     load_LM = cost.computed_LM(
         problem.trace.expert_ids_TLK,
         placement,
-        problem.dispatch,
+        "coherent" if problem.objective == "exflow" else problem.dispatch,  # its tokens stay
         None,
         problem.topology.devices_per_node,
     )

@@ -382,7 +382,8 @@ def test_spare_slots_beat_none_and_balance_alone(objective, dispatch, nodes, cap
         assert report.objective < without
     if cap is not None:
         each = machine.devices_per_node
-        load_LM = cost.computed_LM(problem.trace.expert_ids_TLK, placement, dispatch, None, each)
+        way = "coherent" if objective == "exflow" else dispatch  # its tokens stay
+        load_LM = cost.computed_LM(problem.trace.expert_ids_TLK, placement, way, None, each)
         cap_L = with_copies.begin(problem).cap_L
         assert (load_LM.max(axis=1) <= cap_L * (1 + 1e-9)).all()
 
