@@ -175,6 +175,12 @@ def solve(
     return solve_problem(problem, seed, time_limit, progress)
 
 
+def check_time_limit(time_limit: float) -> None:
+    """Refuses what is not a number of seconds."""
+    if not 0 <= time_limit < float("inf"):
+        raise Refused("time_limit", time_limit, "seconds, at least 0", "Use 60")
+
+
 def solve_problem(
     problem: Problem,
     seed: int,
@@ -186,8 +192,7 @@ def solve_problem(
     Raises:
       Interrupted: with the best placement so far, on Ctrl-C once there is one.
     """
-    if not 0 <= time_limit < float("inf"):
-        raise Refused("time_limit", time_limit, "seconds, at least 0", "Use 60")
+    check_time_limit(time_limit)
     started = time.monotonic()
     if problem.has_replicas:
         if problem.pins is not None or problem.previous is not None:

@@ -8,6 +8,7 @@ import sys
 
 from moe_jax import files
 from moe_jax.errors import Refused
+from moe_jax.placement import solve
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.cost import DISPATCHES
 from moe_jax.placement.hops import DISPATCHERS
@@ -130,6 +131,7 @@ def problem_of(
     options: argparse.Namespace, trace: Trace, topology: Topology | None = None
 ) -> Problem:
     """The problem that the options describe; on another machine if one is given."""
+    solve.check_time_limit(options.time_limit)
     return Problem(
         trace,
         topology or topology_of(options),
