@@ -20,7 +20,7 @@ from moe_jax.placement.evidence import Evidence, Figure
 from moe_jax.placement.method_costs import Costs
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
-from moe_jax.placement.solve import Progress
+from moe_jax.placement.solution import Progress, Report
 from moe_jax.routing.trace import Halves
 
 RANDOMS = 10
@@ -52,7 +52,7 @@ class Method:
     held_out_objective: float
     held_out: Evidence
     costs: Costs
-    report: solve.Report | None = None
+    report: Report | None = None
 
     @property
     def placement(self) -> Placement:

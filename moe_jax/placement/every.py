@@ -20,6 +20,7 @@ from moe_jax.placement.baselines import registry
 from moe_jax.placement.compare import RANDOMS, SLOW_SHARE
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.placement.solution import Progress
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Halves
 
@@ -87,7 +88,7 @@ def lines(
     dispatches: Sequence[str],
     seed: int,
     time_limit: float,
-    progress: Callable[[solve.Progress], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Line]:
     """The combinations, as they are done.
 

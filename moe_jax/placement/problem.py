@@ -123,6 +123,11 @@ class Problem:
             self.previous.check(*shape, self.num_slots or self.trace.num_experts)
 
     @property
+    def unit(self) -> str:
+        """Of the objective, in words."""
+        return UNITS[self.objective]
+
+    @property
     def num_devices(self) -> int:
         return self.topology.num_devices
 

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 
-from moe_jax.placement import solve
+from moe_jax.placement.solution import Progress
 
 TICK = 5.0  # seconds between lines
 
@@ -13,12 +13,12 @@ class Ticker:
     """Says on stderr, every few seconds, where a running solve stands."""
 
     def __init__(self):
-        self._last: solve.Progress | None = None
+        self._last: Progress | None = None
         self._told_at = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def tell(self, progress: solve.Progress) -> None:
+    def tell(self, progress: Progress) -> None:
         self._last, self._told_at = progress, time.monotonic()
 
     def __enter__(self) -> "Ticker":

@@ -10,14 +10,14 @@ The bound is proven (bounds.py, or an integer program that ran to its end) and n
 objective.
 
 With replicas (num_slots above the experts) the plan without them is solved first and its spare
-slots are filled (with_copies.py); the plan made for balance alone (replication.py) is the other
-candidate, and the answer for the objective `load`. Values are then counted under the copy rule.
+slots are filled (solve_copies.py, with_copies.py); the plan made for balance alone
+(replication.py) is the other candidate, and the answer for the objective `load`. Values are then
+counted under the copy rule.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,17 +34,17 @@ from moe_jax.placement import (
     moetuner_moves,
     moetuner_search,
     relax,
+    solve_copies,
     starts,
     steady,
-    with_copies,
 )
 from moe_jax.placement.limits import search as limits_search
-from moe_jax.placement.limits import slots
 from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement
-from moe_jax.placement.problem import UNITS, LoadCap, Problem
+from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.seconds import Work
+from moe_jax.placement.solution import CUT, Interrupted, Progress, Report, Solution
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -53,81 +53,6 @@ FIRST_SHARE = 0.5  # of the time, at most, for descent before the bound (coheren
 FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
 STEADY_SHARE, STEADY_MOST = 0.3, 5.0  # of the search's time, and seconds, for steady.py
 WHOLE_SECONDS = 5.0  # of the integer programs of the whole
-INTERRUPTED = "interrupted: the best so far"
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where a running solve stands."""
-
-    stage: str
-    seconds: float
-    time_limit: float
-    objective: float
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        return _gap(self.objective, self.bound)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """How a placement came about.
-
-    Attributes:
-      objective_name, dispatch, unit: what was minimised.
-      objective: its value on the trace that was planned on.
-      bound: proven; no placement has less.
-      greedy: value of the greedy start; with replicas, of the plan made for balance alone.
-      seconds: wall time.
-      finished: the search ended by itself, before the time limit.
-      history: (seconds, objective, bound) after every improvement of either.
-      note: what a reader has to know, in words.
-      interrupted: Ctrl-C ended the search.
-      tradeoff: (moves, least objective found with so many), where there is a plan in use.
-    """
-
-    objective_name: str
-    dispatch: str
-    unit: str
-    objective: float
-    bound: float
-    greedy: float
-    seconds: float
-    finished: bool
-    history: tuple[tuple[float, float, float], ...]
-    note: str = ""
-    interrupted: bool = False
-    tradeoff: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def gap(self) -> float:
-        return _gap(self.objective, self.bound)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "gap": self.gap}
-
-
-class Solution(NamedTuple):
-    """A placement and its report."""
-
-    placement: Placement
-    report: Report
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a search that had a placement already.
-
-    Attributes:
-      solution: the best so far, its report marked as interrupted.
-    """
-
-    def __init__(self, solution: Solution):
-        super().__init__("interrupted")
-        note = "; ".join(filter(None, [solution.report.note, INTERRUPTED]))
-        report = dataclasses.replace(solution.report, finished=False, interrupted=True, note=note)
-        self.solution = Solution(solution.placement, report)
 
 
 def solve(
@@ -196,8 +121,8 @@ def solve_problem(
     started = time.monotonic()
     if problem.has_replicas:
         if problem.pins is not None or problem.previous is not None:
-            return _restricted_replicas(problem, seed, time_limit, progress)
-        return _with_replicas(problem, seed, time_limit, progress)
+            return solve_copies.within_limits(problem, seed, time_limit, progress, solve_problem)
+        return solve_copies.free(problem, seed, time_limit, progress, solve_problem)
     run = _Run(problem, started, time_limit, progress)
     try:
         if problem.pins is not None or problem.previous is not None:
@@ -227,7 +152,7 @@ def _searched(
     now = time.monotonic()
     run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))
     run.search(seed, deadline)
-    return run.solution("" if run.finished else "the time limit ended the search")
+    return run.solution("" if run.finished else CUT)
 
 
 def _restricted(problem: Problem, run: "_Run", seed: int, deadline: float) -> Solution:
@@ -244,100 +169,7 @@ def _restricted(problem: Problem, run: "_Run", seed: int, deadline: float) -> So
         run.offer("within limits", step.device_LE)
         value_B = step.value_B
     run.finished = free.report.finished and time.monotonic() < deadline
-    return run.solution("" if run.finished else "the time limit ended the search", value_B)
-
-
-def _with_replicas(
-    problem: Problem,
-    seed: int,
-    time_limit: float,
-    progress: Callable[[Progress], None] | None,
-) -> Solution:
-    started = time.monotonic()
-    deadline = started + time_limit
-    bound, note = with_copies.lower_bound(problem)
-    run = with_copies.begin(problem)
-    best = start = run.best
-    history, stopped = [(time.monotonic() - started, best.value, bound)], None
-    try:
-        for base in run.bases:
-            if len(history) > 1 and time.monotonic() >= deadline:
-                break  # filling and counting another one takes a time of its own
-            share = run.base_share * time_limit
-            device_LE = solve_problem(base, seed, share, progress).placement.device_LE
-            for best in run.filled(device_LE.astype(np.int64), seed, deadline):
-                history.append((time.monotonic() - started, best.value, bound))
-                if progress is not None:
-                    spent = time.monotonic() - started
-                    progress(Progress("replicas", spent, time_limit, best.value, bound))
-    except KeyboardInterrupt as stop:
-        best, stopped = run.best, stop
-    seconds = time.monotonic() - started
-    finished = not run.bases or seconds < time_limit
-    report = Report(
-        objective_name=problem.objective,
-        dispatch=problem.dispatch,
-        unit=UNITS[problem.objective],
-        objective=best.value,
-        bound=bound,
-        greedy=start.value,
-        seconds=seconds,
-        finished=finished,
-        history=tuple(history),
-        note=note if finished or stopped else f"{note}; the time limit ended the search",
-    )
-    solution = Solution(best.placement, report)
-    if stopped is not None:
-        raise Interrupted(solution) from stopped
-    return solution
-
-
-def _restricted_replicas(
-    problem: Problem,
-    seed: int,
-    time_limit: float,
-    progress: Callable[[Progress], None] | None,
-) -> Solution:
-    """As `_restricted`, with replicas."""
-    started = time.monotonic()
-    cap_L = with_copies.begin(problem).cap_L
-    start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
-    best, value = start, problem.value_of(start)
-    capped = not with_copies.over_L(problem, start, cap_L).any()
-    first, history, stopped, report = value, [], None, None
-    try:
-        free, report = solve_problem(problem.unrestricted, seed, FREE_SHARE * time_limit, progress)
-        for found in slots.search(problem, start, free, cap_L, started + time_limit):
-            plan = with_copies.shared(problem, found, cap_L)
-            if with_copies.over_L(problem, plan, cap_L).any():
-                continue
-            if (new := problem.value_of(plan)) < value or not capped:
-                best, value, capped = plan, new, True
-                history.append((time.monotonic() - started, value, report.bound))
-    except KeyboardInterrupt as stop:
-        stopped = stop
-    if not capped and stopped is None:
-        rule = "no plan within it was found that far from the plan in use"
-        raise Refused("load_cap", str(problem.load_cap), rule, "Allow more load, or more moves")
-    seconds = time.monotonic() - started
-    finished = report is not None and report.finished and seconds < time_limit
-    bound, note = with_copies.lower_bound(problem)
-    done = Report(
-        objective_name=problem.objective,
-        dispatch=problem.dispatch,
-        unit=UNITS[problem.objective],
-        objective=value,
-        bound=min(bound, value),
-        greedy=first,
-        seconds=seconds,
-        finished=finished,
-        history=tuple(history),
-        note=note if finished or stopped else f"{note}; the time limit ended the search",
-    )
-    solution = Solution(problem.previous.slotted(best) if problem.previous else best, done)
-    if stopped is not None:
-        raise Interrupted(solution) from stopped
-    return solution
+    return run.solution("" if run.finished else CUT, value_B)
 
 
 def constructed(problem: Problem) -> np.ndarray:
@@ -430,7 +262,7 @@ class _Run:
         report = Report(
             objective_name=problem.objective,
             dispatch=problem.dispatch,
-            unit=UNITS[problem.objective],
+            unit=problem.unit,
             objective=self.best,
             bound=self.bound,
             greedy=self.greedy,
@@ -514,7 +346,3 @@ def _steps(problem: Problem, start_LE, rng, deadline: float) -> Iterator[np.ndar
 def _labelled(problem: Problem, part_LE: np.ndarray) -> np.ndarray:
     """Device numbers that keep tokens where they are from layer to layer; costs nothing else."""
     return chain.align(problem.chain(problem.top1_LEE), part_LE)
-
-
-def _gap(objective: float, bound: float) -> float:
-    return (objective - bound) / objective if objective > 0 else 0.0

@@ -40,7 +40,7 @@ from moe_jax.placement.move import Move
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
-from moe_jax.placement.solve import Progress, Report, Solution
+from moe_jax.placement.solution import Progress, Report, Solution
 from moe_jax.placement.windows import Window
 from moe_jax.routing.trace import Trace
 

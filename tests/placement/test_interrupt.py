@@ -14,6 +14,7 @@ from moe_jax.placement.commands import interrupt
 from moe_jax.placement.commands import solve as solve_command
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.placement.solution import Interrupted, Progress
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 
@@ -54,7 +55,7 @@ class Interrupting:
     def __init__(self, stage: str, nth: int = 1):
         self.stage, self.left, self.last = stage, nth, None
 
-    def __call__(self, progress: solve.Progress) -> None:
+    def __call__(self, progress: Progress) -> None:
         self.last = progress
         self.left -= progress.stage == self.stage
         if self.left == 0:
@@ -66,7 +67,7 @@ class Interrupting:
 def test_the_best_so_far_travels_with_the_interrupt(trace_path, objective, stage):
     problem = Problem(trace_lib.load(trace_path), topology.flat(4), objective)
     tell = Interrupting(stage, nth=2 if stage == "search" else 1)
-    with pytest.raises(solve.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         solve.solve_problem(problem, 0, 10.0, tell)
     placement, report = stopped.value.solution
     assert report.interrupted
@@ -80,7 +81,7 @@ def test_the_best_so_far_travels_with_the_interrupt(trace_path, objective, stage
 def test_the_load_cap_holds_in_what_is_left(trace_path):
     trace = trace_lib.load(trace_path)
     problem = Problem(trace, topology.flat(4), "rows", load_cap=LoadCap(1.2, relative=True))
-    with pytest.raises(solve.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         solve.solve_problem(problem, 0, 10.0, Interrupting("greedy"))
     assert problem.all_allowed(stopped.value.solution.placement.device_LE)
 
@@ -93,13 +94,13 @@ def test_before_there_is_a_placement_it_stays_ctrl_c(trace_path, monkeypatch):
     problem = Problem(trace_lib.load(trace_path), topology.flat(4), "rows")
     with pytest.raises(KeyboardInterrupt) as stopped:
         solve.solve_problem(problem, 0, 10.0)
-    assert not isinstance(stopped.value, solve.Interrupted)
+    assert not isinstance(stopped.value, Interrupted)
 
 
 @pytest.mark.parametrize("stage", ["search", "replicas"])
 def test_replicas_leave_a_plan_with_all_slots(trace_path, stage):
     problem = Problem(trace_lib.load(trace_path), topology.flat(4), "rows", num_slots=20)
-    with pytest.raises(solve.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         solve.solve_problem(problem, 0, 2.0, Interrupting(stage))
     placement, report = stopped.value.solution
     assert placement.num_slots == 20

@@ -19,6 +19,7 @@ from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import MoveBudget, Previous, arrivals_L
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.placement.solution import Interrupted
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
@@ -384,7 +385,7 @@ def test_ctrl_c_leaves_a_plan_within_the_budget(where, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(limits_search, "search", stopped)
-    with pytest.raises(solve.Interrupted) as stop:
+    with pytest.raises(Interrupted) as stop:
         solve.solve_problem(problem, 0, 5.0, tell if where == "without limits" else None)
     placement, report = stop.value.solution
     assert problem.previous.moved(placement) <= 3

@@ -20,15 +20,16 @@ from moe_jax.errors import Refused
 from moe_jax.placement import cost, solve, spare, topology, with_copies
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.placement.solution import Solution
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 from tests.placement import instances
 
 LIMIT = 60.0
-SOLVED: dict[int, tuple[Problem, solve.Solution]] = {}
+SOLVED: dict[int, tuple[Problem, Solution]] = {}
 
 
-def solved(number: int) -> tuple[Problem, solve.Solution]:
+def solved(number: int) -> tuple[Problem, Solution]:
     """The instance and its plan; the search ends by itself, long before the time limit."""
     if number not in SOLVED:
         problem = within_reach(instances.instance(number))

@@ -22,6 +22,7 @@ from moe_jax.placement.homes.report import Found, Study
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
+from moe_jax.placement.solution import Report
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -83,7 +84,7 @@ class _Planned:
     home_S: np.ndarray
     slack: float
     joint: Joint | None
-    solved: solve_lib.Report | None
+    solved: Report | None
     given: Plan | None
 
 
@@ -207,7 +208,7 @@ def _rules(problem: Problem, placement: Placement, found: Found, origin: dict) -
 
 
 def _text(options, trace, problem, planned: _Planned, found: Found, judge: Trace) -> str:
-    unit = solve_lib.UNITS[problem.objective]
+    unit = problem.unit
     lines = [
         words.describe(trace),
         f"{problem.dispatch} dispatch on {problem.topology.name}; planned and learned on "

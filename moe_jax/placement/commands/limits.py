@@ -12,7 +12,7 @@ from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits.previous import MoveBudget, Previous
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import UNITS, Problem
-from moe_jax.placement.solve import Report
+from moe_jax.placement.solution import Report
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all experts, in the table of budgets
 

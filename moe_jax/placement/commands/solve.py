@@ -17,6 +17,7 @@ from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.report import build, page
+from moe_jax.placement.solution import Interrupted, Report, Solution
 
 
 def add(commands) -> None:
@@ -78,12 +79,12 @@ def run(options: argparse.Namespace) -> str:
     return answer
 
 
-def _best_found(options: argparse.Namespace, problem: Problem) -> solve_lib.Solution:
+def _best_found(options: argparse.Namespace, problem: Problem) -> Solution:
     """What the search found, whether it came to its end or to Ctrl-C."""
     try:
         with Ticker() as ticker:
             return solve_lib.solve_problem(problem, options.seed, options.time_limit, ticker.tell)
-    except solve_lib.Interrupted as stop:
+    except Interrupted as stop:
         return stop.solution
 
 
@@ -102,7 +103,7 @@ class Stays:
     gap: float
 
 
-def _stays(problem: Problem, report: solve_lib.Report) -> Stays | None:
+def _stays(problem: Problem, report: Report) -> Stays | None:
     if problem.objective != "exflow" or problem.has_replicas or problem.topology.num_nodes > 1:
         return None
     pairs = problem.trace.num_layers - 1

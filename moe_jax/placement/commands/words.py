@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-from moe_jax.placement import copies, seconds, solve
+from moe_jax.placement import copies, seconds
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
+from moe_jax.placement.solution import Report
 from moe_jax.routing.trace import Trace
 
 
@@ -23,7 +24,7 @@ def planned_on(trace: Trace, halved: bool) -> str:
 
 
 def provenance(
-    trace: Trace, problem: Problem, report: solve.Report, seed: int, halved: bool
+    trace: Trace, problem: Problem, report: Report, seed: int, halved: bool
 ) -> dict[str, Any]:
     """Where a plan comes from, for its file."""
     return {

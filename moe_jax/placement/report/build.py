@@ -21,7 +21,7 @@ from moe_jax.placement.report.headline import Result
 from moe_jax.placement.report.markup import short
 from moe_jax.placement.report.page import Page
 from moe_jax.placement.report.parts import Section, percent, quantity
-from moe_jax.placement.solve import Report
+from moe_jax.placement.solution import Report
 from moe_jax.routing import affinity
 from moe_jax.routing.trace import Trace
 

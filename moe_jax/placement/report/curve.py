@@ -6,7 +6,7 @@ import math
 from moe_jax.placement.report import parts, svg
 from moe_jax.placement.report.markup import Markup, element, joined
 from moe_jax.placement.report.parts import Section
-from moe_jax.placement.solve import Report
+from moe_jax.placement.solution import Report
 
 LEFT, TOP, HEIGHT, FOOT = 52.0, 22.0, 190.0, 34.0
 SOONEST = 1e-3  # seconds; the axis is logarithmic

@@ -1,0 +1,130 @@
+"""The search with replicas: free, or within pins and a budget of moves from the plan in use.
+
+`free` begins with the plan for balance alone and fills plans without copies (with_copies.py).
+`within_limits` begins with the plan in use and looks between it and the free plan
+(limits/slots.py). Both ask for plans of other problems through `inner`, solve.solve_problem.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.placement import with_copies
+from moe_jax.placement.limits import slots
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.problem import Problem
+from moe_jax.placement.solution import CUT, Interrupted, Progress, Report, Solution
+
+FREE_SHARE = 0.5  # of the time for the plan without limits
+
+Tell = Callable[[Progress], None] | None
+Inner = Callable[[Problem, int, float, Tell], Solution]
+
+
+@dataclasses.dataclass(eq=False)
+class _Best:
+    """The best plan so far, and how it came about."""
+
+    problem: Problem
+    started: float
+    time_limit: float
+    progress: Tell
+    bound: float
+    note: str
+    placement: Placement
+    value: float
+
+    def __post_init__(self):
+        self.first = self.value
+        self.history = [(time.monotonic() - self.started, self.value, self.bound)]
+
+    def take(self, placement: Placement, value: float) -> None:
+        self.placement, self.value = placement, value
+        spent = time.monotonic() - self.started
+        self.history.append((spent, value, min(self.bound, value)))
+        if self.progress is not None:
+            self.progress(Progress("replicas", spent, self.time_limit, value, self.bound))
+
+    def solution(self, finished: bool, stopped: KeyboardInterrupt | None) -> Solution:
+        """As it stands; raises Interrupted after Ctrl-C."""
+        problem, placement = self.problem, self.placement
+        if problem.previous is not None:
+            placement = problem.previous.slotted(placement)
+        report = Report(
+            objective_name=problem.objective,
+            dispatch=problem.dispatch,
+            unit=problem.unit,
+            objective=self.value,
+            bound=min(self.bound, self.value),
+            greedy=self.first,
+            seconds=time.monotonic() - self.started,
+            finished=finished,
+            history=tuple(self.history),
+            note=self.note if finished or stopped else f"{self.note}; {CUT}",
+        )
+        if stopped is not None:
+            raise Interrupted(Solution(placement, report)) from stopped
+        return Solution(placement, report)
+
+
+def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: Inner) -> Solution:
+    """Plans without copies, filled; the plan for balance alone is where it begins.
+
+    Raises:
+      Interrupted: with the best placement so far.
+    """
+    started = time.monotonic()
+    deadline = started + time_limit
+    run, stopped = with_copies.begin(problem), None
+    bound, note = with_copies.lower_bound(problem)
+    first = run.best
+    best = _Best(problem, started, time_limit, progress, bound, note, first.placement, first.value)
+    try:
+        for base in run.bases:
+            if len(best.history) > 1 and time.monotonic() >= deadline:
+                break  # filling and counting another one takes a time of its own
+            share = run.base_share * time_limit
+            device_LE = inner(base, seed, share, progress).placement.device_LE
+            for found in run.filled(device_LE.astype(np.int64), seed, deadline):
+                best.take(found.placement, found.value)
+    except KeyboardInterrupt as stop:
+        stopped = stop
+    return best.solution(not run.bases or time.monotonic() < deadline, stopped)
+
+
+def within_limits(
+    problem: Problem, seed: int, time_limit: float, progress: Tell, inner: Inner
+) -> Solution:
+    """From the plan in use, or with pins.
+
+    Raises:
+      Refused: no plan within the load cap was found so near to the plan in use.
+      Interrupted: with the best placement so far.
+    """
+    started = time.monotonic()
+    cap_L = with_copies.begin(problem).cap_L
+    bound, note = with_copies.lower_bound(problem)
+    start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
+    value = problem.value_of(start)
+    best = _Best(problem, started, time_limit, progress, bound, note, start, value)
+    capped = not with_copies.over_L(problem, start, cap_L).any()
+    stopped, ended = None, False
+    try:
+        goal, report = inner(problem.unrestricted, seed, FREE_SHARE * time_limit, progress)
+        for found in slots.search(problem, start, goal, cap_L, started + time_limit):
+            plan = with_copies.shared(problem, found, cap_L)
+            if with_copies.over_L(problem, plan, cap_L).any():
+                continue
+            if (new := problem.value_of(plan)) < best.value or not capped:
+                best.take(plan, new)
+                capped = True
+        ended = report.finished and time.monotonic() < started + time_limit
+    except KeyboardInterrupt as stop:
+        stopped = stop
+    if not capped and stopped is None:
+        rule = "no plan within it was found that far from the plan in use"
+        raise Refused("load_cap", str(problem.load_cap), rule, "Allow more load, or more moves")
+    return best.solution(ended, stopped)
