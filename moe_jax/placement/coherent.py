@@ -218,7 +218,7 @@ def search(
 
     Clusterings by co-activation with aligned labels first, for `seconds` under a ladder of load
     caps, rows and balance being at odds; each also after swaps on exact rows. For `rows` the whole
-    search follows. For `seconds` it gains nothing: the fullest device decides (README.md).
+    search follows; for `seconds` coherent_seconds.py goes on from here.
     """
     factors = (np.inf,) if problem.objective == "rows" else layerwise.LADDER
     chains = _chains(problem, factors)

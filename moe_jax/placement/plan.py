@@ -231,7 +231,13 @@ class Plan:
 
 def check_fits(plan: Plan, *, num_layers: int, num_experts: int, num_devices: int) -> None:
     """Refuses a plan that was made for another model or another number of devices."""
-    placement = plan.placement
+    check_sizes(plan.placement, "plan", num_layers, num_experts, num_devices)
+
+
+def check_sizes(
+    placement: Placement, name: str, num_layers: int, num_experts: int, num_devices: int
+) -> None:
+    """As `check_fits`; `name` is what the message calls the placement."""
     for field, has, needs in (
         ("layers", placement.num_layers, num_layers),
         ("num_experts", placement.num_experts, num_experts),
@@ -239,10 +245,10 @@ def check_fits(plan: Plan, *, num_layers: int, num_experts: int, num_devices: in
     ):
         if has != needs:
             raise Refused(
-                f"plan {field}",
+                f"{name} {field}",
                 has,
                 f"the plan is for another model or mesh: here it is {needs}",
-                "Solve a plan on a trace of this model, for this number of devices",
+                "Give, or solve, a plan of this model for this number of devices",
             )
 
 

@@ -163,9 +163,9 @@ def test_a_cap_holds_or_the_budget_is_refused():
     cap = LoadCap(1.1, relative=True)
     problem = case(0, EVERYTHING, cap)
     cap_L = with_copies.begin(problem).cap_L
-    assert slots.over_L(problem, problem.previous.placement, cap_L).any()
+    assert with_copies.over_L(problem, problem.previous.placement, cap_L).any()
     placement = solve.solve_problem(problem, 0, 2.0).placement
-    assert not slots.over_L(problem, placement, cap_L).any()
+    assert not with_copies.over_L(problem, placement, cap_L).any()
     with pytest.raises(Refused, match="load_cap"):
         solve.solve_problem(case(0, 0, cap), 0, 0.0)
 

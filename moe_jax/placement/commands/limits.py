@@ -11,7 +11,7 @@ from moe_jax.placement import tables
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits.previous import MoveBudget, Previous
 from moe_jax.placement.plan import Placement, Plan
-from moe_jax.placement.problem import UNITS, Problem
+from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import Report
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all experts, in the table of budgets
@@ -136,7 +136,7 @@ def _budgets(problem: Problem, report: Report, experts: int, weight: int) -> str
         row = [str(moves), f"{moves * weight / 1e9:.3g}", f"{value:.6g}", f"{100 * saved:.1f} %"]
         if not rows or rows[-1][1:] != row:
             rows.append([f"{100 * share:g} %", *row])
-    heads = ["of all experts", "moves", "GB", UNITS[problem.objective], "saved"]
+    heads = ["of all experts", "moves", "GB", problem.unit, "saved"]
     return tables.table(heads, rows)
 
 

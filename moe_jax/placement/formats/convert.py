@@ -211,6 +211,8 @@ def _write_plan(
         _write_text(target, _plan_text(plan, name, hints))
     if name not in ("vllm", "exflow"):
         hints.note(f"the number of devices is lost: {plan.placement.num_devices}")
+    if plan.placement.share_LNP is not None:
+        hints.note("the shares of its copies are lost: other programs choose copies by their rules")
     if plan.topology or plan.provenance:
         hints.note("topology and provenance are lost")
     return name

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from moe_jax.errors import Refused
-from moe_jax.placement.plan import Placement
+from moe_jax.placement.plan import Placement, check_sizes
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 RULE = "bytes as 0, 500MB or 2GB, or a share of all experts as 10%"
@@ -91,14 +91,7 @@ class Previous:
         One without replicas may gain slots; they are filled, and that is counted.
         """
         plan = self.placement
-        for field, has, needs in (
-            ("layers", plan.num_layers, layers),
-            ("num_experts", plan.num_experts, experts),
-            ("num_devices", plan.num_devices, devices),
-        ):
-            if has != needs:
-                rule = f"the plan is for another model or machine: here it is {needs}"
-                raise Refused(f"previous {field}", has, rule, "Give the plan that is in use")
+        check_sizes(plan, "previous", layers, experts, devices)
         if plan.has_replicas and plan.num_slots != slots:
             rule = f"the plan in use has {plan.num_slots} slots, the new one would have {slots}"
             raise Refused("previous slots", plan.num_slots, rule, f"Give --slots={plan.num_slots}")

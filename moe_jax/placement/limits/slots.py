@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from moe_jax.errors import Refused
-from moe_jax.placement import cost, spare
 from moe_jax.placement import move as move_lib
+from moe_jax.placement import spare
 from moe_jax.placement.limits import knapsack
 from moe_jax.placement.limits.previous import holds_LEM, placement_of
 from moe_jax.placement.plan import Placement
@@ -86,13 +86,6 @@ def search(
     if choice is not None:
         rows = [stops[c] for stops, c in zip(options, choice, strict=True)]
         yield placement_of(np.stack(rows))
-
-
-def over_L(problem: Problem, plan: Placement, cap_L: np.ndarray) -> np.ndarray:
-    """bool [L]: a device passes the layer's cap, counted under the copy rule."""
-    each = problem.topology.devices_per_node
-    load_LM = cost.computed_LM(problem.trace.expert_ids_TLK, plan, problem.dispatch, None, each)
-    return (load_LM / problem.topology.speed_M).max(axis=1) > cap_L * (1 + 1e-9)
 
 
 def pinned(held_EM: Bool[np.ndarray, "E M"], pin_EM: Bool[np.ndarray, "E M"]) -> np.ndarray:
@@ -186,7 +179,8 @@ class _Layer:
         """What the layer is worth; inf above the cap."""
         if np.isfinite(self._cap):
             whole = _alone(self._problem, self._layer, self._problem.trace.num_tokens)
-            if over_L(whole, placement_of(held_EM[None]), np.array([self._cap]))[0]:
+            largest = spare.largest_L(whole, placement_of(held_EM[None]))[0]
+            if largest > self._cap * (1 + 1e-9):
                 return np.inf
         return float(self._judging.counted_L(placement_of(held_EM[None]))[0])
 

@@ -5,7 +5,7 @@ import dataclasses
 from moe_jax.placement import paired, paired_copies
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement
-from moe_jax.placement.problem import UNITS, Problem
+from moe_jax.placement.problem import Problem
 from moe_jax.placement.report import (
     curve,
     dots,
@@ -92,7 +92,7 @@ def _sections(done: Done, result: Result) -> list[Section]:
     layers = [str(layer) for layer in done.trace.layer_ids]
     sections = [headline.section(result, judge.topology.num_nodes)]
     if done.others:
-        sections.append(methods.section(done.others, UNITS[judge.objective]))
+        sections.append(methods.section(done.others, judge.unit))
     sections += [
         traffic.section(before, after, judge.topology, judge.dispatch),
         load.section(before, after, layers),
@@ -144,7 +144,7 @@ def _setting(done: Done) -> str:
 
 
 def _objective(done: Done, before: view.View, after: view.View) -> str:
-    unit, where = UNITS[done.judge.objective], "held out" if done.held_out else "in-sample"
+    unit, where = done.judge.unit, "held out" if done.held_out else "in-sample"
     return (
         f"Objective, {where}: {quantity(before.objective, unit)} before, "
         f"{quantity(after.objective, unit)} after."
