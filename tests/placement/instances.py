@@ -1,7 +1,8 @@
 """Random instances of the planner's problem, numbered, and values counted in another way.
 
 `instance(n)` is the same problem for ever: combinations of objective, dispatch, cap, nodes and
-replicas in a fixed random order, sizes drawn from n. The first FEW are small.
+replicas in a fixed random order, sizes drawn from n. The first FEW are small. At the end: made
+traces and partitions that several tests share.
 """
 
 import dataclasses
@@ -137,3 +138,19 @@ def _hops(problem: Problem, placement: Placement) -> float:
                     total += problem.hop_MM[here, there]
                     moves += 1
     return (trace.num_layers - 1) * total / max(moves, 1)
+
+
+def tiny_trace(seed: int, **changes) -> Trace:
+    """2 layers x 6 experts: all plans can be tried."""
+    sizes = {"num_tokens": 200, "num_layers": 2, "num_experts": 6, "top_k": 2, "num_classes": 5}
+    return synthetic.realistic(**(sizes | changes), seed=seed, num_sequences=6)
+
+
+def noisy_trace(seed: int, **changes) -> Trace:
+    sizes = {"num_tokens": 300, "num_layers": 3, "num_experts": 8, "top_k": 2, "num_classes": 6}
+    return synthetic.realistic(**(sizes | changes), seed=seed, num_sequences=8)
+
+
+def partitions(experts: int, devices: int) -> list[np.ndarray]:
+    equal = sorted(np.arange(experts) % devices)
+    return [np.array(p) for p in sorted(set(itertools.permutations(equal)))]

@@ -17,18 +17,8 @@ from moe_jax.placement.baselines import (
 )
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
-from moe_jax.routing import synthetic
 from moe_jax.routing.trace import Trace
-
-
-def partitions(experts: int, devices: int) -> list[np.ndarray]:
-    equal = sorted(np.arange(experts) % devices)
-    return [np.array(p) for p in sorted(set(itertools.permutations(equal)))]
-
-
-def noisy_trace(seed: int, **changes) -> Trace:
-    sizes = {"num_tokens": 300, "num_layers": 3, "num_experts": 8, "top_k": 2, "num_classes": 6}
-    return synthetic.realistic(**(sizes | changes), seed=seed, num_sequences=8)
+from tests.placement import instances
 
 
 def symmetric(rng, experts: int) -> np.ndarray:
@@ -186,7 +176,7 @@ def test_topology_cost_of_even_traffic_changes_nothing():
 
 
 def test_traffic_is_counted_token_by_token():
-    trace = noisy_trace(0, num_tokens=50)
+    trace = instances.noisy_trace(0, num_tokens=50)
     home_T = np.random.default_rng(0).integers(0, 4, trace.num_tokens)
     want_SLE = np.zeros((4, 3, 8), int)
     for t, ids_LK in enumerate(trace.expert_ids_TLK):
@@ -199,11 +189,11 @@ def test_traffic_is_counted_token_by_token():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_exflow_solves_each_pair_exactly(seed):
-    trace = noisy_trace(seed, num_experts=6, num_tokens=100)
+    trace = instances.noisy_trace(seed, num_experts=6, num_tokens=100)
     keep_LEE = Problem(trace, topology.flat(3), "exflow").top1_LEE
     found = exflow.staged(keep_LEE, 1, 3, 20)
     assert not found.cut
-    labels = partitions(6, 3)
+    labels = instances.partitions(6, 3)
 
     def kept(layer, before_E, after_E):
         return exflow.kept(keep_LEE[layer : layer + 1], np.stack([before_E, after_E]))
@@ -214,7 +204,7 @@ def test_exflow_solves_each_pair_exactly(seed):
 
 
 def test_exflow_counts_what_stays():
-    trace = noisy_trace(3)
+    trace = instances.noisy_trace(3)
     task = Problem(trace, topology.flat(4), "exflow")
     device_LE = baselines.random(3, 8, 4, 0)
     assert exflow.kept(task.top1_LEE, device_LE) == task.chain(task.top1_LEE).value(device_LE)
@@ -222,7 +212,7 @@ def test_exflow_counts_what_stays():
 
 def test_exflow_decides_nodes_before_devices():
     """As one node of two, node by node: the nodes are those of the two-way program."""
-    trace = noisy_trace(1, num_experts=8, num_tokens=200)
+    trace = instances.noisy_trace(1, num_experts=8, num_tokens=200)
     keep_LEE = Problem(trace, topology.flat(4), "exflow").top1_LEE
     found = exflow.staged(keep_LEE, 2, 4, 20)
     nodes = exflow.pair_by_pair(keep_LEE, 2, 10)
@@ -231,7 +221,7 @@ def test_exflow_decides_nodes_before_devices():
 
 
 def test_exflow_says_when_it_is_cut_and_still_answers():
-    trace = noisy_trace(0, num_experts=32, num_tokens=3000)
+    trace = instances.noisy_trace(0, num_experts=32, num_tokens=3000)
     keep_LEE = Problem(trace, topology.flat(8), "exflow").top1_LEE
     found = exflow.staged(keep_LEE, 1, 8, 0.01)
     assert found.cut
@@ -244,7 +234,7 @@ def test_exflow_says_when_it_is_cut_and_still_answers():
 
 @pytest.mark.parametrize(("bound_above", "cut"), [(0.0, False), (1.0, True)])
 def test_exflow_is_cut_where_its_program_has_no_proof(bound_above, cut, monkeypatch):
-    keep_LEE = Problem(noisy_trace(0), topology.flat(2), "exflow").top1_LEE
+    keep_LEE = Problem(instances.noisy_trace(0), topology.flat(2), "exflow").top1_LEE
     device_LE = baselines.random(2, 8, 2, 0)
     kept = exflow.kept(keep_LEE[:1], device_LE)
     answer = ilp.Solved(device_LE, kept + bound_above)
@@ -258,7 +248,7 @@ def test_exflow_is_cut_where_its_program_has_no_proof(bound_above, cut, monkeypa
 @pytest.mark.parametrize("seed", range(2))
 def test_uneven_groups_count_as_if_idle_experts_filled_their_slots(seed, dispatch):
     """The oracle is an equal placement of more experts, of which no token uses the new ones."""
-    trace, machine = noisy_trace(seed), topology.nodes_by_devices(2, 4)
+    trace, machine = instances.noisy_trace(seed), topology.nodes_by_devices(2, 4)
     rng = np.random.default_rng(seed)
     device_LE = np.stack([rng.permutation([0, 0, 0, 1, 2, 2, 3, 3]) for _ in range(3)])
     placement = uneven.of_devices(device_LE, 4)
@@ -291,7 +281,7 @@ def test_equal_groups_make_a_plain_placement():
 @pytest.mark.parametrize(("devices", "nodes", "slots"), [(4, 1, None), (4, 2, None), (4, 2, 12)])
 def test_every_baseline_places_every_expert(devices, nodes, slots):
     machine = topology.nodes_by_devices(nodes, devices)
-    problem = Problem(noisy_trace(0), machine, num_slots=slots)
+    problem = Problem(instances.noisy_trace(0), machine, num_slots=slots)
     names = []
     for one in registry.chosen(None, problem):
         made = one.make(problem, 0, 1.0)
@@ -309,7 +299,7 @@ def test_every_baseline_places_every_expert(devices, nodes, slots):
 
 
 def test_baselines_are_chosen_by_name():
-    problem = Problem(noisy_trace(0), topology.flat(4))
+    problem = Problem(instances.noisy_trace(0), topology.flat(4))
     assert [one.key for one in registry.chosen(["lpt", "contiguous"], problem)] == [
         "contiguous",
         "lpt",

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import baselines, relax, solve, topology
+from moe_jax.placement import baselines, solve, topology
 from moe_jax.placement.limits import chained, knapsack, nearest, paths, swaps
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits.menu import Border, extended
@@ -20,23 +20,13 @@ from moe_jax.placement.limits.previous import MoveBudget, Previous, arrivals_L
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.solution import Interrupted
-from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
-from moe_jax.routing.trace import Trace
+from tests.placement import instances
 
 EVERYTHING = 10**6
 
 
-@pytest.fixture(autouse=True)
-def _loose_bound(monkeypatch):
-    """Most of a tiny solve is its bound, which test_bounds.py tests: here it takes one step."""
-    bound = relax.lower_bound
-    monkeypatch.setattr(relax, "lower_bound", lambda *words, **_: bound(*words, steps=1))
-
-
-def noisy_trace(seed: int, **changes) -> Trace:
-    sizes = {"num_tokens": 200, "num_layers": 2, "num_experts": 6, "top_k": 2, "num_classes": 5}
-    return synthetic.realistic(**(sizes | changes), seed=seed, num_sequences=6)
+pytestmark = pytest.mark.usefixtures("loose_bound")
 
 
 def labels(experts: int, devices: int) -> list[np.ndarray]:
@@ -157,7 +147,7 @@ MACHINES = [
 
 @pytest.mark.parametrize(("objective", "dispatch", "nodes"), MACHINES)
 def test_scores_of_swaps_are_the_objective_after_them(objective, dispatch, nodes):
-    trace = noisy_trace(3, num_experts=8, top_k=3)
+    trace = instances.tiny_trace(3, num_experts=8, top_k=3)
     machine = topology.nodes_by_devices(nodes, 4)
     machine = dataclasses.replace(machine, device_flops=(4e14, 2e14, 3e14, 4e14))
     problem = Problem(trace, machine, objective, dispatch)
@@ -172,7 +162,7 @@ def test_scores_of_swaps_are_the_objective_after_them(objective, dispatch, nodes
 
 @pytest.mark.parametrize("objective", ["rows", "seconds", "moetuner"])
 def test_values_of_neighbours_add_up_to_the_objective(objective):
-    trace = noisy_trace(1, num_layers=3)
+    trace = instances.tiny_trace(1, num_layers=3)
     problem = Problem(trace, topology.flat(3), objective, "coherent")
     device_LE = baselines.random(3, 6, 3, 2)
     rows = [row_E[None] for row_E in device_LE]
@@ -182,7 +172,7 @@ def test_values_of_neighbours_add_up_to_the_objective(objective):
 
 
 def test_a_menu_holds_exact_values_and_nothing_that_is_beaten():
-    problem = Problem(noisy_trace(2, num_experts=8), topology.flat(4), "rows")
+    problem = Problem(instances.tiny_trace(2, num_experts=8), topology.flat(4), "rows")
     old_E, free_E = baselines.random(1, 8, 4, 1)[0], problem.balanced_LE[0]
     border = Border(problem, 0, old_E)
     extended(border, old_E, free_E, np.inf)
@@ -197,7 +187,7 @@ def test_a_menu_holds_exact_values_and_nothing_that_is_beaten():
 
 
 def test_a_descent_knows_the_moves_of_every_neighbour_it_offers():
-    problem = Problem(noisy_trace(2, num_experts=8), topology.flat(4), "rows")
+    problem = Problem(instances.tiny_trace(2, num_experts=8), topology.flat(4), "rows")
     old_E, start_E = baselines.random(2, 8, 4, 1)
     border = Border(problem, 0, old_E)
     border.descend(start_E, 0.0, np.inf)
@@ -207,7 +197,7 @@ def test_a_descent_knows_the_moves_of_every_neighbour_it_offers():
 
 
 def test_gains_of_swaps_along_the_chain_are_what_it_keeps_more():
-    trace = noisy_trace(3, num_experts=8, num_layers=3)
+    trace = instances.tiny_trace(3, num_experts=8, num_layers=3)
     pin_LEM = np.zeros((3, 8, 4), bool)
     device_LE = baselines.random(3, 8, 4, 7)
     pin_LEM[1, 5, device_LE[1, 5]] = True
@@ -247,7 +237,7 @@ def within(problem: Problem, free_LE: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("objective", ["rows", "seconds", "load", "exflow"])
 def test_plans_within_a_budget_against_brute_force(objective, seed):
-    problem = Problem(noisy_trace(seed), topology.flat(3), objective)
+    problem = Problem(instances.tiny_trace(seed), topology.flat(3), objective)
     free_LE = free_plan(problem)
     best_by = best_by_moves(from_random(problem, seed, 0))
     for moves in (0, 2, 3, 5, EVERYTHING):
@@ -268,7 +258,7 @@ TIED = [
 @pytest.mark.parametrize("seed", range(22))
 def test_a_budget_is_kept_and_more_of_it_is_never_worse(seed):
     objective, dispatch, nodes = [*MACHINES, *TIED][seed % 11]
-    trace = noisy_trace(seed, num_experts=8, num_layers=3, num_tokens=400)
+    trace = instances.tiny_trace(seed, num_experts=8, num_layers=3, num_tokens=400)
     cap = LoadCap(1.5, relative=True) if seed % 4 == 0 else None
     machine = topology.nodes_by_devices(nodes, 4)
     if seed % 3 == 1 and objective != "moetuner":
@@ -296,7 +286,7 @@ def test_a_budget_is_kept_and_more_of_it_is_never_worse(seed):
 
 @pytest.mark.parametrize("objective", ["rows", "exflow"])
 def test_the_solver_reports_what_it_found_and_what_other_budgets_bring(objective):
-    problem = Problem(noisy_trace(1, num_experts=8), topology.flat(4), objective)
+    problem = Problem(instances.tiny_trace(1, num_experts=8), topology.flat(4), objective)
     one = from_random(problem, 1, 5)
     placement, report = solve.solve_problem(one, 0, time_limit=3)
     assert one.previous.moved(placement) <= 5
@@ -315,7 +305,7 @@ def test_the_solver_reports_what_it_found_and_what_other_budgets_bring(objective
 
 
 def test_no_budget_gives_the_plan_in_use_slot_by_slot():
-    problem = Problem(noisy_trace(0), topology.flat(3), "rows")
+    problem = Problem(instances.tiny_trace(0), topology.flat(3), "rows")
     slots_LP = np.array([[5, 0, 3, 1, 2, 4], [1, 0, 4, 2, 3, 5]])
     old = Placement(slots_LP, 6, 3)
     one = dataclasses.replace(problem, previous=Previous(old, 0))
@@ -327,7 +317,9 @@ def test_no_budget_gives_the_plan_in_use_slot_by_slot():
 
 
 def test_a_cap_that_the_plan_in_use_breaks_costs_the_fewest_moves_or_is_refused():
-    problem = Problem(noisy_trace(4), topology.flat(3), "rows", load_cap=LoadCap(1.05, True))
+    problem = Problem(
+        instances.tiny_trace(4), topology.flat(3), "rows", load_cap=LoadCap(1.05, True)
+    )
     one = from_random(problem, 4, 0)
     old_LE = one.previous.placement.device_LE
     needed = sum(
@@ -347,7 +339,7 @@ def test_a_cap_that_the_plan_in_use_breaks_costs_the_fewest_moves_or_is_refused(
     [("rows", "exchange"), ("exflow", "exchange"), ("rows", "coherent"), ("moetuner", "exchange")],
 )
 def test_the_time_limit_is_kept_and_none_still_answers(objective, dispatch):
-    trace = noisy_trace(0, num_experts=64, num_layers=8, num_tokens=1000)
+    trace = instances.tiny_trace(0, num_experts=64, num_layers=8, num_tokens=1000)
     problem = Problem(trace, topology.flat(8), objective, dispatch)
     one = from_random(problem, 0, 40)
     for limit in (0.0, 1.0):
@@ -358,7 +350,7 @@ def test_the_time_limit_is_kept_and_none_still_answers(objective, dispatch):
 
 
 def test_a_sample_of_tokens_chooses_and_the_whole_trace_judges(monkeypatch):
-    trace = noisy_trace(0, num_experts=8, num_layers=3, num_tokens=2000)
+    trace = instances.tiny_trace(0, num_experts=8, num_layers=3, num_tokens=2000)
     problem = Problem(trace, topology.flat(4), "rows", "coherent")
     one, free_LE = from_random(problem, 0, 6), solve.constructed(problem)
     exact = one.value(within(one, free_LE))
@@ -373,7 +365,7 @@ def test_a_sample_of_tokens_chooses_and_the_whole_trace_judges(monkeypatch):
 
 @pytest.mark.parametrize("where", ["without limits", "within limits"])
 def test_ctrl_c_leaves_a_plan_within_the_budget(where, monkeypatch):
-    problem = from_random(Problem(noisy_trace(0), topology.flat(3), "rows"), 0, 3)
+    problem = from_random(Problem(instances.tiny_trace(0), topology.flat(3), "rows"), 0, 3)
     search = limits_search.search
 
     def stopped(*arguments):
@@ -420,7 +412,7 @@ def test_copies_that_appear_are_counted_and_those_that_go_are_not():
 @pytest.fixture
 def trace_path(tmp_path):
     path = tmp_path / "t.npz"
-    trace_lib.save(noisy_trace(0, num_experts=8, num_layers=3, num_tokens=600), path)
+    trace_lib.save(instances.tiny_trace(0, num_experts=8, num_layers=3, num_tokens=600), path)
     return path
 
 

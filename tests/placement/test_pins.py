@@ -9,28 +9,17 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import baselines, relax, solve, topology
+from moe_jax.placement import baselines, solve, topology
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
-from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
-from moe_jax.routing.trace import Trace
+from tests.placement import instances
 
-
-@pytest.fixture(autouse=True)
-def _loose_bound(monkeypatch):
-    """Most of a tiny solve is its bound, which test_bounds.py tests: here it takes one step."""
-    bound = relax.lower_bound
-    monkeypatch.setattr(relax, "lower_bound", lambda *words, **_: bound(*words, steps=1))
-
-
-def noisy_trace(seed: int, **changes) -> Trace:
-    sizes = {"num_tokens": 200, "num_layers": 2, "num_experts": 6, "top_k": 2, "num_classes": 5}
-    return synthetic.realistic(**(sizes | changes), seed=seed, num_sequences=6)
+pytestmark = pytest.mark.usefixtures("loose_bound")
 
 
 def at_random(seed: int, layers: int, experts: int, devices: int) -> Pins:
@@ -57,7 +46,9 @@ def best(problem: Problem) -> float:
 def test_pinned_plans_equal_brute_force(objective, seed):
     cap = LoadCap(1.4, relative=True) if seed == 3 else None
     pins = at_random(seed, 2, 6, 3)
-    problem = Problem(noisy_trace(seed), topology.flat(3), objective, load_cap=cap, pins=pins)
+    problem = Problem(
+        instances.tiny_trace(seed), topology.flat(3), objective, load_cap=cap, pins=pins
+    )
     placement, report = solve.solve_problem(problem, 0, time_limit=3)
     assert problem.all_allowed(placement.device_LE)
     assert report.objective == pytest.approx(best(problem), rel=1e-12)
@@ -79,7 +70,7 @@ CASES = [
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 def test_pins_are_kept_whatever_is_minimised(seed, limit):
     objective, dispatch, nodes = CASES[seed]
-    trace = noisy_trace(seed, num_experts=12, num_layers=3)
+    trace = instances.tiny_trace(seed, num_experts=12, num_layers=3)
     machine = topology.nodes_by_devices(nodes, 4)
     pins = at_random(seed, 3, 12, 4)
     problem = Problem(trace, machine, objective, dispatch, pins=pins)
@@ -92,7 +83,7 @@ def test_pins_are_kept_whatever_is_minimised(seed, limit):
 @pytest.mark.parametrize("seed", range(7))
 def test_pins_that_the_free_plan_keeps_cost_nothing(seed):
     objective, dispatch, nodes = CASES[seed]
-    trace = noisy_trace(seed, num_experts=12, num_layers=3)
+    trace = instances.tiny_trace(seed, num_experts=12, num_layers=3)
     problem = Problem(trace, topology.nodes_by_devices(nodes, 4), objective, dispatch)
     free_LE = solve.constructed(problem).astype(np.int64)
     some_LE1 = np.random.default_rng(seed).random((3, 12, 1)) < 0.3
@@ -104,7 +95,7 @@ def test_pins_that_the_free_plan_keeps_cost_nothing(seed):
 
 
 def test_pins_and_a_budget_together():
-    problem = Problem(noisy_trace(2), topology.flat(3), "rows", pins=at_random(2, 2, 6, 3))
+    problem = Problem(instances.tiny_trace(2), topology.flat(3), "rows", pins=at_random(2, 2, 6, 3))
     old_LE = baselines.random(2, 6, 3, 9)
     pin_LE = problem.pins.device_LE
     assert ((pin_LE >= 0) & (pin_LE != old_LE)).any()
@@ -125,7 +116,7 @@ def test_pins_and_a_budget_together():
 
 
 def test_pins_that_the_load_cap_forbids_are_refused_with_the_layer():
-    trace = noisy_trace(0)
+    trace = instances.tiny_trace(0)
     problem = Problem(trace, topology.flat(3), "rows", load_cap=LoadCap(1.0, relative=True))
     hot = np.argsort(-problem.load_LE[1])[:2]
     held_LEM = np.zeros((2, 6, 3), bool)
@@ -180,7 +171,7 @@ def test_a_bad_line_of_a_file_is_named(tmp_path):
     ],
 )
 def test_pins_that_no_plan_keeps_are_refused(words, message):
-    trace = noisy_trace(0)
+    trace = instances.tiny_trace(0)
     pins = pins_lib.parse(words, 6, 3, trace.layer_ids)
     with pytest.raises(Refused, match=message):
         Problem(trace, topology.flat(3), "rows", pins=pins)
@@ -188,7 +179,7 @@ def test_pins_that_no_plan_keeps_are_refused(words, message):
 
 def test_the_command_keeps_pins_and_refuses_in_one_line(tmp_path, capsys):
     path, out = tmp_path / "t.npz", tmp_path / "p.json"
-    trace_lib.save(noisy_trace(0, num_tokens=600), path)
+    trace_lib.save(instances.tiny_trace(0, num_tokens=600), path)
     words = ["solve", str(path), "--devices=3", f"--out={out}", "--time-limit=1"]
     assert command_line.main([*words, "--pin=*:4:0", "--pin=1:5:0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["move"] is None

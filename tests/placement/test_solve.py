@@ -13,17 +13,7 @@ from moe_jax.placement import baselines, chain, greedy, ilp, solve, topology
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import affinity, synthetic
 from moe_jax.routing import trace as trace_lib
-from moe_jax.routing.trace import Trace
-
-
-def partitions(experts: int, devices: int) -> list[np.ndarray]:
-    equal = sorted(np.arange(experts) % devices)
-    return [np.array(p) for p in sorted(set(itertools.permutations(equal)))]
-
-
-def noisy_trace(seed: int, **changes) -> Trace:
-    sizes = {"num_tokens": 300, "num_layers": 3, "num_experts": 8, "top_k": 2, "num_classes": 6}
-    return synthetic.realistic(**(sizes | changes), seed=seed, num_sequences=8)
+from tests.placement import instances
 
 
 @pytest.mark.parametrize(
@@ -51,9 +41,9 @@ def test_planted_optimum_is_recovered_exactly(clusters, experts, stay):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_exflow_equals_brute_force(seed):
-    trace = noisy_trace(seed, num_experts=4, num_layers=3, num_tokens=80)
+    trace = instances.noisy_trace(seed, num_experts=4, num_layers=3, num_tokens=80)
     problem = Problem(trace, topology.flat(2), "exflow")
-    labels = partitions(4, 2)
+    labels = instances.partitions(4, 2)
     best = min(
         problem.value(np.stack([labels[0] if a is None else a, b, c]))
         for a, b, c in itertools.product(labels[:3], labels, labels)
@@ -66,11 +56,11 @@ def test_exflow_equals_brute_force(seed):
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_equal_brute_force(seed, devices):
-    trace = noisy_trace(seed, num_experts=6, num_layers=2, top_k=3, num_tokens=120)
+    trace = instances.noisy_trace(seed, num_experts=6, num_layers=2, top_k=3, num_tokens=120)
     problem = Problem(trace, topology.flat(devices), "rows")
     best = np.mean(
         [
-            min(problem.layer_value(layer, labels) for labels in partitions(6, devices))
+            min(problem.layer_value(layer, labels) for labels in instances.partitions(6, devices))
             for layer in range(2)
         ]
     )
@@ -82,9 +72,9 @@ def test_rows_equal_brute_force(seed, devices):
 @pytest.mark.parametrize("objective", ["load", "seconds"])
 @pytest.mark.parametrize("seed", range(4))
 def test_load_and_seconds_equal_brute_force(seed, objective):
-    trace = noisy_trace(seed, num_experts=6, num_layers=1, top_k=2)
+    trace = instances.noisy_trace(seed, num_experts=6, num_layers=1, top_k=2)
     problem = Problem(trace, topology.flat(3), objective)
-    best = min(problem.value(labels[None]) for labels in partitions(6, 3))
+    best = min(problem.value(labels[None]) for labels in instances.partitions(6, 3))
     report = solve.solve(trace, topology.flat(3), objective=objective, time_limit=10).report
     assert report.objective == pytest.approx(best, rel=1e-9)
     assert report.bound <= best
@@ -95,7 +85,7 @@ def test_bound_ilp_greedy_random_are_in_order(seed):
     objective = ("exflow", "rows", "seconds", "load", "rows")[seed % 5]
     dispatch = ("exchange", "hierarchical", "coherent")[seed % 3]
     devices, nodes = ((4, 1), (2, 1), (4, 2))[seed % 3]
-    trace = noisy_trace(seed, num_experts=(8, 12)[seed % 2], top_k=1 + seed % 3)
+    trace = instances.noisy_trace(seed, num_experts=(8, 12)[seed % 2], top_k=1 + seed % 3)
     machine = topology.nodes_by_devices(nodes, devices)
     problem = Problem(trace, machine, objective, dispatch)
     report = solve.solve_problem(problem, seed, time_limit=30).report  # ends long before
@@ -133,7 +123,7 @@ def test_exflow_random_hops_are_the_published_ones():
     ],
 )
 def test_load_caps_are_kept(objective, dispatch):
-    trace = noisy_trace(4, num_experts=16, num_tokens=2000, num_layers=4)
+    trace = instances.noisy_trace(4, num_experts=16, num_tokens=2000, num_layers=4)
     load_LE = affinity.load_LE(trace).astype(float)
     reachable_L = np.array(
         [
@@ -158,7 +148,7 @@ def test_load_caps_are_kept(objective, dispatch):
 
 
 def test_a_cap_that_cannot_be_kept_names_the_layer_and_what_can():
-    trace = noisy_trace(4, num_experts=16, num_tokens=2000, popularity=3.0)
+    trace = instances.noisy_trace(4, num_experts=16, num_tokens=2000, popularity=3.0)
     with pytest.raises(Refused, match=r"layer \d+ cannot be balanced better than \d"):
         solve.solve(trace, topology.flat(8), load_cap=LoadCap.parse("1.0"))
 
@@ -171,7 +161,7 @@ def test_bad_caps_are_refused(text):
 
 @pytest.mark.parametrize("objective", ["exflow", "rows", "seconds", "load"])
 def test_one_seed_gives_one_plan(objective):
-    trace = noisy_trace(1, num_experts=16)
+    trace = instances.noisy_trace(1, num_experts=16)
     plans = [solve.solve(trace, topology.flat(4), objective=objective, seed=3) for _ in range(2)]
     assert plans[0].report.finished
     assert plans[0].placement == plans[1].placement
@@ -180,7 +170,7 @@ def test_one_seed_gives_one_plan(objective):
 @pytest.mark.parametrize("objective", ["exflow", "seconds"])
 def test_time_limit_is_kept(objective, tmp_path):
     """In a process of its own, where BLAS threads of other tests do not wait for one another."""
-    trace = noisy_trace(0, num_experts=64, num_layers=12, num_tokens=20_000, top_k=4)
+    trace = instances.noisy_trace(0, num_experts=64, num_layers=12, num_tokens=20_000, top_k=4)
     trace_lib.save(trace, tmp_path / "t.npz")
     words = ["solve", tmp_path / "t.npz", "--devices=8", f"--out={tmp_path / 'p.json'}", "--json"]
     words += [f"--objective={objective}", "--time-limit=2"]
@@ -193,14 +183,14 @@ def test_time_limit_is_kept(objective, tmp_path):
 
 
 def test_time_limit_zero_is_greedy_and_says_so():
-    report = solve.solve(noisy_trace(0), topology.flat(4), time_limit=0).report
+    report = solve.solve(instances.noisy_trace(0), topology.flat(4), time_limit=0).report
     assert "greedy" in report.note
     assert report.bound <= report.objective == report.greedy
 
 
 def test_progress_tells_better_and_better():
     told = []
-    solve.solve(noisy_trace(0, num_experts=16), topology.flat(4), progress=told.append)
+    solve.solve(instances.noisy_trace(0, num_experts=16), topology.flat(4), progress=told.append)
     objectives = [p.objective for p in told]
     assert objectives == sorted(objectives, reverse=True)
     assert all(p.bound <= p.objective for p in told)
@@ -210,7 +200,7 @@ def test_capped_assignment_is_optimal():
     rng = np.random.default_rng(0)
     for _ in range(8):
         benefit_EM, load_E = rng.random((6, 3)), rng.integers(1, 20, 6).astype(float)
-        loads = [(p, np.bincount(p, weights=load_E).max()) for p in partitions(6, 3)]
+        loads = [(p, np.bincount(p, weights=load_E).max()) for p in instances.partitions(6, 3)]
         cap = np.median([load for _, load in loads])
         best = max(benefit_EM[np.arange(6), p].sum() for p, load in loads if load <= cap)
         device_E = ilp.assign_capped(benefit_EM, load_E, cap, 10)
@@ -222,7 +212,7 @@ def test_balance_program_is_optimal():
     rng = np.random.default_rng(1)
     for _ in range(8):
         load_E = rng.integers(1, 60, 6).astype(float)
-        best = min(np.bincount(p, weights=load_E).max() for p in partitions(6, 3))
+        best = min(np.bincount(p, weights=load_E).max() for p in instances.partitions(6, 3))
         device_E = ilp.balance(load_E, 3, 10)
         assert np.bincount(device_E, weights=load_E).max() == best
 
@@ -230,7 +220,7 @@ def test_balance_program_is_optimal():
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_alignment_is_the_best_relabelling(nodes):
     """All relabellings of four devices that keep nodes together, by brute force."""
-    trace = noisy_trace(5, num_experts=8, num_layers=2)
+    trace = instances.noisy_trace(5, num_experts=8, num_layers=2)
     problem = Problem(trace, topology.nodes_by_devices(nodes, 4), "exflow")
     task = problem.chain(problem.top1_LEE)
     part_LE = baselines.random(2, 8, 4, 3)
@@ -258,11 +248,11 @@ def test_alignment_is_the_best_relabelling(nodes):
 def test_bad_arguments_are_refused(arguments, message):
     machine = arguments.pop("topology", topology.flat(4))
     with pytest.raises(Refused, match=message):
-        solve.solve(noisy_trace(0), machine, **arguments)
+        solve.solve(instances.noisy_trace(0), machine, **arguments)
 
 
 def test_one_layer_and_one_device():
-    trace = noisy_trace(0, num_layers=1)
+    trace = instances.noisy_trace(0, num_layers=1)
     for objective in ("rows", "seconds", "load"):
         assert solve.solve(trace, topology.flat(4), objective=objective).report.objective > 0
     with pytest.raises(Refused, match="one layer has no transitions"):
