@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy import optimize
 
-from moe_jax.placement import clusters, greedy, ilp, seating
+from moe_jax.placement import clusters, greedy, ilp, seating, swaps
 from moe_jax.placement.problem import Problem
 
 LADDER: tuple[float, ...] = (
@@ -194,40 +194,9 @@ def _best_swap(
     e_P, f_P = np.nonzero(np.triu(apart_EE))
     if not e_P.size:
         return np.inf, 0, 0
-    score_P = swap_values(problem, layer, device_E, e_P, f_P)
+    score_P = swaps.values_P(problem, layer, device_E, e_P, f_P)
     best = int(score_P.argmin())
     return float(score_P[best]), int(e_P[best]), int(f_P[best])
-
-
-def swap_values(
-    problem: Problem, layer: int, device_E: np.ndarray, e_P: np.ndarray, f_P: np.ndarray
-) -> np.ndarray:
-    """float64 [P]: the objective of a layer after swapping e and f; inf above its load cap."""
-    devices, load_E = problem.num_devices, problem.load_LE[layer]
-    load_PM = np.tile(np.bincount(device_E, weights=load_E, minlength=devices), (len(e_P), 1))
-    pair = np.arange(len(e_P))
-    load_PM[pair, device_E[e_P]] += load_E[f_P] - load_E[e_P]
-    load_PM[pair, device_E[f_P]] += load_E[e_P] - load_E[f_P]
-    if problem.objective == "load":
-        mean = max(float(load_E.sum()) / devices, 1e-300)
-        score_P = (load_PM / problem.topology.speed_M).max(axis=1) / mean
-    else:
-        touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
-        node_PN = _swapped_nodes(problem, layer, problem.topology.node_M[device_E], e_P, f_P)
-        score_P = problem.scores(layer, touched_PM, node_PN, load_PM)
-    score_P[problem.over(layer, load_PM)] = np.inf
-    return score_P
-
-
-def _swapped_nodes(problem: Problem, layer: int, node_E, e_P, f_P) -> np.ndarray:
-    """float64 [P, N]: contacts of nodes after each swap; swaps inside a node change none."""
-    sets, nodes = problem.sets[layer], problem.topology.num_nodes
-    node_PN = np.tile(sets.touched_M(node_E, nodes).astype(float), (len(e_P), 1))
-    if problem.dispatch == "hierarchical":  # no other counts them
-        away_P = node_E[e_P] != node_E[f_P]
-        if away_P.any():
-            node_PN[away_P] = sets.swapped_PM(node_E, nodes, e_P[away_P], f_P[away_P])
-    return node_PN
 
 
 def _rotated(problem: Problem, layer: int, device_E: np.ndarray, rng) -> np.ndarray:

@@ -248,7 +248,7 @@ def check_sizes(
                 f"{name} {field}",
                 has,
                 f"the plan is for another model or mesh: here it is {needs}",
-                "Give, or solve, a plan of this model for this number of devices",
+                "Solve a plan of this model for this number of devices, or give one",
             )
 
 

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from moe_jax.placement import coherent_seconds, layerwise
+from moe_jax.placement import coherent_seconds, swaps
 from moe_jax.placement.problem import Problem
 
 RESAMPLES = 24
@@ -100,9 +100,7 @@ class _Layer:
         """float64 [P]: the exact values after each swap, as `_value`; inf above a load cap."""
         if self._model is not None:
             return self._model.swaps(self._device_LE, self._layer, e_P, f_P)
-        return layerwise.swap_values(
-            self._problem, self._layer, self._device_LE[self._layer], e_P, f_P
-        )
+        return swaps.values_P(self._problem, self._layer, self._device_LE[self._layer], e_P, f_P)
 
     def _more(self, own_E: np.ndarray) -> float:
         """What the largest load is expected to be above the planned one, in the objective."""

@@ -10,8 +10,8 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import baselines, solve, topology
-from moe_jax.placement.limits import chained, knapsack, nearest, paths, swaps
+from moe_jax.placement import baselines, solve, swaps, topology
+from moe_jax.placement.limits import chained, knapsack, nearest, paths
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits.menu import Border, extended
 from moe_jax.placement.limits.nearest import Within
@@ -153,7 +153,7 @@ def test_scores_of_swaps_are_the_objective_after_them(objective, dispatch, nodes
     problem = Problem(trace, machine, objective, dispatch)
     device_E = baselines.random(1, 8, 4, 5)[0]
     e_P, f_P = np.nonzero(np.triu(device_E[:, None] != device_E[None, :]))
-    score_P = swaps.scores_P(problem, 1, device_E, e_P, f_P)
+    score_P = swaps.values_P(problem, 1, device_E, e_P, f_P)
     for e, f, score in zip(e_P, f_P, score_P, strict=True):
         after_E = device_E.copy()
         after_E[[e, f]] = after_E[[f, e]]

@@ -23,6 +23,8 @@ from moe_jax.placement import (
     topology,
     with_copies,
 )
+from moe_jax.placement.formats import convert
+from moe_jax.placement.formats.hints import Hints
 from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
@@ -345,3 +347,14 @@ def test_slots_that_stay_take_their_shares_along():
     np.testing.assert_array_equal(moved.physical_to_logical_LP, old_LP)
     order_P = np.arange(12).reshape(4, 3)[:, ::-1].ravel()
     np.testing.assert_array_equal(moved.share_LNP, placement.share_LNP[:, :, order_P])
+
+
+@pytest.mark.parametrize(("name", "out"), [("sglang", "s.json"), ("own", "o.json")])
+def test_a_conversion_keeps_shares_or_says_that_they_are_lost(name, out, tmp_path):
+    placement = shared(problem())
+    Plan(placement).write(tmp_path / "plan.json")
+    done = convert.convert(tmp_path / "plan.json", tmp_path / out, name, Hints())
+    lost = any("shares of its copies are lost" in note for note in done.notes)
+    assert lost == (name != "own")
+    if name == "own":
+        assert Plan.read(tmp_path / out).placement == placement

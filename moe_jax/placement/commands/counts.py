@@ -6,6 +6,7 @@ import json
 
 from moe_jax.errors import Refused
 from moe_jax.placement import balance, tables
+from moe_jax.placement import solve as solve_lib
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.plan import Plan
@@ -87,8 +88,7 @@ def _check(options: argparse.Namespace) -> None:
             raise Refused(
                 name, getattr(options, name), rule, f"Leave --{name} out".replace("_", "-")
             )
-    if not 0 <= options.time_limit < float("inf"):
-        raise Refused("time_limit", options.time_limit, "seconds, at least 0", "Use 60")
+    solve_lib.check_time_limit(options.time_limit)
 
 
 def _planned_on(steps: int, halved: bool) -> str:

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from moe_jax.placement.limits import swaps
+from moe_jax.placement import swaps
 from moe_jax.placement.problem import Problem
 
 PRICES = (8.0, 4.0, 2.0, 1.4, 1.0, 0.7, 0.5, 0.25, 0.1, 0.0)  # in mean gains of a move
@@ -61,7 +61,7 @@ class Border:
             e_P, f_P = np.nonzero(np.triu(apart_EE & free_E[:, None] & free_E[None, :]))
             if not e_P.size:
                 break
-            score_P = swaps.scores_P(problem, layer, device_E, e_P, f_P)
+            score_P = swaps.values_P(problem, layer, device_E, e_P, f_P)
             more_P = self._more_P(device_E, e_P, f_P)
             moves = self.moves(device_E)
             for more in np.unique(more_P):
