@@ -46,14 +46,30 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis. Tokens are split over both axes, experts over `expert` alone."""
+    """Devices per mesh axis. Tokens are split over all of them, experts over node x expert.
+
+    With `node` above 1, `expert` counts the devices of one node; a plan is for node x expert
+    devices, node by node.
+    """
 
     data: int = 1
+    node: int = 1
     expert: int = 1
 
     @property
+    def expert_devices(self) -> int:
+        """Devices that hold one copy of all experts together: those that a plan is for."""
+        return self.node * self.expert
+
+    @property
     def num_devices(self) -> int:
-        return self.data * self.expert
+        return self.data * self.expert_devices
+
+    def __str__(self) -> str:
+        """As "data 2 x expert 4"; axes of size 1 are left out."""
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        return " x ".join(named) or "data 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,20 +323,22 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_mesh(config: Config) -> None:
     mesh, model = config.mesh, config.model
-    _positive(mesh, "mesh", ("data", "expert"))
-    if model.num_experts % mesh.expert:
+    _positive(mesh, "mesh", ("data", "node", "expert"))
+    devices = mesh.expert_devices
+    if model.num_experts % devices:
+        what = "mesh.expert" if mesh.node == 1 else "mesh.node x mesh.expert"
         raise Refused(
             "model.num_experts",
             model.num_experts,
-            f"must be divisible by mesh.expert = {mesh.expert}",
-            f"nearest: mesh.expert {_nearest_divisors(mesh.expert, model.num_experts)}, or "
-            f"num_experts {_nearest_multiples(model.num_experts, mesh.expert)}",
+            f"must be divisible by {what} = {devices}",
+            f"nearest: {what} {_nearest_divisors(devices, model.num_experts)}, or "
+            f"num_experts {_nearest_multiples(model.num_experts, devices)}",
         )
-    if model.dispatch == "local" and mesh.expert > 1:
+    if model.dispatch == "local" and devices > 1:
         raise Refused(
             "model.dispatch",
             "local",
-            f"keeps every expert on one device, but mesh.expert = {mesh.expert}",
+            f"keeps every expert on one device, but they are split over {devices} ({mesh})",
             "use 'exchange' or 'gathered', or mesh.expert = 1",
         )
     _one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
@@ -341,7 +359,7 @@ def check_devices(config: Config, num_devices: int) -> None:
     if needed > num_devices:
         raise Refused(
             "mesh",
-            f"data {config.mesh.data} x expert {config.mesh.expert}",
+            str(config.mesh),
             f"needs {needed} devices, but there are {num_devices}",
             f"choose axes whose product is at most {num_devices}, or more virtual_devices",
         )

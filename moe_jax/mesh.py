@@ -1,12 +1,21 @@
 """Devices: distributed initialisation, the mesh, and the one table logical axis -> mesh axis.
 
+Five axes, always all there (most of size 1), so that no code asks which exist:
+
+  data    replicas of everything
+  fsdp    tokens, as `data`
+  node    expert parallelism over the slow tier ...
+  expert  ... and over the fast one. Experts are split over both together: device m of a plan is
+          node * (devices a node) + expert, as plans count. Collectives among the holders of one
+          set of experts take the tuple `EXPERT`; a scheme with a step per tier takes its parts.
+  tensor  within one expert and one head
+
 All axes are Auto: XLA places what we do not place, and `shard_map` takes inputs placed anywhere.
-Tokens (`batch`) are split over both axes, so attention is data-parallel everywhere; experts are
-split over `expert` and replicated over `data`.
 """
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,12 +23,17 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.config import MeshConfig
 from moe_jax.errors import Refused
 
-DATA, EXPERT = AXES = ("data", "expert")
+DATA, FSDP, NODE, DEVICE, TENSOR = AXES = ("data", "fsdp", "node", "expert", "tensor")
+EXPERT = (NODE, DEVICE)  # node by node
+BATCH = (DATA, FSDP, *EXPERT)  # one token is on one device of these
+
+Axis = str | tuple[str, ...]  # what a collective runs over
 
 # Logical axes that are not listed are replicated.
-RULES: dict[str, tuple[str, ...]] = {"batch": (DATA, EXPERT), "expert": (EXPERT,)}
+RULES: dict[str, tuple[str, ...]] = {"batch": BATCH, "expert": EXPERT}
 
 
 def initialize(platform: str, virtual_devices: int, multi_process: str = "auto") -> None:
@@ -98,16 +112,36 @@ def num_devices() -> int:
         ) from None
 
 
-def make(data: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A `data x expert` mesh over the first data * expert devices, physical neighbours adjacent.
+def make(
+    data: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    fsdp: int = 1,
+    node: int = 1,
+    tensor: int = 1,
+) -> Mesh:
+    """A mesh over the first devices, as many as it needs, physical neighbours adjacent.
 
     Args:
+      expert: devices a node over which experts are split; all of them where `node` is 1.
       devices: of a topology that is compiled for but not there; None = those that are.
     """
-    devices = list(jax.devices() if devices is None else devices)[: data * expert]
+    shape = (data, fsdp, node, expert, tensor)
+    devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
     # Axes of a torus may be split: 8 experts on a 4 x 4 x 4 one are a slice of two of its axes.
-    placed = mesh_utils.create_device_mesh((data, expert), devices, allow_split_physical_axes=True)
-    return Mesh(placed, (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def of_config(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config; `devices` as for `make`."""
+    return make(config.data, config.expert, devices, node=config.node)
+
+
+def size(mesh: Mesh, axis: Axis) -> int:
+    """Devices along one axis, or along several together."""
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:

@@ -100,7 +100,7 @@ def trained(text, tmp_path_factory) -> pathlib.Path:
     plain.update_from_flattened_dict({**SMALL, "data.path": str(text)})
     config = config_lib.from_config_dict(plain)
     corpus, plan = loop.prepare(config, workdir)
-    mesh = mesh_lib.make(config.mesh.data, config.mesh.expert)
+    mesh = mesh_lib.of_config(config.mesh)
     batches = data.batches(corpus, config.data)
     state = step_lib.initial_state(config, mesh)
     for number in (1, 2):

@@ -53,7 +53,7 @@ def config(**overrides):
 
 
 def mesh(tiny_config):
-    return mesh_lib.make(tiny_config.mesh.data, tiny_config.mesh.expert)
+    return mesh_lib.of_config(tiny_config.mesh)
 
 
 @functools.cache

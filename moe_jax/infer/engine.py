@@ -54,7 +54,7 @@ class Generation:
     tokens: per prompt, the tokens that followed it.
     logits_BSV: float32 prefill logits of the padded batch, on the devices; see `fetch`.
     records: the prefill's, then one per decode step.
-    home_B: the expert-axis coordinate of the device that holds each sequence.
+    home_B: the device, as plans count, that holds each sequence.
     """
 
     tokens: list[list[int]]
@@ -111,7 +111,7 @@ class Engine:
           on_token: called with (prompt number, token) as soon as a token is on the host.
         """
         check_prompts(prompts, max_new_tokens, self._config.model.max_seq_len)
-        token_BS, length_B = _pad(prompts, self._mesh.size)
+        token_BS, length_B = _pad(prompts, mesh_lib.size(self._mesh, mesh_lib.BATCH))
         batch, padded = token_BS.shape
         capacity = _power_of_two(padded + max_new_tokens)
         put = functools.partial(mesh_lib.put_batch, self._mesh)
@@ -160,9 +160,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
 
 
 def homes(batch: int, mesh: Mesh) -> np.ndarray:
-    """The expert-axis coordinate of the device that holds each sequence of a batch, int32 [B]."""
-    device_B = np.arange(batch) // (batch // mesh.size)
-    return (device_B % mesh.shape[mesh_lib.EXPERT]).astype(np.int32)
+    """The device, as plans count, that holds each sequence of a batch, int32 [B]."""
+    shard_B = np.arange(batch) // (batch // mesh_lib.size(mesh, mesh_lib.BATCH))
+    return (shard_B % mesh_lib.size(mesh, mesh_lib.EXPERT)).astype(np.int32)
 
 
 def _pad(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:

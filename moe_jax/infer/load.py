@@ -57,7 +57,7 @@ def find(workdir: str, placement: str | None) -> Source:
         plan,
         num_layers=config.model.num_layers,
         num_experts=config.model.num_experts,
-        num_devices=config.mesh.expert,
+        num_devices=config.mesh.expert_devices,
     )
     if plan.placement.has_replicas:
         raise Refused(

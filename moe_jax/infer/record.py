@@ -91,7 +91,7 @@ def write_measurement(
         "model": config.name,
         "num_experts": config.model.num_experts,
         "top_k": config.model.top_k,
-        "num_devices": config.mesh.expert,
+        "num_devices": config.mesh.expert_devices,
         "dispatch": config.model.dispatch,
         "combine": "exact",
         "plan_digest": plan.digest,

@@ -57,7 +57,7 @@ def run(request: Request) -> None:
         virtual_devices = max(virtual_devices, config.mesh.num_devices)
     mesh_lib.initialize(config.platform, virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
-    mesh = mesh_lib.make(config.mesh.data, config.mesh.expert)
+    mesh = mesh_lib.of_config(config.mesh)
     engine = load.engine(source, mesh)
     if request.prompts:
         generations = [_answer(engine, prompts, request)]

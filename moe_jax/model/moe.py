@@ -100,14 +100,15 @@ def build_dispatch(
     platform = mesh.devices.flat[0].platform
     transport = wire.transport_of(platform)
     implementation = implementation or grouped_matmul.default_implementation(platform)
-    vary_over_data = functools.partial(jax.lax.pcast, axis_name=mesh_lib.DATA, to="varying")
-    vary_over_all = functools.partial(jax.lax.pcast, axis_name=mesh_lib.AXES, to="varying")
+    replicas = (mesh_lib.DATA, mesh_lib.FSDP)
+    vary_over_replicas = functools.partial(jax.lax.pcast, axis_name=replicas, to="varying")
+    vary_over_tokens = functools.partial(jax.lax.pcast, axis_name=mesh_lib.BATCH, to="varying")
 
     def on_device(x_TD, expert_TK, weight_TK, table, *weights):
-        # Weights are equal on all data replicas, rows are not. Saying so here makes this the line
-        # at which the gradients of the weights are summed over `data`.
-        weights = tuple(vary_over_data(weight) for weight in weights)
-        table = jax.tree.map(vary_over_all, table)
+        # Weights are equal on all replicas, rows are not. Saying so here makes this the line at
+        # which the gradients of the weights are summed over them.
+        weights = tuple(vary_over_replicas(weight) for weight in weights)
+        table = jax.tree.map(vary_over_tokens, table)
 
         def experts_fn(rows_AD, group_sizes_e):
             with jax.named_scope("experts"):
@@ -127,7 +128,7 @@ def build_dispatch(
                 axis=mesh_lib.EXPERT,
                 transport=transport,
             )
-        return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, mesh_lib.DATA), traffic)
+        return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, replicas), traffic)
 
     tokens = mesh_lib.spec("batch", None)
     experts = mesh_lib.spec("expert", None, None)

@@ -58,7 +58,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
 
 def load_plan(config: Config) -> plan_lib.Plan:
     """The plan named in the config, checked against the model; contiguous if there is none."""
-    model, devices = config.model, config.mesh.expert
+    model, devices = config.model, config.mesh.expert_devices
     if not config.placement:
         return plan_lib.Plan(
             plan_lib.Placement.contiguous(model.num_layers, model.num_experts, devices)
@@ -99,7 +99,7 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
     Raises:
       Refused: after `max_bad_steps` non-finite steps in a row, with the reason.
     """
-    mesh = mesh_lib.make(config.mesh.data, config.mesh.expert)
+    mesh = mesh_lib.of_config(config.mesh)
     table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), permute.table(plan.placement))
     train_config, data_config = config.train, config.data
     train_step = step_lib.build_step(config, mesh)
@@ -154,7 +154,7 @@ class Reporter:
         corpus: data.Corpus,
         held_out: np.ndarray,
     ):
-        self._config, self._num_devices = config, config.mesh.expert
+        self._config, self._num_devices = config, config.mesh.expert_devices
         self._unigram = data.unigram_loss(corpus, config.model.vocab_size, held_out)
         self._peak = metrics.measured_matmul_rate(mesh, dtype=config.model.dtype)
         self._progress = metrics.Progress(first_step, config.train.num_steps)
@@ -167,7 +167,7 @@ class Reporter:
         metrics.say(
             f"{config.name}: {transformer.num_parameters(config.model):,} parameters "
             f"({transformer.num_active_parameters(config.model):,} active) on "
-            f"{config.mesh.data} x {config.mesh.expert} (data x expert) devices; {corpus.name}: "
+            f"{config.mesh.num_devices} devices ({config.mesh}); {corpus.name}: "
             f"{len(corpus.train):,} train and {len(corpus.held_out):,} held-out bytes; "
             f"matmul rate {self._peak / 1e9:.0f} GFLOP/s"
             + (f"; resuming after step {first_step}" if first_step else "")

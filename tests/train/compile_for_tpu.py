@@ -50,7 +50,7 @@ def main(topology: str, dispatch: str) -> None:
     )
     plain.train.eval_sequences = len(devices)
     config = config_lib.from_config_dict(plain)
-    mesh = mesh_lib.make(data, expert, devices)
+    mesh = mesh_lib.of_config(config.mesh, devices)
     state = step_lib.abstract_state(config, mesh)
     replicated = mesh_lib.sharding(mesh)
     shape_LE = (config.model.num_layers, config.model.num_experts)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.mesh import Axis
 from moe_jax.model.dispatch import sorting as sorting_lib
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.model.dispatch.wire import Wire
@@ -68,7 +69,7 @@ def local(
     experts_fn: ExpertsFn,
     *,
     num_physical: int,
-    axis: str,
+    axis: Axis,
     transport: str,
 ) -> tuple[Float[Array, "T D"], Traffic]:
     """All experts on this device: sort, compute, unsort, combine."""
@@ -90,7 +91,7 @@ def gathered(
     experts_fn: ExpertsFn,
     *,
     num_physical: int,
-    axis: str,
+    axis: Axis,
     transport: str,
 ) -> tuple[Float[Array, "T D"], Traffic]:
     """All-gather tokens, compute the local experts, reduce-scatter the weighted sums."""
@@ -121,7 +122,7 @@ def exchange(
     experts_fn: ExpertsFn,
     *,
     num_physical: int,
-    axis: str,
+    axis: Axis,
     transport: str,
 ) -> tuple[Float[Array, "T D"], Traffic]:
     """Each token once to every distinct device of its experts; one row per assignment back.
@@ -172,7 +173,7 @@ class _Route:
     sorting: sorting_lib.Sorting
 
 
-def _plan_route(slot_TK: jax.Array, num_local: int, axis: str) -> _Route:
+def _plan_route(slot_TK: jax.Array, num_local: int, axis: Axis) -> _Route:
     num_devices = jax.lax.axis_size(axis)
     num_tokens, top_k = slot_TK.shape
     device_TK = jnp.where(slot_TK < 0, num_devices, slot_TK // num_local)
@@ -278,7 +279,7 @@ def _zero_beyond_groups(rows_AD: jax.Array, route: _Route) -> jax.Array:
     return jnp.where(real_A[:, None], rows_AD, jnp.zeros((), rows_AD.dtype))
 
 
-def _local_expert(slot_XK: jax.Array, num_local: int, axis: str) -> jax.Array:
+def _local_expert(slot_XK: jax.Array, num_local: int, axis: Axis) -> jax.Array:
     """Local expert of each assignment; `num_local` where it is computed elsewhere or nowhere."""
     local_XK = slot_XK - jax.lax.axis_index(axis) * num_local
     return jnp.where((local_XK >= 0) & (local_XK < num_local), local_XK, num_local)
@@ -295,7 +296,7 @@ def _indices_of_true(mask: jax.Array, *, size: int) -> jax.Array:
     return jnp.nonzero(mask.reshape(-1), size=size, fill_value=0)[0].astype(jnp.int32)
 
 
-def _off_diagonal(rows_M: jax.Array, axis: str) -> jax.Array:
+def _off_diagonal(rows_M: jax.Array, axis: Axis) -> jax.Array:
     me = jax.lax.axis_index(axis)
     return jnp.where(jnp.arange(rows_M.size) == me, 0, rows_M).astype(jnp.int32)
 

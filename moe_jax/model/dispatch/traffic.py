@@ -15,7 +15,7 @@ from moe_jax.pytree import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one MoE layer moved and computed, summed over the data axis; all int32.
+    """What one MoE layer moved and computed, summed over replicas; all int32.
 
     Attributes:
       dispatch_MM: rows on the wire, [source, destination], on their way to the experts.

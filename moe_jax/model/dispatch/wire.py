@@ -42,12 +42,12 @@ class Wire:
       chunk: rows a `ppermute`, for "per_shift".
     """
 
-    axis: str
+    axis: mesh_lib.Axis
     transport: str
     chunk: int
 
     @classmethod
-    def of(cls, axis: str, transport: str, num_tokens: int) -> "Wire":
+    def of(cls, axis: mesh_lib.Axis, transport: str, num_tokens: int) -> "Wire":
         """A chunk is about a quarter of what a pair moves when a token goes one place at random."""
         return cls(axis, transport, max(1, num_tokens // (4 * jax.lax.axis_size(axis))))
 
@@ -85,11 +85,11 @@ class Wire:
         return jnp.where(shift_M == 0, 0, sent_M - send_counts_M)
 
 
-def _chunks_by_shift(send_counts_M: jax.Array, chunk: int, axis: str) -> jax.Array:
+def _chunks_by_shift(send_counts_M: jax.Array, chunk: int, axis: mesh_lib.Axis) -> jax.Array:
     """Chunks that each distance takes: what its fullest pair needs, equal on all devices."""
     size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     destination_M = (me + jnp.arange(size, dtype=jnp.int32)) % size
-    return jax.lax.pmax(-(-send_counts_M[destination_M] // chunk), mesh_lib.AXES)
+    return jax.lax.pmax(-(-send_counts_M[destination_M] // chunk), mesh_lib.BATCH)
 
 
 def _per_shift(
@@ -97,7 +97,7 @@ def _per_shift(
     send_counts_M: jax.Array,
     receive_counts_M: jax.Array,
     num_received: int,
-    axis: str,
+    axis: mesh_lib.Axis,
     chunk: int,
 ) -> jax.Array:
     size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
@@ -138,7 +138,7 @@ def _ragged_all_to_all(
     send_counts_M: jax.Array,
     receive_counts_M: jax.Array,
     num_received: int,
-    axis: str,
+    axis: mesh_lib.Axis,
 ) -> jax.Array:
     # Where our segment starts in each receiver's buffer: the receivers know, so they tell us.
     output_start_M = jax.lax.all_to_all(
