@@ -19,6 +19,7 @@ from typing import Any
 from moe_jax.errors import Refused
 
 DISPATCHES = ("local", "gathered", "exchange")
+COMBINES = ("exact", "partial")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -40,6 +41,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of activations; parameters and router are float32
     dispatch: str = "exchange"
+    combine: str = "exact"  # sums at home: bits free of the placement; "partial": fewest rows
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.001
 
@@ -318,6 +320,7 @@ def _validate_model(model: ModelConfig) -> None:
             f"use {model.d_head + 1}",
         )
     _one_of("model.dispatch", model.dispatch, DISPATCHES)
+    _one_of("model.combine", model.combine, COMBINES)
     _one_of("model.dtype", model.dtype, DTYPES)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from moe_jax import checkpoint
 from moe_jax.errors import Refused
 from moe_jax.model import parameter
-from moe_jax.model.dispatch.schemes import Table
+from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import plan as plan_lib
 from moe_jax.placement.plan import Placement
 

@@ -23,7 +23,7 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import sampling as sampling_lib
 from moe_jax.model import transformer
-from moe_jax.model.dispatch.schemes import Table
+from moe_jax.model.dispatch.table import Table
 
 
 @dataclasses.dataclass(frozen=True)

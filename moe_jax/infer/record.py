@@ -93,7 +93,7 @@ def write_measurement(
         "top_k": config.model.top_k,
         "num_devices": config.mesh.expert_devices,
         "dispatch": config.model.dispatch,
-        "combine": "exact",
+        "combine": config.model.combine,
         "plan_digest": plan.digest,
         "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
         "logits_digest": hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest(),

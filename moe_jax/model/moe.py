@@ -16,6 +16,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.kernels import grouped_matmul
 from moe_jax.model import parameter, router
 from moe_jax.model.dispatch import schemes, wire
+from moe_jax.model.dispatch.table import Table, physical_of
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 
@@ -51,20 +52,25 @@ class LayerRecord:
     z: Leaf
 
 
-MoELayer = Callable[[jax.Array, MoE, jax.Array, schemes.Table], tuple[jax.Array, LayerRecord]]
+MoELayer = Callable[[jax.Array, MoE, jax.Array, Table], tuple[jax.Array, LayerRecord]]
 
 
-def build(mesh: Mesh, *, dispatch: str, top_k: int, implementation: str | None = None) -> MoELayer:
+def build(
+    mesh: Mesh, *, dispatch: str, combine: str, top_k: int, implementation: str | None = None
+) -> MoELayer:
     """Chooses routing, dispatch and kernels once.
 
     Args:
       dispatch: a name in `schemes.SCHEMES`.
+      combine: one of `schemes.COMBINES`.
       implementation: of the grouped matmul; None = by platform.
 
     Returns:
       `layer(x_BSD, weights, real_BS, table) -> (y_BSD, LayerRecord)`.
     """
-    compute = build_dispatch(mesh, dispatch=dispatch, implementation=implementation)
+    compute = build_dispatch(
+        mesh, dispatch=dispatch, combine=combine, implementation=implementation
+    )
 
     def layer(x_BSD, weights, real_BS, table):
         batch, sequence, width = x_BSD.shape
@@ -87,7 +93,7 @@ def build(mesh: Mesh, *, dispatch: str, top_k: int, implementation: str | None =
 
 
 def build_dispatch(
-    mesh: Mesh, *, dispatch: str, implementation: str | None = None
+    mesh: Mesh, *, dispatch: str, combine: str, implementation: str | None = None
 ) -> Callable[..., tuple[jax.Array, Traffic]]:
     """The part of the layer that knows where experts live, as a function of global arrays.
 
@@ -99,6 +105,7 @@ def build_dispatch(
     # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
     platform = mesh.devices.flat[0].platform
     transport = wire.transport_of(platform)
+    axes = mesh_lib.EXPERT
     implementation = implementation or grouped_matmul.default_implementation(platform)
     replicas = (mesh_lib.DATA, mesh_lib.FSDP)
     vary_over_replicas = functools.partial(jax.lax.pcast, axis_name=replicas, to="varying")
@@ -116,18 +123,11 @@ def build_dispatch(
                     rows_AD, *weights, group_sizes_e, implementation=implementation
                 )
 
-        num_physical = weights[0].shape[0] * jax.lax.axis_size(mesh_lib.EXPERT)
+        num_physical = weights[0].shape[0] * jax.lax.axis_size(axes)
+        setting = schemes.Setting(axes, num_physical, transport, combine)
         with jax.named_scope("dispatch"):
-            y_TD, traffic = scheme(
-                x_TD,
-                expert_TK,
-                weight_TK,
-                table,
-                experts_fn,
-                num_physical=num_physical,
-                axis=mesh_lib.EXPERT,
-                transport=transport,
-            )
+            slot_TK = physical_of(expert_TK, table)
+            y_TD, traffic = scheme(x_TD, slot_TK, weight_TK, experts_fn, setting)
         return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, replicas), traffic)
 
     tokens = mesh_lib.spec("batch", None)

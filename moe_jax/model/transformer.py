@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.model import attention, moe, parameter
-from moe_jax.model.dispatch.schemes import Table
+from moe_jax.model.dispatch.table import Table
 from moe_jax.pytree import Leaf
 
 
@@ -86,7 +86,11 @@ def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = 
       `table` is stacked over layers. Positions default to 0..S-1, all real.
     """
     moe_layer = moe.build(
-        mesh, dispatch=config.dispatch, top_k=config.top_k, implementation=implementation
+        mesh,
+        dispatch=config.dispatch,
+        combine=config.combine,
+        top_k=config.top_k,
+        implementation=implementation,
     )
     theta, eps, dtype = config.rope_theta, config.norm_eps, jnp.dtype(config.dtype)
     split = mesh_lib.sharding(mesh, "batch", None, None)

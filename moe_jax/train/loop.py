@@ -22,7 +22,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.model import parameter, transformer
-from moe_jax.model.dispatch.schemes import Table
+from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.model import parameter, transformer
-from moe_jax.model.dispatch.schemes import Table
+from moe_jax.model.dispatch.table import Table
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 from moe_jax.train import optimizer as optimizer_lib

@@ -23,7 +23,9 @@ MESHES = [MeshConfig(data=2, node=2, expert=2)]
 @functools.cache
 def program(shape, dispatch):
     """(outputs, traffic, gradients of sum(y * cos(0, 1, ...))), jitted."""
-    compute = moe.build_dispatch(mesh_lib.of_config(shape), dispatch=dispatch, implementation="cpu")
+    compute = moe.build_dispatch(
+        mesh_lib.of_config(shape), dispatch=dispatch, combine="exact", implementation="cpu"
+    )
 
     def loss(x_TD, expert_TK, weight_TK, gate, up, down, table):
         y_TD, traffic = compute(x_TD, expert_TK, weight_TK, table, gate, up, down)

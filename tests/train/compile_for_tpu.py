@@ -30,7 +30,7 @@ from jax.experimental import topologies
 
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
-from moe_jax.model.dispatch.schemes import Table
+from moe_jax.model.dispatch.table import Table
 from moe_jax.train import step as step_lib
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "moe_100m.py"

@@ -65,41 +65,15 @@ def sum_in_rank_order(rows_XKD: jax.Array) -> jax.Array:
     return total_XD
 
 
-@jax.custom_vjp
-def fan_out(x_XD: jax.Array, sorting: Sorting) -> jax.Array:
-    """Rows of the assignments, [A, D], by expert. Backward: gathered home, summed in rank order."""
-    token_A = sorting.order_A // sorting.position_XK.shape[1]
-    return x_XD[token_A]
+def sum_rows(rows_ND: jax.Array, index_XK: jax.Array) -> jax.Array:
+    """Sum over K, in rank order, of the rows at these indices; those beyond the rows add zeros.
 
-
-def _fan_out_fwd(x_XD, sorting):
-    return fan_out(x_XD, sorting), sorting
-
-
-def _fan_out_bwd(sorting, g_AD):
-    return sum_in_rank_order(take_rows(g_AD, sorting.position_XK)), no_gradient(sorting)
-
-
-fan_out.defvjp(_fan_out_fwd, _fan_out_bwd)
-
-
-@jax.custom_vjp
-def fan_in(y_AD: jax.Array, sorting: Sorting) -> jax.Array:
-    """Rows of the assignments back in token order, [X, K, D]; zeros for those not computed here."""
-    return take_rows(y_AD, sorting.position_XK)
-
-
-def _fan_in_fwd(y_AD, sorting):
-    return fan_in(y_AD, sorting), sorting
-
-
-def _fan_in_bwd(sorting, g_XKD):
-    g_AD = g_XKD.reshape(-1, g_XKD.shape[-1])[sorting.order_A]
-    real_A = jnp.arange(g_AD.shape[0]) < sorting.group_sizes_e.sum()
-    return jnp.where(real_A[:, None], g_AD, 0), no_gradient(sorting)
-
-
-fan_in.defvjp(_fan_in_fwd, _fan_in_bwd)
+    Sums are made in float32, whatever the rows are.
+    """
+    total_XD = take_rows(rows_ND, index_XK[:, 0]).astype(jnp.float32)
+    for k in range(1, index_XK.shape[1]):
+        total_XD = total_XD + take_rows(rows_ND, index_XK[:, k]).astype(jnp.float32)
+    return total_XD
 
 
 def no_gradient(tree):

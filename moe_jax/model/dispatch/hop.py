@@ -1,0 +1,237 @@
+"""One stretch of a row's way: between the devices of one mesh axis (or of several, joined).
+
+A hop takes rows of the T tokens at hand to the devices of their experts on its axis, and takes
+sums or single assignments back. It knows two sets of positions: T tokens at hand on this side, and
+the X = M * T tokens of all devices of the axis on the far side, where only those that came here are
+real. Rows lie packed in buffers; where the row of a token or of an assignment lies is an index
+beside it, so that two hops, or a hop and the sort by expert, cost one gather together.
+
+There are four movements, and each is the transpose of another:
+
+    tokens_out        a token's row, once to each device that has an expert of it
+    sums_home         one row back from each of those devices        (transpose of tokens_out)
+    assignments_out   a row of its own for each (token, k)
+    assignments_home  the same back                                  (transpose of assignments_out)
+
+`Exchange` moves rows by the uneven all-to-all of wire.py. `Gather` shows every token to every
+device and sums on the way back (all-gather and reduce-scatter): the same four movements.
+
+Axes: T tokens at hand, K top_k, M devices of the axis, X = M * T, D values a row, N rows packed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.mesh import Axis
+from moe_jax.model.dispatch import sorting as sorting_lib
+from moe_jax.model.dispatch.wire import Wire
+from moe_jax.pytree import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A hop of uneven all-to-alls. Segments of buffers are in device order, tokens in theirs.
+
+    Attributes:
+      wire: how rows travel.
+      token_R: token of each row sent out (by device, then token); R = T * min(K, M).
+      arrival_X: where the row of a token lies among those that arrived.
+      arrived_X: the tokens that came here, packed (by source, then token); arbitrary beyond.
+      assignment_N: assignment (t * K + k) of each row sent out singly (by device, then t * K + k).
+      home_position_TK: where the row of an assignment lies among those that come home singly.
+      sum_position_TK: where the sum of the assignment's device lies among those that come home;
+        beyond all rows if an earlier k has the same device, so that each sum counts once.
+      arrived_assignment_A: the assignments that came here, packed; arbitrary beyond.
+      rank_XK: where the row of an assignment lies among those that arrived singly.
+      tokens_to_M, tokens_from_M: rows out; assignments_to_M, assignments_from_M: rows home singly.
+        `to` counts what tokens at hand cause, `from` what is done here for others.
+    """
+
+    wire: Wire = dataclasses.field(metadata={"static": True})
+    token_R: Leaf
+    arrival_X: Leaf
+    arrived_X: Leaf
+    assignment_N: Leaf
+    home_position_TK: Leaf
+    sum_position_TK: Leaf
+    arrived_assignment_A: Leaf
+    rank_XK: Leaf
+    tokens_to_M: Leaf
+    tokens_from_M: Leaf
+    assignments_to_M: Leaf
+    assignments_from_M: Leaf
+
+    @property
+    def axis(self) -> Axis:
+        """Of the mesh."""
+        return self.wire.axis
+
+    def tokens_out(self, rows_ND: jax.Array, row_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows of tokens, found at `row_T`, to the devices of their experts: rows, `row_X`."""
+        num_received = self.arrival_X.size
+        sent_RD = rows_ND[row_T[self.token_R]]
+        counts = (self.tokens_to_M, self.tokens_from_M)
+        return self.wire.exchange(sent_RD, *counts, num_received), self.arrival_X
+
+    def sums_home(
+        self, rows_ND: jax.Array, row_XK: jax.Array, dtype: jax.typing.DTypeLike
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sums over k of the rows found at `row_XK`, to where their tokens came from, as dtype."""
+        sum_XD = sorting_lib.sum_rows(rows_ND, row_XK[self.arrived_X]).astype(dtype)
+        counts = (self.tokens_from_M, self.tokens_to_M)
+        return self.wire.exchange(sum_XD, *counts, self.token_R.size), self.sum_position_TK
+
+    def assignments_out(self, rows_ND: jax.Array, row_TK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A row for each assignment, found at `row_TK`, to its expert's device."""
+        sent_ND = rows_ND[row_TK.reshape(-1)[self.assignment_N]]
+        counts = (self.assignments_to_M, self.assignments_from_M)
+        num_received = self.arrived_assignment_A.size
+        return self.wire.exchange(sent_ND, *counts, num_received), self.rank_XK
+
+    def assignments_home(
+        self, rows_ND: jax.Array, row_XK: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The row of each assignment that came here, found at `row_XK`, back to its token."""
+        position_A = row_XK.reshape(-1)[self.arrived_assignment_A]
+        sent_AD = sorting_lib.take_rows(rows_ND, position_A)
+        counts = (self.assignments_from_M, self.assignments_to_M)
+        return self.wire.exchange(sent_AD, *counts, self.assignment_N.size), self.home_position_TK
+
+    def rows_out_M(self) -> jax.Array:
+        """Rows of `tokens_out` to each device of the axis, this one included."""
+        return self.tokens_to_M
+
+    def rows_home_M(self, *, singly: bool) -> jax.Array:
+        """Rows of `assignments_home` (singly) or `sums_home` to each device of the axis."""
+        return self.assignments_from_M if singly else self.tokens_from_M
+
+    def padding_M(self, *, singly: bool) -> jax.Array:
+        """Rows without a token, out and home."""
+        out_M, home_M = self.rows_out_M(), self.rows_home_M(singly=singly)
+        return self.wire.padding_M(out_M) + self.wire.padding_M(home_M)
+
+
+def exchange(device_TK: jax.Array, wire: Wire, most: int) -> tuple[Exchange, jax.Array]:
+    """Plans an exchange from where the assignments at hand have to go.
+
+    All devices learn where all tokens go (an all-gather of K integers a token), from which every
+    index follows without further talk.
+
+    Args:
+      device_TK: int32 coordinate on the axis of each assignment's expert; -1 = nowhere.
+      most: the largest number of a token's assignments that one device can have.
+
+    Returns:
+      The hop, and bool [X, K]: which assignments of the X tokens came here.
+    """
+    size, me = jax.lax.axis_size(wire.axis), jax.lax.axis_index(wire.axis)
+    num_tokens, top_k = device_TK.shape
+    device_M = jnp.arange(size, dtype=jnp.int32)
+
+    # This side: rows out are (device, token) pairs; single rows are assignments, by device.
+    at_TKM = device_TK[:, :, None] == device_M[None, None]
+    goes_MT = at_TKM.any(axis=1).T
+    token_R = indices_of_true(goes_MT, size=num_tokens * min(top_k, size)) % num_tokens
+    sent_MT = jnp.cumsum(goes_MT.reshape(-1), dtype=jnp.int32).reshape(goes_MT.shape) - 1
+    away_TK = device_TK < 0
+    earlier_KK = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
+    repeated_TK = ((device_TK[:, :, None] == device_TK[:, None, :]) & earlier_KK[None]).any(axis=2)
+    sum_position_TK = jnp.take_along_axis(sent_MT.T, jnp.maximum(device_TK, 0), axis=1)
+    sum_position_TK = jnp.where(away_TK | repeated_TK, token_R.size, sum_position_TK)
+    by_device_N = jnp.where(away_TK, size, device_TK).reshape(-1)
+    assignment_N = jnp.argsort(by_device_N, stable=True).astype(jnp.int32)
+    place_N = jnp.zeros_like(assignment_N)
+    place_N = place_N.at[assignment_N].set(jnp.arange(place_N.size, dtype=jnp.int32))
+
+    # Far side: the same from where everybody's tokens go.
+    here_XK = jax.lax.all_gather(device_TK, wire.axis, tiled=True) == me
+    arrives_X = here_XK.any(axis=1)
+    hop = Exchange(
+        wire=wire,
+        token_R=token_R,
+        arrival_X=jnp.cumsum(arrives_X, dtype=jnp.int32) - 1,
+        arrived_X=indices_of_true(arrives_X, size=arrives_X.size),
+        assignment_N=assignment_N,
+        home_position_TK=jnp.where(away_TK, place_N.size, place_N.reshape(device_TK.shape)),
+        sum_position_TK=sum_position_TK,
+        arrived_assignment_A=indices_of_true(here_XK, size=arrives_X.size * min(top_k, most)),
+        rank_XK=(jnp.cumsum(here_XK.reshape(-1), dtype=jnp.int32) - 1).reshape(here_XK.shape),
+        tokens_to_M=goes_MT.sum(1, dtype=jnp.int32),
+        tokens_from_M=arrives_X.reshape(size, -1).sum(1, dtype=jnp.int32),
+        assignments_to_M=at_TKM.sum((0, 1), dtype=jnp.int32),
+        assignments_from_M=here_XK.reshape(size, -1).sum(1, dtype=jnp.int32),
+    )
+    return hop, here_XK
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """A hop that shows every token to every device and sums on the way back.
+
+    Attributes:
+      axis: of the mesh.
+      token_T, token_X: 0, 1, ...: rows lie where their tokens do.
+      assignment_TK, assignment_XK: 0, 1, ... likewise.
+    """
+
+    axis: Axis = dataclasses.field(metadata={"static": True})
+    token_T: Leaf
+    token_X: Leaf
+    assignment_TK: Leaf
+    assignment_XK: Leaf
+
+    def tokens_out(self, rows_ND: jax.Array, row_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `Exchange.tokens_out`."""
+        return jax.lax.all_gather(rows_ND[row_T], self.axis, tiled=True), self.token_X
+
+    def sums_home(
+        self, rows_ND: jax.Array, row_XK: jax.Array, dtype: jax.typing.DTypeLike
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Exchange.sums_home`; devices without an expert of the token add zeros."""
+        sum_XD = sorting_lib.sum_rows(rows_ND, row_XK).astype(dtype)
+        beyond_TK = jnp.full_like(self.assignment_TK, self.token_T.size)
+        position_TK = beyond_TK.at[:, 0].set(self.token_T)
+        return jax.lax.psum_scatter(sum_XD, self.axis, tiled=True), position_TK
+
+    def assignments_out(self, rows_ND: jax.Array, row_TK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `Exchange.assignments_out`."""
+        sent_ND = rows_ND[row_TK.reshape(-1)]
+        return jax.lax.all_gather(sent_ND, self.axis, tiled=True), self.assignment_XK
+
+    def assignments_home(
+        self, rows_ND: jax.Array, row_XK: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Exchange.assignments_home`: one device has the row, the others add zeros."""
+        each_ND = sorting_lib.take_rows(rows_ND, row_XK.reshape(-1))
+        return jax.lax.psum_scatter(each_ND, self.axis, tiled=True), self.assignment_TK
+
+    def rows_out_M(self) -> jax.Array:
+        """Every row goes everywhere, whatever the router says."""
+        return jnp.full(jax.lax.axis_size(self.axis), self.token_T.size, jnp.int32)
+
+    def rows_home_M(self, *, singly: bool) -> jax.Array:
+        """Partial sums come back from everywhere, one for each token or for each assignment."""
+        return self.rows_out_M() * (self.assignment_TK.shape[1] if singly else 1)
+
+    def padding_M(self, *, singly: bool) -> jax.Array:
+        """None."""
+        return jnp.zeros_like(self.rows_out_M())
+
+
+def gather(device_TK: jax.Array, axis: Axis) -> tuple[Gather, jax.Array]:
+    """As `exchange`, for the hop that gathers."""
+    here_XK = jax.lax.all_gather(device_TK, axis, tiled=True) == jax.lax.axis_index(axis)
+    token_T, token_X = (jnp.arange(len(a), dtype=jnp.int32) for a in (device_TK, here_XK))
+    assignment_TK, assignment_XK = (
+        jnp.arange(a.size, dtype=jnp.int32).reshape(a.shape) for a in (device_TK, here_XK)
+    )
+    return Gather(axis, token_T, token_X, assignment_TK, assignment_XK), here_XK
+
+
+def indices_of_true(mask: jax.Array, *, size: int) -> jax.Array:
+    """Flat indices of the true entries in order, int32 [size]; arbitrary valid ones beyond."""
+    return jnp.nonzero(mask.reshape(-1), size=size, fill_value=0)[0].astype(jnp.int32)

@@ -1,0 +1,150 @@
+"""The whole way of a layer's rows: hops to the devices of the experts, there a sort by expert.
+
+`spread` takes rows of tokens along a path and gives one row per assignment, sorted by expert;
+`collect` and `collect_sums` take rows of assignments back. Each is linear, and differentiated by
+its transpose, a movement of the same kind in the other direction:
+
+    spread  <->  sum over k of collect      `exact`: sums are made at home, in rank order
+    spread  <->  collect_sums               `partial`: sums are made on the way
+
+`exact` moves a row for each assignment home, in both derivatives; its sums have one order whatever
+the placement. `partial` moves one row for each device and sums where experts happen to live.
+
+Axes: T tokens at hand, K top_k, A rows computed here, e experts here, X tokens at the end of the
+path (of all devices that it joins), D d_model.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.model.dispatch import sorting as sorting_lib
+from moe_jax.model.dispatch.hop import Exchange, Gather
+from moe_jax.pytree import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """Hops in the order of the way out, and the sort at its end.
+
+    Attributes:
+      hops: none where all experts are at hand.
+      sorting: of the X tokens at the end.
+      assignment_TK: 0, 1, ...: the assignments at hand.
+    """
+
+    hops: tuple[Exchange | Gather, ...]
+    sorting: sorting_lib.Sorting
+    assignment_TK: Leaf
+
+
+def spread(path: Path, x_TD: Float[Array, "T D"], *, combine: str) -> Float[Array, "A D"]:
+    """Rows of tokens to their experts, one for each assignment; zeros beyond the real rows.
+
+    Args:
+      combine: "exact" or "partial": where the gradients of a token's rows are summed.
+    """
+    return _spread(combine == "exact", path, x_TD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(singly: bool, path: Path, x_TD: jax.Array) -> jax.Array:
+    rows_ND, row_T = x_TD, jnp.arange(len(x_TD), dtype=jnp.int32)
+    for hop in path.hops:
+        rows_ND, row_T = hop.tokens_out(rows_ND, row_T)
+    top_k = path.assignment_TK.shape[1]
+    return _real(rows_ND[row_T[path.sorting.order_A // top_k]], path)
+
+
+def _spread_fwd(singly, path, x_TD):
+    return _spread(singly, path, x_TD), path
+
+
+def _spread_bwd(singly, path, g_AD):
+    if singly:
+        g_TD = sorting_lib.sum_in_rank_order(_home(path, g_AD))
+    else:
+        g_TD = _sums_home(path, g_AD, g_AD.dtype)
+    return sorting_lib.no_gradient(path), g_TD
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+@jax.custom_vjp
+def collect(path: Path, y_AD: Float[Array, "A D"]) -> Float[Array, "T K D"]:
+    """The row of every assignment back at its token; zeros for assignments of no expert."""
+    return _home(path, y_AD)
+
+
+def _collect_fwd(path, y_AD):
+    return collect(path, y_AD), path
+
+
+def _collect_bwd(path, g_TKD):
+    rows_ND, row_TK = g_TKD.reshape(-1, g_TKD.shape[-1]), path.assignment_TK
+    for hop in path.hops:
+        rows_ND, row_TK = hop.assignments_out(rows_ND, row_TK)
+    g_AD = _real(rows_ND[row_TK.reshape(-1)[path.sorting.order_A]], path)
+    return sorting_lib.no_gradient(path), g_AD
+
+
+collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+def collect_sums(
+    path: Path, y_AD: Float[Array, "A D"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "T D"]:
+    """The sum of every token's rows, summed on each device, then on the near side of each hop.
+
+    Args:
+      y_AD: float32; so are the sums.
+      dtype: of the rows on the wire, and of the result.
+    """
+    return _collect_sums(jnp.dtype(dtype), path, y_AD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect_sums(dtype, path, y_AD):
+    return _sums_home(path, y_AD, dtype)
+
+
+def _collect_sums_fwd(dtype, path, y_AD):
+    return _collect_sums(dtype, path, y_AD), path
+
+
+def _collect_sums_bwd(dtype, path, g_TD):
+    return sorting_lib.no_gradient(path), _spread(False, path, g_TD).astype(jnp.float32)
+
+
+_collect_sums.defvjp(_collect_sums_fwd, _collect_sums_bwd)
+
+
+def assignments(path: Path, value_TK: Float[Array, "T K"]) -> Float[Array, " A"]:
+    """A number of each assignment where it is computed, by an all-gather along every hop."""
+    for hop in path.hops:
+        value_TK = jax.lax.all_gather(value_TK, hop.axis, tiled=True)
+    return value_TK.reshape(-1)[path.sorting.order_A]
+
+
+def _home(path: Path, y_AD: jax.Array) -> jax.Array:
+    rows_ND, row_XK = y_AD, path.sorting.position_XK
+    for hop in reversed(path.hops):
+        rows_ND, row_XK = hop.assignments_home(rows_ND, row_XK)
+    return sorting_lib.take_rows(rows_ND, row_XK)
+
+
+def _sums_home(path: Path, y_AD: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    rows_ND, row_XK = y_AD, path.sorting.position_XK
+    for hop in reversed(path.hops):
+        rows_ND, row_XK = hop.sums_home(rows_ND, row_XK, dtype)
+    return sorting_lib.sum_rows(rows_ND, row_XK).astype(dtype)
+
+
+def _real(rows_AD: jax.Array, path: Path) -> jax.Array:
+    real_A = jnp.arange(rows_AD.shape[0]) < path.sorting.group_sizes_e.sum()
+    return jnp.where(real_A[:, None], rows_AD, jnp.zeros((), rows_AD.dtype))
