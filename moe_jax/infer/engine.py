@@ -7,6 +7,7 @@ them. Programs are compiled once per (batch, length).
 Axes: B sequences, S positions at hand, C cache capacity, L layers, K top_k, V vocabulary.
 """
 
+import copy
 import dataclasses
 import functools
 import time
@@ -23,6 +24,7 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import sampling as sampling_lib
 from moe_jax.model import transformer
+from moe_jax.model.attention import LayerCache
 from moe_jax.model.dispatch.table import Table
 
 
@@ -95,6 +97,41 @@ class Engine:
         self._prefill, self._decode = prefill, decode
         self._choose = jax.jit(sampling_lib.choose, static_argnums=2)
 
+    def placed(self, model: transformer.Transformer, table: Table) -> "Engine":
+        """An engine for the same model under another placement; shares the compiled programs."""
+        other = copy.copy(self)
+        other._model = model
+        other._table = jax.tree.map(lambda t: mesh_lib.put_replicated(self._mesh, t), table)
+        return other
+
+    def prefill(self, token_BS: np.ndarray, length_B: np.ndarray, cache: LayerCache) -> Any:
+        """One prefill step, left on the devices.
+
+        Args:
+          token_BS: int32, on the host; sequences of length 0 are padding.
+          length_B: int32, tokens of each sequence.
+          cache: empty, for at least S positions.
+
+        Returns:
+          (logits_BSV, logits_BV of the last tokens, cache, `LayerRecord` of all layers)
+        """
+        put = functools.partial(mesh_lib.put_batch, self._mesh)
+        return self._prefill(self._model, self._table, put(token_BS), put(length_B), cache)
+
+    def decode(self, token_B: np.ndarray, position_B: np.ndarray, cache: LayerCache) -> Any:
+        """One decode step, left on the devices; `cache` is used up.
+
+        Args:
+          token_B: int32, on the host; -1 where there is no sequence.
+          position_B: int32, the position of each token in its sequence.
+          cache: of the positions before.
+
+        Returns:
+          (logits_BV, cache, `LayerRecord` of all layers)
+        """
+        put = functools.partial(mesh_lib.put_batch, self._mesh)
+        return self._decode(self._model, self._table, put(token_B), put(position_B), cache)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -118,9 +155,7 @@ class Engine:
         cache = transformer.empty_cache(self._config.model, batch, capacity, self._mesh)
 
         start = time.perf_counter()
-        logits_BSV, logits_BV, cache, record = self._prefill(
-            self._model, self._table, put(token_BS), put(length_B), cache
-        )
+        logits_BSV, logits_BV, cache, record = self.prefill(token_BS, length_B, cache)
         generated: list[np.ndarray] = []
         position_BS = np.broadcast_to(np.arange(padded), token_BS.shape)
         records = [_on_host(record, position_BS, logits_BV, start)]
@@ -135,9 +170,7 @@ class Engine:
             if i + 1 == max_new_tokens:
                 break
             fed_B = np.where(length_B > 0, chosen_B, -1).astype(np.int32)
-            logits_BV, cache, record = self._decode(
-                self._model, self._table, put(fed_B), put(position_B.astype(np.int32)), cache
-            )
+            logits_BV, cache, record = self.decode(fed_B, position_B.astype(np.int32), cache)
             records.append(_on_host(record, position_B[:, None], logits_BV, start))
         tokens = [[int(step_B[b]) for step_B in generated] for b in range(len(prompts))]
         return Generation(tokens, logits_BSV, records, homes(batch, self._mesh))

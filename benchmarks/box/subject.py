@@ -1,0 +1,87 @@
+"""What is measured: a trained run (trained first where there is none), its trace, its prompts.
+
+Held-out windows are numbered once and for all (data.held_out_windows). The first PLANNING of them
+are planned on, the next ones are judged: disjoint text.
+"""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax import data
+from moe_jax.errors import Refused
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG, RUN = "configs/cluster.py", "runs/cluster"
+PLANNING = 512  # held-out sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sequences x tokens of prefill; sequences, tokens in the cache and steps of decode."""
+
+    prefill_sequences: int = 32
+    prefill_tokens: int = 128
+    decode_sequences: int = 512
+    decode_start: int = 24
+    decode_steps: int = 8
+
+
+def trained(run: str | None) -> str:
+    """The work directory to measure; the model is trained there if none was named."""
+    if run is not None:
+        if not (pathlib.Path(run) / "config.json").is_file():
+            raise Refused(
+                "--model",
+                run,
+                "must be the work directory of a training run (it has no config.json)",
+                "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
+            )
+        return run
+    # A run that is complete ends at once; one that was cut short goes on.
+    _python("train.py", f"--config={CONFIG}", f"--workdir={RUN}")
+    return str(ROOT / RUN)
+
+
+def planning_trace(run: str, folder: pathlib.Path) -> Trace:
+    """The routing of the planning prompts, with homes left out: they were another machine's."""
+    path = folder / "planning.npz"
+    _python("infer.py", f"--workdir={run}", f"--record={path}", f"--held_out={PLANNING}")
+    return dataclasses.replace(trace_lib.load(path), seq_home=None)
+
+
+def write_inputs(run: str, sizes: Sizes, path: pathlib.Path) -> None:
+    """The judged prompts as `prefill_BS` and `decode_BS`."""
+    config = config_lib.from_json((pathlib.Path(run) / "config.json").read_text(encoding="utf-8"))
+    length = sizes.decode_start + sizes.decode_steps
+    longest = max(sizes.prefill_tokens, length)
+    if longest > config.data.seq_len:
+        raise Refused(
+            "prompt tokens",
+            longest,
+            f"held-out windows of this run have data.seq_len = {config.data.seq_len} tokens",
+            "ask for shorter prompts",
+        )
+    corpus = data.load_corpus(config.data)
+    count = sizes.prefill_sequences + sizes.decode_sequences
+    windows_BS = data.held_out_windows(corpus, config.data.seq_len, count, PLANNING)
+    prefill_BS = windows_BS[: sizes.prefill_sequences, : sizes.prefill_tokens]
+    decode_BS = windows_BS[sizes.prefill_sequences :, :length]
+    np.savez(path, prefill_BS=prefill_BS.astype(np.int32), decode_BS=decode_BS.astype(np.int32))
+
+
+def _python(program: str, *flags: str) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, program, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise Refused(
+            "command", " ".join(command[1:]), f"ended with {done.returncode}", "see what it says"
+        )
