@@ -63,9 +63,8 @@ class Worker:
     def __init__(self, settings: Settings):
         joined = f"{settings.coordinator},{settings.hosts},{settings.number}"
         mesh_lib.initialize("cpu", settings.devices_per_host, joined)
-        devices = settings.hosts * settings.devices_per_host
-        self._mesh = mesh_lib.make(1, devices)
-        self._config, source = spread(settings.run, devices)
+        self._config, source = spread(settings.run, settings.hosts, settings.devices_per_host)
+        self._mesh = mesh_lib.of_config(self._config.mesh)
         self._stored = source.contents.plan.placement
         self._model = load.parameters(source, self._mesh)
         self._placed: dict[str, tuple[transformer.Transformer, Any]] = {}
@@ -182,11 +181,11 @@ class Worker:
         return {"seconds": seconds, "payload": payload, **dataclasses.asdict(moved)}
 
 
-def spread(run: str, devices: int) -> tuple[Config, load.Source]:
-    """The run's config on a mesh of `devices`, and its newest checkpoint as it is stored."""
+def spread(run: str, hosts: int, devices_per_host: int) -> tuple[Config, load.Source]:
+    """The run's config on a mesh of hosts x devices, and its newest checkpoint as it is stored."""
     root = pathlib.Path(run)
     config = config_lib.from_json((root / "config.json").read_text(encoding="utf-8"))
-    mesh = MeshConfig(data=1, expert=devices)
+    mesh = MeshConfig(node=hosts, expert=devices_per_host)
     config = dataclasses.replace(config, mesh=mesh, virtual_devices=0)
     folder = checkpoint.newest_good_step(root / "checkpoints", warn=print)
     assert folder is not None, f"{run} has no checkpoint"

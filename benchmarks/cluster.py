@@ -1,0 +1,91 @@
+"""What a placement is worth on a wire: hosts with real, rate-limited links inside this machine.
+
+    python benchmarks/cluster.py [--hosts=2 --devices-per-host=2 --mbit=50,200,1000] [--model=RUN]
+
+Needs root, ip and tc. Without --model a model is trained once, in runs/cluster (about 15 minutes
+on two cores). See benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks.box import links, measure, subject, table
+from benchmarks.box.hosts import Failed
+from benchmarks.box.plans import Box
+from moe_jax.errors import Refused
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--hosts", type=int, default=2)
+    flags.add_argument("--devices-per-host", type=int, default=2)
+    flags.add_argument("--mbit", default="200", help="10^6 bits per second; several with commas")
+    flags.add_argument("--model", help="work directory of a run; default: trained once")
+    flags.add_argument(
+        "--dispatch", default="", help="DISPATCH or DISPATCH:COMBINE, with commas; default: all"
+    )
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--plan-seconds", type=float, default=20.0, help="per plan of ours")
+    for field in dataclasses.fields(subject.Sizes):
+        name = "--" + field.name.replace("_", "-")
+        flags.add_argument(name, type=int, default=field.default)
+    flags.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return flags
+
+
+def request_of(flags: argparse.Namespace) -> measure.Request:
+    """The flags as a checked request; trains the model if none is named."""
+    names = [field.name for field in dataclasses.fields(subject.Sizes)]
+    numbers = {name: getattr(flags, name) for name in names}
+    counts = {"hosts": flags.hosts, "devices_per_host": flags.devices_per_host, **numbers}
+    for name, least in {**dict.fromkeys(counts, 1), "hosts": 2}.items():
+        if counts[name] < least:
+            flag = "--" + name.replace("_", "-")
+            raise Refused(flag, counts[name], f"must be at least {least}", f"use {least}")
+    if flags.rounds < 1:
+        raise Refused("--rounds", flags.rounds, "must be at least 1", "use 5")
+    try:
+        mbits = tuple(float(word) for word in flags.mbit.split(","))
+    except ValueError:
+        mbits = ()
+    if not mbits or not all(1 <= mbit <= 100_000 for mbit in mbits):
+        raise Refused("--mbit", flags.mbit, "numbers from 1 to 100000, with commas", "use 50,200")
+    run = subject.trained(flags.model)
+    box, sizes = Box(flags.hosts, flags.devices_per_host), subject.Sizes(**numbers)
+    ways = tuple(word for word in flags.dispatch.split(",") if word)
+    return measure.Request(run, box, mbits, ways, flags.rounds, flags.plan_seconds, sizes)
+
+
+def main() -> int:
+    flags = parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        links.check_machine()
+        request = request_of(flags)
+        with tempfile.TemporaryDirectory(prefix="moe_jax-box-") as folder:
+            results = measure.run(request, pathlib.Path(folder))
+    except (Refused, Failed) as error:
+        print(f"cluster.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cluster.py: interrupted", file=sys.stderr)
+        return 130
+    if flags.json:
+        print(json.dumps(dataclasses.asdict(results)))
+    else:
+        print("\n".join(table.lines(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

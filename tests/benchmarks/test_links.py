@@ -1,0 +1,126 @@
+"""Namespaces and links: made, limited, and gone afterwards, however the process ends."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.box import links
+from moe_jax.errors import Refused
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HOLD = """
+import subprocess, sys, time
+from benchmarks.box import links
+with links.Network(2) as network:
+    inside = subprocess.Popen(network.hosts[0].command("sleep", "1000"))
+    print(*(host.namespace for host in network.hosts), flush=True)
+    {then}
+"""
+
+
+def _why_not() -> str:
+    try:
+        links.check_machine()
+        subprocess.run(["ip", "netns", "add", "moejax-0-probe"], check=True, capture_output=True)
+        subprocess.run(["ip", "netns", "del", "moejax-0-probe"], check=True, capture_output=True)
+    except (Refused, subprocess.CalledProcessError) as error:
+        return str(error)
+    return ""
+
+
+needs_root = pytest.mark.skipif(bool(_why_not()), reason=f"no namespaces here: {_why_not()}")
+
+
+def hold(then: str) -> tuple[subprocess.Popen, list[str]]:
+    """A process with a box, and the names of its hosts' namespaces."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(then=then)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return process, process.stdout.readline().split()
+
+
+def left(names: list[str], seconds: float = 10.0) -> list[str]:
+    """Those of `names` that are still there after some time at most."""
+    end = time.monotonic() + seconds
+    while (still := sorted(set(names) & set(links.namespaces()))) and time.monotonic() < end:
+        time.sleep(0.05)
+    return still
+
+
+def running(namespace: str) -> list[str]:
+    """Command lines of the processes whose network is this namespace (gone: none)."""
+    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True)
+    return listed.stdout.split()
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["return", "exception", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_nothing_is_left(how):
+    then = {"return": "pass", "exception": "1 / 0"}.get(how, "time.sleep(1000)")
+    process, names = hold(then)
+    assert len(names) == 2
+    if how.startswith("SIG"):
+        assert set(names) <= set(links.namespaces())
+        assert running(names[0])
+        process.send_signal(getattr(signal, how))
+    process.wait(timeout=30)
+    assert left(names) == []
+    assert not any((links.NETNS_FILES / name).exists() for name in names)
+    process.stdout.close()
+
+
+@needs_root
+def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept():
+    process, names = hold("time.sleep(1000)")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = f"{links.PREFIX}-{ended.pid}-h0"
+    subprocess.run(["ip", "netns", "add", dead], check=True)
+    try:
+        assert links.remove_leftovers() == [dead]
+        assert set(names) <= set(links.namespaces())
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+    assert left([*names, dead]) == []
+
+
+@needs_root
+def test_hosts_reach_each_other_by_name_at_the_limited_rate():
+    with links.Network(2) as network:
+        network.limit(100)
+        first, second = network.hosts
+        said = subprocess.run(
+            first.command("sh", "-c", "hostname; getent hosts h1; cat /sys/class/net/eth0/mtu"),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        assert said == ["h0", second.address, "h1", links.MTU]
+        for namespace, device in network._ends():
+            shown = links._run("tc", "-n", namespace, "qdisc", "show", "dev", device)
+            assert "tbf" in shown
+            assert "100Mbit" in shown
+        network.unlimit()
+
+
+def test_refused_without_root_or_programs(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/sbin/{name}")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(Refused, match=r"user id 1000.*need root"):
+        links.check_machine()
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "tc" else "/usr/sbin/ip")
+    with pytest.raises(Refused, match=r"'tc'.*not on the PATH"):
+        links.check_machine()
