@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_jax.errors import Refused
 
-DISPATCHES = ("local", "gathered", "exchange")
+DISPATCHES = ("local", "gathered", "exchange", "hierarchical")
 COMBINES = ("exact", "partial")
 DTYPES = ("float32", "bfloat16")
 

@@ -92,6 +92,7 @@ def write_measurement(
         "num_experts": config.model.num_experts,
         "top_k": config.model.top_k,
         "num_devices": config.mesh.expert_devices,
+        "num_nodes": config.mesh.node,
         "dispatch": config.model.dispatch,
         "combine": config.model.combine,
         "plan_digest": plan.digest,

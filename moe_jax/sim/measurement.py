@@ -21,7 +21,7 @@ from moe_jax.routing import npz
 
 FORMAT = "moe_jax.measurement"
 VERSION = 1
-DISPATCHES = ("exchange", "gathered")
+DISPATCHES = ("exchange", "gathered", "hierarchical")
 COMBINES = ("exact",)
 _REMEASURE = "Write it again with infer.py --measure=FILE.npz"
 
@@ -34,6 +34,7 @@ class Meta:
     num_experts: int
     top_k: int
     num_devices: int
+    num_nodes: int  # of equal size, devices numbered node by node
     dispatch: str
     combine: str
     plan_digest: str
@@ -145,6 +146,9 @@ def _read_meta(path: str, entry: np.ndarray) -> Meta:
         if getattr(meta, name) not in known:
             rule = f"rows are compared for {' and '.join(known)}"
             raise Refused(f"{path}: meta.{name}", getattr(meta, name), rule, _REMEASURE)
+    if meta.num_devices % meta.num_nodes:
+        rule = f"must divide the {meta.num_devices} devices"
+        raise Refused(f"{path}: meta.num_nodes", meta.num_nodes, rule, _REMEASURE)
     return meta
 
 

@@ -46,7 +46,8 @@ def predict(measured: Measurement, placement: Placement) -> Prediction:
     """Counts the rows of the measured tokens under `placement`."""
     ids_TLK, home_T = measured.expert_ids_TLK, measured.home_T
     meta = measured.meta
-    sent = cost.rows(ids_TLK, placement, meta.dispatch, home_T=home_T, combine=meta.combine)
+    devices_per_node = meta.num_devices // meta.num_nodes
+    sent = cost.rows(ids_TLK, placement, meta.dispatch, home_T, meta.combine, devices_per_node)
     merged = cost.rows(ids_TLK, placement, "exchange", home_T=home_T, combine="partial")
     return Prediction(
         dispatch_LMM=sent.dispatch_LMM,

@@ -178,7 +178,8 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _check_same_model(before: Measurement, after: Measurement) -> None:
-    for name in ("model", "num_experts", "top_k", "num_devices", "dispatch", "combine"):
+    same = ("model", "num_experts", "top_k", "num_devices", "num_nodes", "dispatch", "combine")
+    for name in same:
         left, right = getattr(before.meta, name), getattr(after.meta, name)
         if left != right:
             rule = f"must be the same before and after, and before it is {left!r}"

@@ -14,17 +14,18 @@ from moe_jax import mesh as mesh_lib
 from moe_jax import permute
 from moe_jax.config import MeshConfig
 from moe_jax.model import moe
+from moe_jax.placement import cost
 from moe_jax.placement.plan import Placement
-from tests.model.test_dispatch import E, assert_close, count_traffic, problem, run_oracle
+from tests.model.test_dispatch import E, assert_close, problem, run_oracle
 
 MESHES = [MeshConfig(data=2, node=2, expert=2)]
 
 
 @functools.cache
-def program(shape, dispatch):
+def program(shape, dispatch, combine):
     """(outputs, traffic, gradients of sum(y * cos(0, 1, ...))), jitted."""
     compute = moe.build_dispatch(
-        mesh_lib.of_config(shape), dispatch=dispatch, combine="exact", implementation="cpu"
+        mesh_lib.of_config(shape), dispatch=dispatch, combine=combine, implementation="cpu"
     )
 
     def loss(x_TD, expert_TK, weight_TK, gate, up, down, table):
@@ -35,12 +36,12 @@ def program(shape, dispatch):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5), has_aux=True))
 
 
-def run(shape, dispatch, args, placement):
+def run(shape, dispatch, args, placement, combine="exact"):
     """(outputs, gradients with experts in logical order, traffic)."""
     table = jax.tree.map(lambda t: t[0], permute.table(placement))
     slots_P = placement.physical_to_logical_LP[0]
     tokens, weights = args[:3], [weight[slots_P] for weight in args[3:]]
-    (_, (y_TD, traffic)), grads = program(shape, dispatch)(*tokens, *weights, table)
+    (_, (y_TD, traffic)), grads = program(shape, dispatch, combine)(*tokens, *weights, table)
     logical_P = np.argsort(slots_P)
     grads = [*grads[:2], *(np.asarray(grad)[logical_P] for grad in grads[2:])]
     return np.asarray(y_TD), [np.asarray(grad) for grad in grads], traffic
@@ -51,29 +52,82 @@ def random_placement(seed, shape):
     return Placement(slots_LP, E, shape.expert_devices)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("dispatch", ["gathered", "exchange"])
-def test_outputs_and_gradients(shape, dispatch):
-    args = problem(0, 8 * 13, 2)
-    y_TD, grads, _ = run(shape, dispatch, args, random_placement(0, shape))
+NODES = [
+    MeshConfig(data=2, node=2, expert=2),
+    MeshConfig(node=2, expert=4),
+    MeshConfig(node=4, expert=2),
+    MeshConfig(node=8, expert=1),
+    MeshConfig(data=2, node=1, expert=4),
+]
+
+
+def cases():
+    for shape in MESHES:
+        yield shape, "gathered", "exact", 2
+        yield shape, "exchange", "exact", 2
+    for shape in NODES[:2]:
+        yield shape, "hierarchical", "exact", 2
+    for shape in NODES[2:]:  # another compile each
+        yield pytest.param(shape, "hierarchical", "exact", 2, marks=pytest.mark.slow)
+    for top_k in (1, 8):
+        yield NODES[0], "hierarchical", "exact", top_k
+        yield NODES[1], "hierarchical", "partial", top_k
+    yield NODES[0], "hierarchical", "partial", 2
+
+
+@pytest.mark.parametrize(("shape", "dispatch", "combine", "top_k"), list(cases()), ids=str)
+def test_outputs_and_gradients(shape, dispatch, combine, top_k):
+    args = problem(0, 8 * 13, top_k)
+    y_TD, grads, _ = run(shape, dispatch, args, random_placement(0, shape), combine)
     expected_TD, expected_grads = run_oracle(args)
     assert_close(y_TD, expected_TD, 3e-6)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert_close(grad, expected, 3e-6)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_bits_and_traffic_under_placements(shape):
-    args = problem(1, 8 * 13, 3)
+@pytest.mark.parametrize("routing", ["one", "few", "holes", "none"])
+def test_uneven_routing(routing):
+    args = problem(1, 8 * 13, 2, routing=routing)
+    y_TD, grads, _ = run(NODES[0], "hierarchical", args, random_placement(1, NODES[0]))
+    expected_TD, expected_grads = run_oracle(args)
+    assert_close(y_TD, expected_TD, 3e-6)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected, 3e-6)
+
+
+def homes(num_tokens, shape):
+    """Tokens are split over data, then node by node over the holders of one set of experts."""
+    devices = shape.expert_devices
+    return (np.arange(num_tokens) // (num_tokens // shape.num_devices) % devices).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dispatch", "combine"),
+    [
+        (NODES[0], "gathered", "exact"),
+        (NODES[0], "exchange", "exact"),
+        (NODES[0], "hierarchical", "exact"),
+        (NODES[0], "hierarchical", "partial"),
+        (NODES[1], "hierarchical", "exact"),
+    ],
+    ids=str,
+)
+def test_bits_and_traffic_under_placements(shape, dispatch, combine):
+    args = problem(1, 8 * 13, 2)
+    devices = shape.expert_devices
     expected_TD, expected_grads, _ = run(
-        shape, "exchange", args, Placement.contiguous(1, E, shape.expert_devices)
+        shape, dispatch, args, Placement.contiguous(1, E, devices), combine
     )
     for seed in range(4):
         placement = random_placement(seed, shape)
-        y_TD, grads, traffic = run(shape, "exchange", args, placement)
-        np.testing.assert_array_equal(y_TD, expected_TD)
-        for grad, expected in zip(grads, expected_grads, strict=True):
-            np.testing.assert_array_equal(grad, expected)
-        out_MM, home_MM, _ = count_traffic(args[1], placement, shape.data, shape.expert_devices)
-        np.testing.assert_array_equal(traffic.dispatch_MM, out_MM)
-        np.testing.assert_array_equal(traffic.combine_MM, home_MM)
+        y_TD, grads, traffic = run(shape, dispatch, args, placement, combine)
+        if combine == "exact":
+            np.testing.assert_array_equal(y_TD, expected_TD)
+            for grad, expected in zip(grads, expected_grads, strict=True):
+                np.testing.assert_array_equal(grad, expected)
+        if dispatch == "gathered":  # counted in test_dispatch.py
+            continue
+        ids_TLK, home_T = np.asarray(args[1])[:, None], homes(8 * 13, shape)
+        rows = cost.rows(ids_TLK, placement, dispatch, home_T, combine, shape.expert)
+        np.testing.assert_array_equal(traffic.dispatch_MM, rows.dispatch_LMM[0])
+        np.testing.assert_array_equal(traffic.combine_MM, rows.combine_LMM[0])

@@ -80,6 +80,7 @@ def measured(ids_TLK, home_T, placement, dispatch="exchange") -> dict:
             "num_experts": E,
             "top_k": K,
             "num_devices": M,
+            "num_nodes": 1,
             "dispatch": dispatch,
             "combine": "exact",
             "plan_digest": placement.digest,

@@ -37,6 +37,7 @@ BAD = {
     "a count as text": (meta(num_experts="8"), "meta.num_experts = '8'"),
     "no experts": (meta(num_experts=0), "meta.num_experts = 0"),
     "a boolean count": (meta(top_k=True), "meta.top_k = True"),
+    "uneven nodes": (meta(num_nodes=3), "meta.num_nodes = 3"),
     "an unknown dispatch": (meta(dispatch="teleport"), "meta.dispatch = 'teleport'"),
     "another combine": (meta(combine="partial"), "meta.combine = 'partial'"),
     "another top_k": (meta(top_k=3), "expert_ids.shape"),

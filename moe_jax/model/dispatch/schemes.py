@@ -10,6 +10,8 @@ all: out, through the experts, back and summed, as `setting.combine` says.
 - local: no hop, all experts are here.
 - gathered: every token is shown to every device; sums are made on the way back.
 - exchange: each token once to every distinct device of its experts.
+- hierarchical: each token once to every distinct node of its experts, to the device with this
+  one's place there, and from that one to the distinct devices of the node.
 
 Axes: T tokens here, M devices on the expert axes, K top_k, e experts here, P = M * e physical
 experts, A rows computed here, D d_model.
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.mesh import Axis
 from moe_jax.model.dispatch import hop as hop_lib
 from moe_jax.model.dispatch import path as path_lib
 from moe_jax.model.dispatch import sorting as sorting_lib
@@ -109,6 +112,34 @@ def exchange(
     return _along((hop,), slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting)
 
 
+def hierarchical(
+    x_TD: Float[Array, "T D"],
+    slot_TK: Int[Array, "T K"],
+    weight_TK: Float[Array, "T K"],
+    experts_fn: ExpertsFn,
+    setting: Setting,
+) -> tuple[Float[Array, "T D"], Traffic]:
+    """Two exchanges: between nodes along the first axis, then within the node along the others."""
+    node_axis, device_axes = setting.axes[0], setting.axes[1:]
+    devices = jax.lax.axis_size(device_axes)
+    between = Wire.of(node_axis, setting.transport, num_tokens=len(x_TD))
+    num_relayed = len(x_TD) * jax.lax.axis_size(node_axis)
+    within = Wire.of(device_axes, setting.transport, num_tokens=num_relayed)
+
+    device_TK = _device_of(slot_TK, setting)
+    node_TK = jnp.where(device_TK < 0, -1, device_TK // devices)
+    first, relayed_XK = hop_lib.exchange(node_TK, between, most=devices * setting.num_local)
+    slot_XK = jax.lax.all_gather(slot_TK, node_axis, tiled=True)
+    slot_XK = jnp.where(relayed_XK, slot_XK, -1)  # X: tokens that this device relays
+
+    device_XK = _device_of(slot_XK, setting)
+    device_XK = jnp.where(device_XK < 0, -1, device_XK % devices)
+    second, here_YK = hop_lib.exchange(device_XK, within, most=setting.num_local)
+    slot_YK = jax.lax.all_gather(slot_XK, device_axes, tiled=True)
+    slot_YK = jnp.where(here_YK, slot_YK, -1)  # Y: tokens of all devices, in the relays' order
+    return _along((first, second), slot_YK, x_TD, slot_TK, weight_TK, experts_fn, setting)
+
+
 def _along(hops, slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting):
     """Out, through the experts, back: the same for every scheme.
 
@@ -150,9 +181,10 @@ def _traffic(path: Path, slot_TK: jax.Array, setting: Setting) -> Traffic:
     zero_M = jnp.zeros_like(distinct_M)
     out_M, home_M, padding_M = zero_M, zero_M, zero_M
     for hop in path.hops:
-        out_M = out_M + hop.rows_out_M()
-        home_M = home_M + hop.rows_home_M(singly=singly)
-        padding_M = padding_M + hop.padding_M(singly=singly)
+        on_axis = _devices_along(hop.axis, setting.axes)
+        out_M = out_M.at[on_axis].add(hop.rows_out_M())
+        home_M = home_M.at[on_axis].add(hop.rows_home_M(singly=singly))
+        padding_M = padding_M.at[on_axis].add(hop.padding_M(singly=singly))
     away_M = jnp.arange(size) != jax.lax.axis_index(setting.axes)
     out_M, home_M, distinct_M, padding_M = (
         jnp.where(away_M, rows_M, 0) for rows_M in (out_M, home_M, distinct_M, padding_M)
@@ -161,9 +193,27 @@ def _traffic(path: Path, slot_TK: jax.Array, setting: Setting) -> Traffic:
     return Traffic.of_source(out_M, home_M, distinct_M, padding_M, computed_e)
 
 
+def _devices_along(axis: Axis, axes: tuple[str, ...]) -> jax.Array:
+    """int32: the devices that share this one's coordinates on all axes but these, in order."""
+    along = (axis,) if isinstance(axis, str) else axis
+    device = jnp.zeros(1, jnp.int32)
+    for name in axes:
+        size = jax.lax.axis_size(name)
+        here = (
+            jnp.arange(size, dtype=jnp.int32) if name in along else jax.lax.axis_index(name)[None]
+        )
+        device = (device[:, None] * size + here[None]).reshape(-1)
+    return device
+
+
 def _device_of(slot_TK: jax.Array, setting: Setting) -> jax.Array:
     """int32 [T, K]: the device of each slot; -1 where there is none."""
     return jnp.where(slot_TK < 0, -1, slot_TK // setting.num_local)
 
 
-SCHEMES: dict[str, Scheme] = {"local": local, "gathered": gathered, "exchange": exchange}
+SCHEMES: dict[str, Scheme] = {
+    "local": local,
+    "gathered": gathered,
+    "exchange": exchange,
+    "hierarchical": hierarchical,
+}
