@@ -19,9 +19,10 @@ from moe_jax.placement.layout import Groups, Layout
 from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
+STEPS = 3000  # of a relaxation, at most
 
 
-def lower_bound(problem: Problem, deadline: float, steps: int = 3000) -> float:
+def lower_bound(problem: Problem, deadline: float, steps: int = STEPS) -> float:
     """No placement has a smaller objective; at the deadline it stops refining, and stays true."""
     if problem.objective == "exflow":
         return SAFETY * problem.hops(_most_stays(problem, problem.top1_LEE, deadline, steps))

@@ -117,13 +117,33 @@ def solve_problem(
     Raises:
       Interrupted: with the best placement so far, on Ctrl-C once there is one.
     """
+    return _solved(problem, seed, time_limit, progress, BOUND_SHARE)
+
+
+def unproven(
+    problem: Problem,
+    seed: int,
+    time_limit: float,
+    progress: Callable[[Progress], None] | None = None,
+) -> Solution:
+    """`solve_problem` for plans that others begin with: no time goes into a bound."""
+    return _solved(problem, seed, time_limit, progress, 0.0)
+
+
+def _solved(
+    problem: Problem,
+    seed: int,
+    time_limit: float,
+    progress: Callable[[Progress], None] | None,
+    bound_share: float,
+) -> Solution:
     check_time_limit(time_limit)
     started = time.monotonic()
     if problem.has_replicas:
         if problem.pins is not None or problem.previous is not None:
-            return solve_copies.within_limits(problem, seed, time_limit, progress, solve_problem)
-        return solve_copies.free(problem, seed, time_limit, progress, solve_problem)
-    run = _Run(problem, started, time_limit, progress)
+            return solve_copies.within_limits(problem, seed, time_limit, progress, unproven)
+        return solve_copies.free(problem, seed, time_limit, progress, unproven)
+    run = _Run(problem, started, time_limit, progress, bound_share)
     try:
         if problem.pins is not None or problem.previous is not None:
             return _restricted(problem, run, seed, started + time_limit)
@@ -140,7 +160,7 @@ def _searched(
     run.offer("greedy", constructed(problem))
     deadline = started + time_limit
     if time_limit == 0:
-        run.prove("bound", relax.lower_bound(problem, deadline, steps=1))
+        run.bounded(deadline, steps=1)
         return run.solution("time limit 0: this is the greedy placement")
     for device_LE in starts.offered(problem, run.best_LE):
         run.offer("baselines", device_LE)
@@ -148,9 +168,7 @@ def _searched(
     first = now + FIRST_SHARE * (deadline - now)
     for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
         run.offer("swaps", device_LE)
-    run.tell("bound")
-    now = time.monotonic()
-    run.prove("bound", relax.lower_bound(problem, now + BOUND_SHARE * (deadline - now)))
+    run.bounded(deadline)
     run.search(seed, deadline)
     return run.solution("" if run.finished else CUT)
 
@@ -196,9 +214,11 @@ def constructed(problem: Problem) -> np.ndarray:
 class _Run:
     """The best placement and bound so far, and how they came about."""
 
-    def __init__(self, problem: Problem, started: float, time_limit: float, progress):
+    def __init__(
+        self, problem: Problem, started: float, time_limit: float, progress, bound_share: float
+    ):
         self._problem, self._started, self._limit = problem, started, time_limit
-        self._progress = progress
+        self._progress, self._bound_share = progress, bound_share
         self._history: list[tuple[float, float, float]] = []
         self.best, self.bound, self.greedy, self.finished = np.inf, 0.0, np.inf, False
         self.best_LE = baselines.contiguous(
@@ -221,6 +241,15 @@ class _Run:
             self.bound = proven
             self._remember()
         self.tell(stage)
+
+    def bounded(self, deadline: float, steps: int = relax.STEPS) -> None:
+        """The bound of relax.py, for its share of the time."""
+        if not self._bound_share:
+            return
+        self.tell("bound")
+        now = time.monotonic()
+        end = now + self._bound_share * (deadline - now)
+        self.prove("bound", relax.lower_bound(self._problem, end, steps))
 
     def search(self, seed: int, deadline: float) -> None:
         self.tell("search")

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.errors import Refused
-from moe_jax.placement import copies, cost, replication
+from moe_jax.placement import at_speeds, copies, cost, replication
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.nodes import Nodes
 from moe_jax.placement.plan import Placement
@@ -94,6 +94,8 @@ def balanced(problem: Problem) -> Placement:
     slots, experts = problem.num_slots, problem.trace.num_experts
     assert slots is not None
     plan = replication.balanced_slots(load_LE, slots, devices, rounds=ROUNDS)
+    if not problem.even_speed:
+        plan = at_speeds.dealt_anew(plan, load_LE, problem.topology.speed_M)
     if nodes == 1 or experts % nodes or not problem.topology.nodes.equal:
         return plan
     if slots * nodes > experts * devices:  # more than a node's experts on each of its devices

@@ -160,10 +160,13 @@ class _State:
 
     def settled(self, rng: np.random.Generator, deadline: float, end: float) -> Placement:
         """The placement, after new shares for layers that miss their cap as counted."""
-        for _ in range(SETTLED):
+        started = time.monotonic()
+        for passes in range(SETTLED):
             largest_L = counted(self._problem, placement := self.placement()).largest_L
             over_L = largest_L > self._cap_L * (1 + 1e-9)
-            if not over_L.any() or time.monotonic() >= end:
+            now = time.monotonic()
+            another = (now - started) / max(passes, 1)  # what a pass took, on average
+            if not over_L.any() or now + another >= end:
                 break
             self.aim_L[over_L] -= LOWER
             for layer, given in self.walk():
@@ -220,8 +223,8 @@ class _State:
             self.take(layer, max(answers, key=lambda answer: answer.value))
             return
         free_EM, answer = ~holds_EM, None
-        if time.monotonic() < deadline:
-            answer = staying_program.solve(given, self._nodes, holds_EM, free_EM, 2 * SECONDS)
+        if (limit := min(2 * SECONDS, deadline - time.monotonic())) > 0:
+            answer = staying_program.solve(given, self._nodes, holds_EM, free_EM, limit)
         if answer is None:
             answer = self.flows(given, _relieved(given, holds_EM))
         self.take(layer, answer)

@@ -9,6 +9,7 @@ import pytest
 from moe_jax.errors import Refused
 from moe_jax.placement import baselines, cost, hops, move, relax, solve, topology
 from moe_jax.placement.__main__ import main
+from moe_jax.placement.baselines import registry
 from moe_jax.placement.limits import pins
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -148,3 +149,19 @@ def test_the_command(tmp_path, capsys):
     assert main([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["gap"] < 1e-6
+
+
+def test_compare_has_the_topology_ilp_as_a_row(tmp_path, capsys):
+    """Without a cap it is the optimum of the planning half; no row where all ways are equal."""
+    trace_lib.save(made(4, num_experts=8), tmp_path / "trace.npz")
+    words = ["compare", str(tmp_path / "trace.npz"), "--topology=v5e8", "--time-limit=1", "--json"]
+    words += ["--methods=contiguous,hops", "--dispatcher=blocks"]
+    assert main([*words, "--objective=hops"]) == 0
+    rows = {row["key"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+    assert rows["hops"]["objective"] == pytest.approx(rows["planner"]["objective"], rel=1e-9)
+    assert rows["hops"]["objective"] < rows["contiguous"]["objective"]
+    assert main([*words, "--objective=rows"]) == 0  # a baseline of other objectives as well
+    assert [row["key"] for row in json.loads(capsys.readouterr().out)["methods"]][1] == "hops"
+    even = Problem(made(1), topology.flat(3), "rows")
+    assert not registry.by_key("hops").applies(even)
+    assert registry.by_key("hops").applies(Problem(made(1), topology.flat(3), "hops"))

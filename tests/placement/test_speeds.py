@@ -10,6 +10,7 @@ import pytest
 from moe_jax.errors import Refused
 from moe_jax.placement import (
     anneal,
+    at_speeds,
     baselines,
     bounds,
     chain,
@@ -21,6 +22,7 @@ from moe_jax.placement import (
     move,
     paired,
     relax,
+    replication,
     solve,
     topology,
 )
@@ -331,3 +333,52 @@ def test_pins_within_the_caps_of_devices(objective, dispatch):
     best = min(problem.value(p) for p in every[::7] if problem.all_allowed(p))
     assert found.report.bound <= best * (1 + 1e-12)
     assert found.report.objective <= best * 1.02
+
+
+def every_layer_with_copies(experts: int, devices: int, slots: int) -> list[np.ndarray]:
+    """Rows of slots: every device a set of experts, every expert somewhere."""
+    sets = list(itertools.combinations(range(experts), slots // devices))
+    return [
+        np.concatenate(rows)
+        for rows in itertools.product(sets, repeat=devices)
+        if len(set(itertools.chain(*rows))) == experts
+    ]
+
+
+def over_speed(expert_P: np.ndarray, load_E: np.ndarray, speed_M: np.ndarray) -> float:
+    """The fullest device, slot by slot."""
+    copies = np.bincount(expert_P, minlength=len(load_E))
+    slots, load_M = len(expert_P) // len(speed_M), np.zeros(len(speed_M))
+    for slot, expert in enumerate(expert_P.tolist()):
+        load_M[slot // slots] += load_E[expert] / copies[expert]
+    return float((load_M / speed_M).max())
+
+
+def test_replicas_for_balance_count_speeds():
+    """Against every plan, and never below what they reach without speeds."""
+    rng, better, gaps = np.random.default_rng(0), 0, []
+    for trial in range(20):
+        load_LE = np.ceil(rng.lognormal(3, 1, size=(1, 4)))
+        speed_M = np.array([0.5, 1.0, 1.5]) if trial % 2 else np.array([0.4, 1.3, 1.3])
+        even = replication.balanced_slots(load_LE, 6, 3, rounds=1000)
+        plan = at_speeds.dealt_anew(even, load_LE, speed_M)
+        found, before = (
+            over_speed(one.physical_to_logical_LP[0].astype(np.int64), load_LE[0], speed_M)
+            for one in (plan, even)
+        )
+        every = every_layer_with_copies(4, 3, 6)
+        best = min(over_speed(row_P, load_LE[0], speed_M) for row_P in every)
+        assert best * (1 - 1e-12) <= found <= before * (1 + 1e-12)
+        better += found < before * 0.99
+        gaps.append(found / best)
+    assert better >= 10
+    assert np.mean(gaps) < 1.25
+
+
+def test_the_objective_load_with_replicas_counts_speeds():
+    trace, machine = made(5, num_tokens=400, num_experts=12), machine_of([4e14, 1e14, 2e14, 1e14])
+    problem = Problem(trace, machine, "load", num_slots=16)
+    placement, report = solve.solve_problem(problem, 0, 5.0)
+    even = replication.balanced_slots(problem.load_LE, 16, 4, rounds=1000)
+    assert 1 <= report.bound <= report.objective == problem.value_of(placement)
+    assert report.objective < 0.8 * problem.value_of(even)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import baselines, spare, uneven
+from moe_jax.placement import baselines, hops, spare, uneven
 from moe_jax.placement.baselines import (
     affinity_groups,
     eplb,
@@ -54,7 +54,7 @@ class Baseline:
       text: what it does and whose it is.
       make: (problem, seed, seconds) -> Made.
       slow: it uses the seconds.
-      needs: of the machine or the slots: "", "nodes", "replicas", "transitions".
+      needs: of the machine or the slots: "", "nodes", "replicas", "transitions", "ways".
     """
 
     key: str
@@ -71,6 +71,7 @@ class Baseline:
             "nodes": _equal_nodes(problem) > 1 or problem.has_replicas,
             "replicas": problem.has_replicas,
             "transitions": problem.trace.num_layers > 1,
+            "ways": problem.objective == "hops" or _ways_differ(problem),
         }[self.needs]
 
 
@@ -94,6 +95,11 @@ def by_key(key: str) -> Baseline:
 def _equal_nodes(problem: Problem) -> int:
     """Nodes for methods that are published for equal ones; others count as one node."""
     return problem.topology.num_nodes if problem.topology.nodes.equal else 1
+
+
+def _ways_differ(problem: Problem) -> bool:
+    """Hops to some device are more than to others: else all placements have as many."""
+    return bool(np.ptp(problem.hop_costs.whole_LEM, axis=2).any())
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int]:
@@ -191,6 +197,11 @@ def _exflow(problem: Problem, seed: int, seconds: float) -> Made:
     return dataclasses.replace(_equal(problem, found.device_LE), cut=found.cut)
 
 
+def _hops(problem: Problem, seed: int, seconds: float) -> Made:
+    hops_MM = problem.topology.hops_MM
+    return _equal(problem, hops.hops_optimal(problem.load_LE, hops_MM, problem.dispatcher))
+
+
 def _moetuner(problem: Problem, seed: int, seconds: float) -> Made:
     found = moetuner.two_stages(problem.tuner, True, seconds)
     return dataclasses.replace(_equal(problem, found.device_LE), cut=found.cut)
@@ -243,6 +254,13 @@ ALL: tuple[Baseline, ...] = (
         "topology-cost swaps",
         "swaps towards the devices that ask, price by tier (SGLang pull request 37923)",
         _topology_cost,
+    ),
+    Baseline(
+        "hops",
+        "topology ILP",
+        "fewest hops of all assignments, layer by layer, without load caps (arXiv 2508.09229)",
+        _hops,
+        needs="ways",
     ),
     Baseline("occult", "Occult-style groups", "equal groups grown by co-activation alone", _occult),
     Baseline(

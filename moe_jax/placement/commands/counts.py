@@ -88,6 +88,9 @@ def _check(options: argparse.Namespace) -> None:
             raise Refused(
                 name, getattr(options, name), rule, f"Leave --{name} out".replace("_", "-")
             )
+    if isinstance(options_lib.topology_of(options).device_flops, tuple):
+        rule = "plans from counts are for devices of one speed"
+        raise Refused("device_flops", options.device_flops, rule, "Give a trace, or one speed")
     solve_lib.check_time_limit(options.time_limit)
 
 
