@@ -6,6 +6,8 @@ RUN ?= runs/quickstart
 CONFIG ?= configs/quickstart.py
 # Devices of the quickstart's expert axis, for the planner.
 DEVICES ?= 4
+# Seconds of each of its two searches, at most.
+SEARCH ?= 10
 export JAX_PLATFORMS = cpu
 export TPU_SKIP_MDS_QUERY = 1
 export PYTHONUNBUFFERED = 1
@@ -20,8 +22,8 @@ quickstart-commands:
 	@rm -rf $(RUN)
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
 	$(BIN)/python infer.py --workdir=$(RUN) --record=$(RUN)/trace.npz --held_out=256
-	$(BIN)/python -m moe_jax.placement compare $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.2x --time-limit=10 --methods=contiguous,round-robin,random,lpt,greedy --json > $(RUN)/compare.json
-	$(BIN)/python -m moe_jax.placement solve $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.2x --time-limit=10 --out=$(RUN)/plan.json
+	$(BIN)/python -m moe_jax.placement compare $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.2x --time-limit=$(SEARCH) --methods=contiguous,round-robin,random,lpt,greedy --json > $(RUN)/compare.json
+	$(BIN)/python -m moe_jax.placement solve $(RUN)/trace.npz --devices=$(DEVICES) --dispatch=exchange --objective=rows --load-cap=1.2x --time-limit=$(SEARCH) --out=$(RUN)/plan.json
 	$(BIN)/python -m moe_jax.placement apply $(RUN)/plan.json $(RUN) $(RUN)/placed
 	$(BIN)/python infer.py --workdir=$(RUN) --measure=$(RUN)/before.npz --held_out=32 --held_out_start=256 --max_new_tokens=32
 	$(BIN)/python infer.py --workdir=$(RUN)/placed --measure=$(RUN)/after.npz --held_out=32 --held_out_start=256 --max_new_tokens=32

@@ -21,6 +21,7 @@ def test_quickstart_smoke(tmp_path):
         "quickstart-commands",
         f"RUN={run}",
         "CONFIG=configs/quickstart.py:smoke",
+        "SEARCH=2",
         f"BIN={pathlib.Path(sys.executable).parent}",
     ]
     # without pytest's warnings-are-errors and this process' devices

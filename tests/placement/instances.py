@@ -2,13 +2,14 @@
 
 `instance(n)` is the same problem for ever: combinations of objective, dispatch, cap, nodes and
 replicas in a fixed random order, sizes drawn from n. The first FEW are small. At the end: made
-traces and partitions that several tests share.
+traces and partitions that several tests share, and `rest_slow`.
 """
 
 import dataclasses
 import itertools
 
 import numpy as np
+import pytest
 
 from moe_jax.placement import baselines, cost, greedy, topology
 from moe_jax.placement import problem as problem_lib
@@ -154,3 +155,10 @@ def noisy_trace(seed: int, **changes) -> Trace:
 def partitions(experts: int, devices: int) -> list[np.ndarray]:
     equal = sorted(np.arange(experts) % devices)
     return [np.array(p) for p in sorted(set(itertools.permutations(equal)))]
+
+
+def rest_slow(values, default: int) -> list:
+    """Parameters of a test: the first `default` ones in every run, the rest with `-m slow`."""
+    values = list(values)
+    slow = [pytest.param(value, marks=pytest.mark.slow) for value in values[default:]]
+    return [*values[:default], *slow]

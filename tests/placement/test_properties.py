@@ -1,6 +1,6 @@
 """What holds for every plan: valid, between bound and greedy, under its cap, the same per seed.
 
-The first FEW of the random instances (instances.py) in the default run, all of them with
+The random instances (instances.py) DEFAULT in the default run, all of them with
 
     python -m pytest -m slow tests/placement/test_properties.py
 """
@@ -26,6 +26,8 @@ from moe_jax.routing import trace as trace_lib
 from tests.placement import instances
 
 LIMIT = 60.0
+DEFAULT = [*range(36), 49]  # every objective with every dispatch, cap, number of nodes, replicas
+EVERY = sorted(range(instances.ALL), key=lambda number: number not in DEFAULT)
 SOLVED: dict[int, tuple[Problem, Solution]] = {}
 
 
@@ -50,14 +52,6 @@ def within_reach(problem: Problem) -> Problem:
         (offered,) = re.findall(r"Use ([\d.]+) or more", str(refused))
         return dataclasses.replace(problem, load_cap=LoadCap(float(offered)))
     return problem
-
-
-def numbers():
-    """The instances of a test: the rest of them slow."""
-    return [
-        *range(instances.FEW),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in range(instances.FEW, instances.ALL)),
-    ]
 
 
 def check_valid(problem: Problem, placement: Placement) -> None:
@@ -91,7 +85,7 @@ def check_cap(problem: Problem, placement: Placement) -> None:
         assert (load_LM.max(axis=1) <= cap.factor * reached_L * (1 + 1e-9)).all()
 
 
-@pytest.mark.parametrize("number", numbers())
+@pytest.mark.parametrize("number", instances.rest_slow(EVERY, len(DEFAULT)))
 def test_every_plan(number):
     """Valid, valued as counted, above its bound, at most greedy, under its cap."""
     problem, (placement, report) = solved(number)
@@ -109,7 +103,7 @@ def test_every_plan(number):
 
 @pytest.mark.parametrize(
     "number",
-    [*range(0, instances.FEW, 6), *(n for n in numbers() if not isinstance(n, int))],
+    instances.rest_slow([*range(0, instances.FEW, 6), *range(instances.FEW, instances.ALL)], 6),
 )
 def test_a_seed_gives_one_plan(number):
     """The search ends by itself, so the plan does not depend on the machine's speed.

@@ -276,7 +276,7 @@ def test_the_bound_with_copies_is_met_where_experts_are_pairs():
 )
 def test_plans_keep_their_caps_and_beat_the_start(num_nodes, cap, top_k):
     some = problem(1, num_nodes=num_nodes, cap=cap, top_k=top_k)
-    placement, report = solve.solve_problem(some, 0, 6.0)
+    placement, report = solve.solve_problem(some, 0, 3.0)
     assert report.objective == pytest.approx(some.value_of(placement))
     assert 0 < report.bound <= report.objective < report.greedy
     assert placement.num_slots == 12
@@ -284,7 +284,7 @@ def test_plans_keep_their_caps_and_beat_the_start(num_nodes, cap, top_k):
     if cap:
         cap_L = with_copies.begin(some).cap_L
         assert (staying.counted(some, placement).largest_L <= cap_L * (1 + 1e-9)).all()
-    bare = solve.solve_problem(spare.without(some), 0, 3.0).report.objective
+    bare = solve.solve_problem(spare.without(some), 0, 1.5).report.objective
     assert report.objective < bare
 
 
