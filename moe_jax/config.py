@@ -19,7 +19,7 @@ from typing import Any
 from moe_jax.errors import Refused
 
 DISPATCHES = ("local", "gathered", "exchange", "hierarchical")
-COMBINES = ("exact", "partial")
+COMBINES = ("exact", "partial", "reproducible")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -41,7 +41,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of activations; parameters and router are float32
     dispatch: str = "exchange"
-    combine: str = "exact"  # sums at home: bits free of the placement; "partial": fewest rows
+    # Sums at home, bits free of the placement; "partial": fewest rows; "reproducible": both.
+    combine: str = "exact"
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.001
 

@@ -13,7 +13,8 @@ all homes, each followed through the layers.
 Dispatches
 - gathered: every token goes to every other device, and partial sums come back: fixed.
 - exchange: home sends one row to each device of S, which answers with one row (`partial`: its
-  experts' sum) or one per expert there (`exact`: summed at home in rank order, bit-identical).
+  experts' sum; `reproducible`: the same rows, summed on a common grid) or one per expert there
+  (`exact`: summed at home in rank order).
 - hierarchical: one row to each remote node, to the device with home's place in that node (nodes.py
   says which where nodes differ), and from there one row to each further device of S in the node;
   answers take the same way back.
@@ -37,7 +38,7 @@ from moe_jax.placement.nodes import DevicesPerNode, Nodes
 from moe_jax.placement.plan import Placement
 
 DISPATCHES = ("exchange", "hierarchical", "coherent", "gathered")
-COMBINES = ("partial", "exact")
+COMBINES = ("partial", "exact", "reproducible")
 UNKNOWN = -1
 
 
@@ -112,7 +113,7 @@ def _rows(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node
         else:
             first_TK = first_of(device_TK)
             out_MM = _direct(device_TK, first_TK, home_T, devices)
-            sent_TK = first_TK if combine == "partial" else device_TK >= 0
+            sent_TK = device_TK >= 0 if combine == "exact" else first_TK
             back_MM = _direct(device_TK, sent_TK, next_T, devices).T
         there.append(out_MM)
         back.append(back_MM)

@@ -131,6 +131,12 @@ def _dispatch_notes(summary: Summary) -> list[str]:
         ]
     out, back = summary.figure("rows_out"), summary.figure("rows_back")
     partial = summary.figure("rows_deduplicated")
+    if summary.before.meta.combine == "reproducible":
+        return [
+            "Rows back are one per device that a token was sent to: the reproducible combine, "
+            "which sums where the experts are, on a grid that keeps every bit whatever the order "
+            f"(out {change_text(out)}, back {change_text(back)})."
+        ]
     return [
         "Rows back are one per assignment: the exact combine, which sums at home in a fixed order "
         "and so keeps every bit. Experts that live together cannot share a row on the way back; "

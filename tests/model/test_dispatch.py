@@ -106,6 +106,8 @@ CASES = [
     *(("gathered", "partial", shape, 2) for shape in [(1, 8), (2, 4), (8, 1)]),
     *(("exchange", "exact", shape, 2) for shape in [(1, 8), (2, 4), (4, 2), (8, 1), (1, 1)]),
     *(("exchange", "partial", shape, 2) for shape in [(1, 8), (2, 4)]),
+    ("local", "reproducible", (8, 1), 2),
+    *((dispatch, "reproducible", (1, 8), 2) for dispatch in BOTH),
     *(
         (dispatch, combine, (2, 4), top_k)
         for dispatch in BOTH
@@ -194,7 +196,10 @@ def count_traffic(expert_TK, placement, data, num_devices):
 
 @pytest.mark.parametrize(
     ("shape", "combine"),
-    [((2, 4), "exact"), ((1, 8), "exact"), ((4, 2), "exact"), ((2, 4), "partial")],
+    [
+        *(((2, 4), "exact"), ((1, 8), "exact"), ((4, 2), "exact")),
+        *(((2, 4), "partial"), ((2, 4), "reproducible")),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("routing", ["random", "one", "holes"])

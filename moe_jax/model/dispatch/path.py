@@ -5,10 +5,12 @@
 its transpose, a movement of the same kind in the other direction:
 
     spread  <->  sum over k of collect      `exact`: sums are made at home, in rank order
-    spread  <->  collect_sums               `partial`: sums are made on the way
+    spread  <->  collect_sums               `partial`, `reproducible`: sums are made on the way
 
 `exact` moves a row for each assignment home, in both derivatives; its sums have one order whatever
 the placement. `partial` moves one row for each device and sums where experts happen to live.
+`reproducible` does that with integers (grid.py), whose sums have no order: all devices of the path
+first agree on an exponent for each token, by one maximum over one integer a token.
 
 Axes: T tokens at hand, K top_k, A rows computed here, e experts here, X tokens at the end of the
 path (of all devices that it joins), D d_model.
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.model.dispatch import grid
 from moe_jax.model.dispatch import sorting as sorting_lib
 from moe_jax.model.dispatch.hop import Exchange, Gather
 from moe_jax.pytree import Leaf
@@ -46,13 +49,13 @@ def spread(path: Path, x_TD: Float[Array, "T D"], *, combine: str) -> Float[Arra
     """Rows of tokens to their experts, one for each assignment; zeros beyond the real rows.
 
     Args:
-      combine: "exact" or "partial": where the gradients of a token's rows are summed.
+      combine: "exact", "partial" or "reproducible": how the gradients of a token's rows are summed.
     """
-    return _spread(combine == "exact", path, x_TD)
+    return _spread(combine, path, x_TD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(singly: bool, path: Path, x_TD: jax.Array) -> jax.Array:
+def _spread(combine: str, path: Path, x_TD: jax.Array) -> jax.Array:
     rows_ND, row_T = x_TD, jnp.arange(len(x_TD), dtype=jnp.int32)
     for hop in path.hops:
         rows_ND, row_T = hop.tokens_out(rows_ND, row_T)
@@ -60,15 +63,15 @@ def _spread(singly: bool, path: Path, x_TD: jax.Array) -> jax.Array:
     return _real(rows_ND[row_T[path.sorting.order_A // top_k]], path)
 
 
-def _spread_fwd(singly, path, x_TD):
-    return _spread(singly, path, x_TD), path
+def _spread_fwd(combine, path, x_TD):
+    return _spread(combine, path, x_TD), path
 
 
-def _spread_bwd(singly, path, g_AD):
-    if singly:
+def _spread_bwd(combine, path, g_AD):
+    if combine == "exact":
         g_TD = sorting_lib.sum_in_rank_order(_home(path, g_AD))
     else:
-        g_TD = _sums_home(path, g_AD, g_AD.dtype)
+        g_TD = _SUMS_HOME[combine](path, g_AD, g_AD.dtype)
     return sorting_lib.no_gradient(path), g_TD
 
 
@@ -97,28 +100,29 @@ collect.defvjp(_collect_fwd, _collect_bwd)
 
 
 def collect_sums(
-    path: Path, y_AD: Float[Array, "A D"], dtype: jax.typing.DTypeLike
+    path: Path, y_AD: Float[Array, "A D"], dtype: jax.typing.DTypeLike, *, combine: str
 ) -> Float[Array, "T D"]:
     """The sum of every token's rows, summed on each device, then on the near side of each hop.
 
     Args:
-      y_AD: float32; so are the sums.
-      dtype: of the rows on the wire, and of the result.
+      y_AD: float32.
+      dtype: of the result, and for "partial" of the rows on the wire.
+      combine: "partial", or "reproducible": bits free of the placement, 32-bit rows on the wire.
     """
-    return _collect_sums(jnp.dtype(dtype), path, y_AD)
+    return _collect_sums(combine, jnp.dtype(dtype), path, y_AD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect_sums(dtype, path, y_AD):
-    return _sums_home(path, y_AD, dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _collect_sums(combine, dtype, path, y_AD):
+    return _SUMS_HOME[combine](path, y_AD, dtype)
 
 
-def _collect_sums_fwd(dtype, path, y_AD):
-    return _collect_sums(dtype, path, y_AD), path
+def _collect_sums_fwd(combine, dtype, path, y_AD):
+    return _collect_sums(combine, dtype, path, y_AD), path
 
 
-def _collect_sums_bwd(dtype, path, g_TD):
-    return sorting_lib.no_gradient(path), _spread(False, path, g_TD).astype(jnp.float32)
+def _collect_sums_bwd(combine, dtype, path, g_TD):
+    return sorting_lib.no_gradient(path), _spread(combine, path, g_TD).astype(jnp.float32)
 
 
 _collect_sums.defvjp(_collect_sums_fwd, _collect_sums_bwd)
@@ -143,6 +147,27 @@ def _sums_home(path: Path, y_AD: jax.Array, dtype: jax.typing.DTypeLike) -> jax.
     for hop in reversed(path.hops):
         rows_ND, row_XK = hop.sums_home(rows_ND, row_XK, dtype)
     return sorting_lib.sum_rows(rows_ND, row_XK).astype(dtype)
+
+
+def _reproducible_sums_home(path: Path, y_AD: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """As `_sums_home`; the same bits wherever the terms are."""
+    num_tokens, top_k = path.assignment_TK.shape
+    here_A = grid.exponent_of(y_AD)
+    here_XK = jnp.take(here_A, path.sorting.position_XK, mode="fill", fill_value=0)
+    exponent_X, own = here_XK.max(axis=1), jnp.int32(0)
+    size = num_tokens
+    for hop in path.hops:  # the X tokens are in the same order on all devices that a path joins
+        exponent_X = jax.lax.pmax(exponent_X, hop.axis)
+        own = own + jax.lax.axis_index(hop.axis) * size
+        size = size * jax.lax.axis_size(hop.axis)
+    exponent_A = exponent_X[path.sorting.order_A // top_k]
+    whole_AD = grid.to_grid(y_AD, exponent_A, num_terms=top_k)
+    sum_TD = _sums_home(path, whole_AD, jnp.int32)
+    exponent_T = jax.lax.dynamic_slice_in_dim(exponent_X, own, num_tokens)
+    return grid.from_grid(sum_TD, exponent_T, num_terms=top_k).astype(dtype)
+
+
+_SUMS_HOME = {"partial": _sums_home, "reproducible": _reproducible_sums_home}
 
 
 def _real(rows_AD: jax.Array, path: Path) -> jax.Array:

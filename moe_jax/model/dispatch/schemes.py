@@ -35,7 +35,7 @@ from moe_jax.model.dispatch.wire import Wire
 # (rows_AD sorted by local expert, group_sizes_e) -> [A, D]; zeros beyond the groups
 ExpertsFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-COMBINES = ("exact", "partial")
+COMBINES = ("exact", "partial", "reproducible")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Setting:
       transport: how rows travel, see wire.py.
       combine: where the rows of a token are summed: "exact" = at home, in rank order, one row per
         assignment back: bit-identical under every placement, gradients included; "partial" = where
-        its experts are, one row per device back: fewest rows, equal within rounding.
+        its experts are, one row per device back: fewest rows, equal within rounding;
+        "reproducible" = there too, on a common grid (grid.py): as few rows, of 32-bit integers,
+        and bit-identical under every placement, gradients included.
     """
 
     axes: tuple[str, ...]
@@ -160,7 +162,7 @@ def _along(hops, slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting):
     else:
         weight_A = path_lib.assignments(path, weight_TK)
         weighted_AD = y_AD.astype(jnp.float32) * weight_A[:, None]
-        y_TD = path_lib.collect_sums(path, weighted_AD, x_TD.dtype)
+        y_TD = path_lib.collect_sums(path, weighted_AD, x_TD.dtype, combine=setting.combine)
     return y_TD, _traffic(path, slot_TK, setting)
 
 

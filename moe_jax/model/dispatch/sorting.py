@@ -68,11 +68,13 @@ def sum_in_rank_order(rows_XKD: jax.Array) -> jax.Array:
 def sum_rows(rows_ND: jax.Array, index_XK: jax.Array) -> jax.Array:
     """Sum over K, in rank order, of the rows at these indices; those beyond the rows add zeros.
 
-    Sums are made in float32, whatever the rows are.
+    Sums of integers are integers; all others are made in float32, whatever the rows are.
     """
-    total_XD = take_rows(rows_ND, index_XK[:, 0]).astype(jnp.float32)
+    whole = jnp.issubdtype(rows_ND.dtype, jnp.integer)
+    dtype = rows_ND.dtype if whole else jnp.float32
+    total_XD = take_rows(rows_ND, index_XK[:, 0]).astype(dtype)
     for k in range(1, index_XK.shape[1]):
-        total_XD = total_XD + take_rows(rows_ND, index_XK[:, k]).astype(jnp.float32)
+        total_XD = total_XD + take_rows(rows_ND, index_XK[:, k]).astype(dtype)
     return total_XD
 
 
