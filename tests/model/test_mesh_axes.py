@@ -108,6 +108,7 @@ def homes(num_tokens, shape):
         (NODES[0], "exchange", "exact"),
         (NODES[0], "hierarchical", "exact"),
         (NODES[0], "hierarchical", "partial"),
+        (NODES[0], "hierarchical", "reproducible"),
         (NODES[1], "hierarchical", "exact"),
     ],
     ids=str,
@@ -121,7 +122,7 @@ def test_bits_and_traffic_under_placements(shape, dispatch, combine):
     for seed in range(4):
         placement = random_placement(seed, shape)
         y_TD, grads, traffic = run(shape, dispatch, args, placement, combine)
-        if combine == "exact":
+        if combine != "partial":
             np.testing.assert_array_equal(y_TD, expected_TD)
             for grad, expected in zip(grads, expected_grads, strict=True):
                 np.testing.assert_array_equal(grad, expected)
