@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_jax.errors import Refused
 
-DISPATCHES = ("local", "gathered", "exchange", "hierarchical")
+DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled")
 COMBINES = ("exact", "partial", "reproducible")
 DTYPES = ("float32", "bfloat16")
 
@@ -345,6 +345,8 @@ def _validate_mesh(config: Config) -> None:
             f"keeps every expert on one device, but they are split over {devices} ({mesh})",
             "use 'exchange' or 'gathered', or mesh.expert = 1",
         )
+    if model.dispatch == "shuffled":
+        _validate_heads(model, devices)
     _one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
     if config.virtual_devices < 0:
         raise Refused("virtual_devices", config.virtual_devices, "must be at least 0", "use 0")
@@ -355,6 +357,17 @@ def _validate_mesh(config: Config) -> None:
             "virtual devices exist on the CPU only",
             "set platform = 'cpu', or virtual_devices = 0",
         )
+
+
+def _validate_heads(model: ModelConfig, devices: int) -> None:
+    """`shuffled` splits attention by heads over the devices that share the experts."""
+    rule = f"must be divisible by the {devices} devices that attention is split over (shuffled)"
+    if model.num_heads % devices:
+        nearest = _nearest_multiples(model.num_heads, devices)
+        raise Refused("model.num_heads", model.num_heads, rule, f"nearest: {nearest}")
+    if model.num_kv_heads % devices and devices % model.num_kv_heads:
+        fix = f"nearest: {_nearest_multiples(model.num_kv_heads, devices)}, or a divisor"
+        raise Refused("model.num_kv_heads", model.num_kv_heads, f"{rule}, or divide them", fix)
 
 
 def check_devices(config: Config, num_devices: int) -> None:

@@ -40,6 +40,16 @@ class Attention(nnx.Module):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Projections as plain arrays: of an `Attention`, or of some of its heads."""
+
+    query_DHQ: jax.Array
+    key_DGQ: jax.Array
+    value_DGQ: jax.Array
+    output_HQD: jax.Array
+
+
 def rotate(
     x_BSHQ: Float[Array, "B S H Q"], position_BS: Int[Array, "B S"], theta: float
 ) -> Float[Array, "B S H Q"]:
@@ -56,7 +66,7 @@ def rotate(
 
 def attend(
     x_BSD: Float[Array, "B S D"],
-    weights: Attention,
+    weights: Attention | Heads,
     position_BS: Int[Array, "B S"],
     rope_theta: float,
     cache: LayerCache | None,

@@ -44,12 +44,14 @@ class LayerRecord:
       expert_BSK: int32 logical ids, descending weight; -1 at positions without a token.
       traffic: rows moved and computed.
       load_balance, z: the router's losses, scalars.
+      home_BS: int32 the device that held each token here, where that is not its sequence's home.
     """
 
     expert_BSK: Leaf
     traffic: Traffic
     load_balance: Leaf
     z: Leaf
+    home_BS: Leaf | None = None
 
 
 MoELayer = Callable[[jax.Array, MoE, jax.Array, Table], tuple[jax.Array, LayerRecord]]

@@ -7,18 +7,19 @@ Axes: B batch, S tokens at hand, C cached positions, D d_model, L layers, V voca
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.model import attention, moe, parameter
+from moe_jax.model import attention, moe, parameter, shuffled
 from moe_jax.model.dispatch.table import Table
 from moe_jax.pytree import Leaf
 
@@ -94,6 +95,8 @@ def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = 
     )
     theta, eps, dtype = config.rope_theta, config.norm_eps, jnp.dtype(config.dtype)
     split = mesh_lib.sharding(mesh, "batch", None, None)
+    norm = functools.partial(rms_norm, eps=eps)
+    steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, theta, config.top_k)
 
     def forward(
         model: Transformer,
@@ -123,7 +126,13 @@ def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = 
 
         x_BSD = model.embedding_VD[...].astype(dtype)[token_BS]
         x_BSD = jax.lax.with_sharding_constraint(x_BSD, split)
-        x_BSD, (cache, record) = jax.lax.scan(layer, x_BSD, (model.blocks, table, cache))
+        if config.dispatch == "shuffled":
+            x_BSD, cache, record = shuffled.layers(
+                steps, (model.blocks, table, cache), x_BSD, position_BS, real_BS
+            )
+        else:
+            inputs = (model.blocks, table, cache)
+            x_BSD, (cache, record) = jax.lax.scan(layer, x_BSD, inputs)
         x_BSD = rms_norm(x_BSD, model.final_norm_D[...], eps)
         logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, model.output_DV[...].astype(dtype))
         return Output(logits_BSV.astype(jnp.float32), cache, record)
@@ -132,9 +141,15 @@ def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = 
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> attention.LayerCache:
-    """Zeros for `capacity` positions of `batch` sequences in all layers, split over the batch."""
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.d_head)
-    placed = mesh_lib.sharding(mesh, None, "batch", None, None, None)
+    """Zeros for `capacity` positions of `batch` sequences in all layers, split over the batch.
+
+    Where attention is split by heads (`shuffled`), each device has its heads of all sequences.
+    """
+    num_kv_heads, placed = config.num_kv_heads, mesh_lib.sharding(mesh, None, "batch")
+    if config.dispatch == "shuffled":
+        num_kv_heads = max(num_kv_heads, mesh_lib.size(mesh, mesh_lib.EXPERT))
+        placed = NamedSharding(mesh, PartitionSpec(None, *shuffled.CACHE))
+    shape = (config.num_layers, batch, capacity, num_kv_heads, config.d_head)
     zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
     return attention.LayerCache(zeros(), zeros())
 

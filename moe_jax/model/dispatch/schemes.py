@@ -218,4 +218,5 @@ SCHEMES: dict[str, Scheme] = {
     "gathered": gathered,
     "exchange": exchange,
     "hierarchical": hierarchical,
+    "shuffled": exchange,  # from homes that shuffled.py chooses
 }

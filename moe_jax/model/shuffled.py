@@ -1,0 +1,255 @@
+"""`shuffled`: attention split by heads over the expert axes, rows put where their experts will be.
+
+Where the devices that share the experts also share the heads, the sums of attention have to be
+reduce-scattered anyway, and that may put each row on any device, T rows on each. A row goes where
+its experts of the layer before were (dispatch/homes.py): a plan that keeps the experts of
+consecutive layers together then saves rows. What follows is an `exchange` from that home; an
+all-gather brings the rows together again for the next attention. The gather and the scatter move
+the same rows whatever the placement, as split attention always does; they are not in `Traffic`.
+
+Axes: B sequences and S positions of one group (the devices that share experts), X = B * S its
+tokens, M its devices, T = X / M rows here, N rows of all groups, D d_model, K top_k, H query
+heads, G key/value heads, C cached positions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.model import attention
+from moe_jax.model.attention import Heads, LayerCache
+from moe_jax.model.dispatch import homes as homes_lib
+from moe_jax.model.dispatch.table import Table
+from moe_jax.model.moe import LayerRecord, MoELayer
+from moe_jax.pytree import Leaf
+
+_GROUP = (mesh_lib.DATA, mesh_lib.FSDP)  # axes over which groups differ
+_ROWS, _SEQUENCES = PartitionSpec(mesh_lib.BATCH), PartitionSpec(_GROUP)
+# of a layer's cache: its heads of all sequences of the group on each device
+CACHE = PartitionSpec(_GROUP, None, mesh_lib.EXPERT)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of tokens, and which they are.
+
+    Attributes:
+      x_ND: the residual stream.
+      token_N: int32 the token of each row, counted within its group.
+      device_NK: int32 where its experts of the layer before were, best first; -1 = nowhere.
+      real_N: False where there is no token.
+    """
+
+    x_ND: Leaf
+    token_N: Leaf
+    device_NK: Leaf
+    real_N: Leaf
+
+
+Norm = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BSD, scale_D) -> x_BSD
+
+
+def layers(
+    steps: "Steps",
+    inputs: Any,
+    x_BSD: Float[Array, "B S D"],
+    position_BS: Int[Array, "B S"],
+    real_BS: Bool[Array, "B S"],
+) -> tuple[jax.Array, LayerCache | None, LayerRecord]:
+    """All layers of a model, by one `lax.scan`.
+
+    Args:
+      inputs: blocks, tables and caches (or None), each stacked over layers.
+
+    Returns:
+      The residual stream, tokens in order; the caches; records with the home of every token.
+    """
+    shape = real_BS.shape
+
+    def layer(rows, of_layer):
+        block, table, cache = of_layer
+        with jax.named_scope("attention"):
+            rows, cache = steps.attend(
+                rows, block.attention_norm_D[...], block.attention, position_BS, real_BS, cache
+            )
+        x_BSD = rows.x_ND.reshape(*shape, -1)
+        normed_BSD = steps.norm(x_BSD, block.moe_norm_D[...])
+        y_BSD, record = steps.moe(normed_BSD, block.moe, rows.real_N.reshape(shape), table)
+        expert_NK = record.expert_BSK.reshape(rows.device_NK.shape)
+        record = dataclasses.replace(
+            record,
+            expert_BSK=steps.in_order(expert_NK, rows.token_N).reshape(record.expert_BSK.shape),
+            home_BS=steps.homes(rows.token_N).reshape(shape),
+        )
+        rows = dataclasses.replace(
+            rows,
+            x_ND=(x_BSD + y_BSD).reshape(rows.x_ND.shape),
+            device_NK=steps.devices_of(expert_NK, table, len(block.moe.gate_PDF[...])),
+        )
+        return rows, (cache, record)
+
+    rows, (cache, record) = jax.lax.scan(layer, steps.start(x_BSD, real_BS), inputs)
+    return steps.in_order(rows.x_ND, rows.token_N).reshape(x_BSD.shape), cache, record
+
+
+class Steps:
+    """The parts of a layer, built once for a mesh."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        moe: MoELayer,
+        norm: Norm,
+        num_kv_heads: int,
+        rope_theta: float,
+        top_k: int,
+    ):
+        self._mesh, self._groups = mesh, mesh_lib.size(mesh, _GROUP)
+        self._devices = mesh_lib.size(mesh, mesh_lib.EXPERT)
+        self._num_kv_heads, self._theta, self._top_k = num_kv_heads, rope_theta, top_k
+        self.moe, self.norm = moe, norm
+
+    def start(self, x_BSD: Float[Array, "B S D"], real_BS: Bool[Array, "B S"]) -> Rows:
+        """All rows at home: nothing is known of their experts."""
+        num_rows = x_BSD.shape[0] * x_BSD.shape[1]
+        token_N = jnp.arange(num_rows, dtype=jnp.int32) % (num_rows // self._groups)
+        nowhere_NK = jnp.full((num_rows, self._top_k), -1, jnp.int32)
+        rows = Rows(x_BSD.reshape(num_rows, -1), token_N, nowhere_NK, real_BS.reshape(-1))
+        placed = NamedSharding(self._mesh, _ROWS)
+        return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, placed), rows)
+
+    def devices_of(self, expert_NK: jax.Array, table: Table, num_physical: int) -> jax.Array:
+        """int32 [N, K]: the device of the first copy of each expert; -1 = nowhere."""
+        slot_NK = table.logical_to_physical_ER[:, 0][expert_NK]
+        return jnp.where(expert_NK < 0, -1, slot_NK // (num_physical // self._devices))
+
+    def attend(
+        self,
+        rows: Rows,
+        scale_D: jax.Array,
+        weights: attention.Attention,
+        position_BS: Int[Array, "B S"],
+        real_BS: Bool[Array, "B S"],
+        cache: LayerCache | None,
+    ) -> tuple[Rows, LayerCache | None]:
+        """Attention and its residual; each row then lies where its experts were.
+
+        Args:
+          scale_D: of the norm before attention.
+        """
+        num_local_kv = max(1, self._num_kv_heads // self._devices)
+
+        def on_device(rows, scale_D, parts, position_BS, real_BS, cache):
+            query_DHQ, key_DGQ, value_DGQ, output_HQD = parts
+            size = jax.lax.axis_size(mesh_lib.EXPERT)
+            first = jax.lax.axis_index(mesh_lib.EXPERT) * self._num_kv_heads // size
+            key_DGQ, value_DGQ = (
+                jax.lax.dynamic_slice_in_dim(_vary(w), first, num_local_kv, axis=1)
+                for w in (key_DGQ, value_DGQ)
+            )
+            heads = Heads(
+                _vary_over_groups(query_DHQ), key_DGQ, value_DGQ, _vary_over_groups(output_HQD)
+            )
+            x_XD, token_X, device_XK = _gathered((rows.x_ND, rows.token_N, rows.device_NK))
+            position_X = _inverse(token_X)
+            x_XD = _permuted(x_XD, position_X, token_X)
+            x_BSD = x_XD.reshape(*position_BS.shape, -1)
+            position_BS = _vary_over_devices(position_BS)
+            mixed_BSD, cache = attention.attend(
+                self.norm(x_BSD, _vary(scale_D)), heads, position_BS, self._theta, cache
+            )
+
+            home_X = homes_lib.balanced(device_XK[position_X], size)
+            token_X = jnp.argsort(home_X, stable=True).astype(jnp.int32)
+            position_X = _inverse(token_X)
+            mixed_XD = _permuted(mixed_BSD.reshape(x_XD.shape), token_X, position_X)
+            x_TD = _mine(_permuted(x_XD, token_X, position_X))
+            x_TD = x_TD + jax.lax.psum_scatter(mixed_XD, mesh_lib.EXPERT, tiled=True)
+            real_X = _vary_over_devices(real_BS).reshape(-1)[token_X]
+            token_T, real_T = _mine(token_X), _mine(real_X)
+            return Rows(x_TD, token_T, jnp.full_like(rows.device_NK, -1), real_T), cache
+
+        everywhere = PartitionSpec()
+        query, output = PartitionSpec(None, mesh_lib.EXPERT), PartitionSpec(mesh_lib.EXPERT)
+        heads = (query, everywhere, everywhere, output)
+        step = jax.shard_map(
+            on_device,
+            mesh=self._mesh,
+            in_specs=(_ROWS, everywhere, heads, _SEQUENCES, _SEQUENCES, CACHE),
+            out_specs=(_ROWS, CACHE),
+        )
+        parts = (weights.query_DHQ, weights.key_DGQ, weights.value_DGQ, weights.output_HQD)
+        cast = tuple(part[...].astype(rows.x_ND.dtype) for part in parts)
+        return step(rows, scale_D, cast, position_BS, real_BS, cache)
+
+    def in_order(self, value_NK: jax.Array, token_N: jax.Array) -> jax.Array:
+        """What belongs to rows, in the order of tokens, each at its sequence's home."""
+
+        def on_device(value_TK, token_T):
+            value_XK, token_X = _gathered((value_TK, token_T))
+            return _mine(_permuted(value_XK, _inverse(token_X), token_X))
+
+        return jax.shard_map(on_device, mesh=self._mesh, in_specs=(_ROWS, _ROWS), out_specs=_ROWS)(
+            value_NK, token_N
+        )
+
+    def homes(self, token_N: jax.Array) -> jax.Array:
+        """int32 [N]: the device that holds each token's row, tokens in order."""
+
+        def on_device(token_T):
+            token_X = jax.lax.all_gather(token_T, mesh_lib.EXPERT, tiled=True)
+            return _mine(_inverse(token_X) // token_T.size)
+
+        return jax.shard_map(on_device, mesh=self._mesh, in_specs=_ROWS, out_specs=_ROWS)(token_N)
+
+
+def _gathered(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jax.lax.all_gather(a, mesh_lib.EXPERT, tiled=True), tree)
+
+
+def _mine(value_X: jax.Array) -> jax.Array:
+    """This device's part of what all devices of the group hold alike."""
+    size = len(value_X) // jax.lax.axis_size(mesh_lib.EXPERT)
+    start = jax.lax.axis_index(mesh_lib.EXPERT) * size
+    return jax.lax.dynamic_slice_in_dim(value_X, start, size)
+
+
+def _inverse(order_X: jax.Array) -> jax.Array:
+    place_X = jnp.arange(order_X.size, dtype=jnp.int32)
+    return jnp.zeros_like(order_X).at[order_X].set(place_X)
+
+
+@jax.custom_vjp
+def _permuted(value_XD: jax.Array, index_X: jax.Array, inverse_X: jax.Array) -> jax.Array:
+    """value_XD[index_X]; backward the same by the inverse, where a scatter would add."""
+    return value_XD[index_X]
+
+
+def _permuted_fwd(value_XD, index_X, inverse_X):
+    return value_XD[index_X], inverse_X
+
+
+def _permuted_bwd(inverse_X, g_XD):
+    return g_XD[inverse_X], None, None
+
+
+_permuted.defvjp(_permuted_fwd, _permuted_bwd)
+
+
+def _vary(value: jax.Array) -> jax.Array:
+    return jax.lax.pcast(value, axis_name=mesh_lib.BATCH, to="varying")
+
+
+def _vary_over_groups(value: jax.Array) -> jax.Array:
+    return jax.lax.pcast(value, axis_name=_GROUP, to="varying")
+
+
+def _vary_over_devices(value: jax.Array) -> jax.Array:
+    return jax.lax.pcast(value, axis_name=mesh_lib.EXPERT, to="varying")
