@@ -1,16 +1,23 @@
 """Uneven all-to-all with static shapes: every device sends any number of rows to every device.
 
 `Wire.exchange` has the meaning of `jax.lax.ragged_all_to_all` with dense segments. On TPU and
-GPU it is that; the CPU backend has no implementation of it, so there the rows go out in chunks:
-for each distance s a loop of `ppermute`s carries `chunk` rows at a time from device i to i + s, as
-many times as the fullest pair of that distance needs. All devices of the mesh agree on the count
-through a `pmax`, which is what makes a collective inside a loop legal; over the expert axis alone
-is not enough: a `ppermute` is one operation of the whole mesh, and the CPU backend waits for ever
-for the data replicas that took one turn less. Padding is below one chunk a pair
-beyond the fullest pair of its distance. Nothing here is differentiated: the callers' VJPs call it
-in the other direction.
+GPU it is that; the CPU backend has no implementation of it, so there the rows go out in messages
+of static sizes, distance by distance (from device i to device i + s): as many `ppermute`s of four
+chunks as the count of the pair holds, then two and one chunk where it has that binary digit.
 
-Axes: N rows sent, R rows received, D values a row, M devices.
+A `ppermute` has one size for all of its pairs, and the fullest pair of a distance is the one whose
+destination is popular: sending everybody what the fullest pair needs pads by 30 % and more. So
+pairs are in groups (each its own where there are at most 4), each group counts for itself, and a
+message goes out among the groups that have its bit: `lax.switch` over all sets of groups.
+
+All devices of the mesh agree on the counts through a `pmax`, which is what makes a collective
+inside a branch legal; over the expert axis alone is not enough: a `ppermute` is one operation of
+the whole mesh, and the CPU backend waits for ever for data replicas that took another branch.
+
+Padding: a count is rounded up to whole chunks, and to the fullest pair of its group over all data
+replicas. Nothing here is differentiated: the callers' VJPs call it in the other direction.
+
+Axes: N rows sent, R rows received, D values a row, M devices, G groups of pairs, C rows a message.
 """
 
 import dataclasses
@@ -39,7 +46,7 @@ class Wire:
     Attributes:
       axis: mesh axis over which rows travel.
       transport: "ragged" or "per_shift", see `transport_of`.
-      chunk: rows a `ppermute`, for "per_shift".
+      chunk: what counts are rounded up to, in rows, for "per_shift".
     """
 
     axis: mesh_lib.Axis
@@ -48,8 +55,8 @@ class Wire:
 
     @classmethod
     def of(cls, axis: mesh_lib.Axis, transport: str, num_tokens: int) -> "Wire":
-        """A chunk is about a quarter of what a pair moves when a token goes one place at random."""
-        return cls(axis, transport, max(1, num_tokens // (4 * jax.lax.axis_size(axis))))
+        """A chunk is about half of what a pair moves when a token goes one place at random."""
+        return cls(axis, transport, max(1, num_tokens // (2 * jax.lax.axis_size(axis))))
 
     def exchange(
         self,
@@ -80,16 +87,27 @@ class Wire:
             return jnp.zeros_like(send_counts_M)
         size, me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
         shift_M = (jnp.arange(size, dtype=jnp.int32) - me) % size
-        chunks_M = _chunks_by_shift(send_counts_M, self.chunk, self.axis)
-        sent_M = (chunks_M * self.chunk)[shift_M]
+        chunks_MG = _chunks_by_shift(send_counts_M, self.chunk, self.axis)
+        sent_M = chunks_MG[shift_M, me % chunks_MG.shape[1]] * self.chunk
         return jnp.where(shift_M == 0, 0, sent_M - send_counts_M)
 
 
+LARGEST = 2  # binary digits: a message carries at most 2^LARGEST chunks
+EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
+
+
+def _num_groups(size: int) -> int:
+    """Groups of pairs on an axis of this size: device i sends in group i mod G."""
+    return size if size <= EVERY_SET else 2
+
+
 def _chunks_by_shift(send_counts_M: jax.Array, chunk: int, axis: mesh_lib.Axis) -> jax.Array:
-    """Chunks that each distance takes: what its fullest pair needs, equal on all devices."""
+    """int32 [distances, G]: chunks that the pairs of a group send; equal on all devices."""
     size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     destination_M = (me + jnp.arange(size, dtype=jnp.int32)) % size
-    return jax.lax.pmax(-(-send_counts_M[destination_M] // chunk), mesh_lib.BATCH)
+    chunks_M = -(-send_counts_M[destination_M] // chunk)
+    mine_G = jnp.arange(_num_groups(size)) == me % _num_groups(size)
+    return jax.lax.pmax(jnp.where(mine_G[None], chunks_M[:, None], 0), mesh_lib.BATCH)
 
 
 def _per_shift(
@@ -103,34 +121,72 @@ def _per_shift(
     size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     send_start_M = exclusive_cumsum(send_counts_M)
     receive_start_M = exclusive_cumsum(receive_counts_M)
-    chunks_M = _chunks_by_shift(send_counts_M, chunk, axis)
-    # A chunk may reach beyond its segment but never beyond the buffer, where slices would shift.
-    rows_ND = jnp.pad(rows_ND, ((0, chunk), (0, 0)))
-    received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, num_received + chunk - 1), (0, 0)))
+    chunks_MG = _chunks_by_shift(send_counts_M, chunk, axis)
+    num_groups = chunks_MG.shape[1]
+    largest = chunk << LARGEST
+    # A message may reach beyond its segment but never beyond the buffer, where slices would shift.
+    rows_ND = jnp.pad(rows_ND, ((0, largest), (0, 0)))
+    received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, num_received + largest - 1), (0, 0)))
 
-    # The distances are chained through `received_RD`, so that all devices meet in one order.
+    # Messages are chained through `received_RD`, so that all devices meet in one order.
     for shift in range(size):
         destination, source = (me + shift) % size, (me - shift) % size
-        pairs = [(i, (i + shift) % size) for i in range(size)]
+        chunks_G, moves = chunks_MG[shift], _moves(shift, size, num_groups, axis)
         send_start, receive_start = send_start_M[destination], receive_start_M[source]
         receive_count = receive_counts_M[source]
 
-        def move(i, received_RD, *, shift=shift, pairs=pairs, segment=None):
-            send_start, receive_start, receive_count = segment
-            chunk_CD = jax.lax.dynamic_slice_in_dim(rows_ND, send_start + i * chunk, chunk)
-            if shift:
-                chunk_CD = jax.lax.ppermute(chunk_CD, axis, pairs)
-            at = receive_start + i * chunk
-            old_CD = jax.lax.dynamic_slice_in_dim(received_RD, at, chunk)
-            ours_C = i * chunk + jnp.arange(chunk, dtype=jnp.int32) < receive_count
+        def message(sent_G, sends_G, received_RD, *, segment=None, size=0, moves=moves):
+            """`size` rows of every group that sends; each has sent `sent_G` before."""
+            send_start, receive_start, receive_count, source = segment
+            done = sent_G[source % num_groups]
+            at = receive_start + done
+            chunk_CD = jax.lax.dynamic_slice_in_dim(
+                rows_ND, send_start + sent_G[me % num_groups], size
+            )
+            sets = (sends_G << jnp.arange(num_groups, dtype=jnp.int32)).sum(dtype=jnp.int32)
+            chunk_CD = jax.lax.switch(sets - 1, moves, chunk_CD)
+            old_CD = jax.lax.dynamic_slice_in_dim(received_RD, at, size)
+            # Nothing comes from a group that does not send.
+            wanted = (receive_count - done) * sends_G[source % num_groups]
+            ours_C = jnp.arange(size, dtype=jnp.int32) < wanted
             new_CD = jnp.where(ours_C[:, None], chunk_CD, old_CD)
             return jax.lax.dynamic_update_slice_in_dim(received_RD, new_CD, at, axis=0)
 
-        segment = (send_start, receive_start, receive_count)
-        received_RD = jax.lax.fori_loop(
-            0, chunks_M[shift], functools.partial(move, segment=segment), received_RD
+        message = functools.partial(
+            message, segment=(send_start, receive_start, receive_count, source)
         )
+        whole_G = chunks_G >> LARGEST
+
+        def turn(i, received_RD, *, message=message, whole_G=whole_G):
+            sent_G = jnp.full_like(whole_G, i * largest)
+            return message(sent_G, (whole_G > i).astype(jnp.int32), received_RD, size=largest)
+
+        received_RD = jax.lax.fori_loop(0, whole_G.max(), turn, received_RD)
+        for bit in reversed(range(LARGEST)):
+            sends_G = (chunks_G >> bit) & 1
+            sent_G = ((chunks_G >> (bit + 1)) << (bit + 1)) * chunk  # the larger ones went before
+            received_RD = jax.lax.cond(
+                sends_G.any(),
+                functools.partial(message, sent_G, sends_G, size=chunk << bit),
+                lambda kept_RD: kept_RD,
+                received_RD,
+            )
     return received_RD[:num_received]
+
+
+def _moves(shift: int, size: int, num_groups: int, axis: mesh_lib.Axis):
+    """A permutation for every non-empty set of groups, in binary order from 1."""
+    if shift == 0:
+        return [lambda rows_CD: rows_CD]
+    pairs = [(i, (i + shift) % size) for i in range(size)]
+    return [
+        functools.partial(
+            jax.lax.ppermute,
+            axis_name=axis,
+            perm=[pair for pair in pairs if chosen >> (pair[0] % num_groups) & 1],
+        )
+        for chosen in range(1, 2**num_groups)
+    ]
 
 
 def _ragged_all_to_all(
