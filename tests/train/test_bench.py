@@ -1,0 +1,36 @@
+"""The table of dispatches: a small run prints every line, and wrong words are refused."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.errors import Refused
+from moe_jax.train import bench
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_prints_every_line():
+    ways = ["exchange/exact", "gathered/partial"]
+    command = [sys.executable, "-m", "moe_jax.train.bench", "--json", "--seconds=0.1"]
+    command += ["--config=configs/quickstart.py:smoke", f"--ways={','.join(ways)}"]
+    command += ["--config.model.num_layers=1", "--config.data.seq_len=8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    tables = json.loads(done.stdout)
+    assert [line["name"] for line in tables["step"]] == ways
+    assert [line["name"] for line in tables["layer"]][:2] == ["layer", "experts + copy"]
+    assert all(line["milliseconds"] > 0 for lines in tables.values() for line in lines)
+    exact, gathered = (line["rows"] for line in tables["step"])
+    assert gathered == 2 * 3  # 4 devices: to three others and back
+    assert 0 < exact < gathered
+
+
+def test_a_way_that_is_none_is_refused():
+    with pytest.raises(Refused, match="must be dispatch/combine"):
+        bench.with_way(tiny.config(), "exchange")
+    with pytest.raises(Refused, match=r"model.combine = 'exakt'"):
+        bench.with_way(tiny.config(), "exchange/exakt")
