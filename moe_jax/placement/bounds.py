@@ -57,6 +57,11 @@ def contact_lines(size: int, slots: int, devices: int) -> tuple[Line, ...]:
     return tuple(sorted(used))
 
 
+def level(size: int, slots: int, devices: int, slope: float) -> float:
+    """a(b): the least of contacts + slope * pairs of a set of `size` experts."""
+    return min(d + slope * p for d, p in _shapes(size, slots, devices))
+
+
 def contacts_lower(
     coactivation_EE: np.ndarray, tokens_of_size: np.ndarray, devices: int, slots: int | None = None
 ) -> float:
@@ -77,11 +82,10 @@ def contacts_lower(
     for slope in {
         line.slope for size in range(sizes) for line in contact_lines(size, slots, devices)
     }:
-        level = sum(
-            count * min(d + slope * p for d, p in _shapes(size, slots, devices))
-            for size, count in enumerate(tokens_of_size)
+        least = sum(
+            count * level(size, slots, devices, slope) for size, count in enumerate(tokens_of_size)
         )
-        best = max(best, float(level - slope * pairs))
+        best = max(best, float(least - slope * pairs))
     return best
 
 

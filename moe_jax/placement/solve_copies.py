@@ -48,6 +48,13 @@ class _Best:
         if self.progress is not None:
             self.progress(Progress("replicas", spent, self.time_limit, value, self.bound))
 
+    def telling(self) -> Tell:
+        """For plans without copies, which have no bound of their own: beside that with copies."""
+        tell = self.progress
+        if tell is None:
+            return None
+        return lambda step: tell(dataclasses.replace(step, bound=min(self.bound, step.objective)))
+
     def solution(self, finished: bool, stopped: KeyboardInterrupt | None) -> Solution:
         """As it stands; raises Interrupted after Ctrl-C."""
         problem, placement = self.problem, self.placement
@@ -87,7 +94,7 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
             if len(best.history) > 1 and time.monotonic() >= deadline:
                 break  # filling and counting another one takes a time of its own
             share = run.base_share * time_limit
-            device_LE = inner(base, seed, share, progress).placement.device_LE
+            device_LE = inner(base, seed, share, best.telling()).placement.device_LE
             for found in run.filled(device_LE.astype(np.int64), seed, deadline):
                 best.take(found.placement, found.value)
     except KeyboardInterrupt as stop:

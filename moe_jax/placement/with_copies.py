@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import bounds, spare, staying
+from moe_jax.placement import bounds, copies_bound, spare, staying
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -35,7 +35,8 @@ def lower_bound(problem: Problem) -> tuple[float, str]:
     if problem.objective == "exflow":
         note = "bound: copies of an expert reach so many experts of the next layer"
         return max(SAFETY * problem.hops(_most_kept(problem)), 0.0), note
-    return 0.0, "no bound is proven for rows with replicas"
+    note = "bound: tokens inside home's slots, and companions of every copy, by counting"
+    return copies_bound.fewest_rows(problem), note
 
 
 def _most_kept(problem: Problem) -> float:

@@ -2,19 +2,22 @@
 
 import pytest
 
-from moe_jax.placement import relax
+from moe_jax.placement import chainwise, relax
 
 FEW = 80  # steps of a bound: the first cuts are among them
+SWEEPS = (200, 80)  # of an annealing: enough for problems of a dozen experts
 
 
 @pytest.fixture(autouse=True)
-def short_bound(request, monkeypatch):
-    """Most of a tiny solve is the refining of its bound, which test_bounds.py tests.
+def short_search(request, monkeypatch):
+    """Most of a tiny solve is the refining of its bound and annealing, sized for large problems.
 
-    A bound holds after any number of steps; slow tests and those that say how many take them all.
+    A bound holds after any number of steps; test_bounds.py and test_anneal.py say their own number.
+    Slow tests take all.
     """
     bound = relax.lower_bound
     if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(chainwise, "SWEEPS", SWEEPS)
         monkeypatch.setattr(
             relax,
             "lower_bound",
@@ -25,7 +28,7 @@ def short_bound(request, monkeypatch):
 
 
 @pytest.fixture
-def loose_bound(short_bound, monkeypatch):
+def loose_bound(short_search, monkeypatch):
     """One step, for tests that read no bound."""
     bound = relax.lower_bound
     monkeypatch.setattr(relax, "lower_bound", lambda problem, end, _: bound(problem, end, 1))

@@ -284,7 +284,7 @@ def words_for(folder, *more) -> list[str]:
 
 
 CASES = {
-    "replicas": (["--slots=12", "--objective=rows"], "no bound is proven"),
+    "replicas": (["--slots=12", "--objective=rows"], "companions of every copy, by counting"),
     "gathered": (["--dispatch=gathered"], "moves the same rows whatever the plan"),
     "exflow": (["--objective=exflow", "--dispatch=coherent"], "transitions leave their device"),
     "load": (["--objective=load"], "The fullest device computes"),
