@@ -74,11 +74,21 @@ def build(
         mesh, dispatch=dispatch, combine=combine, implementation=implementation
     )
 
+    by_token = mesh_lib.spec("batch", None)
+    largest = jax.shard_map(
+        lambda rows_TE: tuple(jax.lax.top_k(rows_TE, top_k)),
+        mesh=mesh,
+        in_specs=by_token,
+        out_specs=by_token,
+    )
+
     def layer(x_BSD, weights, real_BS, table):
         batch, sequence, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
         with jax.named_scope("route"):
-            routing = router.route_top_k(x_TD, weights.router_DE[...], real_BS.reshape(-1), top_k)
+            routing = router.route_top_k(
+                x_TD, weights.router_DE[...], real_BS.reshape(-1), top_k, largest
+            )
         experts = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
         y_TD, traffic = compute(
             x_TD,

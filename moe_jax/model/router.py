@@ -5,6 +5,7 @@ built. Axes: T tokens, D d_model, E experts, K top_k.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,16 @@ class Routing:
     z: Leaf
 
 
+# values_TE -> (the K largest of each row, descending, their columns)
+Largest = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
 def route_top_k(
-    x_TD: Float[Array, "T D"], router_DE: Float[Array, "D E"], real_T: Bool[Array, "T"], top_k: int
+    x_TD: Float[Array, "T D"],
+    router_DE: Float[Array, "D E"],
+    real_T: Bool[Array, "T"],
+    top_k: int,
+    largest: Largest | None = None,
 ) -> Routing:
     """Softmax over all experts, the K largest, weights renormalised to sum to 1.
 
@@ -40,11 +49,16 @@ def route_top_k(
 
     Args:
       real_T: False at positions without a token: routed nowhere, counted nowhere.
+      largest: `jax.lax.top_k` of K, where tokens are split over devices: left to itself, the
+        partitioner gathers all probabilities on every device to sort them there.
     """
     num_experts = router_DE.shape[1]
     logits_TE = x_TD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
     probability_TE = jax.nn.softmax(logits_TE)
-    top_TK, expert_TK = jax.lax.top_k(probability_TE, top_k)
+    if largest is None:
+        top_TK, expert_TK = jax.lax.top_k(probability_TE, top_k)
+    else:
+        top_TK, expert_TK = largest(probability_TE)
     weight_TK = top_TK / top_TK.sum(axis=1, keepdims=True)
 
     real_T1 = real_T[:, None]
