@@ -75,12 +75,11 @@ def build(
     )
 
     by_token = mesh_lib.spec("batch", None)
-    largest = jax.shard_map(
-        lambda rows_TE: tuple(jax.lax.top_k(rows_TE, top_k)),
-        mesh=mesh,
-        in_specs=by_token,
-        out_specs=by_token,
-    )
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=by_token, out_specs=by_token)
+    def largest(rows_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        top_TK, column_TK = jax.lax.top_k(rows_TE, top_k)
+        return top_TK, column_TK
 
     def layer(x_BSD, weights, real_BS, table):
         batch, sequence, width = x_BSD.shape
