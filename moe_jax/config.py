@@ -18,7 +18,8 @@ from typing import Any
 
 from moe_jax.errors import Refused
 
-DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled")
+DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled", "coherent")
+INFERENCE_ONLY = ("coherent",)  # of them: not for training
 COMBINES = ("exact", "partial", "reproducible")
 DTYPES = ("float32", "bfloat16")
 
@@ -323,6 +324,13 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.dispatch", model.dispatch, DISPATCHES)
     _one_of("model.combine", model.combine, COMBINES)
     _one_of("model.dtype", model.dtype, DTYPES)
+    if model.dispatch == "coherent" and model.combine == "reproducible":
+        raise Refused(
+            "model.combine",
+            model.combine,
+            "is not made for coherent dispatch, which sums at the best expert's device",
+            "use 'exact' or 'partial'",
+        )
 
 
 def _validate_mesh(config: Config) -> None:
@@ -368,6 +376,28 @@ def _validate_heads(model: ModelConfig, devices: int) -> None:
     if model.num_kv_heads % devices and devices % model.num_kv_heads:
         fix = f"nearest: {_nearest_multiples(model.num_kv_heads, devices)}, or a divisor"
         raise Refused("model.num_kv_heads", model.num_kv_heads, f"{rule}, or divide them", fix)
+
+
+def with_dispatch(config: Config, dispatch: str) -> Config:
+    """The config of a model that is served with another dispatch than it was trained with."""
+    _one_of("--dispatch", dispatch, DISPATCHES)
+    model = dataclasses.replace(config.model, dispatch=dispatch)
+    config = dataclasses.replace(config, model=model)
+    validate(config)
+    return config
+
+
+def check_trainable(config: Config) -> None:
+    """Refuses a dispatch that has no backward pass."""
+    if config.model.dispatch in INFERENCE_ONLY:
+        raise Refused(
+            "model.dispatch",
+            config.model.dispatch,
+            "serves only: its tokens attend wherever their experts left them, for which keys and "
+            "values of all sequences are kept on every device, and nothing is differentiated",
+            "train with 'exchange' and serve with infer.py "
+            f"--dispatch={config.model.dispatch}: the parameters are the same",
+        )
 
 
 def check_devices(config: Config, num_devices: int) -> None:

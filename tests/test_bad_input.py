@@ -335,6 +335,11 @@ TABLE = [
     train("odd head", "--config.model.d_head=7", "model.d_head", "7", "use 8"),
     train("unknown dispatch", "--config.model.dispatch=exchnge", "model.dispatch", "'exchnge'",
           "did you mean 'exchange'"),
+    train("coherent", "--config.model.dispatch=coherent", "model.dispatch", "'coherent'",
+          "serves only", "infer.py --dispatch=coherent"),
+    train("coherent reproducible", "--config.model.dispatch=coherent "
+          "--config.model.combine=reproducible", "model.combine", "'reproducible'",
+          "use 'exact' or 'partial'"),
     train("local over devices", "--config.model.dispatch=local", "model.dispatch", "'local'",
           "mesh.expert = 1"),
     train("unknown platform", "--config.platform=tpv", "platform", "'tpv'", "did you mean 'tpu'"),
@@ -397,6 +402,10 @@ TABLE = [
     infer("broken config.json", "--prompt=a", "config.json", "'{'", "restore it",
           make=copied_config(b"{"), workdir="{tmp}/run"),
     # Prompts and sampling.
+    infer("unknown dispatch", "--prompt=a --dispatch=coherant", "--dispatch", "'coherant'",
+          "did you mean 'coherent'"),
+    infer("local over devices", "--prompt=a --dispatch=local", "model.dispatch", "'local'",
+          "use 'exchange'"),
     infer("no prompt", "", "--prompt", "None", "give --prompt"),
     infer("empty prompt", "--prompt=", "prompt 0", "''", "write some text"),
     infer("long prompt", "--prompt=" + "a" * 200, "prompt 0 + --max_new_tokens",

@@ -96,7 +96,7 @@ class Worker:
 
     def _cache(self, way: str, token_BS: np.ndarray, capacity: int) -> None:
         engine, batch = self._engines[way], token_BS.shape[0]
-        empty = transformer.empty_cache(self._config.model, batch, capacity, self._mesh)
+        empty = engine.empty_cache(batch, capacity)
         length_B = np.full(batch, token_BS.shape[1], np.int32)
         self._caches[way] = jax.block_until_ready(engine.prefill(token_BS, length_B, empty)[2])
 
@@ -126,7 +126,7 @@ class Worker:
 
     def _run_prefill(self, engine: Engine):
         batch, length = self._prefill_BS.shape
-        cache = transformer.empty_cache(self._config.model, batch, length, self._mesh)
+        cache = engine.empty_cache(batch, length)
         jax.block_until_ready(cache)
         yield
         length_B = np.full(batch, length, np.int32)

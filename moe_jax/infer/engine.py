@@ -23,7 +23,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import sampling as sampling_lib
-from moe_jax.model import transformer
+from moe_jax.model import coherent, transformer
 from moe_jax.model.attention import LayerCache
 from moe_jax.model.dispatch.table import Table
 
@@ -71,7 +71,9 @@ class Engine:
     def __init__(self, config: Config, mesh: Mesh, model: transformer.Transformer, table: Table):
         self._config, self._mesh, self._model = config, mesh, model
         self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
-        forward = transformer.build_forward(config.model, mesh)
+        # In coherent dispatch tokens stay away between layers: another way through the same model.
+        self._layers = coherent if config.model.dispatch == "coherent" else transformer
+        forward = self._layers.build_forward(config.model, mesh)
 
         @jax.jit
         def prefill(model, table, token_BS, length_B, cache):
@@ -103,6 +105,10 @@ class Engine:
         other._model = model
         other._table = jax.tree.map(lambda t: mesh_lib.put_replicated(self._mesh, t), table)
         return other
+
+    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+        """For `capacity` positions of `batch` sequences, placed as this engine's programs want."""
+        return self._layers.empty_cache(self._config.model, batch, capacity, self._mesh)
 
     def prefill(self, token_BS: np.ndarray, length_B: np.ndarray, cache: LayerCache) -> Any:
         """One prefill step, left on the devices.
@@ -152,7 +158,7 @@ class Engine:
         batch, padded = token_BS.shape
         capacity = _power_of_two(padded + max_new_tokens)
         put = functools.partial(mesh_lib.put_batch, self._mesh)
-        cache = transformer.empty_cache(self._config.model, batch, capacity, self._mesh)
+        cache = self.empty_cache(batch, capacity)
 
         start = time.perf_counter()
         logits_BSV, logits_BV, cache, record = self.prefill(token_BS, length_B, cache)

@@ -24,7 +24,7 @@ class Source:
     """What is known of a run before any device work.
 
     Attributes:
-      config: the run's.
+      config: the run's, with the dispatch to serve with.
       folder: the step directory.
       contents: what it holds.
       plan: the placement to compute under.
@@ -36,8 +36,14 @@ class Source:
     plan: plan_lib.Plan
 
 
-def find(workdir: str, placement: str | None) -> Source:
-    """Reads config, newest good step and plan. Raises `Refused`; touches no device."""
+def find(workdir: str, placement: str | None, dispatch: str | None = None) -> Source:
+    """Reads config, newest good step and plan. Raises `Refused`; touches no device.
+
+    Args:
+      workdir: of a training run.
+      placement: plan to compute under; None = the one stored with the step.
+      dispatch: to serve with; None = the one of the run's config.
+    """
     root = pathlib.Path(workdir)
     kept = root / "config.json"
     if not kept.is_file():
@@ -48,6 +54,8 @@ def find(workdir: str, placement: str | None) -> Source:
             "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
         )
     config = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
+    if dispatch is not None:
+        config = config_lib.with_dispatch(config, dispatch)
     folder = checkpoint.newest_good_step(root / "checkpoints", warn=_warn)
     if folder is None:
         raise Refused("--workdir", workdir, "has no checkpoint", "train at least one interval")

@@ -26,6 +26,7 @@ class Request:
 
     workdir: str
     placement: str | None
+    dispatch: str | None
     prompts: list[str]
     held_out: int
     held_out_start: int
@@ -39,7 +40,7 @@ class Request:
 def run(request: Request) -> None:
     """Checks everything, then runs. Raises `Refused` before any device work."""
     _check_flags(request)
-    source = load.find(request.workdir, request.placement)
+    source = load.find(request.workdir, request.placement, request.dispatch)
     config = source.config
     if request.prompts:
         prompts = [list(os.fsencode(prompt)) for prompt in request.prompts]

@@ -76,28 +76,45 @@ def attend(
     Without a cache, positions are 0..S-1 in every row. With one, either S = 1 (decoding, any
     position per row) or the positions are 0..S-1 (prefill into an empty cache).
     """
+    query_BSHQ, key_BSGQ, value_BSGQ = project(x_BSD, weights, position_BS, rope_theta)
+    if cache is None or x_BSD.shape[1] > 1:
+        seen_1SC = jnp.tril(jnp.ones((x_BSD.shape[1],) * 2, bool))[None]
+        mixed_BSHQ = mix(query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC)
+        cache = cache and LayerCache(
+            write_prefix(cache.key_BCGQ, key_BSGQ), write_prefix(cache.value_BCGQ, value_BSGQ)
+        )
+    else:
+        position_B = position_BS[:, 0]
+        cache = LayerCache(
+            write_one(cache.key_BCGQ, key_BSGQ, position_B),
+            write_one(cache.value_BCGQ, value_BSGQ, position_B),
+        )
+        seen_BC = jnp.arange(cache.key_BCGQ.shape[1])[None] <= position_B[:, None]
+        mixed_BSHQ = mix(query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, seen_BC[:, None])
+    return project_out(mixed_BSHQ, weights), cache
+
+
+def project(
+    x_BSD: Float[Array, "B S D"],
+    weights: Attention | Heads,
+    position_BS: Int[Array, "B S"],
+    rope_theta: float,
+) -> tuple[Float[Array, "B S H Q"], Float[Array, "B S G Q"], Float[Array, "B S G Q"]]:
+    """Queries, keys and values; queries and keys are turned by their positions."""
     dtype = x_BSD.dtype
     query_BSHQ = jnp.einsum("bsd,dhq->bshq", x_BSD, weights.query_DHQ[...].astype(dtype))
     key_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, weights.key_DGQ[...].astype(dtype))
     value_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, weights.value_DGQ[...].astype(dtype))
     query_BSHQ = rotate(query_BSHQ, position_BS, rope_theta)
-    key_BSGQ = rotate(key_BSGQ, position_BS, rope_theta)
-    if cache is None or x_BSD.shape[1] > 1:
-        seen_1SC = jnp.tril(jnp.ones((x_BSD.shape[1],) * 2, bool))[None]
-        mixed_BSHQ = mix(query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC)
-        cache = cache and LayerCache(
-            _write_prefix(cache.key_BCGQ, key_BSGQ), _write_prefix(cache.value_BCGQ, value_BSGQ)
-        )
-    else:
-        position_B = position_BS[:, 0]
-        cache = LayerCache(
-            _write_one(cache.key_BCGQ, key_BSGQ, position_B),
-            _write_one(cache.value_BCGQ, value_BSGQ, position_B),
-        )
-        seen_BC = jnp.arange(cache.key_BCGQ.shape[1])[None] <= position_B[:, None]
-        mixed_BSHQ = mix(query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, seen_BC[:, None])
-    output_HQD = weights.output_HQD[...].astype(dtype)
-    return jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD), cache
+    return query_BSHQ, rotate(key_BSGQ, position_BS, rope_theta), value_BSGQ
+
+
+def project_out(
+    mixed_BSHQ: Float[Array, "B S H Q"], weights: Attention | Heads
+) -> Float[Array, "B S D"]:
+    """What the heads found, as one row a token."""
+    output_HQD = weights.output_HQD[...].astype(mixed_BSHQ.dtype)
+    return jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD)
 
 
 def mix(
@@ -127,11 +144,15 @@ def mix(
     return mixed_BGRSQ.transpose(0, 3, 1, 2, 4).reshape(query_BSHQ.shape)
 
 
-def _write_prefix(cached_BCGQ: jax.Array, new_BSGQ: jax.Array) -> jax.Array:
+def write_prefix(cached_BCGQ: jax.Array, new_BSGQ: jax.Array) -> jax.Array:
+    """The cache with keys or values of the first positions."""
     return jax.lax.dynamic_update_slice(cached_BCGQ, new_BSGQ, (0, 0, 0, 0))
 
 
-def _write_one(cached_BCGQ: jax.Array, new_B1GQ: jax.Array, position_B: jax.Array) -> jax.Array:
-    """A select, not a scatter: it stays on the device that holds the row."""
+def write_one(cached_BCGQ: jax.Array, new_B1GQ: jax.Array, position_B: jax.Array) -> jax.Array:
+    """The cache with those of one position a sequence; nothing is written at position -1.
+
+    A select, not a scatter: it stays on the device that holds the row.
+    """
     here_BC = jnp.arange(cached_BCGQ.shape[1])[None] == position_B[:, None]
     return jnp.where(here_BC[:, :, None, None], new_B1GQ, cached_BCGQ)

@@ -43,8 +43,9 @@ class LayerRecord:
     Attributes:
       expert_BSK: int32 logical ids, descending weight; -1 at positions without a token.
       traffic: rows moved and computed.
-      load_balance, z: the router's losses, scalars.
+      load_balance, z: the router's losses, scalars; None where they are not computed.
       home_BS: int32 the device that held each token here, where that is not its sequence's home.
+      apart: what moved beside `traffic`, see coherent.py; None for other dispatches.
     """
 
     expert_BSK: Leaf
@@ -52,6 +53,7 @@ class LayerRecord:
     load_balance: Leaf
     z: Leaf
     home_BS: Leaf | None = None
+    apart: Leaf = None
 
 
 MoELayer = Callable[[jax.Array, MoE, jax.Array, Table], tuple[jax.Array, LayerRecord]]

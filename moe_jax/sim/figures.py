@@ -30,6 +30,7 @@ class Figure:
 # dispatch -> how its two phases are called
 PHASES = {
     "exchange": ("rows out to the experts", "rows back home"),
+    "coherent": ("rows out to the experts", "rows on to the best expert's device"),
     "gathered": ("rows of the all-gather", "rows of the reduce-scatter"),
 }
 

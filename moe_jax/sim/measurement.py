@@ -21,7 +21,7 @@ from moe_jax.routing import npz
 
 FORMAT = "moe_jax.measurement"
 VERSION = 1
-DISPATCHES = ("exchange", "gathered", "hierarchical")
+DISPATCHES = ("exchange", "gathered", "hierarchical", "coherent")
 COMBINES = ("exact", "reproducible")  # those whose answers keep every bit under a plan
 _REMEASURE = "Write it again with infer.py --measure=FILE.npz"
 

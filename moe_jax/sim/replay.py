@@ -48,7 +48,8 @@ def predict(measured: Measurement, placement: Placement) -> Prediction:
     meta = measured.meta
     devices_per_node = meta.num_devices // meta.num_nodes
     sent = cost.rows(ids_TLK, placement, meta.dispatch, home_T, meta.combine, devices_per_node)
-    merged = cost.rows(ids_TLK, placement, "exchange", home_T=home_T, combine="partial")
+    direct = "coherent" if meta.dispatch == "coherent" else "exchange"
+    merged = cost.rows(ids_TLK, placement, direct, home_T=home_T, combine="partial")
     return Prediction(
         dispatch_LMM=sent.dispatch_LMM,
         combine_LMM=sent.combine_LMM,

@@ -130,6 +130,13 @@ def _dispatch_notes(summary: Summary) -> list[str]:
             "plan can only change the load."
         ]
     out, back = summary.figure("rows_out"), summary.figure("rows_back")
+    if summary.before.meta.dispatch == "coherent":
+        return [
+            "In coherent dispatch a token goes on from the device of its best expert: rows back "
+            "are those of its other experts to that device (out "
+            f"{change_text(out)}, back {change_text(back)}). Not counted here: keys and values of "
+            "every token to every device, which no plan can change, and a row home at the end."
+        ]
     partial = summary.figure("rows_deduplicated")
     if summary.before.meta.combine == "reproducible":
         return [

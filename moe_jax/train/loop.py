@@ -38,6 +38,7 @@ class Run:
 
 def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_lib.Plan]:
     """All checks that need files but no devices. Raises `Refused`; writes nothing."""
+    config_lib.check_trainable(config)
     plan = load_plan(config)
     kept = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():

@@ -1,0 +1,355 @@
+"""The model with tokens that stay with their experts (coherent dispatch), for inference.
+
+ExFlow (arXiv 2401.08383): keys and values of all sequences of an expert group are on every device
+of it, so that attention can be computed wherever a token is, and a token need not return between
+layers. The whole stack runs inside one `shard_map`; per layer:
+
+    1. keys and values of the tokens here, shared with all devices of the group
+    2. attention, residual, norm and routing of the tokens here; slots and weights shared
+    3. the residual row of each token, once to each distinct device of its experts
+    4. experts; their rows (`exact`) or sums (`partial`) on to the device of the best expert,
+       which got the residual row in 3: there the token is from now on. With top_k = 1 nothing moves
+
+After the last layer rows return to the devices that hold their sequences; logits are made there.
+
+The order of every sum is that of other dispatches; a row is computed in a tile of fixed size
+(stay.py), with whatever rows. `exact` is bit-identical under every placement where a matmul gives
+a row the same bits at every place of a tile (tested).
+
+Axes: B sequences of the group, S positions at hand, X = B * S tokens of the group (of all its M
+devices), C cached positions, R packed rows (room for X), W rows a tile, K top_k, D d_model, H query
+heads, G key/value heads, Q d_head, L layers, P physical experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
+from moe_jax.kernels import grouped_matmul
+from moe_jax.model import attention, moe, parameter, router, transformer
+from moe_jax.model.dispatch import onward, schemes, sorting, stay, wire
+from moe_jax.model.dispatch.stay import Leg, Residence
+from moe_jax.model.dispatch.table import Table, physical_of
+from moe_jax.pytree import Leaf
+
+_REPLICAS = (
+    mesh_lib.DATA,
+    mesh_lib.FSDP,
+)  # groups that hold all experts and sequences of their own
+_TILE, _DECODE_TILE = 32, 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """What moved beside the rows of `Traffic`, [source, destination]; int32.
+
+    Attributes:
+      shared_LMM: rows of keys and values (2 G Q values each), and beside each its slots and
+        weights (2 K values).
+      shared_padding_LMM: those without a token.
+      home_MM: rows of the last layer back to the devices that hold the sequences.
+    """
+
+    shared_LMM: Leaf
+    shared_padding_LMM: Leaf
+    home_MM: Leaf
+
+
+def build_forward(
+    config: ModelConfig, mesh: Mesh, implementation: str | None = None
+) -> transformer.Forward:
+    """As `transformer.build_forward`, with a cache from `empty_cache`, and `Apart` in the record.
+
+    Logits at positions without a token are 0; the router's losses are not computed.
+    """
+    dtype, eps = jnp.dtype(config.dtype), config.norm_eps
+    stack = _build_stack(config, mesh, implementation)
+
+    def forward(
+        model: transformer.Transformer,
+        token_BS: Int[Array, "B S"],
+        table: Table,
+        *,
+        position_BS: Int[Array, "B S"] | None = None,
+        real_BS: Bool[Array, "B S"] | None = None,
+        cache: attention.LayerCache | None = None,
+    ) -> transformer.Output:
+        if position_BS is None:
+            position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
+        if real_BS is None:
+            real_BS = jnp.ones(token_BS.shape, bool)
+        x_BSD = model.embedding_VD[...].astype(dtype)[token_BS]
+        x_BSD, cache, record = stack(x_BSD, model.blocks, table, position_BS, real_BS, cache)
+        x_BSD = transformer.rms_norm(x_BSD, model.final_norm_D[...], eps)
+        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, model.output_DV[...].astype(dtype))
+        return transformer.Output(logits_BSV.astype(jnp.float32), cache, record)
+
+    return forward
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> attention.LayerCache:
+    """As `transformer.empty_cache`; all devices of an expert group hold all its sequences."""
+    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.d_head)
+    placed = jax.sharding.NamedSharding(mesh, PartitionSpec(None, _REPLICAS))
+    zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
+    return attention.LayerCache(zeros(), zeros())
+
+
+def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
+    """All layers as a function of global arrays, in one `shard_map`."""
+    tokens = mesh_lib.spec("batch")
+    of_group, of_expert = PartitionSpec(_REPLICAS), PartitionSpec(None, mesh_lib.EXPERT)
+    platform = mesh.devices.flat[0].platform
+    implementation = implementation or grouped_matmul.default_implementation(platform)
+
+    def spec_of(names: tuple[str, ...]) -> PartitionSpec:
+        return PartitionSpec(*(mesh_lib.EXPERT if name == "expert" else None for name in names))
+
+    def stack(x_BSD, blocks, table, position_BS, real_BS, cache):
+        leaves, tree = jax.tree.flatten(blocks)
+        specs = [spec_of(names) for names in jax.tree.leaves(parameter.logical_axes(blocks))]
+        of_cache = PartitionSpec(None, _REPLICAS)
+
+        # Nothing is differentiated, and that the cache is the same on all devices of a group
+        # follows from where rows come from, which types cannot know: hence no check of them.
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(tokens, specs, PartitionSpec(), of_group, of_group, of_cache),
+            out_specs=(tokens, of_cache, PartitionSpec(None, mesh_lib.BATCH), of_expert, of_expert,
+                       PartitionSpec(mesh_lib.EXPERT)),
+            check_vma=False,
+        )  # fmt: skip
+        def on_devices(x_bSD, leaves, table, position_BS, real_BS, cache):
+            blocks = jax.tree.unflatten(tree, leaves)
+            num_physical = blocks.moe.gate_PDF.shape[1] * jax.lax.axis_size(mesh_lib.EXPERT)
+            setting = schemes.Setting(
+                mesh_lib.EXPERT, num_physical, wire.transport_of(platform), config.combine
+            )
+            group = _Group(config, setting, implementation, position_BS, decoding(x_bSD, cache))
+            x_bSD, cache, expert_LbSK, traffic, shared, home_MM = group.run(
+                x_bSD, blocks, table, real_BS, cache
+            )
+            counted = jax.tree.map(
+                lambda rows: jax.lax.psum(rows, _REPLICAS), (traffic, shared, home_MM)
+            )
+            return x_bSD, cache, expert_LbSK, *counted
+
+        x_BSD, cache, expert_LBSK, traffic, shared, home_MM = on_devices(
+            x_BSD, leaves, table, position_BS, real_BS, cache
+        )
+        apart = Apart(shared[0], shared[1], home_MM)
+        record = moe.LayerRecord(expert_LBSK, traffic, load_balance=None, z=None, apart=apart)
+        return x_BSD, cache, record
+
+    def decoding(x_bSD, cache) -> bool:
+        return cache is not None and x_bSD.shape[1] == 1
+
+    return stack
+
+
+class _Group:
+    """The layers as one device of an expert group computes them. Inside `shard_map`."""
+
+    def __init__(self, config, setting, implementation, position_BS, decoding: bool):
+        self._config, self._setting, self._decoding = config, setting, decoding
+        self._implementation = implementation
+        self._batch, self._sequence = position_BS.shape
+        self._position_X = position_BS.reshape(-1).astype(jnp.int32)
+        self._num_group = position_BS.size
+        self._num_tokens = position_BS.size // setting.num_devices
+        self._tile = _DECODE_TILE if decoding else _TILE
+        self._num_rows = position_BS.size + self._tile
+        self._wire = wire.Wire.of(setting.axes, setting.transport, num_tokens=self._num_tokens)
+
+    def run(self, x_bSD, blocks, table, real_BS, cache):
+        """All layers, and home."""
+        axes, num_tokens = self._setting.axes, self._num_tokens
+        me = jax.lax.axis_index(axes)
+        home_X = jnp.arange(self._num_group, dtype=jnp.int32) // num_tokens
+        at_X = jnp.where(real_BS.reshape(-1), home_X, -1)
+        here = Residence.of(at_X, axes, self._num_rows)
+        own_TD = x_bSD.reshape(num_tokens, -1)
+        x_RD = own_TD[jnp.clip(here.token_R - me * num_tokens, 0, num_tokens - 1)]
+
+        layer = functools.partial(self._layer, me)
+        (x_RD, at_X), (cache, expert_LXK, traffic, shared) = jax.lax.scan(
+            layer, (x_RD, at_X), (blocks, table, cache)
+        )
+        here = Residence.of(at_X, axes, self._num_rows)
+        leg = Leg.of(at_X, home_X, self._wire, num_sent=self._num_group)
+        home_TD = leg.move(
+            lambda token_W: x_RD[here.rank_X[token_W]], num_tokens, like_ZZ=x_RD, tile=self._tile
+        )
+        mine = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=me * num_tokens, slice_size=num_tokens
+        )
+        x_TD = sorting.take_rows(home_TD, mine(leg.position_N))
+        expert_LTK = mine(expert_LXK, axis=1)
+        expert_LbSK = expert_LTK.reshape(len(expert_LTK), *x_bSD.shape[:2], -1)
+        return x_TD.reshape(x_bSD.shape), cache, expert_LbSK, traffic, shared, leg.rows_M()[None]
+
+    def _layer(self, me, carry, inputs):
+        (x_RD, at_X), (block, table, cache) = carry, inputs
+        setting, top_k = self._setting, self._config.top_k
+        here = Residence.of(at_X, setting.axes, self._num_rows)
+        with jax.named_scope("attention"):
+            query_RHQ, kv_RZ = self._project(x_RD, here, block)
+            kv_XZ = stay.share(kv_RZ, here, setting.axes, self._num_tokens)
+            keys, cache = self._remember(kv_XZ, at_X, cache)
+            x_RD, slot_RK, weight_RK = self._attend(x_RD, query_RHQ, keys, here, block, table)
+        with jax.named_scope("dispatch"):
+            bits_RK = jax.lax.bitcast_convert_type(weight_RK, jnp.int32)
+            routed_RZ = jnp.concatenate([slot_RK, bits_RK], axis=1)
+            routed_XZ = stay.share(routed_RZ, here, setting.axes, self._num_tokens)
+            slot_XK = jnp.where((at_X >= 0)[:, None], routed_XZ[:, :top_k], -1)
+            weight_XK = jax.lax.bitcast_convert_type(routed_XZ[:, top_k:], jnp.float32)
+            move_on = onward.Onward(setting, self._wire, self._tile, x_RD, here)
+            x_RD, at_X, traffic = move_on(
+                slot_XK, weight_XK, self._norm_of(block.moe_norm_D), self._experts_of(block.moe)
+            )
+        shared_M = stay.shared_M(here, setting.axes)
+        padding_M = stay.shared_padding_M(here, self._num_tokens)
+        padding_M = jnp.where(jnp.arange(padding_M.size) == me, 0, padding_M)
+        expert_P = jnp.zeros(setting.num_physical, jnp.int32)
+        slot_E = table.logical_to_physical_ER[:, 0]
+        expert_P = expert_P.at[slot_E].set(jnp.arange(slot_E.size, dtype=jnp.int32))
+        expert_XK = jnp.where(slot_XK < 0, -1, expert_P[slot_XK])
+        return (x_RD, at_X), (cache, expert_XK, traffic, (shared_M[None], padding_M[None]))
+
+    def _project(self, x_RD, here: Residence, block):
+        """Queries of the tokens here, and their keys and values side by side, packed."""
+        config, tile = self._config, self._tile
+        heads, groups, width = config.num_heads, config.num_kv_heads, config.d_head
+
+        def compute(i):
+            start = i * tile
+            x_WD = jax.lax.dynamic_slice_in_dim(x_RD, start, tile)
+            position_W = self._position_X[jax.lax.dynamic_slice_in_dim(here.token_R, start, tile)]
+            normed_WD = self._norm_of(block.attention_norm_D)(x_WD)
+            query, key, value = attention.project(
+                normed_WD[None], block.attention, position_W[None], config.rope_theta
+            )
+            kv_WZ = jnp.concatenate([key[0].reshape(tile, -1), value[0].reshape(tile, -1)], axis=1)
+            return start, (query[0], kv_WZ)
+
+        rows = len(x_RD)
+        buffers = (
+            jnp.zeros((rows, heads, width), x_RD.dtype),
+            jnp.zeros((rows, 2 * groups * width), x_RD.dtype),
+        )
+        return stay.fill(compute, stay.num_tiles(here.count, tile), buffers)
+
+    def _remember(self, kv_XZ, at_X, cache):
+        """Keys and values to attend to, and the cache with the new ones."""
+        config = self._config
+        shape = (self._batch, self._sequence, config.num_kv_heads, config.d_head)
+        key_BSGQ, value_BSGQ = (part.reshape(shape) for part in jnp.split(kv_XZ, 2, axis=1))
+        if not self._decoding:
+            if cache is not None:
+                cache = attention.LayerCache(
+                    attention.write_prefix(cache.key_BCGQ, key_BSGQ),
+                    attention.write_prefix(cache.value_BCGQ, value_BSGQ),
+                )
+            return attention.LayerCache(key_BSGQ, value_BSGQ), cache
+        position_B = jnp.where(at_X >= 0, self._position_X, -1)  # -1: written nowhere
+        cache = attention.LayerCache(
+            attention.write_one(cache.key_BCGQ, key_BSGQ, position_B),
+            attention.write_one(cache.value_BCGQ, value_BSGQ, position_B),
+        )
+        return cache, cache
+
+    def _attend(self, x_RD, query_RHQ, keys, here: Residence, block, table):
+        """Attention of the tokens here over their own sequences; then norm and router."""
+        config, tile = self._config, self._tile
+        tiles, place = self._tiles_by_sequence(here)
+        if self._decoding:
+            tiles, place = stay.num_tiles(here.count, tile), lambda i: (i * tile, None)
+        cached = keys.key_BCGQ.shape[1]
+
+        def compute(i):
+            start, sequence = place(i)
+            cut = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=tile
+            )
+            query_WHQ, token_W = cut(query_RHQ), cut(here.token_R)
+            seen_WC = jnp.arange(cached)[None] <= self._position_X[token_W][:, None]
+            if self._decoding:  # a token a sequence
+                key_WCGQ, value_WCGQ = keys.key_BCGQ[token_W], keys.value_BCGQ[token_W]
+                mixed_W1HQ = attention.mix(
+                    query_WHQ[:, None], key_WCGQ, value_WCGQ, seen_WC[:, None]
+                )
+                mixed_1WHQ = mixed_W1HQ.swapaxes(0, 1)
+            else:
+                of_sequence = functools.partial(
+                    jax.lax.dynamic_slice_in_dim, start_index=sequence, slice_size=1
+                )
+                mixed_1WHQ = attention.mix(
+                    query_WHQ[None],
+                    of_sequence(keys.key_BCGQ),
+                    of_sequence(keys.value_BCGQ),
+                    seen_WC[None],
+                )
+            x_WD = cut(x_RD) + attention.project_out(mixed_1WHQ, block.attention)[0]
+            normed_WD = self._norm_of(block.moe_norm_D)(x_WD)
+            with jax.named_scope("route"):
+                real_W = jnp.ones(tile, bool)
+                routing = router.route_top_k(
+                    normed_WD, block.moe.router_DE[...], real_W, config.top_k
+                )
+            return start, (x_WD, physical_of(routing.expert_TK, table), routing.weight_TK)
+
+        shape = (len(x_RD), config.top_k)
+        buffers = (
+            jnp.zeros_like(x_RD),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+        )
+        return stay.fill(compute, tiles, buffers)
+
+    def _tiles_by_sequence(self, here: Residence):
+        """Tiles of tokens of one sequence each: how many, and (first row, sequence) of a tile.
+
+        Packed rows lie sequence by sequence. A tile that reaches into the next sequence computes
+        nonsense there, which the next tile overwrites.
+        """
+        me = jax.lax.axis_index(self._setting.axes)
+        count_B = (here.at_X.reshape(self._batch, -1) == me).sum(axis=1, dtype=jnp.int32)
+        row_B = wire.exclusive_cumsum(count_B)
+        tiles_B = stay.num_tiles(count_B, self._tile)
+        end_B = jnp.cumsum(tiles_B, dtype=jnp.int32)
+
+        def place(i):
+            sequence = (end_B <= i).sum(dtype=jnp.int32)
+            number = i - (end_B - tiles_B)[sequence]
+            return row_B[sequence] + number * self._tile, sequence
+
+        return end_B[-1], place
+
+    def _norm_of(self, scale_D: nnx.Param) -> Callable[[jax.Array], jax.Array]:
+        """[N, D] -> [N, D]"""
+        eps = self._config.norm_eps
+        return lambda x_ND: transformer.rms_norm(x_ND[None], scale_D[...], eps)[0]
+
+    def _experts_of(self, weights: moe.MoE) -> schemes.ExpertsFn:
+        def experts_fn(rows_AD, group_sizes_e):
+            cast = (w[...].astype(rows_AD.dtype) for w in _experts(weights))
+            with jax.named_scope("experts"):
+                return grouped_matmul.grouped_ffn(
+                    rows_AD, *cast, group_sizes_e, implementation=self._implementation
+                )
+
+        return experts_fn
+
+
+def _experts(weights: moe.MoE) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
+    return weights.gate_PDF, weights.up_PDF, weights.down_PFD
