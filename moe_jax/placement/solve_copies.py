@@ -85,7 +85,7 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     """
     started = time.monotonic()
     deadline = started + time_limit
-    run, stopped = with_copies.begin(problem), None
+    run, stopped, ended = with_copies.begin(problem), None, True
     bound, note = with_copies.lower_bound(problem)
     first = run.best
     best = _Best(problem, started, time_limit, progress, bound, note, first.placement, first.value)
@@ -94,12 +94,15 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
             if len(best.history) > 1 and time.monotonic() >= deadline:
                 break  # filling and counting another one takes a time of its own
             share = run.base_share * time_limit
-            device_LE = inner(base, seed, share, best.telling()).placement.device_LE
+            without = inner(base, seed, share, best.telling())
+            ended = ended and without.report.finished
+            device_LE = without.placement.device_LE
             for found in run.filled(device_LE.astype(np.int64), seed, deadline):
                 best.take(found.placement, found.value)
     except KeyboardInterrupt as stop:
         stopped = stop
-    return best.solution(not run.bases or time.monotonic() < deadline, stopped)
+    in_time = not run.bases or time.monotonic() < deadline
+    return best.solution(ended and in_time, stopped)
 
 
 def within_limits(
