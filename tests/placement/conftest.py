@@ -2,15 +2,17 @@
 
 import pytest
 
-from moe_jax.placement import chainwise, relax
+from moe_jax.placement import chainwise, relax, staying
 
 FEW = 80  # steps of a bound: the first cuts are among them
 SWEEPS = (200, 80)  # of an annealing: enough for problems of a dozen experts
+PROGRAMS = 8  # sweeps of programs for copies
 
 
 @pytest.fixture(autouse=True)
 def short_search(request, monkeypatch):
-    """Most of a tiny solve is the refining of its bound and annealing, sized for large problems.
+    """Most of a tiny solve is the refining of its bound, annealing and programs, as long as for
+    large problems.
 
     A bound holds after any number of steps; test_bounds.py and test_anneal.py say their own number.
     Slow tests take all.
@@ -18,6 +20,7 @@ def short_search(request, monkeypatch):
     bound = relax.lower_bound
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(chainwise, "SWEEPS", SWEEPS)
+        monkeypatch.setattr(staying, "SWEEPS", PROGRAMS)
         monkeypatch.setattr(
             relax,
             "lower_bound",

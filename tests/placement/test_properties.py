@@ -26,7 +26,8 @@ from moe_jax.routing import trace as trace_lib
 from tests.placement import instances
 
 LIMIT = 60.0
-DEFAULT = [*range(36), 49]  # every objective with every dispatch, cap, number of nodes, replicas
+# every objective with every dispatch, cap, number of nodes, replicas; two that take long left out
+DEFAULT = [*sorted({*range(36)} - {26, 34}), 49]
 EVERY = sorted(range(instances.ALL), key=lambda number: number not in DEFAULT)
 SOLVED: dict[int, tuple[Problem, Solution]] = {}
 
