@@ -1,4 +1,4 @@
-"""Two processes with four devices each train as one process with eight does."""
+"""Two processes with four devices each, and four with two, train as one with eight does."""
 
 import pathlib
 import socket
@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from moe_jax import metrics
 
@@ -43,27 +44,28 @@ def run_all(commands):
     return said
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_equal_one(processes, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    apart = [f"--distributed=localhost:{port},2,{number}" for number in range(2)]
-    said = run_all(
-        [command(tmp_path / "two", 2, "--config.virtual_devices=4", flag) for flag in apart]
-    )
+    apart = [f"--distributed=localhost:{port},{processes},{n}" for n in range(processes)]
+    devices = f"--config.virtual_devices={8 // processes}"
+    said = run_all([command(tmp_path / "several", 2, devices, flag) for flag in apart])
     assert "step     2/2" in said[0]
-    assert "step" not in said[1]  # the first process speaks for all
+    assert not any("step" in other for other in said[1:])  # the first process speaks for all
     run_all([command(tmp_path / "one", 2)])
 
-    two, one = (metrics.read(tmp_path / name / "metrics.jsonl")[1] for name in ("two", "one"))
-    assert [row["step"] for row in two] == [1, 2]
+    read = (metrics.read(tmp_path / name / "metrics.jsonl")[1] for name in ("several", "one"))
+    several, one = read
+    assert [row["step"] for row in several] == [1, 2]
     # the same tokens take the same ways; sums over processes are made in another order
-    for row, expected in zip(two, one, strict=True):
+    for row, expected in zip(several, one, strict=True):
         assert row["rows_moved"] == expected["rows_moved"]
         assert row["load_imbalance"] == expected["load_imbalance"]
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-5)
 
-    # a checkpoint of two processes goes on in one
-    said = run_all([command(tmp_path / "two", 3)])
+    # a checkpoint of several processes goes on in one
+    said = run_all([command(tmp_path / "several", 3)])
     assert "resuming after step 2" in said[0]

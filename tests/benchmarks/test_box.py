@@ -1,0 +1,103 @@
+"""The parts of the cluster in a box that need no root: ways, plans, statistics, flags."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.box import counters, plans, statistics, ways
+from benchmarks.box.plans import Box
+from moe_jax import config as config_lib
+from moe_jax.errors import Refused
+from moe_jax.placement.plan import Placement
+from moe_jax.routing.synthetic import realistic
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*flags, **environment):
+    return subprocess.run(
+        [sys.executable, "benchmarks/cluster.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_ways_are_what_the_config_module_lists():
+    found = ways.chosen([], tiny.config(mesh={"node": 2, "expert": 2}))
+    assert {way.partition(":")[0] for way in found} <= set(config_lib.DISPATCHES) - {"local"}
+    assert {"exchange:exact", "exchange:partial"} <= set(found)
+    model = ways.applied(tiny.config().model, "exchange:partial")
+    assert (model.dispatch, model.combine) == ("exchange", "partial")
+
+
+def test_ways_that_cannot_be_measured_are_refused():
+    for word in ("local", "exchagne", "exchange:exakt"):
+        with pytest.raises(Refused):
+            ways.chosen([word], tiny.config(mesh={"expert": 1}))
+
+
+def test_rows_between_hosts():
+    rows_MM = np.arange(16).reshape(4, 4)
+    between = plans.between_hosts(rows_MM, Box(2, 2))
+    assert between.tolist() == [[0, 2 + 3 + 6 + 7], [8 + 9 + 12 + 13, 0]]
+
+
+def test_every_plan_is_a_placement_of_the_box():
+    box, trace = Box(2, 2), realistic(num_tokens=400, num_layers=2, num_experts=8, top_k=2, seed=0)
+    made = plans.baselines(trace, box)
+    model = tiny.config().model
+    made["ours"] = plans.ours(trace, box, model, "exchange", 400, 200.0, 1.0)
+    assert set(made) == set(plans.NAMES)
+    for placement in made.values():
+        assert isinstance(placement, Placement)
+        assert placement.device_LE.shape == (2, 8)
+    home_T = np.zeros(trace.num_tokens, np.int32)
+    rows = [
+        plans.predicted_between_hosts(
+            trace.expert_ids_TLK, home_T, made[name], box, "exchange", "partial"
+        ).sum()
+        for name in ("contiguous", "ours")
+    ]
+    assert rows[1] <= rows[0]
+
+
+def test_speed_ups_are_paired_by_round():
+    ours, base = [1.0, 2.0, 4.0], [1.2, 2.4, 4.8]  # rounds differ, the ratio does not
+    found = statistics.speed_up(ours, base)
+    np.testing.assert_allclose([found.value, found.low, found.high], 1.2)
+    alone = statistics.mean([3.0])
+    assert (alone.low, alone.high) == pytest.approx((3.0, 3.0))
+    wide = statistics.mean([1.0, 4.0])
+    assert wide.value == pytest.approx(2.0)
+    assert wide.low < 1 < 4 < wide.high
+
+
+def test_counters_count_what_loopback_carries():
+    before = counters.read("lo")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(bytes(10_000), ("127.0.0.1", 9))
+    moved = counters.read("lo") - before
+    assert min(dataclasses.astuple(moved)) >= 10_000
+
+
+def test_the_command_says_in_one_line_what_it_needs(tmp_path):
+    done = command(PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "not on the PATH" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_names_every_flag():
+    done = command("--help")
+    assert done.returncode == 0
+    for flag in ("--hosts", "--devices-per-host", "--mbit", "--model", "--dispatch", "--rounds"):
+        assert flag in done.stdout
