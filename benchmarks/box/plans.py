@@ -12,6 +12,7 @@ import numpy as np
 from moe_jax.config import ModelConfig
 from moe_jax.placement import cost
 from moe_jax.placement.baselines import registry
+from moe_jax.placement.limits.caps import LoadCap
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.seconds import Work
@@ -82,16 +83,43 @@ def ours(
     trace: Trace, box: Box, model: ModelConfig, dispatch: str, batch_tokens: int, mbit: float,
     seconds: float,
 ) -> Placement:  # fmt: skip
-    """Our plan for a dispatch at a bandwidth, searched for so many seconds."""
-    problem = Problem(
-        trace,
-        box.topology(mbit),
-        "seconds",
-        planned_as(dispatch),
-        work(model, batch_tokens),
-        steady=STEADY,
+    """Our plan for a dispatch at a bandwidth, searched for so many seconds.
+
+    The planner's seconds give every device a link of its own; here the devices of a host share
+    one, so piling rows on one device of a host costs less. Hence plans for rows are made as well,
+    with and without a cap on loads, and `box_seconds` chooses, on the planning trace.
+    """
+    known = planned_as(dispatch)
+    searches: list[tuple[str, LoadCap | None]] = [("seconds", None)]
+    if known != "gathered":
+        searches += [("rows", None), ("rows", LoadCap(1.5, relative=True))]
+    made = []
+    for objective, cap in searches:
+        steady = STEADY if objective == "seconds" else 0.0
+        sizes = work(model, batch_tokens)
+        problem = Problem(
+            trace, box.topology(mbit), objective, known, sizes, load_cap=cap, steady=steady
+        )
+        made.append(solve_problem(problem, 0, seconds / len(searches)).placement)
+    return min(made, key=lambda plan: box_seconds(trace, plan, box, model, known, mbit))
+
+
+def box_seconds(
+    trace: Trace, plan: Placement, box: Box, model: ModelConfig, dispatch: str, mbit: float
+) -> float:
+    """Seconds of all layers for the trace: the busiest way between two hosts, the fullest device.
+
+    One row per device back; homes drawn uniformly.
+    """
+    rows = cost.rows(trace.expert_ids_TLK, plan, dispatch, devices_per_node=box.devices_per_host)
+    link = sum(
+        between_hosts(way_MM, box).max()
+        for way_LMM in (rows.dispatch_LMM, rows.combine_LMM)
+        for way_MM in way_LMM
     )
-    return solve_problem(problem, 0, seconds).placement
+    slowest_L = cost.computed_LM(trace.expert_ids_TLK, plan).max(axis=1)
+    compute = slowest_L.sum() * work(model, 1).row_flops / DEVICE_FLOPS
+    return float(link * row_bytes(model) * 8 / (mbit * 1e6) + compute)
 
 
 def planned_as(dispatch: str) -> str:

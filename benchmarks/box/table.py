@@ -67,7 +67,7 @@ def busy(cell: Cell, mbit: float) -> np.ndarray:
 def _speed(results: Results, of_way, phase: str) -> Iterator[str]:
     mbit = next(float(key) for key, value in results.cells.items() if value is of_way)
     yield (
-        f"{phase:<24}{'tokens/s':>22}{'over contiguous':>24}{'over EPLB':>24}"
+        f"{phase:<36}{'tokens/s':>22}{'over contiguous':>24}{'over EPLB':>24}"
         f"{'s':>9}{'link tail':>11}{'mean':>8}"
     )
     for way, of_plan in of_way.items():
@@ -80,7 +80,7 @@ def _speed(results: Results, of_way, phase: str) -> Iterator[str]:
             ]
             link = busy(cell, mbit)
             yield (
-                f"{way:<13}{plan:<11}{rate.text(0):>22}{ratios[0]:>24}{ratios[1]:>24}"
+                f"{way:<25}{plan:<11}{rate.text(0):>22}{ratios[0]:>24}{ratios[1]:>24}"
                 f"{np.median(slowest(cell)):>9.3f}{link.max():>11.3f}{link.mean():>8.3f}"
             )
 
@@ -89,7 +89,7 @@ def _bytes(results: Results, mbit: str) -> Iterator[str]:
     """Prefill: rows and bytes that all hosts together send to other hosts."""
     link, row_bytes = results.links[mbit], results.machine["row_bytes"]
     yield (
-        f"{'between hosts, prefill':<24}{'rows predicted':>15}{'counted':>10}{'padded/true':>13}"
+        f"{'between hosts, prefill':<36}{'rows predicted':>15}{'counted':>10}{'padded/true':>13}"
         f"{'MB predicted':>14}{'MB of rows':>12}{'MB kernel':>11}{'kernel/predicted':>18}"
         f"{'all padded/true':>17}"
     )
@@ -102,7 +102,7 @@ def _bytes(results: Results, mbit: str) -> Iterator[str]:
             kernel = np.median(np.sum(cell.sent, axis=1)) / 1e6
             all_padded = (cell.all_rows + cell.all_padding) / max(cell.all_rows, 1)
             yield (
-                f"{way:<13}{plan:<11}{predicted:>15}{counted:>10}{padded / counted:>13.3f}"
+                f"{way:<25}{plan:<11}{predicted:>15}{counted:>10}{padded / counted:>13.3f}"
                 f"{payload * link['overhead']:>14.2f}{payload:>12.2f}{kernel:>11.2f}"
                 f"{kernel / (payload * link['overhead']):>18.3f}{all_padded:>17.3f}"
             )
@@ -112,11 +112,11 @@ def _ends(results: Results) -> Iterator[str]:
     """Where the gain ends: our speed-ups by bandwidth."""
     yield "ours by bandwidth (over contiguous / over EPLB; * = the interval holds 1)"
     mbits = list(results.cells)
-    yield f"{'':<24}" + "".join(f"{mbit + ' Mbit/s':>22}" for mbit in mbits)
+    yield f"{'':<36}" + "".join(f"{mbit + ' Mbit/s':>22}" for mbit in mbits)
     for way in results.cells[mbits[0]]:
         for phase in PHASES:
             row = [_cell(results.cells[mbit][way], phase) for mbit in mbits]
-            yield f"{way:<13}{phase:<11}" + "".join(f"{text:>22}" for text in row)
+            yield f"{way:<25}{phase:<11}" + "".join(f"{text:>22}" for text in row)
 
 
 def _cell(of_plan, phase: str) -> str:
