@@ -22,6 +22,9 @@ DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled", "cohe
 INFERENCE_ONLY = ("coherent",)  # of them: not for training
 COMBINES = ("exact", "partial", "reproducible")
 DTYPES = ("float32", "bfloat16")
+MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
+ATTENTIONS = ("split", "replicated")
+REMATS = ("none", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +53,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis. Tokens are split over all of them, experts over node x expert.
+    """Devices per mesh axis.
 
+    Tokens are split over data x fsdp x node x expert; experts over node x expert; parameters and
+    optimizer state over fsdp; heads, the columns of an expert and the vocabulary over tensor.
     With `node` above 1, `expert` counts the devices of one node; a plan is for node x expert
     devices, node by node.
     """
 
     data: int = 1
+    fsdp: int = 1
     node: int = 1
     expert: int = 1
+    tensor: int = 1
+    # Over node x expert, attention splits the batch ("split") or does the same work ("replicated").
+    attention: str = "split"
 
     @property
     def expert_devices(self) -> int:
@@ -67,11 +76,16 @@ class MeshConfig:
 
     @property
     def num_devices(self) -> int:
-        return self.data * self.expert_devices
+        return self.token_devices * self.tensor
+
+    @property
+    def token_devices(self) -> int:
+        """Devices over which the tokens of a batch are split."""
+        return self.data * self.fsdp * self.expert_devices
 
     def __str__(self) -> str:
         """As "data 2 x expert 4"; axes of size 1 are left out."""
-        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
         named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
         return " x ".join(named) or "data 1"
 
@@ -109,6 +123,9 @@ class TrainConfig:
     checkpoint_every: int = 100
     checkpoints_kept: int = 3
     max_bad_steps: int = 5  # non-finite steps in a row before the run stops
+    # "layer": the backward pass computes each layer again from its input, and gathers its weights
+    # again; "none": everything is kept, the weights that `fsdp` gathered included.
+    remat: str = "none"
     seed: int = 0
 
 
@@ -166,7 +183,7 @@ def digest(config: Config) -> str:
     plain = dataclasses.asdict(config)
     for field in ("mesh", "platform", "virtual_devices", "placement"):
         del plain[field]
-    for field in ("num_steps", "log_every", "checkpoint_every", "checkpoints_kept"):
+    for field in ("num_steps", "log_every", "checkpoint_every", "checkpoints_kept", "remat"):
         del plain["train"][field]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -333,9 +350,26 @@ def _validate_model(model: ModelConfig) -> None:
         )
 
 
+# (mesh axis, what it splits besides tokens and experts)
+_SPLIT_BY = (
+    ("fsdp", "d_model"),
+    *(("tensor", split) for split in ("num_heads", "num_kv_heads", "d_ff", "vocab_size")),
+)
+
+
 def _validate_mesh(config: Config) -> None:
     mesh, model = config.mesh, config.model
-    _positive(mesh, "mesh", ("data", "node", "expert"))
+    _positive(mesh, "mesh", MESH_AXES)
+    _one_of("mesh.attention", mesh.attention, ATTENTIONS)
+    for axis, split in _SPLIT_BY:
+        devices, value = getattr(mesh, axis), getattr(model, split)
+        if value % devices:
+            raise Refused(
+                f"mesh.{axis}",
+                devices,
+                f"must divide model.{split} = {value}, which it splits",
+                f"nearest: {_nearest_divisors(devices, value)}",
+            )
     devices = mesh.expert_devices
     if model.num_experts % devices:
         what = "mesh.expert" if mesh.node == 1 else "mesh.node x mesh.expert"
@@ -355,6 +389,16 @@ def _validate_mesh(config: Config) -> None:
         )
     if model.dispatch == "shuffled":
         _validate_heads(model, devices)
+    if model.dispatch in ("shuffled", "coherent"):
+        for field, value, plain in (
+            ("mesh.fsdp", mesh.fsdp, 1),
+            ("mesh.tensor", mesh.tensor, 1),
+            ("mesh.attention", mesh.attention, "split"),
+            ("train.remat", config.train.remat, "none"),
+        ):
+            if value != plain and (field, model.dispatch) != ("train.remat", "coherent"):
+                rule = f"is not there for model.dispatch = {model.dispatch!r}: its layers differ"
+                raise Refused(field, value, rule, f"set {field} = {plain!r}")
     _one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
     if config.virtual_devices < 0:
         raise Refused("virtual_devices", config.virtual_devices, "must be at least 0", "use 0")
@@ -422,7 +466,7 @@ def _validate_data(config: Config) -> None:
             f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range",
             f"shorten it, or set model.max_seq_len = {data.seq_len}",
         )
-    devices = mesh.num_devices
+    devices = mesh.token_devices
     for field, value in (
         ("data.global_batch", data.global_batch),
         ("train.eval_sequences", config.train.eval_sequences),
@@ -431,7 +475,7 @@ def _validate_data(config: Config) -> None:
             raise Refused(
                 field,
                 value,
-                f"must be a multiple of the {devices} devices of the mesh",
+                f"must be a multiple of the {devices} devices that tokens are split over",
                 f"nearest: {_nearest_multiples(value, devices)}",
             )
     if not 0 < data.held_out_fraction < 1:
@@ -457,6 +501,7 @@ def _validate_training(config: Config) -> None:
             *("checkpoint_every", "checkpoints_kept", "max_bad_steps"),
         ),
     )
+    _one_of("train.remat", train.remat, REMATS)
     for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**31:
             raise Refused(field, seed, "must lie in [0, 2^31)", "use 0")

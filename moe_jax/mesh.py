@@ -2,19 +2,20 @@
 
 Five axes, always all there (most of size 1), so that no code asks which exist:
 
-  data    replicas of everything
-  fsdp    tokens, as `data`
+  data    tokens; parameters are replicated
+  fsdp    tokens; parameters and optimizer state are split too, and gathered layer by layer
   node    expert parallelism over the slow tier ...
   expert  ... and over the fast one. Experts are split over both together: device m of a plan is
           node * (devices a node) + expert, as plans count. Collectives among the holders of one
           set of experts take the tuple `EXPERT`; a scheme with a step per tier takes its parts.
-  tensor  within one expert and one head
+  tensor  heads of attention, columns of an expert, vocabulary; tokens are not split
 
 All axes are Auto: XLA places what we do not place, and `shard_map` takes inputs placed anywhere.
 """
 
 import contextlib
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 
@@ -32,8 +33,17 @@ BATCH = (DATA, FSDP, *EXPERT)  # one token is on one device of these
 
 Axis = str | tuple[str, ...]  # what a collective runs over
 
-# Logical axes that are not listed are replicated.
-RULES: dict[str, tuple[str, ...]] = {"batch": BATCH, "expert": EXPERT}
+# Logical axes that are not listed are replicated. "replica" is the batch where attention is
+# replicated over the holders of experts.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH,
+    "replica": (DATA, FSDP),
+    "expert": EXPERT,
+    "embed": (FSDP,),
+    "head": (TENSOR,),
+    "mlp": (TENSOR,),
+    "vocab": (TENSOR,),
+}
 
 
 def initialize(platform: str, virtual_devices: int, multi_process: str = "auto") -> None:
@@ -136,7 +146,12 @@ def make(
 
 def of_config(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config; `devices` as for `make`."""
-    return make(config.data, config.expert, devices, node=config.node)
+    return make(
+        *(config.data, config.expert, devices),
+        fsdp=config.fsdp,
+        node=config.node,
+        tensor=config.tensor,
+    )
 
 
 def size(mesh: Mesh, axis: Axis) -> int:
@@ -160,6 +175,34 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 def sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     """`spec` on a mesh."""
     return NamedSharding(mesh, spec(*logical_axes))
+
+
+def gather(array: jax.Array, mesh: Mesh, *logical_axes: str | None) -> jax.Array:
+    """A parameter as a layer computes with it: whole over `fsdp`, split as before otherwise."""
+    whole = sharding(mesh, *(None if axis == "embed" else axis for axis in logical_axes))
+    return _gather(whole, sharding(mesh, *logical_axes), array)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(whole: NamedSharding, split: NamedSharding, array: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array, whole)
+
+
+def _gather_fwd(whole, split, array):
+    return _gather(whole, split, array), None
+
+
+def _gather_bwd(whole, split, _, gradient):
+    # Asked for in parts, it is a reduce-scatter; in the sharding of the forward, an all-reduce.
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def attention_batch(config: MeshConfig) -> str:
+    """The logical axis of the batch in attention."""
+    return {"split": "batch", "replicated": "replica"}[config.attention]
 
 
 def put_batch(mesh: Mesh, batch: np.ndarray) -> jax.Array:

@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import files
-from moe_jax import mesh as mesh_lib
 
 
 class Writer:
@@ -118,7 +117,7 @@ def measured_matmul_rate(mesh: Mesh, size: int = 1024, dtype: str = "float32") -
     of them together say what the machine can do.
     """
     devices = mesh.size
-    placed = mesh_lib.sharding(mesh, "batch", None, None)
+    placed = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     side = size if jax.default_backend() == "cpu" else 4 * size
     make = jax.jit(lambda: jnp.ones((devices, side, side), dtype), out_shardings=placed)
     matrices = make()

@@ -72,8 +72,11 @@ class Engine:
         self._config, self._mesh, self._model = config, mesh, model
         self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
         # In coherent dispatch tokens stay away between layers: another way through the same model.
-        self._layers = coherent if config.model.dispatch == "coherent" else transformer
-        forward = self._layers.build_forward(config.model, mesh)
+        apart = config.model.dispatch == "coherent"
+        self._layers: Any = coherent if apart else transformer
+        attention_batch = mesh_lib.attention_batch(config.mesh)
+        self._split = {} if apart else {"attention_batch": attention_batch}
+        forward = self._layers.build_forward(config.model, mesh, **self._split)
 
         @jax.jit
         def prefill(model, table, token_BS, length_B, cache):
@@ -108,7 +111,8 @@ class Engine:
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """For `capacity` positions of `batch` sequences, placed as this engine's programs want."""
-        return self._layers.empty_cache(self._config.model, batch, capacity, self._mesh)
+        sizes = (self._config.model, batch, capacity, self._mesh)
+        return self._layers.empty_cache(*sizes, **self._split)
 
     def prefill(self, token_BS: np.ndarray, length_B: np.ndarray, cache: LayerCache) -> Any:
         """One prefill step, left on the devices.

@@ -20,19 +20,21 @@ from moe_jax.model.dispatch.table import Table, physical_of
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 
+# of gate, up and down
+EXPERT_AXES = (("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed"))
+EMBED = tuple(axes.index("embed") for axes in EXPERT_AXES)
+
 
 class MoE(nnx.Module):
     """Router [D, E] (logical) and the experts' gate and up [P, D, F] and down [P, F, D]."""
 
     def __init__(self, key: jax.Array, *, d_model: int, d_ff: int, num_experts: int):
         r, g, u, d = jax.random.split(key, 4)
-        up = ("expert", "embed", "mlp")
+        gate, up, down = EXPERT_AXES
         self.router_DE = parameter.normal(r, ("embed", "router"), (d_model, num_experts), d_model)
-        self.gate_PDF = parameter.normal(g, up, (num_experts, d_model, d_ff), d_model)
+        self.gate_PDF = parameter.normal(g, gate, (num_experts, d_model, d_ff), d_model)
         self.up_PDF = parameter.normal(u, up, (num_experts, d_model, d_ff), d_model)
-        self.down_PFD = parameter.normal(
-            d, ("expert", "mlp", "embed"), (num_experts, d_ff, d_model), d_ff
-        )
+        self.down_PFD = parameter.normal(d, down, (num_experts, d_ff, d_model), d_ff)
 
 
 @jax.tree_util.register_dataclass
@@ -86,10 +88,9 @@ def build(
     def layer(x_BSD, weights, real_BS, table):
         batch, sequence, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
+        router_DE = mesh_lib.gather(weights.router_DE[...], mesh, "embed", "router")
         with jax.named_scope("route"):
-            routing = router.route_top_k(
-                x_TD, weights.router_DE[...], real_BS.reshape(-1), top_k, largest
-            )
+            routing = router.route_top_k(x_TD, router_DE, real_BS.reshape(-1), top_k, largest)
         experts = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
         y_TD, traffic = compute(
             x_TD,
@@ -120,15 +121,18 @@ def build_dispatch(
     transport = wire.transport_of(platform)
     axes = mesh_lib.EXPERT
     implementation = implementation or grouped_matmul.default_implementation(platform)
+    vary_over = lambda axis: functools.partial(jax.lax.pcast, axis_name=axis, to="varying")  # noqa: E731
+    vary_over_data, vary_over_tensor = vary_over(mesh_lib.DATA), vary_over(mesh_lib.TENSOR)
     replicas = (mesh_lib.DATA, mesh_lib.FSDP)
-    vary_over_replicas = functools.partial(jax.lax.pcast, axis_name=replicas, to="varying")
-    vary_over_tokens = functools.partial(jax.lax.pcast, axis_name=mesh_lib.BATCH, to="varying")
 
     def on_device(x_TD, expert_TK, weight_TK, table, *weights):
         # Weights are equal on all replicas, rows are not. Saying so here makes this the line at
-        # which the gradients of the weights are summed over them.
-        weights = tuple(vary_over_replicas(weight) for weight in weights)
-        table = jax.tree.map(vary_over_tokens, table)
+        # which the gradients of the weights are summed over `data`; over `fsdp` the gradient of a
+        # gather is a reduce-scatter. Each device of `tensor` computes a part of every row's result
+        # from its columns of the experts, so there the gradients of tokens and weights are summed.
+        weights = tuple(map(gather_embed, map(vary_over_data, weights), EMBED))
+        x_TD, weight_TK = vary_over_tensor(x_TD), vary_over_tensor(weight_TK)
+        table = jax.tree.map(vary_over(mesh_lib.BATCH), table)
 
         def experts_fn(rows_AD, group_sizes_e):
             with jax.named_scope("experts"):
@@ -141,13 +145,18 @@ def build_dispatch(
         with jax.named_scope("dispatch"):
             slot_TK = physical_of(expert_TK, table)
             y_TD, traffic = scheme(x_TD, slot_TK, weight_TK, experts_fn, setting)
+        # At home, T rows, not A: and so after the sum over the experts of a token.
+        y_TD = jax.lax.psum(y_TD, mesh_lib.TENSOR)
         return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, replicas), traffic)
 
+    def gather_embed(weight, axis):
+        return jax.lax.all_gather(weight, mesh_lib.FSDP, axis=axis, tiled=True)
+
     tokens = mesh_lib.spec("batch", None)
-    experts = mesh_lib.spec("expert", None, None)
+    experts = tuple(mesh_lib.spec(*names) for names in EXPERT_AXES)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, PartitionSpec(), experts, experts, experts),
+        in_specs=(tokens, tokens, tokens, PartitionSpec(), *experts),
         out_specs=(tokens, PartitionSpec(mesh_lib.EXPERT)),
     )

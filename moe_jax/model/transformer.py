@@ -79,8 +79,20 @@ def rms_norm(x_BSD: Float[Array, "B S D"], scale_D: Float[Array, "D"], eps: floa
     return (x32_BSD * inverse_BS1 * scale_D[None, None]).astype(x_BSD.dtype)
 
 
-def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = None) -> Forward:
+def build_forward(
+    config: ModelConfig,
+    mesh: Mesh,
+    implementation: str | None = None,
+    *,
+    attention_batch: str = "batch",
+    remat: bool = False,
+) -> Forward:
     """Chooses the parts of the model once.
+
+    Args:
+      implementation: of the grouped matmul; None = by platform.
+      attention_batch: logical axis of the batch in attention, "batch" or "replica".
+      remat: the backward pass computes each layer again from its input.
 
     Returns:
       `forward(model, token_BS, table, *, position_BS=None, real_BS=None, cache=None) -> Output`;
@@ -97,6 +109,17 @@ def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = 
     split = mesh_lib.sharding(mesh, "batch", None, None)
     norm = functools.partial(rms_norm, eps=eps)
     steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, theta, config.top_k)
+    attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
+    place = jax.lax.with_sharding_constraint
+
+    def whole(params, cast_to=None):
+        """Parameters as a layer computes with them: gathered over `fsdp`, after the cast."""
+        axes = parameter.logical_axes(params)
+        return jax.tree.map(
+            lambda a, names: mesh_lib.gather(a.astype(cast_to or a.dtype), mesh, *names),
+            params,
+            axes,
+        )
 
     def forward(
         model: Transformer,
@@ -115,37 +138,43 @@ def build_forward(config: ModelConfig, mesh: Mesh, implementation: str | None = 
         def layer(x_BSD, inputs):
             block, table_of_layer, cache_of_layer = inputs
             with jax.named_scope("attention"):
-                normed_BSD = rms_norm(x_BSD, block.attention_norm_D[...], eps)
+                normed_BSD = rms_norm(x_BSD, whole(block.attention_norm_D)[...], eps)
                 mixed_BSD, cache_of_layer = attention.attend(
-                    normed_BSD, block.attention, position_BS, theta, cache_of_layer
+                    place(normed_BSD, attention_split),
+                    whole(block.attention, dtype),
+                    position_BS,
+                    theta,
+                    cache_of_layer,
                 )
-            x_BSD = jax.lax.with_sharding_constraint(x_BSD + mixed_BSD, split)
-            normed_BSD = rms_norm(x_BSD, block.moe_norm_D[...], eps)
+            x_BSD = place(x_BSD + place(mixed_BSD, split), split)
+            normed_BSD = rms_norm(x_BSD, whole(block.moe_norm_D)[...], eps)
             y_BSD, record = moe_layer(normed_BSD, block.moe, real_BS, table_of_layer)
             return x_BSD + y_BSD, (cache_of_layer, record)
 
-        x_BSD = model.embedding_VD[...].astype(dtype)[token_BS]
-        x_BSD = jax.lax.with_sharding_constraint(x_BSD, split)
+        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        inputs = (model.blocks, table, cache)
+        x_BSD = place(whole(model.embedding_VD, dtype)[...][token_BS], split)
         if config.dispatch == "shuffled":
-            x_BSD, cache, record = shuffled.layers(
-                steps, (model.blocks, table, cache), x_BSD, position_BS, real_BS
-            )
+            x_BSD, cache, record = shuffled.layers(steps, inputs, x_BSD, position_BS, real_BS)
         else:
-            inputs = (model.blocks, table, cache)
-            x_BSD, (cache, record) = jax.lax.scan(layer, x_BSD, inputs)
-        x_BSD = rms_norm(x_BSD, model.final_norm_D[...], eps)
-        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, model.output_DV[...].astype(dtype))
+            x_BSD, (cache, record) = jax.lax.scan(body, x_BSD, inputs)
+        x_BSD = rms_norm(x_BSD, whole(model.final_norm_D)[...], eps)
+        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, whole(model.output_DV, dtype)[...])
         return Output(logits_BSV.astype(jnp.float32), cache, record)
 
     return forward
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> attention.LayerCache:
-    """Zeros for `capacity` positions of `batch` sequences in all layers, split over the batch.
+def empty_cache(
+    config: ModelConfig, batch: int, capacity: int, mesh: Mesh, attention_batch: str = "batch"
+) -> attention.LayerCache:
+    """Zeros for `capacity` positions of `batch` sequences in all layers.
 
-    Where attention is split by heads (`shuffled`), each device has its heads of all sequences.
+    Split over the batch as attention is (see `build_forward`) and over key/value heads. Where
+    attention is split by heads (`shuffled`), each device has its heads of all sequences.
     """
-    num_kv_heads, placed = config.num_kv_heads, mesh_lib.sharding(mesh, None, "batch")
+    num_kv_heads = config.num_kv_heads
+    placed = mesh_lib.sharding(mesh, None, attention_batch, None, "head", None)
     if config.dispatch == "shuffled":
         num_kv_heads = max(num_kv_heads, mesh_lib.size(mesh, mesh_lib.EXPERT))
         placed = NamedSharding(mesh, PartitionSpec(None, *shuffled.CACHE))

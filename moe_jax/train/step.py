@@ -94,7 +94,12 @@ def build_step(
     A step whose loss or gradient norm is not finite returns parameters, optimizer state and key
     with the bits they had, and counts itself.
     """
-    forward = transformer.build_forward(config.model, mesh)
+    forward = transformer.build_forward(
+        config.model,
+        mesh,
+        attention_batch=mesh_lib.attention_batch(config.mesh),
+        remat=config.train.remat == "layer",
+    )
     optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
     coefs = (config.model.load_balance_coef, config.model.z_loss_coef)
     clip, replicated = config.optimizer.clip_norm, mesh_lib.sharding(mesh)
@@ -139,7 +144,8 @@ def build_step(
 
 def build_eval(config: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Table], jax.Array]:
     """`evaluate(model, window_BS1, table) -> mean nats a token`, jitted."""
-    forward = transformer.build_forward(config.model, mesh)
+    attention_batch = mesh_lib.attention_batch(config.mesh)
+    forward = transformer.build_forward(config.model, mesh, attention_batch=attention_batch)
 
     def evaluate(model, window_BS1, table):
         output = forward(model, window_BS1[:, :-1], table)

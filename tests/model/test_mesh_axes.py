@@ -18,7 +18,12 @@ from moe_jax.placement import cost
 from moe_jax.placement.plan import Placement
 from tests.model.test_dispatch import E, assert_close, problem, run_oracle
 
-MESHES = [MeshConfig(data=2, node=2, expert=2)]
+MESHES = [
+    MeshConfig(data=2, node=2, expert=2),
+    MeshConfig(fsdp=2, expert=4),
+    MeshConfig(expert=4, tensor=2),
+    MeshConfig(fsdp=2, node=2, tensor=2),
+]
 
 
 @functools.cache
@@ -63,8 +68,10 @@ NODES = [
 
 def cases():
     for shape in MESHES:
-        yield shape, "gathered", "exact", 2
         yield shape, "exchange", "exact", 2
+    yield MESHES[0], "gathered", "exact", 2
+    for way in (("gathered", "exact"), ("exchange", "partial"), ("hierarchical", "partial")):
+        yield pytest.param(MESHES[-1], *way, 2, marks=pytest.mark.slow)
     for shape in NODES[:2]:
         yield shape, "hierarchical", "exact", 2
     for shape in NODES[2:]:  # another compile each
@@ -96,9 +103,9 @@ def test_uneven_routing(routing):
 
 
 def homes(num_tokens, shape):
-    """Tokens are split over data, then node by node over the holders of one set of experts."""
+    """Tokens are split over replicas, then node by node over the holders of one set of experts."""
     devices = shape.expert_devices
-    return (np.arange(num_tokens) // (num_tokens // shape.num_devices) % devices).astype(np.int32)
+    return (np.arange(num_tokens) // (num_tokens // shape.token_devices) % devices).astype(np.int32)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +117,8 @@ def homes(num_tokens, shape):
         (NODES[0], "hierarchical", "partial"),
         (NODES[0], "hierarchical", "reproducible"),
         (NODES[1], "hierarchical", "exact"),
+        *((shape, "exchange", "exact") for shape in MESHES[1:]),
+        (MESHES[2], "exchange", "reproducible"),
     ],
     ids=str,
 )

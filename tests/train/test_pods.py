@@ -1,0 +1,123 @@
+"""Training steps compile for pods that are not here, fit, and exchange as often as they say."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax.errors import Refused
+from moe_jax.model import transformer
+from moe_jax.train import compile as compile_lib
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPUs, is not installed (pip install libtpu; Linux x86-64)",
+)
+
+
+def run(config, topology, **overrides):
+    """The command in a process of its own: libtpu reads its environment once."""
+    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "moe_jax.train.compile", "--json"),
+            *(f"--config=configs/{config}.py", f"--topology={topology}", *fields),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def report(config, topology, **overrides):
+    ended = run(config, topology, **overrides)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "dispatch", "data"),
+    [
+        ("v5e:4x4", "exchange", 2),
+        # the expert axis takes parts of two axes of the torus
+        pytest.param("v5p:4x4x4", "exchange", 8, marks=pytest.mark.slow),
+        pytest.param("v5e:4x4", "gathered", 2, marks=pytest.mark.slow),
+        pytest.param("v6e:16x16", "exchange", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_a_small_model_compiles(topology, dispatch, data):
+    made = report(
+        *("moe_100m", topology),
+        mesh__data=data,
+        data__global_batch=16 * data,
+        train__eval_sequences=8 * data,
+        model__dispatch=dispatch,
+    )
+    exchanges = 2 if dispatch == "exchange" else 0
+    assert made["exchanges_forward"] == exchanges
+    # out and home, forward and backward, in each of 6 layers
+    ragged = made["collectives"].get("ragged-all-to-all", [0])[0]
+    assert ragged == 2 * exchanges * 6
+    assert made["kernels"] == 9  # three matmuls, each with y, dx and dw
+    assert 0 < made["hbm_bytes"] <= made["hbm_limit"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("config", "topology"),
+    [("moe_1b", "v5e:4x4"), ("mixtral_8x7b", "v5p:4x4x4"), ("deepseek_v3", "v5p:8x8x8")],
+)
+def test_a_pod_holds_the_model(config, topology):
+    made = report(config, topology)
+    assert made["exchanges_forward"] == 2
+    # the backward pass computes each layer again: out and home three times
+    layers = {"moe_1b": 16, "mixtral_8x7b": 32, "deepseek_v3": 61}[config]
+    assert made["collectives"]["ragged-all-to-all"][0] == 6 * layers
+    assert 0 < made["hbm_bytes"] <= made["hbm_limit"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_step_beyond_the_memory_of_a_chip_is_refused():
+    ended = run("mixtral_8x7b", "v5e:8x8")
+    assert ended.returncode == 1
+    (line,) = [line for line in ended.stderr.splitlines() if "HBM of one chip" in line]
+    assert "raise mesh.fsdp" in line
+
+
+@pytest.mark.parametrize(
+    ("topology", "field"),
+    [
+        ("v5p", "--topology"),
+        ("h100:8", "--topology"),
+        ("v9x:2x2", "--topology"),
+        ("v5e:4x4", "mesh"),
+    ],
+)
+def test_pods_that_do_not_fit_are_refused(topology, field):
+    with pytest.raises(Refused, match=f"^{field} = "):
+        compile_lib.check_topology(tiny.config(), topology)
+
+
+@pytest.mark.parametrize("name", ["moe_1b", "mixtral_8x7b", "deepseek_v3"])
+def test_configs_are_valid_and_have_the_sizes_that_they_name(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = config_lib.from_config_dict(module.get_config())
+    billions = transformer.num_parameters(config.model) / 1e9
+    active = transformer.num_active_parameters(config.model) / 1e9
+    expected = {"moe_1b": (1.25, 0.19), "mixtral_8x7b": (46.7, 12.9), "deepseek_v3": (705, 38.7)}
+    assert (billions, active) == pytest.approx(expected[name], rel=0.02)
