@@ -21,6 +21,7 @@ from moe_jax.errors import Refused
 DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled", "coherent")
 INFERENCE_ONLY = ("coherent",)  # of them: not for training
 COMBINES = ("exact", "partial", "reproducible")
+OVERLAP_DEGREES = (1, 2, 4, 8)
 DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
 ATTENTIONS = ("split", "replicated")
@@ -47,6 +48,8 @@ class ModelConfig:
     dispatch: str = "exchange"
     # Sums at home, bits free of the placement; "partial": fewest rows; "reproducible": both.
     combine: str = "exact"
+    capacity_factor: float = 0.0  # of the mean load of an expert; 0 = nothing is dropped
+    overlap_degree: int = 1  # chunks of tokens whose exchange and experts may overlap
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.001
 
@@ -347,6 +350,14 @@ def _validate_model(model: ModelConfig) -> None:
             model.combine,
             "is not made for coherent dispatch, which sums at the best expert's device",
             "use 'exact' or 'partial'",
+        )
+    if model.overlap_degree not in OVERLAP_DEGREES:
+        nearest = min(OVERLAP_DEGREES, key=lambda degree: abs(degree - model.overlap_degree))
+        raise Refused(
+            "model.overlap_degree",
+            model.overlap_degree,
+            f"must be one of {', '.join(map(str, OVERLAP_DEGREES))}",
+            f"nearest: {nearest}",
         )
 
 

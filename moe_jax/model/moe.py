@@ -7,6 +7,7 @@ K top_k, M devices on the expert axis, A rows computed on one device.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -15,7 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from moe_jax import mesh as mesh_lib
 from moe_jax.kernels import grouped_matmul
 from moe_jax.model import parameter, router
-from moe_jax.model.dispatch import schemes, wire
+from moe_jax.model.dispatch import capacity as capacity_lib
+from moe_jax.model.dispatch import chunks, schemes, wire
 from moe_jax.model.dispatch.table import Table, physical_of
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
@@ -61,22 +63,16 @@ class LayerRecord:
 MoELayer = Callable[[jax.Array, MoE, jax.Array, Table], tuple[jax.Array, LayerRecord]]
 
 
-def build(
-    mesh: Mesh, *, dispatch: str, combine: str, top_k: int, implementation: str | None = None
-) -> MoELayer:
+def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
     """Chooses routing, dispatch and kernels once.
 
     Args:
-      dispatch: a name in `schemes.SCHEMES`.
-      combine: one of `schemes.COMBINES`.
-      implementation: of the grouped matmul; None = by platform.
+      how: rows travel and are computed: the arguments of `build_dispatch`.
 
     Returns:
       `layer(x_BSD, weights, real_BS, table) -> (y_BSD, LayerRecord)`.
     """
-    compute = build_dispatch(
-        mesh, dispatch=dispatch, combine=combine, implementation=implementation
-    )
+    compute = build_dispatch(mesh, **how)
 
     by_token = mesh_lib.spec("batch", None)
 
@@ -107,9 +103,22 @@ def build(
 
 
 def build_dispatch(
-    mesh: Mesh, *, dispatch: str, combine: str, implementation: str | None = None
+    mesh: Mesh,
+    *,
+    dispatch: str,
+    combine: str,
+    capacity_factor: float = 0.0,
+    overlap_degree: int = 1,
+    implementation: str | None = None,
 ) -> Callable[..., tuple[jax.Array, Traffic]]:
     """The part of the layer that knows where experts live, as a function of global arrays.
+
+    Args:
+      dispatch: a name in `schemes.SCHEMES`.
+      combine: one of `schemes.COMBINES`.
+      capacity_factor: see dispatch/capacity.py; 0 = nothing is dropped.
+      overlap_degree: see dispatch/chunks.py; 1 = all tokens of a device at once.
+      implementation: of the grouped matmul; None = by platform.
 
     Returns:
       `compute(x_TD, expert_TK, weight_TK, table, gate_PDF, up_PDF, down_PFD) -> (y_TD, Traffic)`;
@@ -140,13 +149,31 @@ def build_dispatch(
                     rows_AD, *weights, group_sizes_e, implementation=implementation
                 )
 
-        num_physical = weights[0].shape[0] * jax.lax.axis_size(axes)
-        setting = schemes.Setting(axes, num_physical, transport, combine)
+        num_devices, num_experts = jax.lax.axis_size(axes), table.num_replicas_E.shape[0]
+        capacity = capacity_lib.of_factor(
+            capacity_factor, num_assignments=expert_TK.size * num_devices, num_experts=num_experts
+        )
+        setting = schemes.Setting(
+            axes,
+            num_physical=weights[0].shape[0] * num_devices,
+            transport=transport,
+            combine=combine,
+            capacity=capacity if capacity_factor > 0 else None,
+        )
         with jax.named_scope("dispatch"):
-            slot_TK = physical_of(expert_TK, table)
-            y_TD, traffic = scheme(x_TD, slot_TK, weight_TK, experts_fn, setting)
+            expert_TK, dropped_E = capacity_lib.keep_within(
+                expert_TK, capacity, num_experts=num_experts, axis=axes
+            )
+            way = chunks.in_chunks(
+                lambda x_TD, slot_TK, weight_TK: scheme(
+                    x_TD, slot_TK, weight_TK, experts_fn, setting
+                ),
+                overlap_degree,
+            )
+            y_TD, traffic = way(x_TD, physical_of(expert_TK, table), weight_TK)
         # At home, T rows, not A: and so after the sum over the experts of a token.
         y_TD = jax.lax.psum(y_TD, mesh_lib.TENSOR)
+        traffic = dataclasses.replace(traffic, dropped_ME=dropped_E[None])
         return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, replicas), traffic)
 
     def gather_embed(weight, axis):

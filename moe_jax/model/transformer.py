@@ -102,6 +102,8 @@ def build_forward(
         mesh,
         dispatch=config.dispatch,
         combine=config.combine,
+        capacity_factor=config.capacity_factor,
+        overlap_degree=config.overlap_degree,
         top_k=config.top_k,
         implementation=implementation,
     )

@@ -185,6 +185,8 @@ class Reporter:
         values["load_imbalance"] = metrics.load_imbalance(computed_LP, self._num_devices)
         values["rows_moved"] = float(rows)
         values["rows_padding"] = float(traffic.padding_MM.sum())
+        if self._config.model.capacity_factor:
+            values["assignments_dropped"] = float(traffic.dropped_ME.sum())
         if held_out is not None:
             self._held_out = values["heldout_loss"] = float(held_out)
         last = step == self._config.train.num_steps

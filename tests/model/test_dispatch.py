@@ -47,10 +47,14 @@ def problem(seed, num_tokens, top_k, dtype=jnp.float32, routing="random"):
 
 
 @functools.cache
-def program(shape, dispatch, combine="exact", implementation="cpu"):
+def program(shape, dispatch, combine="exact", implementation="cpu", **options):
     """(outputs, traffic, gradients of sum(y * cotangent) in everything that has one), jitted."""
     compute = moe.build_dispatch(
-        mesh_lib.make(*shape), dispatch=dispatch, combine=combine, implementation=implementation
+        mesh_lib.make(*shape),
+        dispatch=dispatch,
+        combine=combine,
+        implementation=implementation,
+        **options,
     )
 
     def loss(x_TD, expert_TK, weight_TK, gate, up, down, table, cotangent_TD):
@@ -60,14 +64,14 @@ def program(shape, dispatch, combine="exact", implementation="cpu"):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5), has_aux=True))
 
 
-def run(shape, dispatch, args, placement=None, combine="exact"):
+def run(shape, dispatch, args, placement=None, combine="exact", **options):
     placement = placement or Placement.contiguous(1, E, shape[1])
     table = jax.tree.map(lambda t: t[0], permute.table(placement))
     slots = placement.physical_to_logical_LP[0]
     x_TD, expert_TK, weight_TK, *weights = args
     cotangent_TD = jnp.cos(jnp.arange(x_TD.size, dtype=jnp.float32)).reshape(x_TD.shape)
     placed = [weight[slots] for weight in weights]
-    (_, (y_TD, traffic)), grads = program(shape, dispatch, combine)(
+    (_, (y_TD, traffic)), grads = program(shape, dispatch, combine, **options)(
         x_TD, expert_TK, weight_TK, *placed, table, cotangent_TD.astype(x_TD.dtype)
     )
     logical = np.argsort(slots)

@@ -52,12 +52,14 @@ class Setting:
         its experts are, one row per device back: fewest rows, equal within rounding;
         "reproducible" = there too, on a common grid (grid.py): as few rows, of 32-bit integers,
         and bit-identical under every placement, gradients included.
+      capacity: rows that any expert has at most, whatever the router says; None: not known.
     """
 
     axes: tuple[str, ...]
     num_physical: int
     transport: str
     combine: str
+    capacity: int | None = None
 
     @property
     def num_devices(self) -> int:
@@ -151,7 +153,9 @@ def _along(hops, slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting):
     """
     first = jax.lax.axis_index(setting.axes) * setting.num_local
     local_XK = jnp.where(slot_XK < 0, setting.num_local, slot_XK - first)
-    sorting = sorting_lib.sort_by_expert(local_XK, num_local=setting.num_local)
+    sorting = sorting_lib.sort_by_expert(
+        local_XK, num_local=setting.num_local, capacity=setting.capacity
+    )
     assignment_TK = jnp.arange(slot_TK.size, dtype=jnp.int32).reshape(slot_TK.shape)
     path = Path(hops, sorting, assignment_TK)
 

@@ -30,20 +30,24 @@ class Sorting:
     group_sizes_e: Leaf
 
 
-def sort_by_expert(local_XK: jax.Array, *, num_local: int) -> Sorting:
+def sort_by_expert(local_XK: jax.Array, *, num_local: int, capacity: int | None = None) -> Sorting:
     """Sorts assignments by local expert.
 
     Args:
       local_XK: int32 local expert of each assignment; `num_local` = not computed here.
       num_local: number of experts here.
+      capacity: rows an expert has at most; None: not known.
 
     Returns:
-      `Sorting` with A = X * min(K, num_local): the experts of a token are distinct.
+      `Sorting` with A = X * min(K, num_local), as the experts of a token are distinct; at most
+      capacity * num_local.
     """
     num_tokens, top_k = local_XK.shape
     key_N = local_XK.reshape(-1)
     order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
     num_rows = num_tokens * min(top_k, num_local)
+    if capacity is not None:
+        num_rows = min(num_rows, capacity * num_local)
     rank_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(key_N.size, dtype=jnp.int32))
     group_sizes_e = jnp.sum(
         key_N[:, None] == jnp.arange(num_local, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32

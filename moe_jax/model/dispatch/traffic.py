@@ -1,7 +1,7 @@
 """Traffic: integers counted inside the running program, always on.
 
-M devices on the expert axis, P physical experts (slots). A row is one token's activation.
-Rows that stay on their device are not on the wire: the diagonals are zero.
+M devices on the expert axis, P physical experts (slots), E logical ones. A row is one token's
+activation. Rows that stay on their device are not on the wire: the diagonals are zero.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ class Traffic:
         would move on the way out; on the way home it would move the transpose.
       padding_MM: rows on the wire, both ways, that carry no token.
       computed_P: rows computed by each physical expert.
+      dropped_ME: assignments beyond the capacity, by the token's device and the logical expert.
+        Schemes do not know of them: the layer adds them.
     """
 
     dispatch_MM: Leaf
@@ -31,6 +33,7 @@ class Traffic:
     distinct_MM: Leaf
     padding_MM: Leaf
     computed_P: Leaf
+    dropped_ME: Leaf = None
 
     @classmethod
     def of_source(

@@ -1,0 +1,52 @@
+"""Overlap: tokens in chunks give what all tokens at once give."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.model.dispatch import chunks
+from moe_jax.placement.plan import Placement
+from tests.model.test_dispatch import E, assert_close, problem, run
+
+SHAPE = (2, 4)
+CASES = [
+    *(("exchange", "exact", degree) for degree in (2, 4)),
+    pytest.param("exchange", "exact", 8, marks=pytest.mark.slow),
+    pytest.param("exchange", "partial", 2, marks=pytest.mark.slow),
+    ("gathered", "reproducible", 2),
+]
+
+
+@pytest.mark.parametrize(("dispatch", "combine", "degree"), CASES)
+def test_chunks_change_nothing(dispatch, combine, degree):
+    """Outputs and gradients of tokens to the bit; those of weights are added up in other parts."""
+    args = problem(0, 8 * 13, 2)  # 13 tokens a device: not divisible
+    slots = np.random.default_rng(0).permutation(E)[None].astype(np.int32)
+    placement = Placement(slots, E, SHAPE[1])
+    y_TD, grads, traffic = run(SHAPE, dispatch, args, placement, combine, overlap_degree=degree)
+    whole_TD, whole_grads, whole = run(SHAPE, dispatch, args, placement, combine)
+    np.testing.assert_array_equal(y_TD, whole_TD)
+    for grad, expected in zip(grads[:2], whole_grads[:2], strict=True):
+        np.testing.assert_array_equal(grad, expected)
+    for grad, expected in zip(grads[2:], whole_grads[2:], strict=True):
+        assert_close(grad, expected, 1e-6)
+    for name in ("dispatch_MM", "combine_MM", "distinct_MM", "computed_P", "dropped_ME"):
+        np.testing.assert_array_equal(getattr(traffic, name), getattr(whole, name))
+
+
+def test_weight_gradients_in_chunks_are_bit_identical_under_placements():
+    args = problem(1, 8 * 13, 2)
+    _, expected_grads, _ = run(SHAPE, "exchange", args, overlap_degree=2)
+    for seed in range(5):
+        slots = np.random.default_rng(seed).permutation(E)[None].astype(np.int32)
+        _, grads, _ = run(SHAPE, "exchange", args, Placement(slots, E, 4), overlap_degree=2)
+        jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 13])
+@pytest.mark.parametrize("degree", [1, 2, 4, 8])
+def test_every_token_is_in_one_chunk(num_tokens, degree):
+    bounds = list(chunks._bounds(num_tokens, degree))
+    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(num_tokens))
+    assert len(bounds) == min(degree, num_tokens)
+    assert max(b - a for a, b in bounds) - min(b - a for a, b in bounds) <= 1
