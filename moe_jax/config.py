@@ -351,6 +351,15 @@ def _validate_model(model: ModelConfig) -> None:
             "is not made for coherent dispatch, which sums at the best expert's device",
             "use 'exact' or 'partial'",
         )
+    for name in ("capacity_factor", "overlap_degree"):
+        default = getattr(ModelConfig, name)
+        if model.dispatch == "coherent" and getattr(model, name) != default:
+            raise Refused(
+                f"model.{name}",
+                getattr(model, name),
+                "is not made for coherent dispatch, where tokens do not come home",
+                f"use {default!r}, or another dispatch",
+            )
     if model.overlap_degree not in OVERLAP_DEGREES:
         nearest = min(OVERLAP_DEGREES, key=lambda degree: abs(degree - model.overlap_degree))
         raise Refused(

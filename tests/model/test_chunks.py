@@ -1,5 +1,12 @@
 """Overlap: tokens in chunks give what all tokens at once give."""
 
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +16,7 @@ from moe_jax.placement.plan import Placement
 from tests.model.test_dispatch import E, assert_close, problem, run
 
 SHAPE = (2, 4)
+SCRIPT = pathlib.Path(__file__).with_name("compile_overlap.py")
 CASES = [
     *(("exchange", "exact", degree) for degree in (2, 4)),
     pytest.param("exchange", "exact", 8, marks=pytest.mark.slow),
@@ -50,3 +58,26 @@ def test_every_token_is_in_one_chunk(num_tokens, degree):
     assert [i for start, stop in bounds for i in range(start, stop)] == list(range(num_tokens))
     assert len(bounds) == min(degree, num_tokens)
     assert max(b - a for a, b in bounds) - min(b - a for a, b in bounds) <= 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPUs, is not installed (pip install libtpu; Linux x86-64)",
+)
+def test_compiled_for_a_tpu_exchanges_surround_kernels():
+    """One chunk: rows out, experts, rows home, one after the other. Several: some overlap."""
+    degrees = (1, 4)
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "v5e:2x4", *map(str, degrees)],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for degree, line in zip(degrees, run.stdout.splitlines()[-2:], strict=True):
+        found = json.loads(line)
+        assert found["degree"] == degree
+        assert found["exchanges"] == found["asynchronous"] == 2 * degree  # out and home
+        assert found["kernels"] == 3 * degree  # gate, up, down
+        assert (found["around_kernels"] > 0) == (degree > 1)

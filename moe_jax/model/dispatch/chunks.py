@@ -5,7 +5,9 @@ chunks do not depend on one another. The degree is Tutel's (arXiv 2206.03382, se
 arXiv 2501.10714, chooses it from a model of the machine).
 
 Every token goes to the same experts as without chunks and its row meets the same weights; what
-differs is how many rows an expert sees at a time, and how often its gradient is added up.
+differs is how many rows an expert sees at a time, and in which parts its gradient is added up. So
+outputs are the same to the bit where a kernel gives a row the same bits among few rows as among
+many, else within its rounding; the gradients of weights are the same within rounding.
 
 Axes: T tokens here, K top_k, D d_model.
 """
