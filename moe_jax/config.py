@@ -21,6 +21,7 @@ from moe_jax.errors import Refused
 DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled", "coherent")
 INFERENCE_ONLY = ("coherent",)  # of them: not for training
 COMBINES = ("exact", "partial", "reproducible")
+WIRE_DTYPES = ("", "float8_e4m3fn")
 OVERLAP_DEGREES = (1, 2, 4, 8)
 DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
@@ -49,6 +50,7 @@ class ModelConfig:
     # Sums at home, bits free of the placement; "partial": fewest rows; "reproducible": both.
     combine: str = "exact"
     capacity_factor: float = 0.0  # of the mean load of an expert; 0 = nothing is dropped
+    wire_dtype: str = ""  # of rows to the experts: "" = dtype, or "float8_e4m3fn"; gradients: dtype
     overlap_degree: int = 1  # chunks of tokens whose exchange and experts may overlap
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.001
@@ -344,6 +346,7 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.dispatch", model.dispatch, DISPATCHES)
     _one_of("model.combine", model.combine, COMBINES)
     _one_of("model.dtype", model.dtype, DTYPES)
+    _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
     if model.dispatch == "coherent" and model.combine == "reproducible":
         raise Refused(
             "model.combine",
@@ -351,7 +354,7 @@ def _validate_model(model: ModelConfig) -> None:
             "is not made for coherent dispatch, which sums at the best expert's device",
             "use 'exact' or 'partial'",
         )
-    for name in ("capacity_factor", "overlap_degree"):
+    for name in ("capacity_factor", "overlap_degree", "wire_dtype"):
         default = getattr(ModelConfig, name)
         if model.dispatch == "coherent" and getattr(model, name) != default:
             raise Refused(

@@ -351,6 +351,12 @@ TABLE = [
     train("coherent reproducible", "--config.model.dispatch=coherent "
           "--config.model.combine=reproducible", "model.combine", "'reproducible'",
           "use 'exact' or 'partial'"),
+    train("coherent with a capacity", "--config.model.dispatch=coherent "
+          "--config.model.capacity_factor=1.5", "model.capacity_factor", "1.5", "use 0.0"),
+    train("overlap degree", "--config.model.overlap_degree=3", "model.overlap_degree", "3",
+          "nearest: 2"),
+    train("unknown wire", "--config.model.wire_dtype=float8", "model.wire_dtype", "'float8'",
+          "did you mean 'float8_e4m3fn'"),
     train("local over devices", "--config.model.dispatch=local", "model.dispatch", "'local'",
           "mesh.expert = 1"),
     train("unknown platform", "--config.platform=tpv", "platform", "'tpv'", "did you mean 'tpu'"),

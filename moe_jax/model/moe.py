@@ -109,6 +109,7 @@ def build_dispatch(
     combine: str,
     capacity_factor: float = 0.0,
     overlap_degree: int = 1,
+    wire_dtype: str = "",
     implementation: str | None = None,
 ) -> Callable[..., tuple[jax.Array, Traffic]]:
     """The part of the layer that knows where experts live, as a function of global arrays.
@@ -118,6 +119,7 @@ def build_dispatch(
       combine: one of `schemes.COMBINES`.
       capacity_factor: see dispatch/capacity.py; 0 = nothing is dropped.
       overlap_degree: see dispatch/chunks.py; 1 = all tokens of a device at once.
+      wire_dtype: of rows on their way to the experts: a name in quantise.DTYPES, or "" = x's.
       implementation: of the grouped matmul; None = by platform.
 
     Returns:
@@ -159,6 +161,7 @@ def build_dispatch(
             transport=transport,
             combine=combine,
             capacity=capacity if capacity_factor > 0 else None,
+            wire_dtype=wire_dtype,
         )
         with jax.named_scope("dispatch"):
             expert_TK, dropped_E = capacity_lib.keep_within(

@@ -104,6 +104,7 @@ def build_forward(
         combine=config.combine,
         capacity_factor=config.capacity_factor,
         overlap_degree=config.overlap_degree,
+        wire_dtype=config.wire_dtype,
         top_k=config.top_k,
         implementation=implementation,
     )

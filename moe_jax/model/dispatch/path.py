@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.model.dispatch import grid
+from moe_jax.model.dispatch import grid, quantise
 from moe_jax.model.dispatch import sorting as sorting_lib
 from moe_jax.model.dispatch.hop import Exchange, Gather
 from moe_jax.pytree import Leaf
@@ -45,29 +45,38 @@ class Path:
     assignment_TK: Leaf
 
 
-def spread(path: Path, x_TD: Float[Array, "T D"], *, combine: str) -> Float[Array, "A D"]:
+def spread(
+    path: Path, x_TD: Float[Array, "T D"], *, combine: str, wire_dtype: str = ""
+) -> Float[Array, "A D"]:
     """Rows of tokens to their experts, one for each assignment; zeros beyond the real rows.
 
     Args:
       combine: "exact", "partial" or "reproducible": how the gradients of a token's rows are summed.
+      wire_dtype: of the rows on their way, see quantise.py; "" = that of the rows. Gradients come
+        back as if nothing had been rounded, in the dtype of the rows.
     """
-    return _spread(combine, path, x_TD)
+    return _spread(combine, wire_dtype if path.hops else "", path, x_TD)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(combine: str, path: Path, x_TD: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _spread(combine: str, wire_dtype: str, path: Path, x_TD: jax.Array) -> jax.Array:
     rows_ND, row_T = x_TD, jnp.arange(len(x_TD), dtype=jnp.int32)
+    if wire_dtype:
+        rows_ND = quantise.pack(x_TD, wire_dtype)
     for hop in path.hops:
         rows_ND, row_T = hop.tokens_out(rows_ND, row_T)
     top_k = path.assignment_TK.shape[1]
-    return _real(rows_ND[row_T[path.sorting.order_A // top_k]], path)
+    rows_AD = rows_ND[row_T[path.sorting.order_A // top_k]]
+    if wire_dtype:
+        rows_AD = quantise.unpack(rows_AD, wire_dtype, x_TD.dtype)
+    return _real(rows_AD, path)
 
 
-def _spread_fwd(combine, path, x_TD):
-    return _spread(combine, path, x_TD), path
+def _spread_fwd(combine, wire_dtype, path, x_TD):
+    return _spread(combine, wire_dtype, path, x_TD), path
 
 
-def _spread_bwd(combine, path, g_AD):
+def _spread_bwd(combine, wire_dtype, path, g_AD):
     if combine == "exact":
         g_TD = sorting_lib.sum_in_rank_order(_home(path, g_AD))
     else:
@@ -122,7 +131,7 @@ def _collect_sums_fwd(combine, dtype, path, y_AD):
 
 
 def _collect_sums_bwd(combine, dtype, path, g_TD):
-    return sorting_lib.no_gradient(path), _spread(combine, path, g_TD).astype(jnp.float32)
+    return sorting_lib.no_gradient(path), _spread(combine, "", path, g_TD).astype(jnp.float32)
 
 
 _collect_sums.defvjp(_collect_sums_fwd, _collect_sums_bwd)

@@ -53,6 +53,7 @@ class Setting:
         "reproducible" = there too, on a common grid (grid.py): as few rows, of 32-bit integers,
         and bit-identical under every placement, gradients included.
       capacity: rows that any expert has at most, whatever the router says; None: not known.
+      wire_dtype: of rows on their way to the experts, see quantise.py; "" = that of activations.
     """
 
     axes: tuple[str, ...]
@@ -60,6 +61,7 @@ class Setting:
     transport: str
     combine: str
     capacity: int | None = None
+    wire_dtype: str = ""
 
     @property
     def num_devices(self) -> int:
@@ -159,7 +161,7 @@ def _along(hops, slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting):
     assignment_TK = jnp.arange(slot_TK.size, dtype=jnp.int32).reshape(slot_TK.shape)
     path = Path(hops, sorting, assignment_TK)
 
-    rows_AD = path_lib.spread(path, x_TD, combine=setting.combine)
+    rows_AD = path_lib.spread(path, x_TD, combine=setting.combine, wire_dtype=setting.wire_dtype)
     y_AD = experts_fn(rows_AD, sorting.group_sizes_e)
     if setting.combine == "exact":
         y_TD = combine_at_home(path_lib.collect(path, y_AD), weight_TK)
