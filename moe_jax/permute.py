@@ -27,7 +27,17 @@ from moe_jax.placement.plan import Placement
 
 def table(placement: Placement) -> Table:
     """The argument through which a plan reaches a model, stacked over layers."""
-    return Table(placement.logical_to_physical_LER.copy(), placement.num_replicas_LE.copy())
+    slot_LER, share_LNP = placement.logical_to_physical_LER, placement.share_LNP
+    end_LXER = None
+    if share_LNP is not None:
+        share_LXER = np.stack(
+            [
+                np.where(slot_ER < 0, 0, share_XP[:, slot_ER])
+                for slot_ER, share_XP in zip(slot_LER, share_LNP, strict=True)
+            ]
+        )
+        end_LXER = share_LXER.cumsum(axis=3, dtype=np.int32)
+    return Table(slot_LER.copy(), placement.num_replicas_LE.copy(), end_LXER)
 
 
 def source_slots(old: Placement, new: Placement) -> np.ndarray:

@@ -209,9 +209,9 @@ def copied_config(content: bytes) -> Callable[[pathlib.Path, pathlib.Path], None
     return make
 
 
-def replicated_plan(tmp: pathlib.Path, run: pathlib.Path) -> None:
+def plan_with_shares_for_two_nodes(tmp: pathlib.Path, run: pathlib.Path) -> None:
     slots_LP = np.tile(np.r_[0:16, 4:16, 0:4], (2, 1))
-    Plan(Placement(slots_LP, 16, 4)).write(tmp / "plan.json")
+    Plan(Placement(slots_LP, 16, 4, np.full((2, 3, 32), 32))).write(tmp / "plan.json")
 
 
 def trace_file(**arrays: object) -> Callable[[pathlib.Path, pathlib.Path], None]:
@@ -384,15 +384,15 @@ TABLE = [
     train("plan missing", "--config.placement={tmp}/plan.json", "plan", "plan.json'", "Give"),
     train("plan for other layers", "--config.placement={tmp}/plan.json", "plan layers", "3",
           "Solve", make=plan_file(layers=3)),
-    train("plan with replicas", "--config.placement={tmp}/plan.json", "placement", "plan.json'",
-          "as many slots as experts",
-          make=replicated_plan),
+    train("shares for two nodes", "--config.placement={tmp}/plan.json", "copy_shares", "2 nodes",
+          "Use the machine", make=plan_with_shares_for_two_nodes),
     *(
         infer(f"plan {case}", "--prompt=a --placement={tmp}/plan.json", *says, make=make)
         for case, make, *says in (
             ("missing", None, "plan", "plan.json'", "Give the path"),
             ("for other layers", plan_file(layers=3), "plan layers", "3", "Solve a plan"),
-            ("with replicas", replicated_plan, "placement", "plan.json'", "as many slots as"),
+            ("with shares for two nodes", plan_with_shares_for_two_nodes, "copy_shares", "2 nodes",
+             "Use the machine"),
             ("for other experts", plan_file(experts=8), "plan num_experts", "8", "Solve a plan"),
             ("for other devices", plan_file(devices=8), "plan num_devices", "8", "Solve a plan"),
             ("with a wrong digest", plan_file(lambda f: f.update(digest="0" * 64)), "digest",

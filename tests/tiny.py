@@ -9,6 +9,7 @@ from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax import permute
 from moe_jax.model import transformer
+from moe_jax.placement import replication, shares
 from moe_jax.placement.plan import Placement
 from moe_jax.train import step as step_lib
 
@@ -83,3 +84,18 @@ def random_placement(seed, devices=4):
 
 def table(placement):
     return permute.table(placement)
+
+
+def replicated_placement(seed, devices=4, slots=2 * EXPERTS, stay_on_nodes=0):
+    """Some experts in several slots; shares of copies (the rule `stay`) for so many nodes."""
+    rng = np.random.default_rng(seed)
+    load_LE = rng.lognormal(0, 1.5, (LAYERS, EXPERTS))
+    placement = replication.balanced_slots(load_LE, slots, devices)
+    if not stay_on_nodes:
+        return placement
+    expert_LP = placement.physical_to_logical_LP
+    weight_LXP = rng.random((LAYERS, stay_on_nodes + 1, slots))
+    pairs = zip(weight_LXP, expert_LP, strict=True)
+    share_LXP = np.stack([shares.quantised(*pair) for pair in pairs])
+    share_LXP[-1] = 0  # the rule of this layer is `local`
+    return Placement(expert_LP, EXPERTS, devices, share_LXP)

@@ -15,7 +15,8 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer.engine import Engine
 from moe_jax.model import transformer
-from moe_jax.model.parameter import logical_axes
+from moe_jax.model.parameter import logical_axes, with_slots
+from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 
 
@@ -67,13 +68,7 @@ def find(workdir: str, placement: str | None, dispatch: str | None = None) -> So
         num_experts=config.model.num_experts,
         num_devices=config.mesh.expert_devices,
     )
-    if plan.placement.has_replicas:
-        raise Refused(
-            "placement",
-            placement or str(folder / "plan.json"),
-            "has replicated experts, but the running model knows one copy of each",
-            "use a plan with as many slots as experts",
-        )
+    copies.check_nodes(plan.placement, config.mesh.node)
     return Source(config, folder, contents, plan)
 
 
@@ -98,6 +93,7 @@ def parameters(source: Source, mesh: Mesh) -> transformer.Transformer:
     """The model as it is stored."""
     config = source.config
     shapes = jax.eval_shape(lambda: transformer.Transformer(jax.random.key(0), config.model))
+    shapes = with_slots(shapes, source.contents.plan.placement.num_slots)
     axes = logical_axes(shapes)
 
     def target(shape: Any, names: tuple[str, ...]) -> jax.ShapeDtypeStruct:

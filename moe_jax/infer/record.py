@@ -19,7 +19,7 @@ from moe_jax.infer.engine import Generation, StepRecord, fetch
 from moe_jax.placement.plan import Plan
 from moe_jax.routing.trace import Trace
 
-MEASUREMENT_FORMAT, MEASUREMENT_VERSION = "moe_jax.measurement", 1
+MEASUREMENT_FORMAT, MEASUREMENT_VERSION = "moe_jax.measurement", 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,31 +29,41 @@ class Tokens:
     Attributes:
       expert_TLK: uint8 or uint16 logical experts.
       home_T: int32 expert-axis coordinate of the device that held the token.
+      position_T: int32 what copies of experts take turns by: row in its batch + position.
       seq_len: int32 tokens routed of each sequence.
     """
 
     expert_TLK: np.ndarray
     home_T: np.ndarray
+    position_T: np.ndarray
     seq_len: np.ndarray
 
 
 def routed_tokens(generations: list[Generation], num_experts: int) -> Tokens:
     """Gathers the experts of all tokens of all sequences, in the order of their positions."""
     dtype = np.uint8 if num_experts < 255 else np.uint16
-    experts, homes, lengths = [], [], []
+    experts, homes, positions, lengths = [], [], [], []
     for generation in generations:
         for b in range(len(generation.tokens)):
             parts = [_of_sequence(record, b) for record in generation.records]
-            expert_TLK = np.concatenate(parts).astype(dtype)
+            expert_TLK = np.concatenate([ids for ids, _ in parts]).astype(dtype)
+            positions.append(b + np.concatenate([at for _, at in parts]))
             experts.append(expert_TLK)
             homes.append(np.full(len(expert_TLK), generation.home_B[b], np.int32))
             lengths.append(len(expert_TLK))
-    return Tokens(np.concatenate(experts), np.concatenate(homes), np.array(lengths, np.int32))
+    return Tokens(
+        np.concatenate(experts),
+        np.concatenate(homes),
+        np.concatenate(positions).astype(np.int32),
+        np.array(lengths, np.int32),
+    )
 
 
-def _of_sequence(record: StepRecord, sequence: int) -> np.ndarray:
+def _of_sequence(record: StepRecord, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+    """Experts [S, L, K] and positions [S] of the tokens that were there."""
     expert_SLK = record.expert_LBSK[:, sequence].swapaxes(0, 1)
-    return expert_SLK[expert_SLK[:, 0, 0] >= 0]
+    real_S = expert_SLK[:, 0, 0] >= 0
+    return expert_SLK[real_S], record.position_BS[sequence][real_S]
 
 
 def trace(generations: list[Generation], config: Config, corpus: str) -> Trace:
@@ -111,5 +121,6 @@ def write_measurement(
             text_ids=np.array([p + c for p, c in zip(prompts, continued, strict=True)], np.int32),
             expert_ids=tokens.expert_TLK,
             token_home=tokens.home_T,
+            token_position=tokens.position_T,
             **counted,
         )

@@ -37,7 +37,7 @@ from moe_jax.kernels import grouped_matmul
 from moe_jax.model import attention, moe, parameter, router, transformer
 from moe_jax.model.dispatch import onward, schemes, sorting, stay, wire
 from moe_jax.model.dispatch.stay import Leg, Residence
-from moe_jax.model.dispatch.table import Table, physical_of
+from moe_jax.model.dispatch.table import Home, Table, experts_of, rule_position, slots_of
 from moe_jax.pytree import Leaf
 
 _REPLICAS = (
@@ -165,6 +165,8 @@ class _Group:
         self._implementation = implementation
         self._batch, self._sequence = position_BS.shape
         self._position_X = position_BS.reshape(-1).astype(jnp.int32)
+        first_row = jax.lax.axis_index(_REPLICAS) * self._batch  # of the whole batch
+        self._turn_X = rule_position(position_BS).reshape(-1).astype(jnp.int32) + first_row
         self._num_group = position_BS.size
         self._num_tokens = position_BS.size // setting.num_devices
         self._tile = _DECODE_TILE if decoding else _TILE
@@ -220,9 +222,7 @@ class _Group:
         shared_M = stay.shared_M(here, setting.axes)
         padding_M = stay.shared_padding_M(here, self._num_tokens)
         padding_M = jnp.where(jnp.arange(padding_M.size) == me, 0, padding_M)
-        expert_P = jnp.zeros(setting.num_physical, jnp.int32)
-        slot_E = table.logical_to_physical_ER[:, 0]
-        expert_P = expert_P.at[slot_E].set(jnp.arange(slot_E.size, dtype=jnp.int32))
+        expert_P = experts_of(table.logical_to_physical_ER, setting.num_physical)
         expert_XK = jnp.where(slot_XK < 0, -1, expert_P[slot_XK])
         return (x_RD, at_X), (cache, expert_XK, traffic, (shared_M[None], padding_M[None]))
 
@@ -271,6 +271,11 @@ class _Group:
     def _attend(self, x_RD, query_RHQ, keys, here: Residence, block, table):
         """Attention of the tokens here over their own sequences; then norm and router."""
         config, tile = self._config, self._tile
+        home = Home(
+            jax.lax.axis_index(self._setting.axes),
+            jax.lax.axis_size(mesh_lib.DEVICE),
+            self._setting.num_local,
+        )
         tiles, place = self._tiles_by_sequence(here)
         if self._decoding:
             tiles, place = stay.num_tiles(here.count, tile), lambda i: (i * tile, None)
@@ -306,7 +311,8 @@ class _Group:
                 routing = router.route_top_k(
                     normed_WD, block.moe.router_DE[...], real_W, config.top_k
                 )
-            return start, (x_WD, physical_of(routing.expert_TK, table), routing.weight_TK)
+            slot_WK = slots_of(routing.expert_TK, self._turn_X[token_W], table, home)
+            return start, (x_WD, slot_WK, routing.weight_TK)
 
         shape = (len(x_RD), config.top_k)
         buffers = (

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import mesh as mesh_lib
@@ -18,7 +19,7 @@ from moe_jax.kernels import grouped_matmul
 from moe_jax.model import parameter, router
 from moe_jax.model.dispatch import capacity as capacity_lib
 from moe_jax.model.dispatch import chunks, schemes, wire
-from moe_jax.model.dispatch.table import Table, physical_of
+from moe_jax.model.dispatch.table import Home, Table, slots_of
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 
@@ -60,7 +61,7 @@ class LayerRecord:
     apart: Leaf = None
 
 
-MoELayer = Callable[[jax.Array, MoE, jax.Array, Table], tuple[jax.Array, LayerRecord]]
+MoELayer = Callable[[jax.Array, MoE, jax.Array, jax.Array, Table], tuple[jax.Array, LayerRecord]]
 
 
 def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
@@ -70,7 +71,8 @@ def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
       how: rows travel and are computed: the arguments of `build_dispatch`.
 
     Returns:
-      `layer(x_BSD, weights, real_BS, table) -> (y_BSD, LayerRecord)`.
+      `layer(x_BSD, weights, turn_BS, real_BS, table) -> (y_BSD, LayerRecord)`; turns are table.py's
+      `rule_position` of the tokens.
     """
     compute = build_dispatch(mesh, **how)
 
@@ -81,7 +83,7 @@ def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
         top_TK, column_TK = jax.lax.top_k(rows_TE, top_k)
         return top_TK, column_TK
 
-    def layer(x_BSD, weights, real_BS, table):
+    def layer(x_BSD, weights, turn_BS, real_BS, table):
         batch, sequence, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
         router_DE = mesh_lib.gather(weights.router_DE[...], mesh, "embed", "router")
@@ -94,6 +96,7 @@ def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
             routing.weight_TK,
             table,
             *(param[...].astype(x_BSD.dtype) for param in experts),
+            position_T=turn_BS.reshape(-1),
         )
         expert_BSK = routing.expert_TK.reshape(batch, sequence, top_k)
         record = LayerRecord(expert_BSK, traffic, routing.load_balance, routing.z)
@@ -123,8 +126,9 @@ def build_dispatch(
       implementation: of the grouped matmul; None = by platform.
 
     Returns:
-      `compute(x_TD, expert_TK, weight_TK, table, gate_PDF, up_PDF, down_PFD) -> (y_TD, Traffic)`;
-      T is a multiple of the devices, P of the expert axis.
+      `compute(x_TD, expert_TK, weight_TK, table, gate_PDF, up_PDF, down_PFD, position_T=None) ->
+      (y_TD, Traffic)`; T is a multiple of the devices, P of the expert axis; positions are what
+      copies of experts take turns by, by default the index.
     """
     scheme = schemes.SCHEMES[dispatch]
     # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
@@ -136,7 +140,7 @@ def build_dispatch(
     vary_over_data, vary_over_tensor = vary_over(mesh_lib.DATA), vary_over(mesh_lib.TENSOR)
     replicas = (mesh_lib.DATA, mesh_lib.FSDP)
 
-    def on_device(x_TD, expert_TK, weight_TK, table, *weights):
+    def on_device(x_TD, expert_TK, weight_TK, position_T, table, *weights):
         # Weights are equal on all replicas, rows are not. Saying so here makes this the line at
         # which the gradients of the weights are summed over `data`; over `fsdp` the gradient of a
         # gather is a reduce-scatter. Each device of `tensor` computes a part of every row's result
@@ -173,7 +177,10 @@ def build_dispatch(
                 ),
                 overlap_degree,
             )
-            y_TD, traffic = way(x_TD, physical_of(expert_TK, table), weight_TK)
+            home = Home(
+                jax.lax.axis_index(axes), jax.lax.axis_size(mesh_lib.DEVICE), setting.num_local
+            )
+            y_TD, traffic = way(x_TD, slots_of(expert_TK, position_T, table, home), weight_TK)
         # At home, T rows, not A: and so after the sum over the experts of a token.
         y_TD = jax.lax.psum(y_TD, mesh_lib.TENSOR)
         traffic = dataclasses.replace(traffic, dropped_ME=dropped_E[None])
@@ -184,9 +191,16 @@ def build_dispatch(
 
     tokens = mesh_lib.spec("batch", None)
     experts = tuple(mesh_lib.spec(*names) for names in EXPERT_AXES)
-    return jax.shard_map(
+    sharded = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, PartitionSpec(), *experts),
+        in_specs=(tokens, tokens, tokens, mesh_lib.spec("batch"), PartitionSpec(), *experts),
         out_specs=(tokens, PartitionSpec(mesh_lib.EXPERT)),
     )
+
+    def compute(x_TD, expert_TK, weight_TK, table, *weights, position_T=None):
+        if position_T is None:
+            position_T = jnp.arange(len(x_TD), dtype=jnp.int32)
+        return sharded(x_TD, expert_TK, weight_TK, position_T, table, *weights)
+
+    return compute

@@ -46,3 +46,15 @@ def logical_axes(tree: Any) -> Any:
 
 class Axes(tuple):
     """Names of the dimensions of one array, a leaf of a pytree (a plain tuple would be a node)."""
+
+
+def with_slots(shapes: Any, num_slots: int) -> Any:
+    """The tree of abstract arrays with `num_slots` physical experts in every layer."""
+
+    def sized(leaf, names):
+        shape = [num_slots if name == "expert" else leaf.shape[i] for i, name in enumerate(names)]
+        return leaf.update(shape=tuple(shape)) if "expert" in names else leaf
+
+    leaves, structure = jax.tree.flatten(shapes)
+    axes = jax.tree.leaves(logical_axes(shapes))
+    return jax.tree.unflatten(structure, map(sized, leaves, axes))

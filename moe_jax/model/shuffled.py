@@ -61,12 +61,14 @@ def layers(
     inputs: Any,
     x_BSD: Float[Array, "B S D"],
     position_BS: Int[Array, "B S"],
+    turn_BS: Int[Array, "B S"],
     real_BS: Bool[Array, "B S"],
 ) -> tuple[jax.Array, LayerCache | None, LayerRecord]:
     """All layers of a model, by one `lax.scan`.
 
     Args:
       inputs: blocks, tables and caches (or None), each stacked over layers.
+      turn_BS: what copies of experts take turns by (dispatch/table.py).
 
     Returns:
       The residual stream, tokens in order; the caches; records with the home of every token.
@@ -81,7 +83,9 @@ def layers(
             )
         x_BSD = rows.x_ND.reshape(*shape, -1)
         normed_BSD = steps.norm(x_BSD, block.moe_norm_D[...])
-        y_BSD, record = steps.moe(normed_BSD, block.moe, rows.real_N.reshape(shape), table)
+        turn_N = steps.of_rows(turn_BS, rows.token_N)
+        at_hand = (turn_N.reshape(shape), rows.real_N.reshape(shape))
+        y_BSD, record = steps.moe(normed_BSD, block.moe, *at_hand, table)
         expert_NK = record.expert_BSK.reshape(rows.device_NK.shape)
         record = dataclasses.replace(
             record,
@@ -198,6 +202,17 @@ class Steps:
 
         return jax.shard_map(on_device, mesh=self._mesh, in_specs=(_ROWS, _ROWS), out_specs=_ROWS)(
             value_NK, token_N
+        )
+
+    def of_rows(self, value_BS: jax.Array, token_N: jax.Array) -> jax.Array:
+        """What belongs to tokens, [N] in the order of rows."""
+
+        def on_device(value_BS, token_T):
+            return _vary_over_devices(value_BS).reshape(-1)[token_T]
+
+        specs = (_SEQUENCES, _ROWS)
+        return jax.shard_map(on_device, mesh=self._mesh, in_specs=specs, out_specs=_ROWS)(
+            value_BS, token_N
         )
 
     def homes(self, token_N: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.model import attention, moe, parameter, shuffled
-from moe_jax.model.dispatch.table import Table
+from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
 
@@ -137,6 +137,7 @@ def build_forward(
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
         if real_BS is None:
             real_BS = jnp.ones(token_BS.shape, bool)
+        turn_BS = rule_position(position_BS)
 
         def layer(x_BSD, inputs):
             block, table_of_layer, cache_of_layer = inputs
@@ -151,14 +152,16 @@ def build_forward(
                 )
             x_BSD = place(x_BSD + place(mixed_BSD, split), split)
             normed_BSD = rms_norm(x_BSD, whole(block.moe_norm_D)[...], eps)
-            y_BSD, record = moe_layer(normed_BSD, block.moe, real_BS, table_of_layer)
+            y_BSD, record = moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table_of_layer)
             return x_BSD + y_BSD, (cache_of_layer, record)
 
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         inputs = (model.blocks, table, cache)
         x_BSD = place(whole(model.embedding_VD, dtype)[...][token_BS], split)
         if config.dispatch == "shuffled":
-            x_BSD, cache, record = shuffled.layers(steps, inputs, x_BSD, position_BS, real_BS)
+            x_BSD, cache, record = shuffled.layers(
+                steps, inputs, x_BSD, position_BS, turn_BS, real_BS
+            )
         else:
             x_BSD, (cache, record) = jax.lax.scan(body, x_BSD, inputs)
         x_BSD = rms_norm(x_BSD, whole(model.final_norm_D)[...], eps)

@@ -9,11 +9,14 @@ device. A token at home device h that chose expert e as its k-th:
 2. else its copies on other devices of h's node;
 3. else all of its copies;
 4. of c candidates, in ascending slot order, it takes number (t + k) mod c, t being the token's
-   position in the batch (on a trace: its index).
+   position: in a running program its row in the batch plus its position in the sequence, so that
+   neighbours in a sequence take turns, and so do the sequences of a decode step; on a trace, which
+   knows no batches, its index.
 
 Nothing here depends on loads or on other tokens, so a compiled program applies the rule without
-communication: per home it is one table and one remainder. The split is even, up to rounding, among
-tokens without a copy nearby. On one node, homes being uniform, each of c copies gets 1 / c.
+communication: per home one table and one remainder (model/dispatch/table.py). The split is even, up
+to rounding, among tokens without a copy nearby. On one node, homes being uniform, each of c copies
+gets 1 / c.
 
 Homes are where a token is when the layer begins: fixed where tokens return, the device of the
 last best expert where they stay (coherent dispatch).
@@ -152,6 +155,17 @@ def nearness(device_ER: Int[np.ndarray, "E R"], nodes: Nodes) -> Int[np.ndarray,
     on_home: Bool[np.ndarray, "E M R"] = device_E1R == home_M
     on_node = nodes.node_of(device_E1R) == nodes.node_M[home_M]
     return np.where(device_E1R < 0, -1, on_home.astype(np.int64) + on_node)
+
+
+def check_nodes(placement: Placement, num_nodes: int) -> None:
+    """Refuses shares that were made for another number of nodes."""
+    if placement.share_LNP is not None and placement.share_LNP.shape[1] != num_nodes + 1:
+        raise Refused(
+            shares.FIELD,
+            f"{placement.share_LNP.shape[1] - 1} nodes",
+            f"the machine has {num_nodes}",
+            "Use the machine that the plan was made for",
+        )
 
 
 def check_slots(num_slots: int, num_experts: int, num_devices: int) -> None:

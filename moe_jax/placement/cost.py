@@ -7,11 +7,12 @@ device that holds each token (-1: not known). Known homes give exact integers; u
 expectation over homes drawn uniformly, exactly. S: the devices of a token's experts.
 
 With replicas the copy rule (copies.py) says which device serves an assignment, given the home (in
-coherent dispatch: where the token is when the layer begins). The expectation is then the mean over
-all homes, each followed through the layers.
+coherent dispatch: where the token is when the layer begins) and the token's position. The
+expectation is then the mean over all homes, each followed through the layers.
 
 Dispatches
-- gathered: every token goes to every other device, and partial sums come back: fixed.
+- gathered: every token goes to every other device, and a sum (`partial`) or a row for each of its
+  experts (`exact`) comes back from every one: the same under every placement.
 - exchange: home sends one row to each device of S, which answers with one row (`partial`: its
   experts' sum; `reproducible`: the same rows, summed on a common grid) or one per expert there
   (`exact`: summed at home in rank order).
@@ -67,6 +68,7 @@ def rows(
     home_T: Int[np.ndarray, " T"] | None = None,
     combine: str = "partial",
     devices_per_node: DevicesPerNode | None = None,
+    position_T: Int[np.ndarray, " T"] | None = None,
 ) -> Rows:
     """Counts the rows of every layer; see the head of this file.
 
@@ -75,13 +77,15 @@ def rows(
       placement: which slots hold which experts.
       dispatch: one of DISPATCHES.
       home_T: device of every token before layer 0, -1 where unknown; None: all unknown.
-      combine: one of COMBINES; it does not matter to `gathered`.
+      combine: one of COMBINES.
       devices_per_node: needed for `hierarchical`, and where the copy rule is to know of nodes;
         devices are numbered node by node.
+      position_T: what the copy rule goes by; None: the index. Only with replicas does it matter.
     """
     _check(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node)
+    where = (devices_per_node, position_T)
     each = [
-        _rows(expert_ids_TLK, placement, dispatch, homes_T, combine, devices_per_node)
+        _rows(expert_ids_TLK, placement, dispatch, homes_T, combine, *where)
         for homes_T in homes(placement, len(expert_ids_TLK), home_T)
     ]
     if len(each) == 1:
@@ -93,15 +97,20 @@ def rows(
 
 
 @no_type_check  # annotations of what `rows` has checked
-def _rows(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node) -> Rows:
+def _rows(
+    expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node, position_T
+) -> Rows:
     devices = placement.num_devices
     unknown = bool((home_T < 0).any())
     there, back = [], []
-    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node)
+    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node, position_T)
     for device_TK, home_T, next_T in steps:
         if dispatch == "gathered":
-            out_MM = _gathered(device_TK, home_T, devices)
+            each_T = (device_TK >= 0).sum(axis=1)
+            out_MM = _gathered(np.minimum(each_T, 1), home_T, devices)
             back_MM = out_MM.T
+            if combine == "exact":
+                back_MM = _gathered(each_T, home_T, devices).T
         elif dispatch == "hierarchical":
             nodes = nodes_lib.of(devices, devices_per_node)
             ways = _Ways(device_TK, home_T, nodes)
@@ -141,10 +150,12 @@ def walk(
     dispatch: str,
     home_T: Int[np.ndarray, " T"],
     devices_per_node: DevicesPerNode | None = None,
+    position_T: Int[np.ndarray, " T"] | None = None,
 ) -> Iterator[Step]:
     """Layer by layer, where tokens are and where their experts are computed."""
+    where = (devices_per_node, position_T)
     for layer in range(placement.num_layers):
-        device_TK = devices_TK(expert_ids_TLK, placement, layer, home_T, devices_per_node)
+        device_TK = devices_TK(expert_ids_TLK, placement, layer, home_T, *where)
         next_T = home_T
         if dispatch == "coherent":
             next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
@@ -168,10 +179,11 @@ def computed_LP(
     dispatch: str = "exchange",
     home_T: Int[np.ndarray, " T"] | None = None,
     devices_per_node: DevicesPerNode | None = None,
+    position_T: Int[np.ndarray, " T"] | None = None,
 ) -> Num[np.ndarray, "L P"]:
     """Rows that every physical expert computes: int64, or float64 expected.
 
-    Only with replicas do dispatch and homes matter; there they decide which copy computes.
+    Only with replicas do dispatch, homes and positions matter: they decide which copy computes.
     """
     if not placement.has_replicas:
         load_LE = []
@@ -181,16 +193,19 @@ def computed_LP(
             # one expert more, without load, for slots that are empty (-1; uneven.py)
             load_LE.append(np.bincount(ids, minlength=placement.num_experts + 1))
         return np.take_along_axis(np.stack(load_LE), placement.physical_to_logical_LP, axis=1)
+    where = (devices_per_node, position_T)
     each = [
-        _computed(expert_ids_TLK, placement, dispatch, homes_T, devices_per_node)
+        _computed(expert_ids_TLK, placement, dispatch, homes_T, *where)
         for homes_T in homes(placement, len(expert_ids_TLK), home_T)
     ]
     return each[0] if len(each) == 1 else np.sum(each, axis=0) / len(each)
 
 
-def _computed(expert_ids_TLK, placement, dispatch, home_T, devices_per_node) -> np.ndarray:
+def _computed(
+    expert_ids_TLK, placement, dispatch, home_T, devices_per_node, position_T
+) -> np.ndarray:
     load_LP = np.empty((placement.num_layers, placement.num_slots), np.int64)
-    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node)
+    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node, position_T)
     for layer, step in enumerate(steps):
         # a device holds an expert once, so device and expert name the slot
         slot_ME = np.full((placement.num_devices, placement.num_experts), UNKNOWN)
@@ -210,9 +225,11 @@ def computed_LM(
     dispatch: str = "exchange",
     home_T: Int[np.ndarray, " T"] | None = None,
     devices_per_node: DevicesPerNode | None = None,
+    position_T: Int[np.ndarray, " T"] | None = None,
 ) -> Num[np.ndarray, "L M"]:
     """Rows that every device computes; see computed_LP."""
-    load_LP = computed_LP(expert_ids_TLK, placement, dispatch, home_T, devices_per_node)
+    where = (devices_per_node, position_T)
+    load_LP = computed_LP(expert_ids_TLK, placement, dispatch, home_T, *where)
     return load_LP.reshape(len(load_LP), placement.num_devices, -1).sum(axis=2)
 
 
@@ -222,17 +239,19 @@ def devices_TK(
     layer: int,
     home_T: Int[np.ndarray, " T"] | None = None,
     devices_per_node: DevicesPerNode | None = None,
+    position_T: Int[np.ndarray, " T"] | None = None,
 ) -> Integer[np.ndarray, "T K"]:
     """int64: the device of every assignment of one layer, -1 where there is no expert.
 
-    With replicas every home has to be known; positions are the order of `expert_ids_TLK`.
+    With replicas every home has to be known; positions are the index where they are not given.
     """
     ids_TK = expert_ids_TLK[:, layer].astype(np.int64)
     if placement.has_replicas:
         if home_T is None or (home_T < 0).any():
             raise Refused("home_T", None, "the copy rule needs homes", "Give one per token")
         table = copies.candidates(placement, layer, devices_per_node)
-        slot_TK = table.slots_TK(ids_TK, home_T, np.arange(len(ids_TK)))
+        position_T = np.arange(len(ids_TK)) if position_T is None else position_T
+        slot_TK = table.slots_TK(ids_TK, home_T, position_T)
         return np.where(slot_TK < 0, UNKNOWN, slot_TK // placement.slots_per_device)
     valid_TK = (ids_TK >= 0) & (ids_TK < placement.num_experts)
     device_E = placement.device_LE[layer].astype(np.int64)
@@ -263,10 +282,12 @@ def _direct(
     return _no_diagonal(rows_MM)
 
 
-def _gathered(device_TK: np.ndarray, home_T: np.ndarray, devices: int) -> np.ndarray:
-    home_T = home_T[(device_TK >= 0).any(axis=1)]
-    known_M = np.bincount(home_T[home_T >= 0], minlength=devices)
-    expected = int((home_T < 0).sum())
+def _gathered(rows_T: np.ndarray, home_T: np.ndarray, devices: int) -> np.ndarray:
+    """[home, device]: `rows_T` rows of every token for every other device."""
+    known_T = home_T >= 0
+    known_M = np.zeros(devices, np.int64)
+    np.add.at(known_M, home_T[known_T], rows_T[known_T])
+    expected = int(rows_T[~known_T].sum())
     from_M = known_M + expected / devices if expected else known_M
     return _no_diagonal(np.repeat(from_M[:, None], devices, axis=1))
 

@@ -20,7 +20,7 @@ from moe_jax.errors import Refused
 from moe_jax.routing import npz
 
 FORMAT = "moe_jax.measurement"
-VERSION = 1
+VERSION = 2
 DISPATCHES = ("exchange", "gathered", "hierarchical", "coherent")
 COMBINES = ("exact", "reproducible")  # those whose answers keep every bit under a plan
 _REMEASURE = "Write it again with infer.py --measure=FILE.npz"
@@ -52,6 +52,7 @@ class Measurement:
     text_ids_BS: np.ndarray  # int32: prompt and greedy continuation
     expert_ids_TLK: np.ndarray  # uint8 or uint16, logical; the largest value means no expert
     home_T: np.ndarray  # int32: the device that held the token
+    position_T: np.ndarray  # int32: what copies of experts take turns by
     dispatch_LMM: np.ndarray  # int64: rows that went out, [layer, source, destination]
     combine_LMM: np.ndarray  # int64: rows that came back
     padding_LMM: np.ndarray  # int64: rows of padding, both ways
@@ -87,6 +88,7 @@ _ARRAYS: dict[str, tuple[str, tuple[type, ...], int]] = {
     "text_ids": ("text_ids_BS", (np.int32,), 2),
     "expert_ids": ("expert_ids_TLK", (np.uint8, np.uint16), 3),
     "token_home": ("home_T", (np.int32,), 1),
+    "token_position": ("position_T", (np.int32,), 1),
     "dispatch_LMM": ("dispatch_LMM", (np.int64,), 3),
     "combine_LMM": ("combine_LMM", (np.int64,), 3),
     "padding_LMM": ("padding_LMM", (np.int64,), 3),
@@ -171,6 +173,7 @@ def _check_sizes(measured: Measurement) -> None:
     expected = {
         "expert_ids": (max(num_tokens, 1), max(num_layers, 1), measured.meta.top_k),
         "token_home": (num_tokens,),
+        "token_position": (num_tokens,),
         "dispatch_LMM": pairs,
         "combine_LMM": pairs,
         "padding_LMM": pairs,
@@ -205,6 +208,8 @@ def _check_values(measured: Measurement) -> None:
     _refuse_first(
         measured.path, "token_home", home_T, outside, f"must be a device 0..{num_devices - 1}"
     )
+    position_T, rule = measured.position_T, "a position is at least 0"
+    _refuse_first(measured.path, "token_position", position_T, position_T < 0, rule)
     if not measured.routed_TL.any():
         rule = "no token has an expert: there is nothing to count"
         raise Refused(f"{measured.path}: expert_ids", "none", rule, _REMEASURE)

@@ -46,14 +46,15 @@ def predict(measured: Measurement, placement: Placement) -> Prediction:
     """Counts the rows of the measured tokens under `placement`."""
     ids_TLK, home_T = measured.expert_ids_TLK, measured.home_T
     meta = measured.meta
-    devices_per_node = meta.num_devices // meta.num_nodes
-    sent = cost.rows(ids_TLK, placement, meta.dispatch, home_T, meta.combine, devices_per_node)
+    # What the copy rule goes by beside homes.
+    where = (meta.num_devices // meta.num_nodes, measured.position_T)
+    sent = cost.rows(ids_TLK, placement, meta.dispatch, home_T, meta.combine, *where)
     direct = "coherent" if meta.dispatch == "coherent" else "exchange"
-    merged = cost.rows(ids_TLK, placement, direct, home_T=home_T, combine="partial")
+    merged = cost.rows(ids_TLK, placement, direct, home_T, "partial", *where)
     return Prediction(
         dispatch_LMM=sent.dispatch_LMM,
         combine_LMM=sent.combine_LMM,
-        computed_LP=cost.computed_LP(ids_TLK, placement, meta.dispatch, home_T),
+        computed_LP=cost.computed_LP(ids_TLK, placement, meta.dispatch, home_T, *where),
         partial_rows=int(merged.total_LMM.sum()),
     )
 

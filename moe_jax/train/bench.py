@@ -102,8 +102,8 @@ def layer_lines(config: Config, seconds: float) -> list[Line]:
     table = jax.tree.map(
         lambda t: jnp.asarray(t[0]), transformer.identity_table(1, model.num_experts)
     )
-    real_BS = jnp.ones(x_BSD.shape[:2], bool)
-    whole = jax.jit(lambda x_BSD, weights: layer(x_BSD, weights, real_BS, table))
+    real_BS, turn_BS = jnp.ones(x_BSD.shape[:2], bool), jnp.zeros(x_BSD.shape[:2], jnp.int32)
+    whole = jax.jit(lambda x_BSD, weights: layer(x_BSD, weights, turn_BS, real_BS, table))
     sizes_E = whole(x_BSD, weights)[1].traffic.computed_P
 
     parts = [param[...] for param in (weights.gate_PDF, weights.up_PDF, weights.down_PFD)]

@@ -23,6 +23,7 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.model import parameter, transformer
 from moe_jax.model.dispatch.table import Table
+from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
 
@@ -68,13 +69,7 @@ def load_plan(config: Config) -> plan_lib.Plan:
     plan_lib.check_fits(
         plan, num_layers=model.num_layers, num_experts=model.num_experts, num_devices=devices
     )
-    if plan.placement.has_replicas:
-        raise Refused(
-            "placement",
-            config.placement,
-            "has replicated experts, which training does not keep equal",
-            "use a plan with as many slots as experts",
-        )
+    copies.check_nodes(plan.placement, config.mesh.node)
     return plan
 
 
@@ -236,7 +231,7 @@ def _start_or_resume(
             state = permute.apply(state, logical, plan.placement)
         return Run(state, batches, 0)
     contents = checkpoint.read_contents(folder)
-    abstract = step_lib.abstract_state(config, mesh)
+    abstract = step_lib.abstract_state(config, mesh, plan.placement.num_slots)
     arrays = checkpoint.restore(folder, contents, checkpoint.flatten(abstract), plan.placement)
     batches.set_state(contents.extra["data_state"])
     return Run(checkpoint.unflatten(abstract, arrays), batches, contents.step)

@@ -16,6 +16,7 @@ from moe_jax.model.dispatch.table import Table
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 from moe_jax.train import optimizer as optimizer_lib
+from moe_jax.train import replicas
 
 
 @jax.tree_util.register_dataclass
@@ -51,10 +52,15 @@ class StepMetrics:
     traffic: Traffic
 
 
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without any array."""
+def abstract_state(config: Config, mesh: Mesh, num_slots: int | None = None) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without any array.
+
+    Args:
+      num_slots: P, physical experts of a layer; None: one for each expert.
+    """
     optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
     shapes = jax.eval_shape(lambda: _initial(config, optimizer))
+    shapes = parameter.with_slots(shapes, num_slots or config.model.num_experts)
     axes = jax.tree.leaves(parameter.logical_axes(shapes))
     leaves, tree = jax.tree.flatten(shapes)
     return jax.tree.unflatten(
@@ -116,6 +122,7 @@ def build_step(
             state.model, window_BS1, table
         )
         loss, load_balance, z, traffic = parts
+        grads = replicas.summed(grads, table, mesh)
         slot_LE = table.logical_to_physical_ER[:, :, 0]
         norm = optimizer_lib.global_norm(grads, slot_LE, replicated)
         good = jnp.isfinite(total) & jnp.isfinite(norm)

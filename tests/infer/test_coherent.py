@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from moe_jax import permute
 from moe_jax.infer import record
@@ -19,8 +20,17 @@ def generate(dispatch, placement, prompts):
     return config, engine.generate(prompts, 6, GREEDY)
 
 
-def test_answers_are_those_of_exchange_and_rows_those_of_the_cost_module(tmp_path):
-    prompts, placement = tiny.tokens(8, 8).tolist(), tiny.random_placement(1)
+@pytest.mark.parametrize(
+    "placement",
+    [
+        tiny.random_placement(1),
+        tiny.replicated_placement(1, stay_on_nodes=1),
+        pytest.param(tiny.replicated_placement(2), marks=pytest.mark.slow),
+    ],
+    ids=["single", "stay", "local"],
+)
+def test_answers_are_those_of_exchange_and_rows_those_of_the_cost_module(tmp_path, placement):
+    prompts = tiny.tokens(8, 8).tolist()
     _, expected = generate("exchange", placement, prompts)
     config, generation = generate("coherent", placement, prompts)
     assert generation.tokens == expected.tokens

@@ -84,6 +84,27 @@ def test_answers_are_bit_identical_under_placements_and_rows_are_predicted(engin
         np.testing.assert_array_equal(measured[1], predicted.combine_LMM)
 
 
+@pytest.mark.parametrize("stay_on_nodes", [0, 1], ids=["local", "stay"])
+def test_replicas_answer_alike_and_the_measurement_is_predicted(engine, tmp_path, stay_on_nodes):
+    """Logits within rounding: on CPU a row's bits depend on how many rows its expert has."""
+    from moe_jax.sim import measurement, replay
+
+    prompts = tiny.tokens(8, 8).tolist()
+    expected = engine.generate(prompts, 6, GREEDY)
+    placement = tiny.replicated_placement(3, stay_on_nodes=stay_on_nodes)
+    generation = make_engine(placement).generate(prompts, 6, GREEDY)
+    assert generation.tokens == expected.tokens
+    np.testing.assert_allclose(generation.logits_BSV, expected.logits_BSV, rtol=0, atol=1e-5)
+    path = tmp_path / "m.npz"
+    record.write_measurement(path, [generation], prompts, tiny.config(), Plan(placement))
+    measured = measurement.read(path)
+    checks = replay.check_counts("after", measured, replay.predict(measured, placement))
+    assert [check.problem for check in checks] == [None] * 3
+    if stay_on_nodes:  # under `local`, sequences of even length take even turns either way
+        by_index = cost.computed_LP(measured.expert_ids_TLK, placement, "exchange", measured.home_T)
+        assert (by_index != measured.computed_LP).any()
+
+
 def test_trace_holds_every_routed_token(engine):
     generation = engine.generate(PROMPTS, 6, GREEDY)
     trace = record.trace([generation], tiny.config(), "prompts")

@@ -41,7 +41,8 @@ def oracle(trace, placement, dispatch, homes, combine, per_node):
                 if places:
                     for other in range(devices):
                         send(out, layer, home, other)
-                        send(back, layer, other, home)
+                        answers = len(places) if combine == "exact" else 1
+                        send(back, layer, other, home, answers)
                 continue
             following = home
             if dispatch == "coherent" and chosen[0] != 255:

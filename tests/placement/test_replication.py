@@ -196,18 +196,19 @@ def serving(placement, layer: int, expert: int, home: int, turn: int, per_node: 
     return choice[turn % len(choice)]
 
 
-def oracle(trace, placement, dispatch, homes, combine, per_node):
+def oracle(trace, placement, dispatch, homes, combine, per_node, positions=None):
     """Follows each token: rows out, rows back, rows computed by slot."""
     layers, devices = placement.num_layers, placement.num_devices
     out, back = (np.zeros((layers, devices, devices), int) for _ in range(2))
     computed = np.zeros((layers, placement.num_slots), int)
 
-    def send(table, layer, source, destination):
+    def send(table, layer, source, destination, times=1):
         if source != destination:
-            table[layer, source, destination] += 1
+            table[layer, source, destination] += times
 
-    for position, token in enumerate(trace.expert_ids_TLK.tolist()):
-        home = homes[position]
+    positions = range(len(homes)) if positions is None else positions
+    tokens = zip(trace.expert_ids_TLK.tolist(), homes, positions, strict=True)
+    for token, home, position in tokens:
         for layer, chosen in enumerate(token):
             slots = {
                 k: serving(placement, layer, e, home, position + k, per_node)
@@ -222,7 +223,7 @@ def oracle(trace, placement, dispatch, homes, combine, per_node):
             if dispatch == "gathered":
                 for other in range(devices) if places else ():
                     send(out, layer, home, other)
-                    send(back, layer, other, home)
+                    send(back, layer, other, home, len(places) if combine == "exact" else 1)
             elif dispatch == "hierarchical":
                 nodes = {p // per_node for p in places}
                 entry = {n: n * per_node + home % per_node for n in nodes}
@@ -252,16 +253,19 @@ def oracle(trace, placement, dispatch, homes, combine, per_node):
 def test_counts_equal_the_oracle(dispatch, combine, per_node, seed):
     trace, placement = holey_trace(seed), random_placement(seed)
     homes = np.random.default_rng(seed + 50).integers(4, size=30)
-    out, back, computed = oracle(trace, placement, dispatch, homes.tolist(), combine, per_node)
+    positions = None if seed == 0 else np.random.default_rng(seed).integers(0, 1000, 30)
+    out, back, computed = oracle(
+        trace, placement, dispatch, homes.tolist(), combine, per_node, positions
+    )
     ids_TLK = trace.expert_ids_TLK
-    rows = cost.rows(ids_TLK, placement, dispatch, homes, combine, per_node)
+    rows = cost.rows(ids_TLK, placement, dispatch, homes, combine, per_node, positions)
     assert rows.dispatch_LMM.dtype == rows.combine_LMM.dtype == np.int64
     np.testing.assert_array_equal(rows.dispatch_LMM, out)
     np.testing.assert_array_equal(rows.combine_LMM, back)
-    by_slot = cost.computed_LP(ids_TLK, placement, dispatch, homes, per_node)
+    by_slot = cost.computed_LP(ids_TLK, placement, dispatch, homes, per_node, positions)
     assert by_slot.dtype == np.int64
     np.testing.assert_array_equal(by_slot, computed)
-    by_device = cost.computed_LM(ids_TLK, placement, dispatch, homes, per_node)
+    by_device = cost.computed_LM(ids_TLK, placement, dispatch, homes, per_node, positions)
     np.testing.assert_array_equal(by_device, computed.reshape(3, 4, 4).sum(axis=2))
 
 

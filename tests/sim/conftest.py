@@ -75,7 +75,7 @@ def measured(ids_TLK, home_T, placement, dispatch="exchange") -> dict:
     return {
         "meta": {
             "format": "moe_jax.measurement",
-            "version": 1,
+            "version": 2,
             "model": "made-up <b>model</b>",
             "num_experts": E,
             "top_k": K,
@@ -91,6 +91,7 @@ def measured(ids_TLK, home_T, placement, dispatch="exchange") -> dict:
         "text_ids": rng.integers(0, 11, (2, 9), dtype=np.int32),
         "expert_ids": ids_TLK,
         "token_home": home_T,
+        "token_position": np.arange(len(home_T), dtype=np.int32),
         "dispatch_LMM": out_LMM,
         "combine_LMM": back_LMM,
         "padding_LMM": np.full((L, M, M), 3, np.int64),

@@ -32,7 +32,7 @@ def cut(entry):
 BAD = {
     "an entry is missing": (lambda a: a.pop("token_home"), "'token_home' is missing"),
     "another format": (meta(format="x"), "meta.format, version"),
-    "a later version": (meta(version=2), "meta.format, version"),
+    "a later version": (meta(version=3), "meta.format, version"),
     "no machine": (meta(machine=None), "meta.machine = None"),
     "a count as text": (meta(num_experts="8"), "meta.num_experts = '8'"),
     "no experts": (meta(num_experts=0), "meta.num_experts = 0"),
@@ -55,6 +55,8 @@ BAD = {
     "no expert at all": (put("expert_ids", ..., 255), "no token has an expert"),
     "a device too many": (put("token_home", 59, 4), "token_home[59] = 4"),
     "a device below 0": (put("token_home", 0, -1), "token_home[0] = -1"),
+    "a negative position": (put("token_position", 3, -1), "token_position[3] = -1"),
+    "fewer positions": (cut("token_position"), "token_position.shape"),
     "a negative count": (put("combine_LMM", (2, 0, 1), -1), "combine_LMM[2, 0, 1] = -1"),
     "negative padding": (put("padding_LMM", (0, 0, 1), -2), "padding_LMM[0, 0, 1] = -2"),
     "a row to itself": (put("dispatch_LMM", (1, 2, 2), 1), "dispatch_LMM[1, 2, 2] = 1"),

@@ -176,6 +176,8 @@ class Gather:
       axis: of the mesh.
       token_T, token_X: 0, 1, ...: rows lie where their tokens do.
       assignment_TK, assignment_XK: 0, 1, ... likewise.
+      tokens_M, assignments_M: how many of each device's have an expert; the rows of the others
+        travel too, as padding.
     """
 
     axis: Axis = dataclasses.field(metadata={"static": True})
@@ -183,6 +185,8 @@ class Gather:
     token_X: Leaf
     assignment_TK: Leaf
     assignment_XK: Leaf
+    tokens_M: Leaf
+    assignments_M: Leaf
 
     def tokens_out(self, rows_ND: jax.Array, row_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As `Exchange.tokens_out`."""
@@ -211,25 +215,30 @@ class Gather:
 
     def rows_out_M(self) -> jax.Array:
         """Every row goes everywhere, whatever the router says."""
-        return jnp.full(jax.lax.axis_size(self.axis), self.token_T.size, jnp.int32)
+        return jnp.full_like(self.tokens_M, self.tokens_M[jax.lax.axis_index(self.axis)])
 
     def rows_home_M(self, *, singly: bool) -> jax.Array:
         """Partial sums come back from everywhere, one for each token or for each assignment."""
-        return self.rows_out_M() * (self.assignment_TK.shape[1] if singly else 1)
+        return self.assignments_M if singly else self.tokens_M
 
     def padding_M(self, *, singly: bool) -> jax.Array:
-        """None."""
-        return jnp.zeros_like(self.rows_out_M())
+        """As `Exchange.padding_M`: rows of tokens and assignments that have no expert."""
+        moved = self.token_T.size + (self.assignment_TK.size if singly else self.token_T.size)
+        return moved - self.rows_out_M() - self.rows_home_M(singly=singly)
 
 
 def gather(device_TK: jax.Array, axis: Axis) -> tuple[Gather, jax.Array]:
     """As `exchange`, for the hop that gathers."""
-    here_XK = jax.lax.all_gather(device_TK, axis, tiled=True) == jax.lax.axis_index(axis)
+    device_XK = jax.lax.all_gather(device_TK, axis, tiled=True)
+    here_XK = device_XK == jax.lax.axis_index(axis)
     token_T, token_X = (jnp.arange(len(a), dtype=jnp.int32) for a in (device_TK, here_XK))
     assignment_TK, assignment_XK = (
         jnp.arange(a.size, dtype=jnp.int32).reshape(a.shape) for a in (device_TK, here_XK)
     )
-    return Gather(axis, token_T, token_X, assignment_TK, assignment_XK), here_XK
+    real_MTK = (device_XK >= 0).reshape(-1, *device_TK.shape)
+    tokens_M = real_MTK.any(axis=2).sum(axis=1, dtype=jnp.int32)
+    counts = (tokens_M, real_MTK.sum(axis=(1, 2), dtype=jnp.int32))
+    return Gather(axis, token_T, token_X, assignment_TK, assignment_XK, *counts), here_XK
 
 
 def indices_of_true(mask: jax.Array, *, size: int) -> jax.Array:
