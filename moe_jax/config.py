@@ -347,13 +347,6 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.combine", model.combine, COMBINES)
     _one_of("model.dtype", model.dtype, DTYPES)
     _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
-    if model.dispatch == "coherent" and model.combine == "reproducible":
-        raise Refused(
-            "model.combine",
-            model.combine,
-            "is not made for coherent dispatch, which sums at the best expert's device",
-            "use 'exact' or 'partial'",
-        )
     for name in ("capacity_factor", "overlap_degree", "wire_dtype"):
         default = getattr(ModelConfig, name)
         if model.dispatch == "coherent" and getattr(model, name) != default:

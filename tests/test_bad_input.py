@@ -348,9 +348,6 @@ TABLE = [
           "did you mean 'exchange'"),
     train("coherent", "--config.model.dispatch=coherent", "model.dispatch", "'coherent'",
           "serves only", "infer.py --dispatch=coherent"),
-    train("coherent reproducible", "--config.model.dispatch=coherent "
-          "--config.model.combine=reproducible", "model.combine", "'reproducible'",
-          "use 'exact' or 'partial'"),
     train("coherent with a capacity", "--config.model.dispatch=coherent "
           "--config.model.capacity_factor=1.5", "model.capacity_factor", "1.5", "use 0.0"),
     train("overlap degree", "--config.model.overlap_degree=3", "model.overlap_degree", "3",

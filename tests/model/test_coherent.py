@@ -83,12 +83,12 @@ def programs(case, dispatch):
     return jax.jit(prefill), jax.jit(decode)
 
 
-def run(case, dispatch, model, table):
+def run(case, dispatch, model, table, steps=STEPS):
     """Logits [B, ...] of real positions and the records, of the prefill and each decode step."""
     prefill, decode = programs(case, dispatch)
     output = prefill(model, table)
     logits, records = [np.asarray(output.logits_BSV)[REAL_BS]], [output.record]
-    for step in range(STEPS):
+    for step in range(steps):
         position_B = np.where(LENGTH > 0, LENGTH + step, 0).astype(np.int32)
         token_B = TEXT_BS[np.arange(8), position_B]
         output = decode(model, table, token_B, position_B, output.cache)
@@ -182,6 +182,21 @@ def test_exact_is_bit_identical_under_20_placements_and_rows_are_predicted():
         assert_rows_predicted(records, MAIN, placement)
         moved.add(int(sum(np.asarray(r.traffic.dispatch_MM).sum() for r in records)))
     assert len(moved) > 5
+
+
+@pytest.mark.slow
+def test_reproducible_is_bit_identical_and_sends_a_row_from_each_device():
+    case = dataclasses.replace(MAIN, top_k=3, combine="reproducible")
+    model, table, _ = placed(case, None)
+    expected, _ = run(case, "coherent", model, table, steps=0)
+    alone, _ = run(dataclasses.replace(LOCAL, top_k=3), "local", tiny.model(1, 1),
+                   tiny.table(tiny.contiguous(1)), steps=0)  # fmt: skip
+    np.testing.assert_allclose(expected, alone, rtol=0, atol=1e-5)
+    for seed in range(10):
+        model, table, placement = placed(case, seed)
+        logits, records = run(case, "coherent", model, table, steps=0)
+        np.testing.assert_array_equal(logits, expected)
+        assert_rows_predicted(records, case, placement)
 
 
 @pytest.mark.parametrize("case", [MAIN, CASES[1]], ids=str)

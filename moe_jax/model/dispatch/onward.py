@@ -15,8 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe_jax.model.dispatch import grid, stay
 from moe_jax.model.dispatch import sorting as sorting_lib
-from moe_jax.model.dispatch import stay
 from moe_jax.model.dispatch.schemes import ExpertsFn, Setting
 from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.traffic import Traffic
@@ -75,20 +75,24 @@ class Onward:
         rows_AD = norm(arrived_XD)[arrival_X[sorting.order_A // top_k]]
         y_AD = experts_fn(rows_AD, sorting.group_sizes_e)
 
+        combine = self._combine(y_AD, sorting.position_XK, weight_XK)
         rows_ND, row_XK, on = y_AD, sorting.position_XK, None
-        singly = self.setting.combine == "exact" or top_k == 1
         if top_k > 1:
-            on = self._on(device_XK, first_XK, num_sent=len(y_AD) if singly else num_group)
-            rows_ND = self._send_on(on, y_AD, row_XK, weight_XK)
+            on = self._on(device_XK, first_XK, num_sent=combine.most_sent)
+            rows_ND = on.move(
+                lambda item_W: combine.sent(item_W // top_k, item_W % top_k),
+                combine.most_received(self.setting.num_devices),
+                like_ZZ=combine.like_ZZ,
+                tile=self.tile,
+            )
             row_XK = on.position_N.reshape(-1, top_k)
         next_X = device_XK[:, 0]
         there = Residence.of(next_X, self.setting.axes, len(self.x_RD))
 
         def compute(i):
             token_W = jax.lax.dynamic_slice_in_dim(there.token_R, i * self.tile, self.tile)
-            weight_WK = weight_XK[token_W] if singly else jnp.ones((self.tile, top_k))
-            y_WD = _weighted_sum(rows_ND, row_XK[token_W], weight_WK).astype(self.x_RD.dtype)
-            return i * self.tile, arrived_XD[arrival_X[token_W]] + y_WD
+            y_WD = combine.total(token_W, sorting_lib.take_rows(rows_ND, row_XK[token_W]))
+            return i * self.tile, arrived_XD[arrival_X[token_W]] + y_WD.astype(self.x_RD.dtype)
 
         tiles = stay.num_tiles(there.count, self.tile)
         x_RD = stay.fill(compute, tiles, jnp.zeros_like(self.x_RD))
@@ -112,29 +116,85 @@ class Onward:
 
     def _on(self, device_XK: jax.Array, first_XK: jax.Array, num_sent: int) -> Leg:
         """To the best expert's device: each assignment (`exact`) or one sum from each device."""
-        source_XK = device_XK
-        if self.setting.combine == "partial":
-            source_XK = jnp.where(first_XK, device_XK, -1)
+        exact = self.setting.combine == "exact"
+        source_XK = device_XK if exact else jnp.where(first_XK, device_XK, -1)
         target_XK = jnp.broadcast_to(device_XK[:, :1], device_XK.shape)
         return Leg.of(source_XK.reshape(-1), target_XK.reshape(-1), self.wire, num_sent)
 
-    def _send_on(
-        self, on: Leg, y_AD: jax.Array, row_XK: jax.Array, weight_XK: jax.Array
-    ) -> jax.Array:
-        num_group, top_k = row_XK.shape
+    def _combine(self, y_AD: jax.Array, row_XK: jax.Array, weight_XK: jax.Array) -> "Exact":
+        kind = Exact if weight_XK.shape[1] == 1 else _COMBINES[self.setting.combine]
+        return kind(self.setting, y_AD, row_XK, weight_XK)
 
-        def assignment(item_W):
-            return sorting_lib.take_rows(y_AD, row_XK.reshape(-1)[item_W])
 
-        def partial_sum(item_W):
-            token_W = item_W // top_k
-            sum_WD = _weighted_sum(y_AD, row_XK[token_W], weight_XK[token_W])
-            return sum_WD.astype(y_AD.dtype)
+class Exact:
+    """A row for each assignment; sums where the token goes, in rank order."""
 
-        exact = self.setting.combine == "exact"
-        most = top_k if exact else min(top_k, self.setting.num_devices)
-        rows_of = assignment if exact else partial_sum
-        return on.move(rows_of, num_group * most, like_ZZ=y_AD, tile=self.tile)
+    def __init__(self, setting: Setting, y_AD, row_XK, weight_XK):
+        """`y_AD` of the assignments computed here, found at `row_XK`; beyond its rows elsewhere."""
+        self._y_AD, self._row_XK, self._weight_XK = y_AD, row_XK, weight_XK
+        self._num_group, self._top_k = row_XK.shape
+        self.like_ZZ, self.most_sent = y_AD, len(y_AD)
+
+    def most_received(self, num_devices: int) -> int:
+        """Rows that can come to one device."""
+        return self._num_group * self._top_k
+
+    def sent(self, token_W: jax.Array, choice_W: jax.Array) -> jax.Array:
+        """Rows to send of assignments that are here."""
+        return sorting_lib.take_rows(self._y_AD, self._row_XK[token_W, choice_W])
+
+    def total(self, token_W: jax.Array, rows_WKD: jax.Array) -> jax.Array:
+        """Sums over K of what came of these tokens; zeros where nothing did. Float32."""
+        return _weighted_sum(rows_WKD, self._weight_XK[token_W])
+
+
+class Partial(Exact):
+    """A sum from each device of the experts."""
+
+    def __init__(self, setting: Setting, y_AD, row_XK, weight_XK):
+        super().__init__(setting, y_AD, row_XK, weight_XK)
+        self.most_sent = self._num_group
+
+    def most_received(self, num_devices: int) -> int:
+        return self._num_group * min(self._top_k, num_devices)
+
+    def _weighted(self, token_W: jax.Array) -> jax.Array:
+        rows_WKD = sorting_lib.take_rows(self._y_AD, self._row_XK[token_W])
+        return rows_WKD.astype(jnp.float32) * self._weight_XK[token_W][:, :, None]
+
+    def sent(self, token_W: jax.Array, choice_W: jax.Array) -> jax.Array:
+        sum_WD = sorting_lib.sum_in_rank_order(self._weighted(token_W))
+        return sum_WD.astype(self._y_AD.dtype)
+
+    def total(self, token_W: jax.Array, rows_WKD: jax.Array) -> jax.Array:
+        return sorting_lib.sum_in_rank_order(rows_WKD.astype(jnp.float32))
+
+
+class Reproducible(Partial):
+    """A sum from each device, as integers on a grid that all terms of a token share (grid.py)."""
+
+    def __init__(self, setting: Setting, y_AD, row_XK, weight_XK):
+        super().__init__(setting, y_AD, row_XK, weight_XK)
+        self.like_ZZ = jnp.zeros((1, y_AD.shape[1]), jnp.int32)
+        weight_A = jnp.zeros(len(y_AD) + 1, jnp.float32).at[row_XK].set(weight_XK)[:-1]
+        exponent_A = grid.exponent_of(y_AD.astype(jnp.float32) * weight_A[:, None])
+        exponent_XK = sorting_lib.take_rows(exponent_A, row_XK)  # 0, the least, of those elsewhere
+        self._exponent_X = jax.lax.pmax(exponent_XK.max(axis=1), setting.axes)
+
+    def sent(self, token_W: jax.Array, choice_W: jax.Array) -> jax.Array:
+        weighted_WKD, exponent_W = self._weighted(token_W), self._exponent_X[token_W]
+        terms = [
+            grid.to_grid(weighted_WKD[:, k], exponent_W, num_terms=self._top_k)
+            for k in range(self._top_k)
+        ]
+        return sum(terms[1:], start=terms[0])
+
+    def total(self, token_W: jax.Array, rows_WKD: jax.Array) -> jax.Array:
+        sum_WD = rows_WKD.sum(axis=1, dtype=jnp.int32)
+        return grid.from_grid(sum_WD, self._exponent_X[token_W], num_terms=self._top_k)
+
+
+_COMBINES = {"exact": Exact, "partial": Partial, "reproducible": Reproducible}
 
 
 def _first_of(device_XK: jax.Array) -> jax.Array:
@@ -145,10 +205,9 @@ def _first_of(device_XK: jax.Array) -> jax.Array:
     return (device_XK >= 0) & ~(same_XKK & earlier_KK[None]).any(axis=2)
 
 
-def _weighted_sum(rows_ND: jax.Array, row_WK: jax.Array, weight_WK: jax.Array) -> jax.Array:
-    """sum_k weight * row in rank order, in float32; rows beyond the buffer count as zeros."""
-    rows_WKD = sorting_lib.take_rows(rows_ND, row_WK).astype(jnp.float32)
-    return sorting_lib.sum_in_rank_order(rows_WKD * weight_WK[:, :, None])
+def _weighted_sum(rows_WKD: jax.Array, weight_WK: jax.Array) -> jax.Array:
+    """sum_k weight * row in rank order, in float32."""
+    return sorting_lib.sum_in_rank_order(rows_WKD.astype(jnp.float32) * weight_WK[:, :, None])
 
 
 def _traffic(out: Leg, on: Leg | None, group_sizes_e: jax.Array) -> Traffic:
