@@ -7,10 +7,6 @@ import sys
 
 import pytest
 
-from moe_jax.errors import Refused
-from moe_jax.train import bench
-from tests import tiny
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -29,8 +25,14 @@ def test_prints_every_line():
     assert 0 < exact < gathered
 
 
-def test_a_way_that_is_none_is_refused():
-    with pytest.raises(Refused, match="must be dispatch/combine"):
-        bench.with_way(tiny.config(), "exchange")
-    with pytest.raises(Refused, match=r"model.combine = 'exakt'"):
-        bench.with_way(tiny.config(), "exchange/exakt")
+@pytest.mark.parametrize(
+    ("way", "rule"),
+    [("exchange", "must be dispatch/combine"), ("exchange/exakt", "must be one of")],
+)
+def test_a_way_that_is_none_is_refused(way, rule):
+    command = [sys.executable, "-m", "moe_jax.train.bench", f"--ways={way}"]
+    command += ["--config=configs/quickstart.py:smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert rule in done.stderr
+    assert done.stdout == ""
