@@ -443,7 +443,10 @@ def test_solve_with_slots_from_the_command_line(objective, trace_path, tmp_path,
     assert plan.placement.physical_to_logical_LP.shape == (2, 20)
     assert plan.digest == answer["plan_digest"]
     assert plan.provenance["copy_rule"] == "local"
-    assert answer["bound"] == (1.0 if objective == "load" else 0.0)
+    if objective == "load":
+        assert answer["bound"] == 1.0
+    else:
+        assert 0.0 < answer["bound"] <= answer["objective"]
     half = trace_lib.split(trace_lib.load(trace_path), 0).plan_half
     problem = Problem(half, topology.flat(4), objective)
     assert answer["objective"] == pytest.approx(problem.value_of(plan.placement), rel=1e-12)

@@ -31,7 +31,8 @@ def count(ids_TLK, home_T, placement, dispatch):
                 computed_LP[layer, slot] += 1
             reached, answers = set(devices), devices
             if dispatch == "gathered":
-                reached = answers = set(range(M)) if experts else set()
+                reached = set(range(M)) if experts else set()
+                answers = list(range(M)) * len(experts)  # `exact`: each row from everywhere
             for device in reached:
                 out_LMM[layer, home, device] += device != home
             for device in answers:
