@@ -38,10 +38,6 @@ WAYS = (
     "hierarchical/exact",
     "shuffled/exact",
 )
-CONFIG = entry.define_config("As for train.py.")
-SECONDS = flags.DEFINE_float("seconds", 20.0, "Measuring time of each table.")
-WAYS_FLAG = flags.DEFINE_list("ways", list(WAYS), "dispatch/combine of the second table.")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the tables.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,4 +215,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # here, so that a program that imports this module may have flags of its own
+    CONFIG = entry.define_config("As for train.py.")
+    SECONDS = flags.DEFINE_float("seconds", 20.0, "Measuring time of each table.")
+    WAYS_FLAG = flags.DEFINE_list("ways", list(WAYS), "dispatch/combine of the second table.")
+    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the tables.")
     entry.run(main, __doc__)

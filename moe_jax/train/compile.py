@@ -27,12 +27,6 @@ from moe_jax.train import hlo
 GIB = 2**30
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of one chip, by its maker
 
-CONFIG = entry.define_config("As for train.py.")
-TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "A TPU generation and the shape of the pod, as v5e:4x4 or v5p:4x4x4."
-)
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the table.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -213,4 +207,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # here, so that a program that imports this module may have flags of its own
+    CONFIG = entry.define_config("As for train.py.")
+    TOPOLOGY = flags.DEFINE_string(
+        "topology", None, "A TPU generation and the shape of the pod, as v5e:4x4 or v5p:4x4x4."
+    )
+    JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the table.")
     entry.run(main, __doc__)
