@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu is installed to compile only: do not look for a TPU
 # A program that several tests (or processes of one test) compile is compiled once a session.
@@ -17,3 +19,10 @@ import jax  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs are mapped into memory in many pieces, and a process may have 65,530."""
+    yield
+    jax.clear_caches()

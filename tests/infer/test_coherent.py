@@ -24,7 +24,7 @@ def generate(dispatch, placement, prompts):
     "placement",
     [
         tiny.random_placement(1),
-        tiny.replicated_placement(1, stay_on_nodes=1),
+        pytest.param(tiny.replicated_placement(1, stay_on_nodes=1), marks=pytest.mark.slow),
         pytest.param(tiny.replicated_placement(2), marks=pytest.mark.slow),
     ],
     ids=["single", "stay", "local"],

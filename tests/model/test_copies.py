@@ -165,7 +165,7 @@ def test_outputs_and_gradients(shape, dispatch, combine, top_k):
 @pytest.mark.parametrize(
     ("shape", "dispatch"),
     [
-        (ONE_ROW, "exchange"),
+        pytest.param(ONE_ROW, "exchange", marks=pytest.mark.slow),
         (NODES, "hierarchical"),
         pytest.param(TWO_ROWS, "gathered", marks=pytest.mark.slow),
         pytest.param(NODES, "exchange", marks=pytest.mark.slow),

@@ -10,6 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_prints_every_line():
     ways = ["exchange/exact", "gathered/partial"]
     command = [sys.executable, "-m", "moe_jax.train.bench", "--json", "--seconds=0.1"]

@@ -20,7 +20,7 @@ EVERY_AXIS = {
     "fsdp_tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "fsdp": {"fsdp": 4, "expert": 2},
 }
-NAMES = ["node", "fsdp_tensor", pytest.param("fsdp", marks=pytest.mark.slow)]
+NAMES = ["fsdp_tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("node", "fsdp"))]
 ONE = {"data": 1, "expert": 1}
 
 
