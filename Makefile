@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 CONFIG ?= configs/quickstart.py
+# Test processes, each with files of its own: most of the time goes into compiling, on one core.
+WORKERS ?= 2
 # Devices of the quickstart's expert axis, for the planner.
 DEVICES ?= 4
 # Seconds of each of its two searches, at most.
@@ -30,7 +32,7 @@ quickstart-commands:
 	$(BIN)/python -m moe_jax.sim.report --before=$(RUN)/before.npz --after=$(RUN)/after.npz --plan=$(RUN)/plan.json --compare=$(RUN)/compare.json --metrics=$(RUN)/metrics.jsonl --out=$(RUN)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -10,11 +10,12 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu is installed to compile only: do not look for a TPU
 # A program that several tests (or processes of one test) compile is compiled once a session.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="moe_jax-compiled-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what the first process made
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="moe_jax-compiled-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

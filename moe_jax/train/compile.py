@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from moe_jax import config as config_lib
-from moe_jax import entry
+from moe_jax import entry, tpu
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.train import hlo
@@ -57,18 +57,6 @@ class Report:
     kernels: int
 
 
-def prepare_environment() -> None:
-    """What libtpu reads once, when it is loaded. Call before JAX is imported."""
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5p-8",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_WORKER_ID="0",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is run: no other process is in the way
-    )
-
-
 def check_topology(config: Config, topology: str) -> int:
     """Refuses words that name no pod, and pods of another size than the mesh. Returns its chips."""
     match = re.fullmatch(r"(v\d+[a-z]*):(\d+(?:x\d+)+)", topology)
@@ -95,7 +83,7 @@ def check_topology(config: Config, topology: str) -> int:
 def compile_step(config: Config, topology: str) -> Report:
     """Compiles; raises `Refused` if a chip's memory is too small.
 
-    `prepare_environment` must have been called before JAX was imported.
+    `tpu.ENVIRONMENT` must have been set before JAX was imported.
     """
     check_topology(config, topology)
     limit = HBM_GIB[topology.split(":")[0]] * GIB
@@ -201,7 +189,7 @@ def main() -> None:
     topology = entry.required("--topology", TOPOLOGY.value)
     config = config_lib.from_config_dict(plain)
     check_topology(config, topology)
-    prepare_environment()
+    os.environ.update(tpu.ENVIRONMENT)
     report = compile_step(config, topology)
     print(json.dumps(dataclasses.asdict(report)) if JSON.value else as_table(report), flush=True)
 

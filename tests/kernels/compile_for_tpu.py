@@ -13,14 +13,9 @@ import os
 import re
 import sys
 
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5p-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_WORKER_ID="0",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is run: no other process is in the way
-)
+from moe_jax import tpu
+
+os.environ.update(tpu.ENVIRONMENT)
 
 import jax
 import numpy as np

@@ -18,6 +18,7 @@ experts, A rows computed here, D d_model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -28,6 +29,7 @@ from moe_jax.mesh import Axis
 from moe_jax.model.dispatch import hop as hop_lib
 from moe_jax.model.dispatch import path as path_lib
 from moe_jax.model.dispatch import sorting as sorting_lib
+from moe_jax.model.dispatch.hop import Exchange, Gather
 from moe_jax.model.dispatch.path import Path
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.model.dispatch.wire import Wire
@@ -74,85 +76,67 @@ class Setting:
         return self.num_physical // self.num_devices
 
 
+# (slot_TK, setting) -> hops of the way out, and the slots of the tokens at its end: [X, K], -1
+# where an assignment is not computed here
+Hops = tuple[Exchange | Gather, ...]
+Way = Callable[[jax.Array, Setting], tuple[Hops, jax.Array]]
 Scheme = Callable[[jax.Array, jax.Array, jax.Array, ExpertsFn, Setting], tuple[jax.Array, Traffic]]
 
 
-def local(
-    x_TD: Float[Array, "T D"],
-    slot_TK: Int[Array, "T K"],
-    weight_TK: Float[Array, "T K"],
-    experts_fn: ExpertsFn,
-    setting: Setting,
-) -> tuple[Float[Array, "T D"], Traffic]:
-    """All experts on this device."""
+def local(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "T K"]]:
+    """All experts are on this device."""
     assert setting.num_devices == 1, "local dispatch keeps every expert on one device"
-    return _along((), slot_TK, x_TD, slot_TK, weight_TK, experts_fn, setting)
+    return (), slot_TK
 
 
-def gathered(
-    x_TD: Float[Array, "T D"],
-    slot_TK: Int[Array, "T K"],
-    weight_TK: Float[Array, "T K"],
-    experts_fn: ExpertsFn,
-    setting: Setting,
-) -> tuple[Float[Array, "T D"], Traffic]:
-    """All-gather tokens, compute the local experts, reduce-scatter the weighted sums."""
+def gathered(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "X K"]]:
+    """Every token to every device, by an all-gather; sums come back by a reduce-scatter."""
     hop, here_XK = hop_lib.gather(_device_of(slot_TK, setting), setting.axes)
-    slot_XK = jax.lax.all_gather(slot_TK, setting.axes, tiled=True)
-    slot_XK = jnp.where(here_XK, slot_XK, -1)
-    return _along((hop,), slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting)
+    return (hop,), _arrived(slot_TK, here_XK, setting.axes)
 
 
-def exchange(
-    x_TD: Float[Array, "T D"],
-    slot_TK: Int[Array, "T K"],
-    weight_TK: Float[Array, "T K"],
-    experts_fn: ExpertsFn,
-    setting: Setting,
-) -> tuple[Float[Array, "T D"], Traffic]:
-    """Each token once to every distinct device of its experts, over all axes as one. Dropless."""
-    wire = Wire.of(setting.axes, setting.transport, num_tokens=len(x_TD))
+def exchange(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "X K"]]:
+    """Each token once to every distinct device of its experts, over all axes as one."""
+    wire = Wire.of(setting.axes, setting.transport, num_tokens=len(slot_TK))
     hop, here_XK = hop_lib.exchange(_device_of(slot_TK, setting), wire, most=setting.num_local)
-    slot_XK = jax.lax.all_gather(slot_TK, setting.axes, tiled=True)
-    slot_XK = jnp.where(here_XK, slot_XK, -1)
-    return _along((hop,), slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting)
+    return (hop,), _arrived(slot_TK, here_XK, setting.axes)
 
 
-def hierarchical(
-    x_TD: Float[Array, "T D"],
-    slot_TK: Int[Array, "T K"],
-    weight_TK: Float[Array, "T K"],
-    experts_fn: ExpertsFn,
-    setting: Setting,
-) -> tuple[Float[Array, "T D"], Traffic]:
-    """Two exchanges: between nodes along the first axis, then within the node along the others."""
+def hierarchical(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "Y K"]]:
+    """Two exchanges: between nodes along the first axis, then within the node along the others.
+
+    X are the tokens that this device relays, Y those of all devices, in the relays' order.
+    """
     node_axis, device_axes = setting.axes[0], setting.axes[1:]
     devices = jax.lax.axis_size(device_axes)
-    between = Wire.of(node_axis, setting.transport, num_tokens=len(x_TD))
-    num_relayed = len(x_TD) * jax.lax.axis_size(node_axis)
-    within = Wire.of(device_axes, setting.transport, num_tokens=num_relayed)
-
     device_TK = _device_of(slot_TK, setting)
     node_TK = jnp.where(device_TK < 0, -1, device_TK // devices)
+    between = Wire.of(node_axis, setting.transport, num_tokens=len(slot_TK))
     first, relayed_XK = hop_lib.exchange(node_TK, between, most=devices * setting.num_local)
-    slot_XK = jax.lax.all_gather(slot_TK, node_axis, tiled=True)
-    slot_XK = jnp.where(relayed_XK, slot_XK, -1)  # X: tokens that this device relays
+    slot_XK = _arrived(slot_TK, relayed_XK, node_axis)
 
     device_XK = _device_of(slot_XK, setting)
     device_XK = jnp.where(device_XK < 0, -1, device_XK % devices)
+    within = Wire.of(device_axes, setting.transport, num_tokens=len(slot_XK))
     second, here_YK = hop_lib.exchange(device_XK, within, most=setting.num_local)
-    slot_YK = jax.lax.all_gather(slot_XK, device_axes, tiled=True)
-    slot_YK = jnp.where(here_YK, slot_YK, -1)  # Y: tokens of all devices, in the relays' order
-    return _along((first, second), slot_YK, x_TD, slot_TK, weight_TK, experts_fn, setting)
+    return (first, second), _arrived(slot_XK, here_YK, device_axes)
 
 
-def _along(hops, slot_XK, x_TD, slot_TK, weight_TK, experts_fn, setting):
-    """Out, through the experts, back: the same for every scheme.
+def _arrived(slot_TK: jax.Array, here_XK: jax.Array, axis: Axis) -> jax.Array:
+    """Slots of the tokens of all devices of an axis; -1 where an assignment did not come here."""
+    return jnp.where(here_XK, jax.lax.all_gather(slot_TK, axis, tiled=True), -1)
 
-    Args:
-      hops: of the way out, in order.
-      slot_XK: slots of the tokens at its end; -1 where an assignment is not computed here.
-    """
+
+def _along(
+    way: Way,
+    x_TD: Float[Array, "T D"],
+    slot_TK: Int[Array, "T K"],
+    weight_TK: Float[Array, "T K"],
+    experts_fn: ExpertsFn,
+    setting: Setting,
+) -> tuple[Float[Array, "T D"], Traffic]:
+    """Out, through the experts, back: the same for every scheme. Dropless."""
+    hops, slot_XK = way(slot_TK, setting)
     first = jax.lax.axis_index(setting.axes) * setting.num_local
     local_XK = jnp.where(slot_XK < 0, setting.num_local, slot_XK - first)
     sorting = sorting_lib.sort_by_expert(
@@ -219,10 +203,11 @@ def _device_of(slot_TK: jax.Array, setting: Setting) -> jax.Array:
     return jnp.where(slot_TK < 0, -1, slot_TK // setting.num_local)
 
 
-SCHEMES: dict[str, Scheme] = {
+WAYS: dict[str, Way] = {
     "local": local,
     "gathered": gathered,
     "exchange": exchange,
     "hierarchical": hierarchical,
     "shuffled": exchange,  # from homes that shuffled.py chooses
 }
+SCHEMES: dict[str, Scheme] = {name: functools.partial(_along, way) for name, way in WAYS.items()}
