@@ -209,6 +209,14 @@ def copied_config(content: bytes) -> Callable[[pathlib.Path, pathlib.Path], None
     return make
 
 
+def run_that_drops(tmp: pathlib.Path, run: pathlib.Path) -> None:
+    """tmp/run: the trained one, its experts with a capacity."""
+    shutil.copytree(run, tmp / "run")
+    config = json.loads((tmp / "run" / "config.json").read_text())
+    config["model"]["capacity_factor"] = 1.0
+    (tmp / "run" / "config.json").write_text(json.dumps(config))
+
+
 def plan_with_shares_for_two_nodes(tmp: pathlib.Path, run: pathlib.Path) -> None:
     slots_LP = np.tile(np.r_[0:16, 4:16, 0:4], (2, 1))
     Plan(Placement(slots_LP, 16, 4, np.full((2, 3, 32), 32))).write(tmp / "plan.json")
@@ -415,6 +423,8 @@ TABLE = [
           make=run_without_checkpoints, workdir="{tmp}/run"),
     infer("broken config.json", "--prompt=a", "config.json", "'{'", "restore it",
           make=copied_config(b"{"), workdir="{tmp}/run"),
+    infer("measure with a capacity", "--measure={tmp}/m.npz", "--measure", "capacity_factor = 1.0",
+          "--record", make=run_that_drops, workdir="{tmp}/run"),
     # Prompts and sampling.
     infer("unknown dispatch", "--prompt=a --dispatch=coherant", "--dispatch", "'coherant'",
           "did you mean 'coherent'"),

@@ -42,6 +42,14 @@ def run(request: Request) -> None:
     _check_flags(request)
     source = load.find(request.workdir, request.placement, request.dispatch)
     config = source.config
+    if request.measure and config.model.capacity_factor:
+        raise Refused(
+            "--measure",
+            request.measure,
+            f"counted rows are compared with predicted ones, which know nothing of the assignments "
+            f"that model.capacity_factor = {config.model.capacity_factor} drops",
+            "use --record or --benchmark, or a run with model.capacity_factor = 0",
+        )
     if request.prompts:
         prompts = [list(os.fsencode(prompt)) for prompt in request.prompts]
         corpus_name = "prompts"

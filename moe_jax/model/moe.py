@@ -58,7 +58,7 @@ class LayerRecord:
     load_balance: Leaf
     z: Leaf
     home_BS: Leaf | None = None
-    apart: Leaf = None
+    apart: Leaf | None = None
 
 
 MoELayer = Callable[[jax.Array, MoE, jax.Array, jax.Array, Table], tuple[jax.Array, LayerRecord]]

@@ -137,10 +137,8 @@ def exchange(device_TK: jax.Array, wire: Wire, most: int) -> tuple[Exchange, jax
     token_R = indices_of_true(goes_MT, size=num_tokens * min(top_k, size)) % num_tokens
     sent_MT = jnp.cumsum(goes_MT.reshape(-1), dtype=jnp.int32).reshape(goes_MT.shape) - 1
     away_TK = device_TK < 0
-    earlier_KK = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
-    repeated_TK = ((device_TK[:, :, None] == device_TK[:, None, :]) & earlier_KK[None]).any(axis=2)
     sum_position_TK = jnp.take_along_axis(sent_MT.T, jnp.maximum(device_TK, 0), axis=1)
-    sum_position_TK = jnp.where(away_TK | repeated_TK, token_R.size, sum_position_TK)
+    sum_position_TK = jnp.where(first_of(device_TK), sum_position_TK, token_R.size)
     by_device_N = jnp.where(away_TK, size, device_TK).reshape(-1)
     assignment_N = jnp.argsort(by_device_N, stable=True).astype(jnp.int32)
     place_N = jnp.zeros_like(assignment_N)
@@ -244,3 +242,11 @@ def gather(device_TK: jax.Array, axis: Axis) -> tuple[Gather, jax.Array]:
 def indices_of_true(mask: jax.Array, *, size: int) -> jax.Array:
     """Flat indices of the true entries in order, int32 [size]; arbitrary valid ones beyond."""
     return jnp.nonzero(mask.reshape(-1), size=size, fill_value=0)[0].astype(jnp.int32)
+
+
+def first_of(device_TK: jax.Array) -> jax.Array:
+    """bool [T, K]: the first assignment of its token on its device; False where there is none."""
+    top_k = device_TK.shape[1]
+    earlier_KK = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
+    same_TKK = device_TK[:, :, None] == device_TK[:, None, :]
+    return (device_TK >= 0) & ~(same_TKK & earlier_KK[None]).any(axis=2)

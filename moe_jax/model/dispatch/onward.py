@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from moe_jax.model.dispatch import grid, stay
 from moe_jax.model.dispatch import sorting as sorting_lib
+from moe_jax.model.dispatch.hop import first_of
 from moe_jax.model.dispatch.schemes import ExpertsFn, Setting
 from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.traffic import Traffic
@@ -61,7 +62,7 @@ class Onward:
           x_RD of the tokens that are here then, packed; at_X, where all are; this device's traffic.
         """
         device_XK = jnp.where(slot_XK < 0, -1, slot_XK // self.setting.num_local)
-        first_XK = _first_of(device_XK)
+        first_XK = first_of(device_XK)
         out = self._out(device_XK, first_XK)
         top_k, num_group = slot_XK.shape[1], len(slot_XK)
         arrived_XD = out.move(
@@ -145,7 +146,7 @@ class Exact:
 
     def total(self, token_W: jax.Array, rows_WKD: jax.Array) -> jax.Array:
         """Sums over K of what came of these tokens; zeros where nothing did. Float32."""
-        return _weighted_sum(rows_WKD, self._weight_XK[token_W])
+        return sorting_lib.weighted_sum(rows_WKD, self._weight_XK[token_W])
 
 
 class Partial(Exact):
@@ -195,19 +196,6 @@ class Reproducible(Partial):
 
 
 _COMBINES = {"exact": Exact, "partial": Partial, "reproducible": Reproducible}
-
-
-def _first_of(device_XK: jax.Array) -> jax.Array:
-    """bool [X, K]: the first assignment of its token on its device."""
-    top_k = device_XK.shape[1]
-    earlier_KK = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
-    same_XKK = device_XK[:, :, None] == device_XK[:, None, :]
-    return (device_XK >= 0) & ~(same_XKK & earlier_KK[None]).any(axis=2)
-
-
-def _weighted_sum(rows_WKD: jax.Array, weight_WK: jax.Array) -> jax.Array:
-    """sum_k weight * row in rank order, in float32."""
-    return sorting_lib.sum_in_rank_order(rows_WKD.astype(jnp.float32) * weight_WK[:, :, None])
 
 
 def _traffic(out: Leg, on: Leg | None, group_sizes_e: jax.Array) -> Traffic:

@@ -31,7 +31,7 @@ from moe_jax.model.dispatch import path as path_lib
 from moe_jax.model.dispatch import sorting as sorting_lib
 from moe_jax.model.dispatch.hop import Exchange, Gather
 from moe_jax.model.dispatch.path import Path
-from moe_jax.model.dispatch.traffic import Traffic
+from moe_jax.model.dispatch.traffic import Traffic, away
 from moe_jax.model.dispatch.wire import Wire
 
 # (rows_AD sorted by local expert, group_sizes_e) -> [A, D]; zeros beyond the groups
@@ -148,20 +148,13 @@ def _along(
     rows_AD = path_lib.spread(path, x_TD, combine=setting.combine, wire_dtype=setting.wire_dtype)
     y_AD = experts_fn(rows_AD, sorting.group_sizes_e)
     if setting.combine == "exact":
-        y_TD = combine_at_home(path_lib.collect(path, y_AD), weight_TK)
+        rows_TKD = path_lib.collect(path, y_AD)
+        y_TD = sorting_lib.weighted_sum(rows_TKD, weight_TK).astype(rows_TKD.dtype)
     else:
         weight_A = path_lib.assignments(path, weight_TK)
         weighted_AD = y_AD.astype(jnp.float32) * weight_A[:, None]
         y_TD = path_lib.collect_sums(path, weighted_AD, x_TD.dtype, combine=setting.combine)
     return y_TD, _traffic(path, slot_TK, setting)
-
-
-def combine_at_home(
-    rows_TKD: Float[Array, "T K D"], weight_TK: Float[Array, "T K"]
-) -> Float[Array, "T D"]:
-    """sum_k weight * row in rank order, in float32."""
-    weighted_TKD = rows_TKD.astype(jnp.float32) * weight_TK[:, :, None]
-    return sorting_lib.sum_in_rank_order(weighted_TKD).astype(rows_TKD.dtype)
 
 
 def _traffic(path: Path, slot_TK: jax.Array, setting: Setting) -> Traffic:
@@ -177,9 +170,8 @@ def _traffic(path: Path, slot_TK: jax.Array, setting: Setting) -> Traffic:
         out_M = out_M.at[on_axis].add(hop.rows_out_M())
         home_M = home_M.at[on_axis].add(hop.rows_home_M(singly=singly))
         padding_M = padding_M.at[on_axis].add(hop.padding_M(singly=singly))
-    away_M = jnp.arange(size) != jax.lax.axis_index(setting.axes)
     out_M, home_M, distinct_M, padding_M = (
-        jnp.where(away_M, rows_M, 0) for rows_M in (out_M, home_M, distinct_M, padding_M)
+        away(rows_M, setting.axes) for rows_M in (out_M, home_M, distinct_M, padding_M)
     )
     computed_e = path.sorting.group_sizes_e
     return Traffic.of_source(out_M, home_M, distinct_M, padding_M, computed_e)

@@ -82,6 +82,11 @@ def sum_rows(rows_ND: jax.Array, index_XK: jax.Array) -> jax.Array:
     return total_XD
 
 
+def weighted_sum(rows_XKD: jax.Array, weight_XK: jax.Array) -> jax.Array:
+    """sum_k weight * row in rank order, in float32, [X, D]."""
+    return sum_in_rank_order(rows_XKD.astype(jnp.float32) * weight_XK[:, :, None])
+
+
 def no_gradient(tree):
     """The cotangent of integers."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)

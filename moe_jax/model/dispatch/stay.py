@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch.hop import indices_of_true
+from moe_jax.model.dispatch.traffic import away
 from moe_jax.model.dispatch.wire import Wire
 from moe_jax.pytree import Leaf
 
@@ -210,21 +211,16 @@ class Leg:
 
     def rows_M(self) -> jax.Array:
         """Rows on the wire from here to each device, int32 [M]."""
-        return _away(self.to_M, self.wire.axis)
+        return away(self.to_M, self.wire.axis)
 
     def padding_M(self) -> jax.Array:
         """Rows without a token from here to each device, int32 [M]."""
-        return _away(self.wire.padding_M(self.to_M), self.wire.axis)
+        return away(self.wire.padding_M(self.to_M), self.wire.axis)
 
 
 def shared_M(residence: Residence, axes: mesh_lib.Axis) -> jax.Array:
     """Rows that `share` sends from here to each device, int32 [M]."""
-    return _away(jnp.full_like(residence.count_M, residence.count), axes)
-
-
-def _away(rows_M: jax.Array, axes: mesh_lib.Axis) -> jax.Array:
-    away_M = jnp.arange(rows_M.size) != jax.lax.axis_index(axes)
-    return jnp.where(away_M, rows_M, 0)
+    return away(jnp.full_like(residence.count_M, residence.count), axes)
 
 
 def num_tiles(count: jax.Array, tile: int) -> jax.Array:

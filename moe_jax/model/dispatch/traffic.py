@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.mesh import Axis
 from moe_jax.pytree import Leaf
 
 
@@ -56,3 +57,9 @@ class Traffic:
             padding_MM=row(padding_M),
             computed_P=computed_e,
         )
+
+
+def away(rows_M: jax.Array, axes: Axis) -> jax.Array:
+    """Rows to each device [M], without those that stay on this one. Inside `shard_map`."""
+    away_M = jnp.arange(rows_M.size) != jax.lax.axis_index(axes)
+    return jnp.where(away_M, rows_M, 0)
