@@ -112,9 +112,9 @@ CASES = [
     *(("exchange", "partial", shape, 2) for shape in [(1, 8), (2, 4)]),
     ("local", "reproducible", (8, 1), 2),
     *((dispatch, "reproducible", (1, 8), 2) for dispatch in BOTH),
+    *(("exchange", combine, (2, 4), top_k) for combine in schemes.COMBINES for top_k in (1, 8)),
     *(
-        (dispatch, combine, (2, 4), top_k)
-        for dispatch in BOTH
+        pytest.param("gathered", combine, (2, 4), top_k, marks=pytest.mark.slow)
         for combine in schemes.COMBINES
         for top_k in (1, 8)
     ),

@@ -65,6 +65,7 @@ def test_copies_stay_equal_and_learn_what_single_experts_learn():
     assert moved
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_answers(tmp_path):
     placement = tiny.replicated_placement(1)
     Plan(placement).write(tmp_path / "plan.json")
