@@ -8,7 +8,7 @@ from moe_jax import config as config_lib
 from moe_jax import entry
 
 CONFIG = entry.define_config(
-    "A file in configs/, with ':variant' if it has one. Override any field of moe_jax/config.py "
+    "A file in configs/, with ':variant' if it has one. Override any field of moe_jax/config "
     "with --config.model.top_k=4 and the like."
 )
 WORKDIR = flags.DEFINE_string(

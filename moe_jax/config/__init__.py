@@ -1,0 +1,57 @@
+"""Configuration: one frozen, validated dataclass made once from a `ConfigDict`.
+
+`from_config_dict` turns what a file in configs/ returns into a `Config`; it refuses unknown fields
+(with the nearest known name), wrong types, and every combination that could not run, each as
+`Refused(field, value, rule, fix)`, before any device work. Nothing else in the package reads a
+`ConfigDict`; math never reads a config at all.
+
+    fields.py     the dataclasses
+    building.py   from a ConfigDict or JSON, to JSON, the digest of a run
+    rules.py      what must hold between fields
+"""
+
+from moe_jax.config.building import (
+    complete,
+    digest,
+    from_config_dict,
+    from_json,
+    to_json,
+    unknown_field,
+)
+from moe_jax.config.fields import (
+    DISPATCHES,
+    MESH_AXES,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from moe_jax.config.rules import (
+    check_devices,
+    check_trainable,
+    validate,
+    with_dispatch,
+)
+
+__all__ = [
+    "DISPATCHES",
+    "MESH_AXES",
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "check_devices",
+    "check_trainable",
+    "complete",
+    "digest",
+    "from_config_dict",
+    "from_json",
+    "to_json",
+    "unknown_field",
+    "validate",
+    "with_dispatch",
+]

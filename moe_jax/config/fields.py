@@ -1,0 +1,131 @@
+"""The fields of a config: frozen dataclasses, and the words that some of them may be."""
+
+import dataclasses
+
+DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled", "coherent")
+INFERENCE_ONLY = ("coherent",)  # of them: not for training
+COMBINES = ("exact", "partial", "reproducible")
+WIRE_DTYPES = ("", "float8_e4m3fn")
+OVERLAP_DEGREES = (1, 2, 4, 8)
+DTYPES = ("float32", "bfloat16")
+MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
+ATTENTIONS = ("split", "replicated")
+REMATS = ("none", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only MoE transformer (sizes in elements; letters as in the glossary)."""
+
+    vocab_size: int  # V
+    num_layers: int  # L
+    d_model: int  # D
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # key/value heads; divides num_heads (grouped-query attention)
+    d_head: int
+    d_ff: int  # F, width of one expert
+    num_experts: int  # E
+    top_k: int  # K
+    max_seq_len: int  # the rotary range, in tokens
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dtype: str = "float32"  # of activations; parameters and router are float32
+    dispatch: str = "exchange"
+    # Sums at home, bits free of the placement; "partial": fewest rows; "reproducible": both.
+    combine: str = "exact"
+    capacity_factor: float = 0.0  # of the mean load of an expert; 0 = nothing is dropped
+    wire_dtype: str = ""  # of rows to the experts: "" = dtype, or "float8_e4m3fn"; gradients: dtype
+    overlap_degree: int = 1  # chunks of tokens whose exchange and experts may overlap
+    load_balance_coef: float = 0.01
+    z_loss_coef: float = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis.
+
+    Tokens are split over data x fsdp x node x expert; experts over node x expert; parameters and
+    optimizer state over fsdp; heads, the columns of an expert and the vocabulary over tensor.
+    With `node` above 1, `expert` counts the devices of one node; a plan is for node x expert
+    devices, node by node.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    node: int = 1
+    expert: int = 1
+    tensor: int = 1
+    # Over node x expert, attention splits the batch ("split") or does the same work ("replicated").
+    attention: str = "split"
+
+    @property
+    def expert_devices(self) -> int:
+        """Devices that hold one copy of all experts together: those that a plan is for."""
+        return self.node * self.expert
+
+    @property
+    def num_devices(self) -> int:
+        return self.token_devices * self.tensor
+
+    @property
+    def token_devices(self) -> int:
+        """Devices over which the tokens of a batch are split."""
+        return self.data * self.fsdp * self.expert_devices
+
+    def __str__(self) -> str:
+        """As "data 2 x expert 4"; axes of size 1 are left out."""
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
+        named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        return " x ".join(named) or "data 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text as bytes, cut into windows; files are split into train and held-out by their name."""
+
+    seq_len: int  # tokens a sequence, without the target of the last one
+    global_batch: int  # sequences a step
+    path: str = ""  # folder of text files; "" = the running Python's standard library
+    max_bytes: int = 12_000_000  # stop reading after this many bytes of text
+    held_out_fraction: float = 0.1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to a tenth of the peak."""
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.98
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int
+    log_every: int = 10
+    eval_every: int = 50
+    eval_sequences: int = 64
+    checkpoint_every: int = 100
+    checkpoints_kept: int = 3
+    max_bad_steps: int = 5  # non-finite steps in a row before the run stops
+    # "layer": the backward pass computes each layer again from its input, and gathers its weights
+    # again; "none": everything is kept, the weights that `fsdp` gathered included.
+    remat: str = "none"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    platform: str = ""  # "cpu", "gpu", "tpu"; "" = what JAX finds
+    virtual_devices: int = 0  # > 0: that many virtual CPU devices a process (platform "cpu" only)
+    placement: str = ""  # plan file to train under; "" = contiguous

@@ -1,0 +1,278 @@
+"""What must hold between the fields of a config, each rule with the nearest values that keep it."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from moe_jax.config.fields import (
+    ATTENTIONS,
+    COMBINES,
+    DISPATCHES,
+    DTYPES,
+    INFERENCE_ONLY,
+    MESH_AXES,
+    OVERLAP_DEGREES,
+    REMATS,
+    WIRE_DTYPES,
+    Config,
+    ModelConfig,
+)
+from moe_jax.errors import Refused
+
+
+def validate(config: Config) -> None:
+    """Checks every rule that needs no devices and no files. Raises `Refused` at the first."""
+    _validate_model(config.model)
+    _validate_mesh(config)
+    _validate_data(config)
+    _validate_training(config)
+
+
+def _positive(group: Any, prefix: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if not value > 0:
+            raise Refused(f"{prefix}.{name}", value, "must be above 0", "give a positive number")
+
+
+def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f"did you mean {near[0]!r}" if near else "choose one of them"
+        raise Refused(field, value, f"must be one of {', '.join(map(repr, known))}", hint)
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _positive(
+        model,
+        "model",
+        (
+            *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_head"),
+            *("d_ff", "num_experts", "top_k", "max_seq_len", "rope_theta", "norm_eps"),
+        ),
+    )
+    for name in ("load_balance_coef", "z_loss_coef"):
+        if getattr(model, name) < 0:
+            raise Refused(f"model.{name}", getattr(model, name), "must be at least 0", "use 0")
+    if model.top_k > model.num_experts:
+        raise Refused(
+            "model.top_k",
+            model.top_k,
+            f"must be at most model.num_experts = {model.num_experts}",
+            f"choose 1 to {model.num_experts}",
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise Refused(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"must divide model.num_heads = {model.num_heads}",
+            f"nearest: {_nearest_divisors(model.num_kv_heads, model.num_heads)}",
+        )
+    if model.d_head % 2:
+        raise Refused(
+            "model.d_head",
+            model.d_head,
+            "must be even: rotary embeddings turn pairs of values",
+            f"use {model.d_head + 1}",
+        )
+    _one_of("model.dispatch", model.dispatch, DISPATCHES)
+    _one_of("model.combine", model.combine, COMBINES)
+    _one_of("model.dtype", model.dtype, DTYPES)
+    _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
+    for name in ("capacity_factor", "overlap_degree", "wire_dtype"):
+        default = getattr(ModelConfig, name)
+        if model.dispatch == "coherent" and getattr(model, name) != default:
+            raise Refused(
+                f"model.{name}",
+                getattr(model, name),
+                "is not made for coherent dispatch, where tokens do not come home",
+                f"use {default!r}, or another dispatch",
+            )
+    if model.overlap_degree not in OVERLAP_DEGREES:
+        nearest = min(OVERLAP_DEGREES, key=lambda degree: abs(degree - model.overlap_degree))
+        raise Refused(
+            "model.overlap_degree",
+            model.overlap_degree,
+            f"must be one of {', '.join(map(str, OVERLAP_DEGREES))}",
+            f"nearest: {nearest}",
+        )
+
+
+# (mesh axis, what it splits besides tokens and experts)
+_SPLIT_BY = (
+    ("fsdp", "d_model"),
+    *(("tensor", split) for split in ("num_heads", "num_kv_heads", "d_ff", "vocab_size")),
+)
+
+
+def _validate_mesh(config: Config) -> None:
+    mesh, model = config.mesh, config.model
+    _positive(mesh, "mesh", MESH_AXES)
+    _one_of("mesh.attention", mesh.attention, ATTENTIONS)
+    for axis, split in _SPLIT_BY:
+        devices, value = getattr(mesh, axis), getattr(model, split)
+        if value % devices:
+            raise Refused(
+                f"mesh.{axis}",
+                devices,
+                f"must divide model.{split} = {value}, which it splits",
+                f"nearest: {_nearest_divisors(devices, value)}",
+            )
+    devices = mesh.expert_devices
+    if model.num_experts % devices:
+        what = "mesh.expert" if mesh.node == 1 else "mesh.node x mesh.expert"
+        raise Refused(
+            "model.num_experts",
+            model.num_experts,
+            f"must be divisible by {what} = {devices}",
+            f"nearest: {what} {_nearest_divisors(devices, model.num_experts)}, or "
+            f"num_experts {_nearest_multiples(model.num_experts, devices)}",
+        )
+    if model.dispatch == "local" and devices > 1:
+        raise Refused(
+            "model.dispatch",
+            "local",
+            f"keeps every expert on one device, but they are split over {devices} ({mesh})",
+            "use 'exchange' or 'gathered', or mesh.expert = 1",
+        )
+    if model.dispatch == "shuffled":
+        _validate_heads(model, devices)
+    if model.dispatch in ("shuffled", "coherent"):
+        for field, value, plain in (
+            ("mesh.fsdp", mesh.fsdp, 1),
+            ("mesh.tensor", mesh.tensor, 1),
+            ("mesh.attention", mesh.attention, "split"),
+            ("train.remat", config.train.remat, "none"),
+        ):
+            if value != plain and (field, model.dispatch) != ("train.remat", "coherent"):
+                rule = f"is not there for model.dispatch = {model.dispatch!r}: its layers differ"
+                raise Refused(field, value, rule, f"set {field} = {plain!r}")
+    _one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
+    if config.virtual_devices < 0:
+        raise Refused("virtual_devices", config.virtual_devices, "must be at least 0", "use 0")
+    if config.virtual_devices and config.platform != "cpu":
+        raise Refused(
+            "virtual_devices",
+            config.virtual_devices,
+            "virtual devices exist on the CPU only",
+            "set platform = 'cpu', or virtual_devices = 0",
+        )
+
+
+def _validate_heads(model: ModelConfig, devices: int) -> None:
+    """`shuffled` splits attention by heads over the devices that share the experts."""
+    rule = f"must be divisible by the {devices} devices that attention is split over (shuffled)"
+    if model.num_heads % devices:
+        nearest = _nearest_multiples(model.num_heads, devices)
+        raise Refused("model.num_heads", model.num_heads, rule, f"nearest: {nearest}")
+    if model.num_kv_heads % devices and devices % model.num_kv_heads:
+        fix = f"nearest: {_nearest_multiples(model.num_kv_heads, devices)}, or a divisor"
+        raise Refused("model.num_kv_heads", model.num_kv_heads, f"{rule}, or divide them", fix)
+
+
+def with_dispatch(config: Config, dispatch: str) -> Config:
+    """The config of a model that is served with another dispatch than it was trained with."""
+    _one_of("--dispatch", dispatch, DISPATCHES)
+    model = dataclasses.replace(config.model, dispatch=dispatch)
+    config = dataclasses.replace(config, model=model)
+    validate(config)
+    return config
+
+
+def check_trainable(config: Config) -> None:
+    """Refuses a dispatch that has no backward pass."""
+    if config.model.dispatch in INFERENCE_ONLY:
+        raise Refused(
+            "model.dispatch",
+            config.model.dispatch,
+            "serves only: its tokens attend wherever their experts left them, for which keys and "
+            "values of all sequences are kept on every device, and nothing is differentiated",
+            "train with 'exchange' and serve with infer.py "
+            f"--dispatch={config.model.dispatch}: the parameters are the same",
+        )
+
+
+def check_devices(config: Config, num_devices: int) -> None:
+    """Refuses a mesh that needs more devices than all processes have together."""
+    needed = config.mesh.num_devices
+    if needed > num_devices:
+        raise Refused(
+            "mesh",
+            str(config.mesh),
+            f"needs {needed} devices, but there are {num_devices}",
+            f"choose axes whose product is at most {num_devices}, or more virtual_devices",
+        )
+
+
+def _validate_data(config: Config) -> None:
+    data, model, mesh = config.data, config.model, config.mesh
+    _positive(data, "data", ("seq_len", "global_batch", "max_bytes"))
+    if data.seq_len > model.max_seq_len:
+        raise Refused(
+            "data.seq_len",
+            data.seq_len,
+            f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range",
+            f"shorten it, or set model.max_seq_len = {data.seq_len}",
+        )
+    devices = mesh.token_devices
+    for field, value in (
+        ("data.global_batch", data.global_batch),
+        ("train.eval_sequences", config.train.eval_sequences),
+    ):
+        if value % devices or value <= 0:
+            raise Refused(
+                field,
+                value,
+                f"must be a multiple of the {devices} devices that tokens are split over",
+                f"nearest: {_nearest_multiples(value, devices)}",
+            )
+    if not 0 < data.held_out_fraction < 1:
+        raise Refused(
+            "data.held_out_fraction", data.held_out_fraction, "must lie in (0, 1)", "use 0.1"
+        )
+    if model.vocab_size < 256:
+        raise Refused(
+            "model.vocab_size",
+            model.vocab_size,
+            "must be at least 256: tokens are bytes",
+            "use 256",
+        )
+
+
+def _validate_training(config: Config) -> None:
+    train, optimizer = config.train, config.optimizer
+    _positive(
+        train,
+        "train",
+        (
+            *("num_steps", "log_every", "eval_every", "eval_sequences"),
+            *("checkpoint_every", "checkpoints_kept", "max_bad_steps"),
+        ),
+    )
+    _one_of("train.remat", train.remat, REMATS)
+    for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
+        if not 0 <= seed < 2**31:
+            raise Refused(field, seed, "must lie in [0, 2^31)", "use 0")
+    _positive(optimizer, "optimizer", ("learning_rate", "clip_norm"))
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise Refused(
+                f"optimizer.{name}", getattr(optimizer, name), "must lie in [0, 1)", "use 0.9"
+            )
+    for name in ("warmup_steps", "weight_decay"):
+        if getattr(optimizer, name) < 0:
+            raise Refused(
+                f"optimizer.{name}", getattr(optimizer, name), "must be at least 0", "use 0"
+            )
+
+
+def _nearest_divisors(value: int, of: int) -> str:
+    divisors = [n for n in range(1, of + 1) if of % n == 0]
+    below = [n for n in divisors if n <= value][-1:]
+    above = [n for n in divisors if n > value][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _nearest_multiples(value: int, of: int) -> str:
+    below = value // of * of
+    return " or ".join(str(n) for n in (below, below + of) if n > 0)
