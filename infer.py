@@ -1,10 +1,12 @@
-"""Answers prompts with a trained model: python infer.py --workdir=DIR --prompt="def main("."""
+"""Answers prompts with a model: python infer.py --workdir=DIR --prompt="def main("."""
 
 from absl import flags
 
 from moe_jax import entry
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+HF = flags.DEFINE_string("hf", None, "Folder of a published model, in place of --workdir.")
+DEVICES = flags.DEFINE_integer("devices", None, "With --hf: split experts over so many devices.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File with one prompt a line.")
 PLACEMENT = flags.DEFINE_string(
@@ -30,7 +32,6 @@ HELD_OUT_START = flags.DEFINE_integer("held_out_start", 0, "Number of the first 
 
 
 def main() -> None:
-    workdir = entry.required("--workdir", WORKDIR.value)
     entry.check_output("--record", RECORD.value, suffix=".npz")
     entry.check_output("--measure", MEASURE.value, suffix=".npz")
     from moe_jax.infer import run
@@ -38,7 +39,9 @@ def main() -> None:
 
     run.run(
         run.Request(
-            workdir=workdir,
+            workdir=WORKDIR.value,
+            hf=HF.value,
+            devices=DEVICES.value,
             placement=PLACEMENT.value,
             dispatch=DISPATCH.value,
             prompts=run.read_prompts(PROMPT.value, PROMPTS.value),

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moe_jax.config.fields import Config
+from moe_jax.config.fields import PARTS, Config, ModelConfig
 from moe_jax.config.rules import validate
 from moe_jax.errors import Refused
 
@@ -58,6 +58,9 @@ def digest(config: Config) -> str:
         del plain[field]
     for field in ("num_steps", "log_every", "checkpoint_every", "checkpoints_kept", "remat"):
         del plain["train"][field]
+    for field in PARTS:
+        if plain["model"][field] == getattr(ModelConfig, field):
+            del plain["model"][field]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

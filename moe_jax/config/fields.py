@@ -11,6 +11,9 @@ DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
 ATTENTIONS = ("split", "replicated")
 REMATS = ("none", "layer")
+ROUTER_WEIGHTS = ("normalised", "softmax")
+QK_NORMS = ("", "head", "all")
+ATTENTION_BIASES = ("", "qkv", "qkvo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,19 @@ class ModelConfig:
     overlap_degree: int = 1  # chunks of tokens whose exchange and experts may overlap
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.001
+    # What published families differ in (moe_jax/hf); names in `PARTS`.
+    router_weights: str = "normalised"  # of the chosen: scaled to sum 1; "softmax": as they are
+    qk_norm: str = ""  # RMS norm of queries and keys: of each "head", or over "all" heads together
+    attention_bias: str = ""  # of projections: "qkv", or the output's too, "qkvo"
+    tied_output: bool = False  # the embedding is the output projection as well
+    d_ff_shared: int = 0  # width of an expert that every token visits; 0 = there is none
+    shared_gate: bool = False  # its output times sigmoid(x w)
+
+
+# Fields of `ModelConfig` that came later: a model without them has the digest that it had before.
+PARTS = (
+    *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import difflib
 from typing import Any
 
 from moe_jax.config.fields import (
+    ATTENTION_BIASES,
     ATTENTIONS,
     COMBINES,
     DISPATCHES,
@@ -12,7 +13,9 @@ from moe_jax.config.fields import (
     INFERENCE_ONLY,
     MESH_AXES,
     OVERLAP_DEGREES,
+    QK_NORMS,
     REMATS,
+    ROUTER_WEIGHTS,
     WIRE_DTYPES,
     Config,
     ModelConfig,
@@ -51,7 +54,7 @@ def _validate_model(model: ModelConfig) -> None:
             *("d_ff", "num_experts", "top_k", "max_seq_len", "rope_theta", "norm_eps"),
         ),
     )
-    for name in ("load_balance_coef", "z_loss_coef"):
+    for name in ("load_balance_coef", "z_loss_coef", "d_ff_shared"):
         if getattr(model, name) < 0:
             raise Refused(f"model.{name}", getattr(model, name), "must be at least 0", "use 0")
     if model.top_k > model.num_experts:
@@ -79,6 +82,16 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.combine", model.combine, COMBINES)
     _one_of("model.dtype", model.dtype, DTYPES)
     _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
+    _one_of("model.router_weights", model.router_weights, ROUTER_WEIGHTS)
+    _one_of("model.qk_norm", model.qk_norm, QK_NORMS)
+    _one_of("model.attention_bias", model.attention_bias, ATTENTION_BIASES)
+    if model.shared_gate and not model.d_ff_shared:
+        raise Refused(
+            "model.shared_gate",
+            True,
+            "weighs the output of a shared expert, and model.d_ff_shared = 0: there is none",
+            "set model.d_ff_shared to its width, or model.shared_gate = False",
+        )
     for name in ("capacity_factor", "overlap_degree", "wire_dtype"):
         default = getattr(ModelConfig, name)
         if model.dispatch == "coherent" and getattr(model, name) != default:
@@ -101,7 +114,10 @@ def _validate_model(model: ModelConfig) -> None:
 # (mesh axis, what it splits besides tokens and experts)
 _SPLIT_BY = (
     ("fsdp", "d_model"),
-    *(("tensor", split) for split in ("num_heads", "num_kv_heads", "d_ff", "vocab_size")),
+    *(
+        ("tensor", split)
+        for split in ("num_heads", "num_kv_heads", "d_ff", "vocab_size", "d_ff_shared")
+    ),
 )
 
 

@@ -1,9 +1,13 @@
-"""A trained model from its work directory, its experts where a plan wants them."""
+"""A trained model from its work directory, its experts where a plan wants them.
+
+A source, this one or that of a published model (published.py), is what is known before any device
+work: `config`, `plan`, `text`, `virtual_devices`, and `model(mesh)`, which reads the parameters.
+"""
 
 import dataclasses
 import pathlib
 import sys
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -14,10 +18,26 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer.engine import Engine
+from moe_jax.infer.text import Bytes, Text
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes, with_slots
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A model that can be served: see the head of this file."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def plan(self) -> plan_lib.Plan: ...
+    @property
+    def text(self) -> Text: ...
+    @property
+    def virtual_devices(self) -> int: ...
+    def model(self, mesh: Mesh) -> transformer.Transformer: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +49,32 @@ class Source:
       folder: the step directory.
       contents: what it holds.
       plan: the placement to compute under.
+      text: bytes.
     """
 
     config: Config
     folder: pathlib.Path
     contents: checkpoint.Contents
     plan: plan_lib.Plan
+    text: Text = dataclasses.field(default_factory=Bytes)
+
+    @property
+    def virtual_devices(self) -> int:
+        """Those of all the processes that trained, in one; 0 = devices are real."""
+        made = self.config.virtual_devices
+        return made and max(made, self.config.mesh.num_devices)
+
+    def model(self, mesh: Mesh) -> transformer.Transformer:
+        """Reads the parameters, permutes them if another plan was asked for."""
+        stored = self.contents.plan.placement
+        model = parameters(self, mesh)
+        if stored.digest != self.plan.digest:
+            metrics.say(
+                f"moving experts: stored as plan {stored.digest[:12]}, "
+                f"computing under {self.plan.digest[:12]}"
+            )
+            model = permute.apply(model, stored, self.plan.placement)
+        return model
 
 
 def find(workdir: str, placement: str | None, dispatch: str | None = None) -> Source:
@@ -76,16 +116,9 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr)  # metrics.fail would ask JAX which process this is
 
 
-def engine(source: Source, mesh: Mesh) -> Engine:
-    """Reads the parameters, permutes them if another plan was asked for."""
-    stored = source.contents.plan.placement
-    model = parameters(source, mesh)
-    if stored.digest != source.plan.digest:
-        metrics.say(
-            f"moving experts: stored as plan {stored.digest[:12]}, "
-            f"computing under {source.plan.digest[:12]}"
-        )
-        model = permute.apply(model, stored, source.plan.placement)
+def engine(source: Model, mesh: Mesh) -> Engine:
+    """Reads the parameters, to where the source's plan wants them."""
+    model = source.model(mesh)
     return Engine(source.config, mesh, model, permute.table(source.plan.placement))
 
 

@@ -1,7 +1,6 @@
 """The command behind infer.py: answer prompts, record routing, measure, benchmark."""
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -12,9 +11,10 @@ from moe_jax import config as config_lib
 from moe_jax import data, metrics
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.infer import load, record
+from moe_jax.infer import load, published, record
 from moe_jax.infer.engine import Engine, Generation, check_prompts
 from moe_jax.infer.sampling import Sampling
+from moe_jax.infer.text import Text
 from moe_jax.routing import trace as trace_lib
 
 BATCH = 32  # held-out sequences at once
@@ -24,7 +24,9 @@ BATCH = 32  # held-out sequences at once
 class Request:
     """What infer.py was asked for; see its flags."""
 
-    workdir: str
+    workdir: str | None
+    hf: str | None
+    devices: int | None
     placement: str | None
     dispatch: str | None
     prompts: list[str]
@@ -40,7 +42,13 @@ class Request:
 def run(request: Request) -> None:
     """Checks everything, then runs. Raises `Refused` before any device work."""
     _check_flags(request)
-    source = load.find(request.workdir, request.placement, request.dispatch)
+    source: load.Model
+    if request.hf is not None:
+        where = (request.hf, request.placement, request.dispatch, request.devices)
+        source = published.find(*where)
+    else:
+        assert request.workdir is not None  # by `_check_flags`
+        source = load.find(request.workdir, request.placement, request.dispatch)
     config = source.config
     if request.measure and config.model.capacity_factor:
         raise Refused(
@@ -51,25 +59,23 @@ def run(request: Request) -> None:
             "use --record or --benchmark, or a run with model.capacity_factor = 0",
         )
     if request.prompts:
-        prompts = [list(os.fsencode(prompt)) for prompt in request.prompts]
+        prompts = [source.text.encode(prompt) for prompt in request.prompts]
         corpus_name = "prompts"
     else:
         corpus = data.load_corpus(config.data)
+        corpus = dataclasses.replace(corpus, held_out=source.text.corpus(corpus.held_out))
         windows = data.held_out_windows(
             corpus, config.data.seq_len, request.held_out, request.held_out_start
         )
         prompts, corpus_name = windows[:, :-1].tolist(), f"{corpus.name} held-out"
     check_prompts(prompts, _new_tokens(request), config.model.max_seq_len)
 
-    virtual_devices = config.virtual_devices
-    if virtual_devices:  # those of all the processes that trained, in one
-        virtual_devices = max(virtual_devices, config.mesh.num_devices)
-    mesh_lib.initialize(config.platform, virtual_devices, "off")
+    mesh_lib.initialize(config.platform, source.virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
     mesh = mesh_lib.of_config(config.mesh)
     engine = load.engine(source, mesh)
     if request.prompts:
-        generations = [_answer(engine, prompts, request)]
+        generations = [_answer(engine, prompts, request, source.text)]
     else:
         generations = _in_batches(engine, prompts, request)
     if request.record:
@@ -89,6 +95,15 @@ def run(request: Request) -> None:
 
 def _check_flags(request: Request) -> None:
     """Rules between flags, before a checkpoint is read (and its files compared with their sums)."""
+    if request.workdir and request.hf is not None:
+        raise Refused("--hf", request.hf, "excludes --workdir", "give one of them")
+    if not request.workdir and request.hf is None:
+        rule = "is required, or --hf=DIR"
+        fix = "give --workdir=...; --help explains every flag"
+        raise Refused("--workdir", request.workdir, rule, fix)
+    if request.devices is not None and request.hf is None:
+        rule = "is for --hf: a run has the mesh of its config"
+        raise Refused("--devices", request.devices, rule, "leave it out")
     of_held_out = request.record or request.measure or request.benchmark
     if request.prompts and request.measure:
         raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
@@ -128,24 +143,21 @@ def read_prompts(texts: list[str], path: str | None) -> list[str]:
     return prompts
 
 
-def _answer(engine: Engine, prompts: list[list[int]], request: Request) -> Generation:
+def _answer(engine: Engine, prompts: list[list[int]], request: Request, text: Text) -> Generation:
     """Streams a single answer as it is made; several are printed one after the other."""
     alone = len(prompts) == 1
 
-    def stream(_: int, token: int) -> None:
-        sys.stdout.buffer.write(bytes([token & 255]))
+    def write(part: bytes) -> None:
+        sys.stdout.buffer.write(part)
         sys.stdout.flush()
 
-    if alone:
-        sys.stdout.buffer.write(bytes(prompts[0]))
-        sys.stdout.flush()
+    follow = text.stream(prompts[0], write) if alone else lambda _: None
     generation = engine.generate(
-        prompts, request.max_new_tokens, request.sampling, stream if alone else lambda *_: None
+        prompts, request.max_new_tokens, request.sampling, lambda _, token: follow(token)
     )
     if not alone:
         for number, (prompt, tokens) in enumerate(zip(prompts, generation.tokens, strict=True)):
-            text = bytes(prompt + tokens).decode("utf-8", errors="replace")
-            metrics.say(f"--- prompt {number}\n{text}")
+            metrics.say(f"--- prompt {number}\n{text.join(prompt, tokens)}")
     metrics.say(f"\n--- {_rows([generation])}")
     return generation
 

@@ -1,10 +1,14 @@
 """Grouped-query attention with rotary positions and an optional key/value cache.
 
-Axes: B batch, S tokens at hand, C cached positions, H query heads, G key/value heads, Q d_head.
+Projections may have biases, and queries and keys a norm: a parameter that is None is not there.
+
+Axes: B batch, S tokens at hand, C cached positions, H query heads, G key/value heads, Q d_head,
+Z of a norm: [Q] for each head, or [H, Q] for all heads together.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +28,39 @@ class LayerCache:
     value_BCGQ: Leaf
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is fixed when the model is built.
+
+    Attributes:
+      rope_theta: of the rotary embedding.
+      norm_eps: of the norm of queries and keys.
+      heads_over: mesh axes that heads are split over by `shard_map`; () = all are here.
+    """
+
+    rope_theta: float
+    norm_eps: float = 1e-6
+    heads_over: tuple[str, ...] = ()
+
+
 class Attention(nnx.Module):
-    """Projections: query [D, H, Q], key and value [D, G, Q], output [H, Q, D]."""
+    """Projections: query [D, H, Q], key and value [D, G, Q], output [H, Q, D]; `Heads` has all.
+
+    Args:
+      qk_norm: "" = none, "head": a scale [Q] each, "all": scales [H, Q] and [G, Q].
+      bias: "" = none, "qkv", or "qkvo": of the output, too.
+    """
 
     def __init__(
-        self, key: jax.Array, *, d_model: int, num_heads: int, num_kv_heads: int, d_head: int
+        self,
+        key: jax.Array,
+        *,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        d_head: int,
+        qk_norm: str = "",
+        bias: str = "",
     ):
         q, k, v, o = jax.random.split(key, 4)
         heads = ("embed", "head", "d_head")
@@ -39,6 +71,21 @@ class Attention(nnx.Module):
             o, ("head", "d_head", "embed"), (num_heads, d_head, d_model), num_heads * d_head
         )
 
+        def norm(heads: int) -> nnx.Param | None:
+            if not qk_norm:
+                return None
+            if qk_norm == "head":
+                return parameter.ones(("d_head",), (d_head,))
+            return parameter.ones(("head", "d_head"), (heads, d_head))
+
+        def zeros(heads: int) -> nnx.Param | None:
+            return parameter.zeros(("head", "d_head"), (heads, d_head)) if bias else None
+
+        self.query_norm_Z, self.key_norm_Z = norm(num_heads), norm(num_kv_heads)
+        self.query_bias_HQ = zeros(num_heads)
+        self.key_bias_GQ, self.value_bias_GQ = zeros(num_kv_heads), zeros(num_kv_heads)
+        self.output_bias_D = parameter.zeros(("embed",), (d_model,)) if bias == "qkvo" else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -48,6 +95,35 @@ class Heads:
     key_DGQ: jax.Array
     value_DGQ: jax.Array
     output_HQD: jax.Array
+    query_norm_Z: jax.Array | None = None
+    key_norm_Z: jax.Array | None = None
+    query_bias_HQ: jax.Array | None = None
+    key_bias_GQ: jax.Array | None = None
+    value_bias_GQ: jax.Array | None = None
+    output_bias_D: jax.Array | None = None
+
+
+def parameters(weights: Attention) -> dict[str, nnx.Param]:
+    """Those that are there, by their names in `Heads`."""
+    named = {field.name: getattr(weights, field.name) for field in dataclasses.fields(Heads)}
+    return {name: param for name, param in named.items() if param is not None}
+
+
+def norm_heads(x_BSHQ: Float[Array, "B S H Q"], scale_Z: Any, setting: Setting) -> jax.Array:
+    """x / rms(x) * scale in float32, for each head or over all heads, as the scale has axes.
+
+    Queries and keys as of Henry et al. (arXiv 2010.04245), with an RMS norm. None: x itself.
+    """
+    if scale_Z is None:
+        return x_BSHQ
+    scale_Z = scale_Z[...].astype(jnp.float32)
+    x32_BSHQ = x_BSHQ.astype(jnp.float32)
+    normed_axes = tuple(range(-scale_Z.ndim, 0))
+    mean_BSZ = jnp.mean(jnp.square(x32_BSHQ), axis=normed_axes, keepdims=True)
+    if scale_Z.ndim == 2 and setting.heads_over:  # as many heads on each device
+        mean_BSZ = jax.lax.pmean(mean_BSZ, setting.heads_over)
+    scale_BSHQ = scale_Z.reshape((1,) * (4 - scale_Z.ndim) + scale_Z.shape)
+    return (x32_BSHQ * jax.lax.rsqrt(mean_BSZ + setting.norm_eps) * scale_BSHQ).astype(x_BSHQ.dtype)
 
 
 def rotate(
@@ -68,7 +144,7 @@ def attend(
     x_BSD: Float[Array, "B S D"],
     weights: Attention | Heads,
     position_BS: Int[Array, "B S"],
-    rope_theta: float,
+    setting: Setting,
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
     """Causal self-attention; with a cache, the new keys and values are stored at their positions.
@@ -76,7 +152,7 @@ def attend(
     Without a cache, positions are 0..S-1 in every row. With one, either S = 1 (decoding, any
     position per row) or the positions are 0..S-1 (prefill into an empty cache).
     """
-    query_BSHQ, key_BSGQ, value_BSGQ = project(x_BSD, weights, position_BS, rope_theta)
+    query_BSHQ, key_BSGQ, value_BSGQ = project(x_BSD, weights, position_BS, setting)
     if cache is None or x_BSD.shape[1] > 1:
         seen_1SC = jnp.tril(jnp.ones((x_BSD.shape[1],) * 2, bool))[None]
         mixed_BSHQ = mix(query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC)
@@ -98,15 +174,23 @@ def project(
     x_BSD: Float[Array, "B S D"],
     weights: Attention | Heads,
     position_BS: Int[Array, "B S"],
-    rope_theta: float,
+    setting: Setting,
 ) -> tuple[Float[Array, "B S H Q"], Float[Array, "B S G Q"], Float[Array, "B S G Q"]]:
-    """Queries, keys and values; queries and keys are turned by their positions."""
+    """Queries, keys and values; queries and keys are normed and turned by their positions."""
+    query_BSHQ = _heads(x_BSD, weights.query_DHQ, weights.query_bias_HQ)
+    key_BSGQ = _heads(x_BSD, weights.key_DGQ, weights.key_bias_GQ)
+    value_BSGQ = _heads(x_BSD, weights.value_DGQ, weights.value_bias_GQ)
+    query_BSHQ = norm_heads(query_BSHQ, weights.query_norm_Z, setting)
+    key_BSGQ = norm_heads(key_BSGQ, weights.key_norm_Z, setting)
+    query_BSHQ = rotate(query_BSHQ, position_BS, setting.rope_theta)
+    return query_BSHQ, rotate(key_BSGQ, position_BS, setting.rope_theta), value_BSGQ
+
+
+def _heads(x_BSD: jax.Array, weight_DHQ: Any, bias_HQ: Any) -> jax.Array:
+    """[B, S, H, Q]"""
     dtype = x_BSD.dtype
-    query_BSHQ = jnp.einsum("bsd,dhq->bshq", x_BSD, weights.query_DHQ[...].astype(dtype))
-    key_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, weights.key_DGQ[...].astype(dtype))
-    value_BSGQ = jnp.einsum("bsd,dgq->bsgq", x_BSD, weights.value_DGQ[...].astype(dtype))
-    query_BSHQ = rotate(query_BSHQ, position_BS, rope_theta)
-    return query_BSHQ, rotate(key_BSGQ, position_BS, rope_theta), value_BSGQ
+    y_BSHQ = jnp.einsum("bsd,dhq->bshq", x_BSD, weight_DHQ[...].astype(dtype))
+    return y_BSHQ if bias_HQ is None else y_BSHQ + bias_HQ[...].astype(dtype)[None, None]
 
 
 def project_out(
@@ -114,7 +198,10 @@ def project_out(
 ) -> Float[Array, "B S D"]:
     """What the heads found, as one row a token."""
     output_HQD = weights.output_HQD[...].astype(mixed_BSHQ.dtype)
-    return jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD)
+    y_BSD = jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD)
+    if weights.output_bias_D is None:
+        return y_BSD
+    return y_BSD + weights.output_bias_D[...].astype(y_BSD.dtype)[None, None]
 
 
 def mix(

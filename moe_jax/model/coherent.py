@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Int
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.kernels import grouped_matmul
-from moe_jax.model import attention, moe, parameter, router, transformer
+from moe_jax.model import attention, moe, parameter, router, shared, transformer
 from moe_jax.model.dispatch import onward, schemes, sorting, stay, wire
 from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.table import Home, Table, experts_of, rule_position, slots_of
@@ -87,11 +87,12 @@ def build_forward(
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
         if real_BS is None:
             real_BS = jnp.ones(token_BS.shape, bool)
-        x_BSD = model.embedding_VD[...].astype(dtype)[token_BS]
+        embedding_VD = model.embedding_VD[...].astype(dtype)
+        x_BSD = embedding_VD[token_BS]
         x_BSD, cache, record = stack(x_BSD, model.blocks, table, position_BS, real_BS, cache)
         x_BSD = transformer.rms_norm(x_BSD, model.final_norm_D[...], eps)
-        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, model.output_DV[...].astype(dtype))
-        return transformer.Output(logits_BSV.astype(jnp.float32), cache, record)
+        output_DV = None if model.output_DV is None else model.output_DV[...].astype(dtype)
+        return transformer.Output(transformer.logits(x_BSD, embedding_VD, output_DV), cache, record)
 
     return forward
 
@@ -162,6 +163,7 @@ class _Group:
 
     def __init__(self, config, setting, implementation, position_BS, decoding: bool):
         self._config, self._setting, self._decoding = config, setting, decoding
+        self._attention = attention.Setting(config.rope_theta, config.norm_eps)
         self._implementation = implementation
         self._batch, self._sequence = position_BS.shape
         self._position_X = position_BS.reshape(-1).astype(jnp.int32)
@@ -217,7 +219,11 @@ class _Group:
             weight_XK = jax.lax.bitcast_convert_type(routed_XZ[:, top_k:], jnp.float32)
             move_on = onward.Onward(setting, self._wire, self._tile, x_RD, here)
             x_RD, at_X, traffic = move_on(
-                slot_XK, weight_XK, self._norm_of(block.moe_norm_D), self._experts_of(block.moe)
+                slot_XK,
+                weight_XK,
+                self._norm_of(block.moe_norm_D),
+                self._experts_of(block.moe),
+                self._beside(block),
             )
         shared_M = stay.shared_M(here, setting.axes)
         padding_M = stay.shared_padding_M(here, self._num_tokens)
@@ -237,7 +243,7 @@ class _Group:
             position_W = self._position_X[jax.lax.dynamic_slice_in_dim(here.token_R, start, tile)]
             normed_WD = self._norm_of(block.attention_norm_D)(x_WD)
             query, key, value = attention.project(
-                normed_WD[None], block.attention, position_W[None], config.rope_theta
+                normed_WD[None], block.attention, position_W[None], self._attention
             )
             kv_WZ = jnp.concatenate([key[0].reshape(tile, -1), value[0].reshape(tile, -1)], axis=1)
             return start, (query[0], kv_WZ)
@@ -309,7 +315,11 @@ class _Group:
             with jax.named_scope("route"):
                 real_W = jnp.ones(tile, bool)
                 routing = router.route_top_k(
-                    normed_WD, block.moe.router_DE[...], real_W, config.top_k
+                    normed_WD,
+                    block.moe.router_DE[...],
+                    real_W,
+                    config.top_k,
+                    weigh=router.WEIGHTS[config.router_weights],
                 )
             slot_WK = slots_of(routing.expert_TK, self._turn_X[token_W], table, home)
             return start, (x_WD, slot_WK, routing.weight_TK)
@@ -355,6 +365,18 @@ class _Group:
                 )
 
         return experts_fn
+
+    def _beside(self, block: transformer.Block) -> Callable[[jax.Array], jax.Array] | None:
+        """What each residual row [N, D] adds to itself: the shared expert, where there is one."""
+        expert, norm = block.moe.shared, self._norm_of(block.moe_norm_D)
+        if expert is None:
+            return None
+
+        def beside(x_ND):
+            cast = jax.tree.map(lambda a: a.astype(x_ND.dtype), expert)
+            return shared.compute(norm(x_ND), cast)
+
+        return beside
 
 
 def _experts(weights: moe.MoE) -> tuple[nnx.Param, nnx.Param, nnx.Param]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.kernels import grouped_matmul
-from moe_jax.model import parameter, router
+from moe_jax.model import parameter, router, shared
 from moe_jax.model.dispatch import capacity as capacity_lib
 from moe_jax.model.dispatch import chunks, schemes, wire
 from moe_jax.model.dispatch.table import Home, Table, slots_of
@@ -29,15 +29,37 @@ EMBED = tuple(axes.index("embed") for axes in EXPERT_AXES)
 
 
 class MoE(nnx.Module):
-    """Router [D, E] (logical) and the experts' gate and up [P, D, F] and down [P, F, D]."""
+    """Router [D, E] (logical) and the experts' gate and up [P, D, F] and down [P, F, D].
 
-    def __init__(self, key: jax.Array, *, d_model: int, d_ff: int, num_experts: int):
+    `shared` is the expert of all tokens, or None.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        *,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        d_ff_shared: int = 0,
+        shared_gate: bool = False,
+    ):
         r, g, u, d = jax.random.split(key, 4)
         gate, up, down = EXPERT_AXES
         self.router_DE = parameter.normal(r, ("embed", "router"), (d_model, num_experts), d_model)
         self.gate_PDF = parameter.normal(g, gate, (num_experts, d_model, d_ff), d_model)
         self.up_PDF = parameter.normal(u, up, (num_experts, d_model, d_ff), d_model)
         self.down_PFD = parameter.normal(d, down, (num_experts, d_ff, d_model), d_ff)
+        self.shared = (
+            shared.SharedExpert(
+                jax.random.fold_in(key, 0),
+                d_model=d_model,
+                d_ff=d_ff_shared,
+                has_gate=shared_gate,
+            )
+            if d_ff_shared
+            else None
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -64,10 +86,11 @@ class LayerRecord:
 MoELayer = Callable[[jax.Array, MoE, jax.Array, jax.Array, Table], tuple[jax.Array, LayerRecord]]
 
 
-def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
+def build(mesh: Mesh, *, top_k: int, router_weights: str = "normalised", **how: Any) -> MoELayer:
     """Chooses routing, dispatch and kernels once.
 
     Args:
+      router_weights: of the chosen experts: a name in `router.WEIGHTS`.
       how: rows travel and are computed: the arguments of `build_dispatch`.
 
     Returns:
@@ -75,6 +98,7 @@ def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
       `rule_position` of the tokens.
     """
     compute = build_dispatch(mesh, **how)
+    weigh = router.WEIGHTS[router_weights]
 
     by_token = mesh_lib.spec("batch", None)
 
@@ -88,7 +112,8 @@ def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
         x_TD = x_BSD.reshape(-1, width)
         router_DE = mesh_lib.gather(weights.router_DE[...], mesh, "embed", "router")
         with jax.named_scope("route"):
-            routing = router.route_top_k(x_TD, router_DE, real_BS.reshape(-1), top_k, largest)
+            real_T = real_BS.reshape(-1)
+            routing = router.route_top_k(x_TD, router_DE, real_T, top_k, largest, weigh)
         experts = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
         y_TD, traffic = compute(
             x_TD,
@@ -98,6 +123,10 @@ def build(mesh: Mesh, *, top_k: int, **how: Any) -> MoELayer:
             *(param[...].astype(x_BSD.dtype) for param in experts),
             position_T=turn_BS.reshape(-1),
         )
+        if weights.shared is not None:  # where the token is: its row does not travel
+            with jax.named_scope("shared_expert"):
+                whole = parameter.gathered(weights.shared, mesh, x_TD.dtype)
+                y_TD = y_TD + shared.compute(x_TD, whole)
         expert_BSK = routing.expert_TK.reshape(batch, sequence, top_k)
         record = LayerRecord(expert_BSK, traffic, routing.load_balance, routing.z)
         return y_TD.reshape(x_BSD.shape), record

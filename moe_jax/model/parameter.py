@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+
+from moe_jax import mesh as mesh_lib
 
 
 def normal(key: jax.Array, axes: tuple[str, ...], shape: tuple[int, ...], fan_in: int) -> nnx.Param:
@@ -21,6 +24,24 @@ def normal(key: jax.Array, axes: tuple[str, ...], shape: tuple[int, ...], fan_in
 def ones(axes: tuple[str, ...], shape: tuple[int, ...]) -> nnx.Param:
     """Float32 ones: the scale of a norm."""
     return nnx.Param(jnp.ones(shape, jnp.float32), axes=axes)
+
+
+def zeros(axes: tuple[str, ...], shape: tuple[int, ...]) -> nnx.Param:
+    """Float32 zeros: a bias."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+
+def gathered(params: Any, mesh: Mesh, dtype: Any = None) -> Any:
+    """Parameters as a layer computes with them: gathered over `fsdp`, after the cast.
+
+    Args:
+      dtype: to cast to; None = as they are.
+    """
+    return jax.tree.map(
+        lambda a, names: mesh_lib.gather(a.astype(dtype or a.dtype), mesh, *names),
+        params,
+        logical_axes(params),
+    )
 
 
 def _is_param(node: Any) -> bool:

@@ -19,7 +19,7 @@ from moe_jax.pytree import Leaf
 class Routing:
     """Attributes:
     expert_TK: int32, logical ids in order of descending weight; -1 at positions without a token.
-    weight_TK: float32, sums to 1 over K.
+    weight_TK: float32; sums to 1 over K if `normalised`, to less otherwise.
     load_balance: scalar; 1 when all experts get the same share.
     z: scalar; mean squared log-partition of the router's logits.
     """
@@ -34,14 +34,28 @@ class Routing:
 Largest = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
+def normalised(top_TK: Float[Array, "T K"]) -> Float[Array, "T K"]:
+    """Scaled to sum to 1: the softmax over the chosen logits alone, up to rounding."""
+    return top_TK / top_TK.sum(axis=1, keepdims=True)
+
+
+def unchanged(top_TK: Float[Array, "T K"]) -> Float[Array, "T K"]:
+    """The chosen experts' shares of the softmax over all (OLMoE, arXiv 2409.02060)."""
+    return top_TK
+
+
+WEIGHTS = {"normalised": normalised, "softmax": unchanged}
+
+
 def route_top_k(
     x_TD: Float[Array, "T D"],
     router_DE: Float[Array, "D E"],
     real_T: Bool[Array, "T"],
     top_k: int,
     largest: Largest | None = None,
+    weigh: Callable[[jax.Array], jax.Array] = normalised,
 ) -> Routing:
-    """Softmax over all experts, the K largest, weights renormalised to sum to 1.
+    """Softmax over all experts, the K largest, their weights as `weigh` makes them of it.
 
     The losses are means over real tokens: load balance is E sum_e f_e p_e with f the share of
     assignments and p the mean probability (Switch Transformer, arXiv 2101.03961, equation 4, over
@@ -51,6 +65,7 @@ def route_top_k(
       real_T: False at positions without a token: routed nowhere, counted nowhere.
       largest: `jax.lax.top_k` of K, where tokens are split over devices: left to itself, the
         partitioner gathers all probabilities on every device to sort them there.
+      weigh: of `WEIGHTS`.
     """
     num_experts = router_DE.shape[1]
     logits_TE = x_TD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
@@ -59,7 +74,7 @@ def route_top_k(
         top_TK, expert_TK = jax.lax.top_k(probability_TE, top_k)
     else:
         top_TK, expert_TK = largest(probability_TE)
-    weight_TK = top_TK / top_TK.sum(axis=1, keepdims=True)
+    weight_TK = weigh(top_TK)
 
     real_T1 = real_T[:, None]
     num_real = jnp.maximum(real_T.sum(), 1).astype(jnp.float32)

@@ -112,12 +112,13 @@ class Steps:
         moe: MoELayer,
         norm: Norm,
         num_kv_heads: int,
-        rope_theta: float,
+        setting: attention.Setting,
         top_k: int,
     ):
         self._mesh, self._groups = mesh, mesh_lib.size(mesh, _GROUP)
         self._devices = mesh_lib.size(mesh, mesh_lib.EXPERT)
-        self._num_kv_heads, self._theta, self._top_k = num_kv_heads, rope_theta, top_k
+        self._num_kv_heads, self._top_k = num_kv_heads, top_k
+        self._setting = dataclasses.replace(setting, heads_over=mesh_lib.EXPERT)
         self.moe, self.norm = moe, norm
 
     def start(self, x_BSD: Float[Array, "B S D"], real_BS: Bool[Array, "B S"]) -> Rows:
@@ -149,25 +150,31 @@ class Steps:
           scale_D: of the norm before attention.
         """
         num_local_kv = max(1, self._num_kv_heads // self._devices)
+        params = attention.parameters(weights)
+        axes = {name: param.get_metadata()["axes"] for name, param in params.items()}
+
+        def of_device(name, part):
+            """The heads of this device; what is added once comes from one device."""
+            me, size = jax.lax.axis_index(mesh_lib.EXPERT), jax.lax.axis_size(mesh_lib.EXPERT)
+            if name == "output_bias_D":
+                return jnp.where(me == 0, _vary(part), 0)
+            if "head" not in axes[name]:
+                return _vary(part)
+            if not _repeated(name):
+                return _vary_over_groups(part)
+            first, axis = me * self._num_kv_heads // size, axes[name].index("head")
+            return jax.lax.dynamic_slice_in_dim(_vary(part), first, num_local_kv, axis=axis)
 
         def on_device(rows, scale_D, parts, position_BS, real_BS, cache):
-            query_DHQ, key_DGQ, value_DGQ, output_HQD = parts
             size = jax.lax.axis_size(mesh_lib.EXPERT)
-            first = jax.lax.axis_index(mesh_lib.EXPERT) * self._num_kv_heads // size
-            key_DGQ, value_DGQ = (
-                jax.lax.dynamic_slice_in_dim(_vary(w), first, num_local_kv, axis=1)
-                for w in (key_DGQ, value_DGQ)
-            )
-            heads = Heads(
-                _vary_over_groups(query_DHQ), key_DGQ, value_DGQ, _vary_over_groups(output_HQD)
-            )
+            heads = Heads(**{name: of_device(name, part) for name, part in parts.items()})
             x_XD, token_X, device_XK = _gathered((rows.x_ND, rows.token_N, rows.device_NK))
             position_X = _inverse(token_X)
             x_XD = _permuted(x_XD, position_X, token_X)
             x_BSD = x_XD.reshape(*position_BS.shape, -1)
             position_BS = _vary_over_devices(position_BS)
             mixed_BSD, cache = attention.attend(
-                self.norm(x_BSD, _vary(scale_D)), heads, position_BS, self._theta, cache
+                self.norm(x_BSD, _vary(scale_D)), heads, position_BS, self._setting, cache
             )
 
             home_X = homes_lib.balanced(device_XK[position_X], size)
@@ -181,16 +188,14 @@ class Steps:
             return Rows(x_TD, token_T, jnp.full_like(rows.device_NK, -1), real_T), cache
 
         everywhere = PartitionSpec()
-        query, output = PartitionSpec(None, mesh_lib.EXPERT), PartitionSpec(mesh_lib.EXPERT)
-        heads = (query, everywhere, everywhere, output)
+        heads = {name: _spec_of(name, axes[name]) for name in params}
         step = jax.shard_map(
             on_device,
             mesh=self._mesh,
             in_specs=(_ROWS, everywhere, heads, _SEQUENCES, _SEQUENCES, CACHE),
             out_specs=(_ROWS, CACHE),
         )
-        parts = (weights.query_DHQ, weights.key_DGQ, weights.value_DGQ, weights.output_HQD)
-        cast = tuple(part[...].astype(rows.x_ND.dtype) for part in parts)
+        cast = {name: param[...].astype(rows.x_ND.dtype) for name, param in params.items()}
         return step(rows, scale_D, cast, position_BS, real_BS, cache)
 
     def in_order(self, value_NK: jax.Array, token_N: jax.Array) -> jax.Array:
@@ -223,6 +228,17 @@ class Steps:
             return _mine(_inverse(token_X) // token_T.size)
 
         return jax.shard_map(on_device, mesh=self._mesh, in_specs=_ROWS, out_specs=_ROWS)(token_N)
+
+
+def _repeated(name: str) -> bool:
+    """Key/value heads may be fewer than devices: every device takes its own from all of them."""
+    return name.startswith(("key_", "value_"))
+
+
+def _spec_of(name: str, axes: tuple[str, ...]) -> PartitionSpec:
+    """Of a parameter of attention, by its name in `Heads`: query heads are split."""
+    split = None if _repeated(name) else mesh_lib.EXPERT
+    return PartitionSpec(*(split if axis == "head" else None for axis in axes))
 
 
 def _gathered(tree: Any) -> Any:

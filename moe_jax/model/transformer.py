@@ -36,15 +36,25 @@ class Block(nnx.Module):
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             d_head=config.d_head,
+            qk_norm=config.qk_norm,
+            bias=config.attention_bias,
         )
         self.moe_norm_D = parameter.ones(("embed",), (config.d_model,))
         self.moe = moe.MoE(
-            m, d_model=config.d_model, d_ff=config.d_ff, num_experts=config.num_experts
+            m,
+            d_model=config.d_model,
+            d_ff=config.d_ff,
+            num_experts=config.num_experts,
+            d_ff_shared=config.d_ff_shared,
+            shared_gate=config.shared_gate,
         )
 
 
 class Transformer(nnx.Module):
-    """Embedding [V, D], stacked blocks, final norm, output projection [D, V]."""
+    """Embedding [V, D], stacked blocks, final norm, output projection [D, V].
+
+    Where they are tied, the embedding projects the output as well, and `output_DV` is None.
+    """
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         e, b, u = jax.random.split(key, 3)
@@ -52,7 +62,11 @@ class Transformer(nnx.Module):
         self.embedding_VD = parameter.normal(e, ("vocab", "embed"), (vocabulary, width), width)
         self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(b, config.num_layers))
         self.final_norm_D = parameter.ones(("embed",), (width,))
-        self.output_DV = parameter.normal(u, ("embed", "vocab"), (width, vocabulary), width)
+        self.output_DV = (
+            None
+            if config.tied_output
+            else parameter.normal(u, ("embed", "vocab"), (width, vocabulary), width)
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +91,16 @@ def rms_norm(x_BSD: Float[Array, "B S D"], scale_D: Float[Array, "D"], eps: floa
     x32_BSD = x_BSD.astype(jnp.float32)
     inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
     return (x32_BSD * inverse_BS1 * scale_D[None, None]).astype(x_BSD.dtype)
+
+
+def logits(x_BSD: Float[Array, "B S D"], embedding_VD: jax.Array, output_DV: jax.Array | None):
+    """float32 [B, S, V] of normed rows, by the output projection or, where it is None, the
+    embedding."""
+    if output_DV is None:
+        logits_BSV = jnp.einsum("bsd,vd->bsv", x_BSD, embedding_VD)
+    else:
+        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, output_DV)
+    return logits_BSV.astype(jnp.float32)
 
 
 def build_forward(
@@ -106,23 +130,18 @@ def build_forward(
         overlap_degree=config.overlap_degree,
         wire_dtype=config.wire_dtype,
         top_k=config.top_k,
+        router_weights=config.router_weights,
         implementation=implementation,
     )
-    theta, eps, dtype = config.rope_theta, config.norm_eps, jnp.dtype(config.dtype)
+    eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
+    setting = attention.Setting(config.rope_theta, eps)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     norm = functools.partial(rms_norm, eps=eps)
-    steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, theta, config.top_k)
+    steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, setting, config.top_k)
     attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
     place = jax.lax.with_sharding_constraint
 
-    def whole(params, cast_to=None):
-        """Parameters as a layer computes with them: gathered over `fsdp`, after the cast."""
-        axes = parameter.logical_axes(params)
-        return jax.tree.map(
-            lambda a, names: mesh_lib.gather(a.astype(cast_to or a.dtype), mesh, *names),
-            params,
-            axes,
-        )
+    whole = functools.partial(parameter.gathered, mesh=mesh)
 
     def forward(
         model: Transformer,
@@ -145,9 +164,9 @@ def build_forward(
                 normed_BSD = rms_norm(x_BSD, whole(block.attention_norm_D)[...], eps)
                 mixed_BSD, cache_of_layer = attention.attend(
                     place(normed_BSD, attention_split),
-                    whole(block.attention, dtype),
+                    whole(block.attention, dtype=dtype),
                     position_BS,
-                    theta,
+                    setting,
                     cache_of_layer,
                 )
             x_BSD = place(x_BSD + place(mixed_BSD, split), split)
@@ -157,7 +176,8 @@ def build_forward(
 
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         inputs = (model.blocks, table, cache)
-        x_BSD = place(whole(model.embedding_VD, dtype)[...][token_BS], split)
+        embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
+        x_BSD = place(embedding_VD[token_BS], split)
         if config.dispatch == "shuffled":
             x_BSD, cache, record = shuffled.layers(
                 steps, inputs, x_BSD, position_BS, turn_BS, real_BS
@@ -165,8 +185,8 @@ def build_forward(
         else:
             x_BSD, (cache, record) = jax.lax.scan(body, x_BSD, inputs)
         x_BSD = rms_norm(x_BSD, whole(model.final_norm_D)[...], eps)
-        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, whole(model.output_DV, dtype)[...])
-        return Output(logits_BSV.astype(jnp.float32), cache, record)
+        output_DV = None if model.output_DV is None else whole(model.output_DV, dtype=dtype)[...]
+        return Output(logits(x_BSD, embedding_VD, output_DV), cache, record)
 
     return forward
 
@@ -199,7 +219,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Forward and backward FLOPs a token: 6 per active matmul weight, 6 S H Q for attention."""
     heads = config.num_heads + config.num_kv_heads
     attention_weights = 2 * config.d_model * heads * config.d_head
-    expert_weights = 3 * config.d_model * config.d_ff * config.top_k
+    expert_weights = 3 * config.d_model * (config.d_ff * config.top_k + config.d_ff_shared)
     router = config.d_model * config.num_experts
     per_layer = 6 * (attention_weights + expert_weights + router)
     per_layer += 6 * seq_len * config.num_heads * config.d_head  # causal: half of all pairs

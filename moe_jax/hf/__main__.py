@@ -1,0 +1,143 @@
+"""python -m moe_jax.hf counts | check | export: published models, without running them.
+
+    counts CONFIG...            parameters of configs/*.py, beside the published figures
+    check DIR                   is every tensor of a published model where it should be?
+    export WORKDIR OUT --like=DIR   a run's newest step as a published model's folder
+
+Exit codes: 0 done, 1 refused, 2 usage.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import runpy
+import sys
+
+from moe_jax.errors import Refused
+
+# (total, active) as published, in G: Mixtral 8x7B: arXiv 2401.04088 and its announcement; OLMoE:
+# arXiv 2409.02060, table 1; Qwen3: arXiv 2505.09388 and its model card; Qwen1.5-MoE: its card.
+PUBLISHED = {
+    "mixtral_8x7b": (46.7, 12.9),
+    "olmoe_1b_7b": (6.9, 1.3),
+    "qwen3_30b_a3b": (30.5, 3.3),
+    "qwen1_5_moe_a2_7b": (14.3, 2.7),
+}
+
+
+def counts(paths: list[str]) -> None:
+    """Prints a line for each config."""
+    from moe_jax import config as config_lib
+    from moe_jax.model import transformer
+
+    print(f"{'config':20} {'total':>16} {'active':>15}   published, G")
+    for path in paths:
+        if not pathlib.Path(path).is_file():
+            raise Refused("CONFIG", path, "is not a file", "give a file of configs/")
+        config = config_lib.from_config_dict(runpy.run_path(path)["get_config"]())
+        total = transformer.num_parameters(config.model)
+        active = transformer.num_active_parameters(config.model)
+        known = PUBLISHED.get(config.name)
+        said = "-"
+        if known:
+            off = [
+                100 * (ours / 1e9 / theirs - 1)
+                for ours, theirs in zip((total, active), known, strict=True)
+            ]
+            said = f"{known[0]} ({off[0]:+.2f} %), {known[1]} active ({off[1]:+.2f} %)"
+        print(f"{config.name:20} {total:16,} {active:15,}   {said}")
+
+
+def check(folder: str) -> None:
+    """Reads headers only."""
+    from moe_jax.hf import config_json, layout
+    from moe_jax.hf import folder as folder_lib
+
+    published = config_json.read(folder)
+    tensors = folder_lib.tensors(folder)
+    found = layout.find(published.family, published.config.model, tensors)
+    dtypes = sorted({tensors.dtype(name) for name in found.shapes})
+    print(
+        f"{folder}: {published.family.model_type}, {len(found.shapes):,} tensors ({found.name}), "
+        f"{tensors.num_bytes:,} bytes of {', '.join(dtypes)}: all there, none left over"
+    )
+
+
+def export(workdir: str, out: str, like: str) -> None:
+    """Writes a folder like another: its names, its dtypes, its config.json and tokenizer."""
+    from moe_jax import checkpoint, metrics
+    from moe_jax import config as config_lib
+    from moe_jax.hf import config_json, layout, save
+    from moe_jax.hf import folder as folder_lib
+
+    kept = pathlib.Path(workdir) / "config.json"
+    if not kept.is_file():
+        raise Refused("WORKDIR", workdir, "must be the work directory of a run", "train first")
+    config = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
+    published = config_json.read(like)
+    theirs = dataclasses.asdict(published.config.model)
+    differ = [
+        f"model.{name} = {value} in the run, {theirs[name]} in {like}"
+        for name, value in dataclasses.asdict(config.model).items()
+        if name not in _FREE and value != theirs[name]
+    ]
+    if differ:
+        rule = "must have the sizes and parts of the run"
+        raise Refused("--like", "; ".join(differ[:3]), rule, "give another folder")
+    step = checkpoint.newest_good_step(pathlib.Path(workdir) / "checkpoints", metrics.fail)
+    if step is None:
+        raise Refused("WORKDIR", workdir, "has no checkpoint", "train at least one interval")
+    contents = checkpoint.read_contents(step)
+    stored = checkpoint.restore_numpy(step, contents)
+    arrays = {name.removeprefix("model."): array for name, array in stored.items()}
+    tensors = folder_lib.tensors(like)
+    written = save.export(
+        arrays,
+        layout.find(published.family, published.config.model, tensors),
+        contents.plan.placement,
+        out,
+        dtypes={name: tensors.dtype(name) for name in tensors.file_of},
+        like=like,
+    )
+    print(f"{out}: step {contents.step}, {len(written)} file(s) of tensors")
+
+
+# What may differ between a run and the model it is exported like: not what the weights mean.
+_FREE = (
+    *("dtype", "dispatch", "combine", "capacity_factor", "wire_dtype", "overlap_degree"),
+    *("load_balance_coef", "z_loss_coef", "max_seq_len"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="moe_jax.hf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    counts_parser = commands.add_parser("counts", help="parameters, total and active")
+    counts_parser.add_argument("config", nargs="+")
+    check_parser = commands.add_parser("check", help="every tensor accounted for")
+    check_parser.add_argument("folder")
+    export_parser = commands.add_parser("export", help="a run as a published model's folder")
+    export_parser.add_argument("workdir")
+    export_parser.add_argument("out")
+    export_parser.add_argument("--like", required=True, help="folder of that family and size")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "counts":
+            counts(arguments.config)
+        elif arguments.command == "check":
+            check(arguments.folder)
+        else:
+            export(arguments.workdir, arguments.out, arguments.like)
+    except Refused as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""config.json of a published model -> `Config`; what is not supported is named, never ignored."""
+
+import dataclasses
+import difflib
+import os
+import pathlib
+from typing import Any
+
+from moe_jax import config as config_lib
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.hf import folder as folder_lib
+from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES, REQUIRED, Family, Key
+
+NAME = "config.json"
+# Weights of 16 bits other than bfloat16 are computed with in float32, which holds them exactly.
+_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32", None: "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A model's config as we compute with it, and the table of its family."""
+
+    config: Config
+    family: Family
+
+
+def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
+    """Reads FOLDER/config.json.
+
+    Args:
+      devices: over which its experts are split (`mesh.expert`).
+
+    Raises:
+      Refused: naming the key, its value, and what is supported.
+    """
+    path = pathlib.Path(folder) / NAME
+    plain = folder_lib.json_object(path, "give the folder of a published model")
+    model_type = plain.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+        fix = (
+            f"did you mean {near[0]!r}" if near else "a family is a table in moe_jax/hf/families.py"
+        )
+        rule = f"must be one of {', '.join(map(repr, FAMILIES))}"
+        raise Refused(f"{path}: model_type", model_type, rule, fix)
+    family = FAMILIES[model_type]
+    model = _model(path, plain, family)
+    sequence = min(1024, model["max_seq_len"])
+    return Published(
+        config_lib.from_config_dict(
+            {
+                "name": model_type,
+                "model": model,
+                "mesh": {"expert": devices},
+                # of held-out text; this config is not trained with
+                "data": {"seq_len": sequence, "global_batch": devices},
+                "train": {"num_steps": 1, "eval_sequences": devices},
+            }
+        ),
+        family,
+    )
+
+
+def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of `ModelConfig`."""
+    for key, values, what in (*COMMON_ONLY, *family.only):
+        if key in plain and plain[key] not in values:
+            supported = " or ".join(map(repr, values))
+            rule = f"asks for {what}, which is not supported here: must be {supported}"
+            raise Refused(f"{path}: {key}", plain[key], rule, "use another model of this family")
+    model = {key.field: _value(path, plain, key) for key in (*COMMON, *family.keys)}
+    model |= family.fixed
+    heads = Key("num_kv_heads", ("num_key_value_heads",), model["num_heads"])
+    model["num_kv_heads"] = _value(path, plain, heads)
+    width = Key("d_head", ("head_dim",), _share(model["d_model"], model["num_heads"]))
+    model["d_head"] = _value(path, plain, width)
+    model["rope_theta"] = _rope_theta(path, plain)
+    dtype = plain.get("dtype", plain.get("torch_dtype"))
+    if not isinstance(dtype, str | None) or dtype not in _DTYPES:
+        known = ", ".join(repr(name) for name in _DTYPES if name)
+        raise Refused(f"{path}: dtype", dtype, f"must be one of {known}", "convert the checkpoint")
+    return model | {"dtype": _DTYPES[dtype]}
+
+
+def _share(whole: Any, parts: Any) -> int:
+    """Width of a head; nonsense is left to the rules of the config."""
+    numbers = isinstance(whole, int) and isinstance(parts, int) and parts > 0
+    return whole // parts if numbers else 0
+
+
+def _value(path: pathlib.Path, plain: dict[str, Any], key: Key) -> Any:
+    for name in key.names:
+        value = plain.get(name)
+        if value is None:
+            continue
+        if key.says is None:
+            return value
+        if not isinstance(value, bool) or value not in key.says:
+            raise Refused(f"{path}: {name}", value, "must be true or false", "correct it")
+        return key.says[value]
+    if key.default is REQUIRED:
+        rule = f"is required (it is model.{key.field})"
+        raise Refused(f"{path}: {key.names[0]}", None, rule, "download config.json again")
+    return key.default
+
+
+def _rope_theta(path: pathlib.Path, plain: dict[str, Any]) -> Any:
+    """Of plain rotary positions, from either way of writing them."""
+    # since version 5 of transformers: one group, its kind under "rope_type"
+    scaling, group = plain.get("rope_scaling"), plain.get("rope_parameters")
+    for name, found in (("rope_scaling", scaling), ("rope_parameters", group)):
+        if found is None:
+            continue
+        kind = (
+            found.get("rope_type", found.get("type", "default"))
+            if isinstance(found, dict)
+            else found
+        )
+        if kind != "default":
+            rule = "is a scaling of rotary positions that is not supported: must be 'default'"
+            raise Refused(f"{path}: {name}", kind, rule, "use a model without it")
+    theta = (group or {}).get("rope_theta", plain.get("rope_theta"))
+    if theta is None:
+        rule = "is required, there or in rope_parameters"
+        raise Refused(f"{path}: rope_theta", None, rule, "download config.json again")
+    return theta

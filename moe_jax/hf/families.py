@@ -1,0 +1,213 @@
+"""The published families: for each, where every parameter lies in a checkpoint, and config keys.
+
+A row says in which tensor a parameter is, and how its dimensions are stored. Letters are those of
+the parameter; a group of letters is one dimension of the tensor:
+
+    query_DHQ   "DHQ"   q_proj.weight   "HQ D"     a torch Linear: [out, in], heads first
+    gate_PDF    "DF"    gate_up_proj    "E 2F D"   all experts in one tensor; the first half of 2F
+
+Import, export and the account of all tensors read the same rows (layout.py). A family is a table
+and never a branch: what it needs of the model are fields of `ModelConfig`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Where a parameter is stored.
+
+    Attributes:
+      parameter: its path in the model, "blocks.attention.query_DHQ".
+      axes: letters of its dimensions, without layer and physical expert.
+      tensor: name in the checkpoint; {layer} and {expert} are numbers.
+      stored: the tensor's dimensions, each a group of letters. "E" in front is the expert, "1" a
+        dimension of size 1, "2F" two parts of F.
+      part: which of the two parts.
+    """
+
+    parameter: str
+    axes: str
+    tensor: str
+    stored: str
+    part: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A field of `ModelConfig` and the key of config.json that says it.
+
+    Attributes:
+      field: its name.
+      names: keys, newest first; the first that is there counts.
+      default: where none is there; `REQUIRED` = refused.
+      says: the field's value for each value of the key, or None = the value itself.
+    """
+
+    field: str
+    names: tuple[str, ...]
+    default: Any = REQUIRED
+    says: Mapping[Any, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A published architecture.
+
+    Attributes:
+      model_type: as in config.json.
+      keys: beside `COMMON`.
+      fixed: fields of `ModelConfig` that all its models have.
+      only: keys that must have one of these values if they are there, and what they would ask for.
+      layouts: rows of each way in which its checkpoints are written, the published one first.
+    """
+
+    model_type: str
+    keys: tuple[Key, ...]
+    fixed: Mapping[str, Any]
+    only: tuple[tuple[str, tuple[Any, ...], str], ...]
+    layouts: Mapping[str, tuple[Row, ...]]
+
+
+COMMON = (
+    Key("vocab_size", ("vocab_size",)),
+    Key("num_layers", ("num_hidden_layers",)),
+    Key("d_model", ("hidden_size",)),
+    Key("num_heads", ("num_attention_heads",)),
+    Key("max_seq_len", ("max_position_embeddings",)),
+    Key("norm_eps", ("rms_norm_eps",)),
+    Key("top_k", ("num_experts_per_tok",)),
+    Key("tied_output", ("tie_word_embeddings",), False),
+    Key("load_balance_coef", ("router_aux_loss_coef",), 0.001),
+)
+COMMON_ONLY = (
+    ("hidden_act", ("silu",), "another activation of experts"),
+    ("quantization_config", (None,), "quantised weights"),
+)
+
+_BLOCK = "model.layers.{layer}."
+_ATTENTION = _BLOCK + "self_attn."
+
+
+def _linear(parameter: str, axes: str, name: str, stored: str) -> tuple[Row, Row]:
+    """A projection of attention and its bias; a model without biases has no such parameter."""
+    bias = axes[1:] if axes[0] == "D" else axes[-1]
+    return (
+        Row(f"blocks.attention.{parameter}_{axes}", axes, f"{_ATTENTION}{name}.weight", stored),
+        Row(f"blocks.attention.{parameter}_bias_{bias}", bias, f"{_ATTENTION}{name}.bias", bias),
+    )
+
+
+_TRUNK = (
+    Row("embedding_VD", "VD", "model.embed_tokens.weight", "V D"),
+    Row("output_DV", "DV", "lm_head.weight", "V D"),
+    Row("final_norm_D", "D", "model.norm.weight", "D"),
+    Row("blocks.attention_norm_D", "D", _BLOCK + "input_layernorm.weight", "D"),
+    Row("blocks.moe_norm_D", "D", _BLOCK + "post_attention_layernorm.weight", "D"),
+    *_linear("query", "DHQ", "q_proj", "HQ D"),
+    *_linear("key", "DGQ", "k_proj", "GQ D"),
+    *_linear("value", "DGQ", "v_proj", "GQ D"),
+    *_linear("output", "HQD", "o_proj", "D HQ"),
+)
+_NORM_HEADS = (
+    Row("blocks.attention.query_norm_Z", "Q", _ATTENTION + "q_norm.weight", "Q"),
+    Row("blocks.attention.key_norm_Z", "Q", _ATTENTION + "k_norm.weight", "Q"),
+)
+_NORM_ALL = (
+    Row("blocks.attention.query_norm_Z", "HQ", _ATTENTION + "q_norm.weight", "HQ"),
+    Row("blocks.attention.key_norm_Z", "GQ", _ATTENTION + "k_norm.weight", "GQ"),
+)
+_SHARED = (
+    Row("blocks.moe.shared.gate_DF", "DF", _BLOCK + "mlp.shared_expert.gate_proj.weight", "F D"),
+    Row("blocks.moe.shared.up_DF", "DF", _BLOCK + "mlp.shared_expert.up_proj.weight", "F D"),
+    Row("blocks.moe.shared.down_FD", "FD", _BLOCK + "mlp.shared_expert.down_proj.weight", "D F"),
+    Row("blocks.moe.shared.share_D", "D", _BLOCK + "mlp.shared_expert_gate.weight", "1 D"),
+)
+
+
+def _experts(mlp: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Router and experts, a tensor for each matrix of each expert."""
+    block, one = _BLOCK + mlp, _BLOCK + mlp + "experts.{expert}."
+    return (
+        Row("blocks.moe.router_DE", "DE", block + "gate.weight", "E D"),
+        Row("blocks.moe.gate_PDF", "DF", f"{one}{gate}.weight", "F D"),
+        Row("blocks.moe.up_PDF", "DF", f"{one}{up}.weight", "F D"),
+        Row("blocks.moe.down_PFD", "FD", f"{one}{down}.weight", "D F"),
+    )
+
+
+# As transformers holds them since its version 5, and may write them.
+_FUSED = (
+    Row("blocks.moe.router_DE", "DE", _BLOCK + "mlp.gate.weight", "E D"),
+    Row("blocks.moe.gate_PDF", "DF", _BLOCK + "mlp.experts.gate_up_proj", "E 2F D", part=0),
+    Row("blocks.moe.up_PDF", "DF", _BLOCK + "mlp.experts.gate_up_proj", "E 2F D", part=1),
+    Row("blocks.moe.down_PFD", "FD", _BLOCK + "mlp.experts.down_proj", "E D F"),
+)
+_MLP = _experts("mlp.", "gate_proj", "up_proj", "down_proj")
+
+
+def _layouts(*parts: Row, experts: tuple[Row, ...] = _MLP) -> dict[str, tuple[Row, ...]]:
+    return {"per expert": (*_TRUNK, *parts, *experts), "fused": (*_TRUNK, *parts, *_FUSED)}
+
+
+_NORMALISED = {True: "normalised", False: "softmax"}
+_ONE_WINDOW = "attention over a sliding window"
+_ALL_MOE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("decoder_sparse_step", (1,), "dense layers among the MoE layers"),
+    ("mlp_only_layers", ([], None), "dense layers among the MoE layers"),
+    ("use_sliding_window", (False, None), _ONE_WINDOW),
+)
+
+MIXTRAL = Family(
+    "mixtral",
+    keys=(
+        Key("d_ff", ("intermediate_size",)),
+        Key("num_experts", ("num_local_experts", "num_experts")),
+    ),
+    fixed={"router_weights": "normalised"},
+    only=(("sliding_window", (None,), _ONE_WINDOW),),
+    layouts=_layouts(experts=_experts("block_sparse_moe.", "w1", "w3", "w2")),
+)
+OLMOE = Family(
+    "olmoe",
+    keys=(
+        Key("d_ff", ("intermediate_size",)),
+        Key("num_experts", ("num_experts", "num_local_experts")),
+        Key("router_weights", ("norm_topk_prob",), "softmax", _NORMALISED),
+        Key("attention_bias", ("attention_bias",), "", {False: "", True: "qkvo"}),
+    ),
+    fixed={"qk_norm": "all"},
+    only=(("clip_qkv", (None,), "clipped queries, keys and values"),),
+    layouts=_layouts(*_NORM_ALL),
+)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    keys=(
+        Key("d_ff", ("moe_intermediate_size",)),
+        Key("num_experts", ("num_experts", "num_local_experts")),
+        Key("router_weights", ("norm_topk_prob",), "softmax", _NORMALISED),
+        Key("attention_bias", ("attention_bias",), "", {False: "", True: "qkvo"}),
+    ),
+    fixed={"qk_norm": "head"},
+    only=_ALL_MOE,
+    layouts=_layouts(*_NORM_HEADS),
+)
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    keys=(
+        Key("d_ff", ("moe_intermediate_size",)),
+        Key("num_experts", ("num_experts", "num_local_experts")),
+        Key("router_weights", ("norm_topk_prob",), "softmax", _NORMALISED),
+        Key("attention_bias", ("qkv_bias",), "qkv", {False: "", True: "qkv"}),
+        Key("d_ff_shared", ("shared_expert_intermediate_size",)),
+    ),
+    fixed={"shared_gate": True},
+    only=_ALL_MOE,
+    layouts=_layouts(*_SHARED),
+)
+
+FAMILIES = {family.model_type: family for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE)}

@@ -1,0 +1,116 @@
+"""A published model's folder: one safetensors file, or several and an index.
+
+    config.json                    sizes and parts, see config_json.py
+    model.safetensors              or, in parts:
+    model.safetensors.index.json   {"weight_map": {tensor: file}}
+    model-00001-of-00002.safetensors ...
+    tokenizer.json                 see tokens.py
+
+Only these are read. Pickles (.bin, .pt, .pth) are never opened, nor is any code.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.hf import safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """All arrays of a folder.
+
+    Attributes:
+      folder: where they are.
+      file_of: the file of each array.
+    """
+
+    folder: pathlib.Path
+    file_of: dict[str, safetensors.File]
+
+    def array(self, name: str) -> np.ndarray:
+        """Read-only, still in the file."""
+        return self.file_of[name].array(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file_of[name].tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """As the container names it: "BF16"."""
+        return self.file_of[name].tensors[name].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(
+            file.tensors[name].stop - file.tensors[name].start
+            for name, file in self.file_of.items()
+        )
+
+
+def json_object(path: pathlib.Path, fix: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises `Refused`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(str(path), None, f"cannot be read ({error.strerror})", fix) from None
+    except (ValueError, RecursionError) as error:
+        rule = f"must be JSON ({type(error).__name__}: {error})"
+        raise Refused(str(path), "", rule, "download it again") from None
+    if not isinstance(found, dict):
+        raise Refused(str(path), type(found).__name__, "must be a JSON object", "download it again")
+    return found
+
+
+def tensors(folder: str | os.PathLike) -> Tensors:
+    """Reads the headers of all files. Raises `Refused` naming file, tensor and rule."""
+    folder = pathlib.Path(folder)
+    index = folder / INDEX
+    if index.is_file():
+        return _indexed(folder, index)
+    single = folder / SINGLE
+    if not single.is_file():
+        pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in _PICKLES]
+        found = f"; {pickles[0]} is a pickle, which could run code and is never opened"
+        raise Refused(
+            "--hf",
+            str(folder),
+            f"must hold {SINGLE} or {INDEX}{found if pickles else ''}",
+            "download the safetensors files, or convert the checkpoint with its own tools",
+        )
+    file = safetensors.read(single)
+    return Tensors(folder, dict.fromkeys(file.tensors, file))
+
+
+def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Tensors:
+    listed = json_object(index, "download it again").get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+        raise Refused(str(index), type(listed).__name__, "needs weight_map: {tensor: file}",
+                      "download it again")  # fmt: skip
+    read: dict[str, safetensors.File] = {}
+    for name in sorted(set(listed.values())):
+        plain = name == pathlib.PurePosixPath(name).name and "\\" not in name
+        if not plain or not name.endswith(".safetensors"):
+            rule = "must name .safetensors files beside it, without folders"
+            raise Refused(str(index), name, rule, "download it again")
+        if not (folder / name).is_file():
+            rule = f"is named in {INDEX} and is not there"
+            raise Refused(str(folder / name), None, rule, "download this shard as well")
+        read[name] = safetensors.read(folder / name)
+    for tensor, name in listed.items():
+        if tensor not in read[name].tensors:
+            rule = f"does not hold it, though {INDEX} says so"
+            safetensors.refuse(folder / name, tensor, "absent", rule, "download both again")
+    for name, file in read.items():
+        for tensor in file.tensors:
+            if listed.get(tensor) != name:
+                rule = f"{INDEX} says {listed.get(tensor) or 'nothing of it'}"
+                safetensors.refuse(folder / name, tensor, name, rule, "download both again")
+    return Tensors(folder, {tensor: read[name] for tensor, name in listed.items()})

@@ -1,0 +1,144 @@
+"""Which tensor of a checkpoint holds which part of which parameter: a family's rows, counted out.
+
+Axes: L layers, P physical experts, E experts; letters of rows as in families.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import checkpoint
+from moe_jax.config import ModelConfig
+from moe_jax.errors import Refused
+from moe_jax.hf.families import Family, Row
+from moe_jax.hf.folder import Tensors
+from moe_jax.model import transformer
+from moe_jax.model.parameter import logical_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a tensor that is one layer's, one expert's array of a parameter.
+
+    `layer` is None outside the blocks, `expert` (logical) where the parameter is of no expert.
+    """
+
+    tensor: str
+    row: Row
+    layer: int | None
+    expert: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way of writing a model's checkpoint.
+
+    Attributes:
+      name: of the way, as in `Family.layouts`.
+      sizes: of each letter, by parameter.
+      shapes: of every tensor, in the order of layers.
+      pieces: by (parameter, layer, expert).
+    """
+
+    name: str
+    sizes: dict[str, dict[str, int]]
+    shapes: dict[str, tuple[int, ...]]
+    pieces: dict[tuple[str, int | None, int | None], Piece]
+
+    def view(self, stored: np.ndarray, piece: Piece) -> np.ndarray:
+        """The parameter's array for this piece, as a view of the tensor: to read, or to fill."""
+        row, sizes = piece.row, self.sizes[piece.row.parameter]
+        letters = []
+        groups = row.stored.split()
+        if groups[0] in ("E", "1") and "E" not in row.axes:
+            stored, groups = stored[piece.expert or 0], groups[1:]
+        for axis, group in enumerate(groups):
+            if group[0] == "2":
+                width = sizes[group[1:]]
+                where = slice(row.part * width, (row.part + 1) * width)
+                stored = stored[(slice(None),) * axis + (where,)]
+            letters += [letter for letter in group if letter.isalpha()]
+        view = stored.reshape([sizes[letter] for letter in letters])
+        return view.transpose([letters.index(letter) for letter in row.axes])
+
+
+def abstract(config: ModelConfig) -> Any:
+    """The model's shapes, without an array."""
+    return jax.eval_shape(lambda: transformer.Transformer(jax.random.key(0), config))
+
+
+def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
+    """Counts the rows of a family out over layers and experts."""
+    shapes = checkpoint.flatten(abstract(config))
+    axes = checkpoint.flatten(logical_axes(abstract(config)))
+    rows = [row for row in family.layouts[name] if row.parameter in shapes]
+    assert {row.parameter for row in rows} == set(shapes), (family.model_type, set(shapes))
+    sizes = {
+        row.parameter: dict(
+            zip(row.axes, shapes[row.parameter].shape[-len(row.axes) :], strict=True)
+        )
+        for row in rows
+    }
+    layout = Layout(name, sizes, {}, {})
+    outside = [row for row in rows if "layer" not in axes[row.parameter]]
+    within = [row for row in rows if "layer" in axes[row.parameter]]
+    for layer, of_layer in [(None, outside), *((n, within) for n in range(config.num_layers))]:
+        for row in of_layer:
+            of_expert = "expert" in axes[row.parameter]
+            for expert in range(config.num_experts) if of_expert else (None,):
+                _add(layout, row, layer, expert, config.num_experts)
+    return layout
+
+
+def _add(layout: Layout, row: Row, layer: int | None, expert: int | None, num_experts: int) -> None:
+    tensor = row.tensor.format(layer=layer, expert=expert)
+    sizes = {"E": num_experts, **layout.sizes[row.parameter]}
+
+    def size(group: str) -> int:
+        times, letters = (int(group[0]), group[1:]) if group[0].isdigit() else (1, group)
+        return times * math.prod(sizes[letter] for letter in letters)
+
+    layout.shapes[tensor] = tuple(size(group) for group in row.stored.split())
+    layout.pieces[row.parameter, layer, expert] = Piece(tensor, row, layer, expert)
+
+
+def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
+    """The layout of a folder; every tensor is accounted for.
+
+    Raises:
+      Refused: tensors that are missing, that nobody knows, or of another shape than config.json
+        says; the first three of them by name.
+    """
+    layouts = [of_family(family, name, config) for name in family.layouts]
+    layout = max(layouts, key=lambda layout: len(layout.shapes.keys() & tensors.file_of.keys()))
+    source = f"{tensors.folder}: tensors"
+    there = tensors.file_of.keys()
+    if missing := [name for name in layout.shapes if name not in there]:
+        rule = f"{_count(missing)} missing from the checkpoint"
+        fix = "download all of its files; config.json must be the one that belongs to them"
+        raise Refused(source, _first(missing), rule, fix)
+    if surplus := sorted(there - layout.shapes.keys()):
+        rule = f"{_count(surplus)} not a part of this model ({family.model_type})"
+        fix = "config.json must be the one that belongs to it; nothing is left out silently"
+        raise Refused(source, _first(surplus), rule, fix)
+    wrong = [
+        f"{name}: {list(tensors.shape(name))} in the file, {list(shape)} by config.json"
+        for name, shape in layout.shapes.items()
+        if tensors.shape(name) != shape
+    ]
+    if wrong:
+        rule = f"{_count(wrong)} of another shape"
+        raise Refused(source, _first(wrong), rule, "use the config.json of this checkpoint")
+    return layout
+
+
+def _count(names: list[str]) -> str:
+    return "1 is" if len(names) == 1 else f"{len(names):,} are"
+
+
+def _first(names: Iterable[str]) -> str:
+    return "; ".join(list(names)[:3])

@@ -1,0 +1,152 @@
+"""Tensors of a checkpoint -> parameters on the mesh, each device reading its own part only.
+
+A parameter is made by `jax.make_array_from_callback`: for each device the callback fills the
+slice that the device holds, piece by piece, out of memory-mapped files. Under a placement the
+expert of a slot is read into it, so nothing is permuted afterwards and no device reads another's
+experts.
+
+Axes: L layers, P physical experts (slots).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import checkpoint, metrics
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
+from moe_jax.hf import safetensors
+from moe_jax.hf.folder import Tensors
+from moe_jax.hf.layout import Layout, abstract
+from moe_jax.model import transformer
+from moe_jax.model.parameter import logical_axes, with_slots
+from moe_jax.placement.plan import Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Fills arrays from a checkpoint.
+
+    Attributes:
+      layout: where every piece is.
+      tensors: the files.
+      placement: which expert belongs into which slot.
+    """
+
+    layout: Layout
+    tensors: Tensors
+    placement: Placement
+
+    def read(
+        self,
+        parameter: str,
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        index: tuple[slice, ...],
+        dtype: np.dtype,
+    ) -> np.ndarray:
+        """A slice of a parameter as the model has it.
+
+        Args:
+          parameter: its path in the model.
+          axes: its logical axes: "layer" and "expert" in front where it has them.
+          shape: of the whole.
+          index: the slice, as JAX gives it.
+        """
+        ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        out = np.empty([len(numbers) for numbers in ranges], dtype)
+        stacked = [name for name in axes if name in ("layer", "expert")]
+        inner = tuple(index[len(stacked) :])
+        for place in np.ndindex(*out.shape[: len(stacked)]):
+            number = [ranges[axis][i] for axis, i in enumerate(place)]
+            layer = number[0] if stacked else None
+            expert = None
+            if "expert" in stacked:
+                expert = int(self.placement.physical_to_logical_LP[layer, number[1]])
+            piece = self.layout.pieces[parameter, layer, expert]
+            stored = self.tensors.array(piece.tensor)
+            out[place] = self.layout.view(stored, piece)[inner]
+            if not finite(out[place]):
+                file = self.tensors.file_of[piece.tensor].path
+                rule = "holds NaN or infinity, which no trained weight is"
+                safetensors.refuse(file, piece.tensor, "NaN or inf", rule, "download it again")
+        return out
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; bfloat16 by its bits, which NumPy does not know."""
+    if values.dtype == ml_dtypes.bfloat16:
+        exponent = np.uint16(0x7F80)
+        return not ((values.view(np.uint16) & exponent) == exponent).any()
+    return bool(np.isfinite(values).all())
+
+
+def parameters(
+    config: ModelConfig,
+    layout: Layout,
+    tensors: Tensors,
+    placement: Placement,
+    mesh: Mesh,
+    *,
+    say: Callable[[str], Any] = metrics.progress,
+) -> transformer.Transformer:
+    """The model of a checkpoint under a placement.
+
+    Weights of matrix products are kept in the dtype of activations, norms, biases and the router
+    in float32: as they are computed with.
+
+    Args:
+      layout: from `layout.find`.
+      say: called with a line of progress after every parameter.
+    """
+    shapes = with_slots(abstract(config), placement.num_slots)
+    named, axes = checkpoint.flatten(shapes), checkpoint.flatten(logical_axes(shapes))
+    reader = Reader(layout, tensors, placement)
+    total, done, start = sum(leaf.size for leaf in named.values()), 0, time.perf_counter()
+    arrays = {}
+    for number, (name, leaf) in enumerate(named.items()):
+        arrays[name] = _parameter(
+            reader, name, axes[name], leaf.shape, _dtype(config, axes[name]), mesh
+        )
+        done += leaf.size
+        seconds = time.perf_counter() - start
+        left = seconds * (total - done) / done
+        say(
+            f"reading {tensors.folder.name}: {number + 1}/{len(named)} parameters, "
+            f"{100 * done / total:.0f} %, ETA {metrics.clock(left)}"
+        )
+    return checkpoint.unflatten(shapes, arrays)
+
+
+def _dtype(config: ModelConfig, axes: tuple[str, ...]) -> np.dtype:
+    inner = [name for name in axes if name not in ("layer", "expert")]
+    is_matrix = len(inner) > 1 and "router" not in inner
+    small = inner in (["head", "d_head"],)  # biases and norms of heads
+    return np.dtype(config.dtype if is_matrix and not small else "float32")
+
+
+def _parameter(
+    reader: Reader,
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    mesh: Mesh,
+) -> jax.Array:
+    made: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def fill(index: tuple[slice, ...] | None) -> np.ndarray:
+        # Replicas ask for the same slice: it is read once.
+        assert index is not None
+        key = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        if key not in made:
+            made[key] = reader.read(name, axes, shape, index, dtype)
+        return made[key]
+
+    return jax.make_array_from_callback(shape, mesh_lib.sharding(mesh, *axes), fill, dtype=dtype)

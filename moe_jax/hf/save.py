@@ -1,0 +1,140 @@
+"""Parameters -> a published model's folder, experts in logical order wherever they live.
+
+The same layout and dtypes as were read give the same bytes for every tensor: float32 holds bfloat16
+and float16 exactly. A file is written tensor by tensor, each taken from the devices when its turn
+comes.
+
+Axes: L layers, E experts, R copies.
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_jax import files
+from moe_jax.errors import Refused
+from moe_jax.hf import folder as folder_lib
+from moe_jax.hf import safetensors
+from moe_jax.hf.layout import Layout, Piece
+from moe_jax.placement.plan import Placement
+
+SHARD_BYTES = 5_000_000_000  # of a file, at most, unless one tensor is larger
+_BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
+
+
+def export(
+    arrays: Mapping[str, Any],
+    layout: Layout,
+    placement: Placement,
+    out: str | os.PathLike,
+    *,
+    dtypes: Mapping[str, str] | str,
+    like: str | os.PathLike,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[pathlib.Path]:
+    """Writes a folder that reads back as the same model. For one process.
+
+    Args:
+      arrays: parameters by their path in the model (`checkpoint.flatten`), on devices or the host.
+      layout: of the names to write (`layout.of_family`, or the one that was read).
+      placement: where the model's experts lie; of copies the first is written.
+      out: a folder that is not there, or is empty.
+      dtypes: of every tensor, or one for all: a name in `safetensors.WEIGHTS`.
+      like: the folder of the published model: its config.json and tokenizer are copied.
+      shard_bytes: of arrays in one file, at most.
+
+    Returns:
+      The safetensors files.
+    """
+    out, like = pathlib.Path(out), pathlib.Path(like)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused("OUT", str(out), "exists already", "name a new folder")
+    named = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in layout.shapes}
+    shards = _shards(layout, named, shard_bytes)
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for piece in layout.pieces.values():
+        pieces[piece.tensor].append(piece)
+    source = _Source(arrays, placement)
+
+    def tensor(name: str) -> np.ndarray:
+        stored = np.empty(layout.shapes[name], safetensors.WEIGHTS[named[name]])
+        for piece in pieces[name]:
+            layout.view(stored, piece)[...] = source.array(piece)
+        return stored
+
+    written = []
+    for number, names in enumerate(shards):
+        single = len(shards) == 1
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        written.append(out / (folder_lib.SINGLE if single else file))
+        safetensors.write(written[-1], {n: (named[n], layout.shapes[n]) for n in names}, tensor)
+    if len(shards) > 1:
+        _write_index(out, layout, named, shards, written)
+    for pattern in _BESIDE:
+        for path in like.glob(pattern):
+            if path.name != folder_lib.INDEX:
+                shutil.copyfile(path, out / path.name)
+    return written
+
+
+class _Source:
+    """Arrays of pieces on the host, a layer of a parameter at a time."""
+
+    def __init__(self, arrays: Mapping[str, Any], placement: Placement):
+        self._arrays = arrays
+        self._slot_LE = placement.logical_to_physical_LER[:, :, 0]
+        self._layer: int | None = None
+        self._at_hand: dict[str, np.ndarray] = {}
+
+    def array(self, piece: Piece) -> np.ndarray:
+        name, layer = piece.row.parameter, piece.layer
+        if layer is None:
+            return np.asarray(self._arrays[name])
+        if layer != self._layer:
+            self._layer, self._at_hand = layer, {}
+        if name not in self._at_hand:
+            self._at_hand[name] = np.asarray(self._arrays[name][layer])
+        of_layer = self._at_hand[name]
+        return of_layer if piece.expert is None else of_layer[self._slot_LE[layer, piece.expert]]
+
+
+def _bytes(layout: Layout, dtypes: Mapping[str, str], name: str) -> int:
+    return math.prod(layout.shapes[name]) * safetensors.WEIGHTS[dtypes[name]].itemsize
+
+
+def _shards(layout: Layout, dtypes: Mapping[str, str], shard_bytes: int) -> list[list[str]]:
+    """Names of each file's tensors, in the order of layers."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in layout.shapes:
+        size = _bytes(layout, dtypes, name)
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _write_index(
+    out: pathlib.Path,
+    layout: Layout,
+    dtypes: Mapping[str, str],
+    shards: list[list[str]],
+    written: list[pathlib.Path],
+) -> None:
+    index = {
+        "metadata": {"total_size": sum(_bytes(layout, dtypes, name) for name in layout.shapes)},
+        "weight_map": {
+            name: path.name for names, path in zip(shards, written, strict=True) for name in names
+        },
+    }
+    with files.atomic_write(out / folder_lib.INDEX, "w") as file:
+        json.dump(index, file, indent=1)

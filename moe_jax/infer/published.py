@@ -1,0 +1,83 @@
+"""A published model from its folder, its experts read straight to where a plan wants them."""
+
+import dataclasses
+import pathlib
+
+from jax.sharding import Mesh
+
+from moe_jax import config as config_lib
+from moe_jax import metrics
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.hf import config_json, folder, layout, load
+from moe_jax.hf.tokens import Tokenizer
+from moe_jax.infer.text import Text, Tokens
+from moe_jax.model import transformer
+from moe_jax.placement import copies
+from moe_jax.placement import plan as plan_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What is known of a published model before any device work.
+
+    Attributes:
+      config: with the dispatch to serve with; its mesh has all devices on `expert`.
+      plan: the placement to compute under.
+      text: its tokenizer.
+      virtual_devices: to make where the platform is the CPU.
+      layout: where every parameter is in `tensors`.
+      tensors: headers of its files.
+    """
+
+    config: Config
+    plan: plan_lib.Plan
+    text: Text
+    virtual_devices: int
+    layout: layout.Layout
+    tensors: folder.Tensors
+
+    def model(self, mesh: Mesh) -> transformer.Transformer:
+        """The parameters under the plan."""
+        model = load.parameters(
+            self.config.model, self.layout, self.tensors, self.plan.placement, mesh
+        )
+        metrics.say(
+            f"{self.tensors.folder}: {len(self.tensors.file_of):,} tensors, "
+            f"{self.tensors.num_bytes:,} bytes, on {self.config.mesh.expert} device(s), "
+            f"plan {self.plan.digest[:12]}"
+        )
+        return model
+
+
+def find(
+    path: str, placement: str | None, dispatch: str | None = None, devices: int | None = None
+) -> Published:
+    """Reads config, plan, headers and tokenizer. Raises `Refused`; touches no device.
+
+    Args:
+      path: the model's folder.
+      placement: plan to compute under; None = contiguous.
+      dispatch: None = "exchange".
+      devices: over which experts are split; None = those of the plan, or 1.
+    """
+    if not pathlib.Path(path).is_dir():
+        raise Refused("--hf", path, "must be the folder of a published model", "correct the path")
+    plan = plan_lib.Plan.read(placement) if placement else None
+    if devices is None:
+        devices = plan.placement.num_devices if plan else 1
+    if devices < 1:
+        raise Refused("--devices", devices, "must be at least 1", "use 1")
+    published = config_json.read(path, devices=devices)
+    config = published.config
+    if dispatch is not None:
+        config = config_lib.with_dispatch(config, dispatch)
+    sizes = (config.model.num_layers, config.model.num_experts, devices)
+    if plan is None:
+        plan = plan_lib.Plan(plan_lib.Placement.contiguous(*sizes))
+    plan_lib.check_fits(plan, num_layers=sizes[0], num_experts=sizes[1], num_devices=devices)
+    copies.check_nodes(plan.placement, config.mesh.node)
+    tensors = folder.tensors(path)
+    found = layout.find(published.family, config.model, tensors)
+    text = Tokens(Tokenizer(path, config.model.vocab_size))
+    return Published(config, plan, text, devices, found, tensors)

@@ -1,0 +1,85 @@
+"""Text to tokens and back: bytes for models trained here, a tokenizer for published ones."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from moe_jax.hf.tokens import Tokenizer
+
+_UNFINISHED = "\ufffd"  # what a character looks like whose last bytes are still to come
+
+
+@runtime_checkable
+class Text(Protocol):
+    """What stands between people and a model."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt."""
+
+    def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """A prompt and what followed, as text."""
+
+    def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> "Stream":
+        """Writes the prompt; the result is called with every token that follows."""
+
+    def corpus(self, text: np.ndarray) -> np.ndarray:
+        """The tokens of a text in uint8."""
+
+
+Stream = Callable[[int], None]
+
+
+class Bytes:
+    """Every byte is a token."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(os.fsencode(text))
+
+    def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        return bytes([*prompt, *tokens]).decode("utf-8", errors="replace")
+
+    def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> Stream:
+        write(bytes(prompt))
+
+        def follow(token: int) -> None:
+            write(bytes([token & 255]))
+
+        return follow
+
+    def corpus(self, text: np.ndarray) -> np.ndarray:
+        return text
+
+
+class Tokens:
+    """The tokens of a published model's own tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode([*prompt, *tokens])
+
+    def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> Stream:
+        """A character may take several tokens: it is written when it is whole."""
+        seen, shown = list(prompt), self._tokenizer.decode(prompt)
+        write(shown.encode())
+
+        def follow(token: int) -> None:
+            nonlocal shown
+            seen.append(token)
+            text = self._tokenizer.decode(seen)
+            if text.endswith(_UNFINISHED) or not text.startswith(shown):
+                return
+            write(text[len(shown) :].encode())
+            shown = text
+
+        return follow
+
+    def corpus(self, text: np.ndarray) -> np.ndarray:
+        tokens = self._tokenizer.encode(text.tobytes().decode("utf-8", errors="replace"))
+        return np.array(tokens, np.int32)

@@ -1,0 +1,169 @@
+"""Makes tests/golden/hf/: tiny random models of every family, and what transformers computes.
+
+    python -m venv /tmp/reference && /tmp/reference/bin/pip install torch transformers tokenizers
+    /tmp/reference/bin/python tests/golden/make_hf.py [FAMILY ...]
+
+Needs torch (on the CPU); the tests do not. For each family a folder with config.json,
+model.safetensors (bfloat16 values, computed with in float32) and tokenizer.json, as
+`save_pretrained` writes them, and golden.npz:
+
+    prompt_N     int32 [S]         a prompt
+    text_N       int32 [S + 64]    with its greedy continuation, cached
+    experts_N    uint8 [S + 63, L, K]  experts of every token that was fed, best first
+    rows_N       int32 [R]         positions of `logits_N`: the prompt's, and the last ones
+    logits_N     float32 [R, V]
+
+Seeds are tried until no choice is close: the best token leads by 1e-3 of the logits' range, and
+neighbours among the K + 1 best experts differ by 1e-4 of the router's logits' range, so that no
+rounding can turn a choice. Written with torch 2.13.0 and transformers 5.x (golden.npz says which).
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+HERE = pathlib.Path(__file__).parent / "hf"
+NEW_TOKENS, LAST = 64, 8
+VOCABULARY = 264
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+FAMILIES = {
+    "mixtral": {
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+    "olmoe": {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "qwen2_moe": {
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+    },
+}
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Values that bfloat16 holds, large enough that every part of the model shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                values = 1 + 0.3 * noise
+            elif name.endswith("bias"):
+                values = 0.3 * noise
+            elif "embed_tokens" in name:
+                values = noise
+            else:
+                values = noise * 1.5 / parameter.shape[-1] ** 0.5
+            parameter.copy_(values.to(torch.bfloat16).float())
+
+
+def run(model: torch.nn.Module, prompt: list[int]) -> tuple[dict[str, np.ndarray], float]:
+    """What transformers computes, and how far from a tie its closest choice was (see above)."""
+    text, cache = list(prompt), None
+    fed, margin = list(prompt), np.inf
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            out = model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
+            cache, last = out.past_key_values, out.logits[0, -1]
+            best = torch.topk(last, 2)
+            margin = min(
+                margin, float((best.values[0] - best.values[1]) / np.ptp(last.numpy())) / 1e-3
+            )
+            fed = [int(best.indices[0])]
+            text += fed
+        whole = model(torch.tensor([text[:-1]]), use_cache=False, output_router_logits=True)
+    chosen = []
+    for scores in whole.router_logits:
+        top = torch.topk(scores, model.config.num_experts_per_tok + 1)
+        gaps = -np.diff(top.values.numpy(), axis=-1)
+        margin = min(margin, float(gaps.min() / np.ptp(scores.numpy())) / 1e-4)
+        chosen.append(top.indices[:, :-1].numpy().astype(np.uint8))
+    logits = whole.logits[0].numpy()
+    again = logits[len(prompt) - 1 :].argmax(-1)  # without a cache
+    assert again.tolist() == text[len(prompt) :]
+    rows = np.r_[: len(prompt), len(logits) - LAST : len(logits)].astype(np.int32)
+    return {
+        "prompt": np.array(prompt, np.int32),
+        "text": np.array(text, np.int32),
+        "experts": np.stack(chosen, axis=1),
+        "rows": rows,
+        "logits": logits[rows],
+    }, margin
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+    """Bytes as tokens, in the format of a published tokenizer; <s> in front of a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    return made
+
+
+def make(family: str) -> None:
+    config = transformers.AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.float().eval()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, size).tolist() for size in (12, 7)]
+    for seed in range(1000):
+        randomise(model, seed)
+        ran = [run(model, prompt) for prompt in prompts]
+        if min(margin for _, margin in ran) > 1:
+            break
+    else:
+        raise SystemExit(f"{family}: every seed has a close choice")
+    golden = {
+        f"{key}_{n}": value for n, (found, _) in enumerate(ran) for key, value in found.items()
+    }
+    folder = HERE / family
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    written = json.loads((folder / "config.json").read_text())
+    written["dtype"] = "float32"  # what the golden logits were computed in
+    (folder / "config.json").write_text(json.dumps(written, indent=1, sort_keys=True) + "\n")
+    tokenizer().save(str(folder / "tokenizer.json"), pretty=False)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, seed {seed}"
+    np.savez_compressed(folder / "golden.npz", made_with=np.array(versions), **golden)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{family}: {versions}; {size:,} bytes")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or FAMILIES:
+        make(name)

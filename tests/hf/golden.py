@@ -1,0 +1,93 @@
+"""What transformers computed for tiny models of every family; see tests/golden/make_hf.py."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax import mesh as mesh_lib
+from moe_jax import permute
+from moe_jax.hf import config_json, folder, layout, load
+from moe_jax.infer.engine import Engine
+from moe_jax.infer.sampling import Sampling
+from moe_jax.placement.plan import Placement
+
+ROOT = pathlib.Path(__file__).parents[1] / "golden" / "hf"
+FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A prompt with its continuation, and what transformers says of it."""
+
+    prompt: list[int]
+    tokens: list[int]
+    experts_SLK: np.ndarray
+    rows: np.ndarray
+    logits_RV: np.ndarray
+
+
+@functools.cache
+def texts(family: str) -> tuple[Text, ...]:
+    found = np.load(ROOT / family / "golden.npz", allow_pickle=False)
+    return tuple(
+        Text(
+            found[f"prompt_{n}"].tolist(),
+            found[f"text_{n}"].tolist()[len(found[f"prompt_{n}"]) :],
+            found[f"experts_{n}"].astype(np.int32),
+            found[f"rows_{n}"],
+            found[f"logits_{n}"],
+        )
+        for n in (0, 1)
+    )
+
+
+def config(family: str, devices: int = 4, dispatch: str = "exchange") -> config_lib.Config:
+    made = config_json.read(ROOT / family, devices=devices).config
+    return config_lib.with_dispatch(made, dispatch)
+
+
+def contiguous(family: str, devices: int = 4) -> Placement:
+    model = config(family, devices).model
+    return Placement.contiguous(model.num_layers, model.num_experts, devices)
+
+
+def random_placement(family: str, seed: int, devices: int = 4) -> Placement:
+    model = config(family, devices).model
+    rng = np.random.default_rng(seed)
+    slots_LP = np.stack([rng.permutation(model.num_experts) for _ in range(model.num_layers)])
+    return Placement(slots_LP.astype(np.int32), model.num_experts, devices)
+
+
+@functools.cache
+def tensors(family: str) -> folder.Tensors:
+    return folder.tensors(ROOT / family)
+
+
+def found_layout(family: str) -> layout.Layout:
+    published = config_json.read(ROOT / family)
+    return layout.find(published.family, published.config.model, tensors(family))
+
+
+def model(family: str, placement: Placement, mesh: jax.sharding.Mesh):
+    sizes = config(family, 1).model
+    silent = lambda line: None  # noqa: E731
+    found = found_layout(family)
+    return load.parameters(sizes, found, tensors(family), placement, mesh, say=silent)
+
+
+def engine(family: str, dispatch: str = "exchange", placement: Placement | None = None) -> Engine:
+    devices = 1 if dispatch == "local" else 4
+    made = config(family, devices, dispatch)
+    placement = placement or contiguous(family, devices)
+    mesh = mesh_lib.of_config(made.mesh)
+    return Engine(made, mesh, model(family, placement, mesh), permute.table(placement))
+
+
+def deviation(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a part of the range of what is expected."""
+    return float(np.abs(actual - expected).max() / np.ptp(expected))

@@ -1,0 +1,306 @@
+"""Damaged and lying checkpoints: refused with file, tensor, rule and fix before arrays are made."""
+
+import json
+import pathlib
+import resource
+import shutil
+import struct
+
+import numpy as np
+import pytest
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.errors import Refused
+from moe_jax.hf import config_json, folder, layout, load, safetensors
+from moe_jax.hf.tokens import Tokenizer
+from moe_jax.infer import published
+from tests.hf import golden
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def container(header: object, data: bytes = b"\0" * 8, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def with_entry(**changes) -> bytes:
+    return container({"w": {**GOOD, **changes}})
+
+
+HEADERS = {
+    "empty": (b"", "must start with the size"),
+    "seven bytes": (b"\0" * 7, "must start with the size"),
+    "size beyond the file": (container({"w": GOOD}, length=1 << 40), "inside the file"),
+    "size of all bits": (container({"w": GOOD}, length=(1 << 64) - 1), "inside the file"),
+    "not JSON": (container(b"{{"), "must be JSON"),
+    "not UTF-8": (container(b"\xff\xfe{}"), "must be JSON"),
+    "nested without end": (container(b"[" * 100_000), "must be JSON"),
+    "a list": (container([]), "must be a JSON object"),
+    "a name twice": (container(b'{"w":{},"w":{}}'), "only once"),
+    "no shape": (container({"w": {"dtype": "F32"}}), "must have dtype, shape"),
+    "an entry that is a number": (container({"w": 3}), "must have dtype, shape"),
+    "unknown dtype": (with_entry(dtype="F31"), "dtype must be one of"),
+    "dtype that is a list": (with_entry(dtype=["F32"]), "dtype must be one of"),
+    "negative size": (with_entry(shape=[-2]), "whole numbers"),
+    "true as a size": (with_entry(shape=[True]), "whole numbers"),
+    "real size": (with_entry(shape=[2.0]), "whole numbers"),
+    "sizes beyond 64 bits": (with_entry(shape=[1 << 64]), "whole numbers"),
+    "product beyond 64 bits": (with_entry(shape=[1 << 62, 1 << 62]), "takes"),
+    "too many dimensions": (with_entry(shape=[1] * 99), "at most 16"),
+    "offsets backwards": (with_entry(data_offsets=[8, 0]), "first <= end"),
+    "three offsets": (with_entry(data_offsets=[0, 4, 8]), "first <= end"),
+    "too few bytes": (with_entry(shape=[3]), "takes 12 bytes, not 8"),
+    "cut short": (container({"w": GOOD}, data=b"\0" * 7), "must lie inside the 7 bytes"),
+    "more than it says": (container({"w": GOOD}, data=b"\0" * 9), "must end where its last"),
+    "a hole": (
+        container({"w": {**GOOD, "data_offsets": [8, 16]}}, data=b"\0" * 16),
+        "leave a hole after the header",
+    ),
+    "overlap": (
+        container({"w": GOOD, "v": {**GOOD, "data_offsets": [4, 12]}}, data=b"\0" * 12),
+        "overlap w",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "rule"), HEADERS.values(), ids=HEADERS.keys())
+def test_containers(content, rule, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(Refused, match=r"model\.safetensors") as refused:
+        safetensors.read(path)
+    assert rule in str(refused.value)
+    assert "again" in str(refused.value)
+
+
+def test_the_good_container_is_read(tmp_path):
+    (tmp_path / "x").write_bytes(container({"__metadata__": {"a": "b"}, "w": GOOD}))
+    assert safetensors.read(tmp_path / "x").array("w").tolist() == [0, 0]
+
+
+def test_every_cut_and_many_flips_are_refused_or_read(tmp_path):
+    """Nothing but `Refused` comes out, and memory does not follow what a header says."""
+    whole = (golden.ROOT / "mixtral" / folder.SINGLE).read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little")
+    rng, refused = np.random.default_rng(0), 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = tmp_path / folder.SINGLE
+    for case in range(300):
+        content = bytearray(whole)
+        if case % 3 == 0:
+            content = content[: int(rng.integers(0, len(whole)))]
+        else:
+            for _ in range(case % 5 + 1):
+                content[int(rng.integers(0, first))] = int(rng.integers(0, 256))
+        path.write_bytes(content)
+        try:
+            safetensors.read(path)
+        except Refused:
+            refused += 1
+    assert refused > 200
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100_000  # kB
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def copied(tmp_path: pathlib.Path, family: str = "mixtral") -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(golden.ROOT / family, tmp_path / "model"))
+
+
+def rewrite(path: pathlib.Path, change) -> None:
+    """The file with its arrays changed: {name: array} -> {name: array}."""
+    file = safetensors.read(path)
+    arrays = change({name: file.array(name).copy() for name in file.tensors})
+    kinds = {dtype: name for name, dtype in safetensors.WEIGHTS.items()}
+    names = {name: (kinds[array.dtype], array.shape) for name, array in arrays.items()}
+    safetensors.write(path, names, arrays.__getitem__)
+
+
+def without(name):
+    return lambda arrays: {key: value for key, value in arrays.items() if key != name}
+
+
+ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
+TENSORS = {
+    "missing": (without(ROUTER), (ROUTER, "1 is missing")),
+    "surplus": (
+        lambda arrays: {**arrays, "model.extra": np.zeros(3, np.float32)},
+        ("model.extra", "1 is not a part of this model (mixtral)"),
+    ),
+    "misshapen": (
+        lambda arrays: {**arrays, ROUTER: arrays[ROUTER][:7]},
+        (ROUTER, "[7, 32] in the file, [8, 32] by config.json"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), TENSORS.values(), ids=TENSORS.keys())
+def test_every_tensor_is_accounted_for(change, says, tmp_path):
+    model = copied(tmp_path)
+    rewrite(model / folder.SINGLE, change)
+    known = config_json.read(model)
+    with pytest.raises(Refused) as refused:
+        layout.find(known.family, known.config.model, folder.tensors(model))
+    for said in says:
+        assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_that_is_no_number(bad, dtype, tmp_path):
+    name = "model.layers.0.block_sparse_moe.experts.5.w2.weight"
+    model = copied(tmp_path)
+
+    def spoil(arrays):
+        arrays[name][3, 4] = bad
+        return arrays
+
+    rewrite(model / folder.SINGLE, spoil)
+    known = config_json.read(model)
+    sizes = type(known.config.model)(**{**known.config.model.__dict__, "dtype": dtype})
+    tensors = folder.tensors(model)
+    found = layout.find(known.family, sizes, tensors)
+    placement = golden.contiguous("mixtral")
+    mesh = mesh_lib.make(expert=4)
+    with pytest.raises(Refused, match="NaN or infinity") as refused:
+        load.parameters(sizes, found, tensors, placement, mesh, say=lambda line: None)
+    assert f"{model / folder.SINGLE}: {name}" in str(refused.value)
+
+
+def test_quantised_weights_are_named(tmp_path):
+    model = copied(tmp_path)
+    path = model / folder.SINGLE
+    raw = path.read_bytes().replace(b'"dtype":"BF16"', b'"dtype":"I16" ', 1)
+    path.write_bytes(raw)
+    name = next(n for n, t in safetensors.read(path).tensors.items() if t.dtype == "I16")
+    with pytest.raises(Refused, match="F32, F16, BF16") as refused:
+        folder.tensors(model).array(name)
+    assert name in str(refused.value)
+
+
+def indexed(model: pathlib.Path, weight_map: object) -> None:
+    (model / folder.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+INDEXES = {
+    "no map": (lambda names: None, "needs weight_map"),
+    "numbers": (lambda names: {"a": 3}, "needs weight_map"),
+    "missing shard": (
+        lambda names: {**names, "x": "model-00002-of-00002.safetensors"},
+        "model-00002-of-00002.safetensors = None: is named in",
+    ),
+    "out of the folder": (lambda names: {"a": "../x.safetensors"}, "without folders"),
+    "absolute": (lambda names: {"a": "/etc/x.safetensors"}, "without folders"),
+    "a pickle": (lambda names: {"a": "pytorch_model.bin"}, ".safetensors files"),
+    "a tensor that is not there": (
+        lambda names: {**names, "x": folder.SINGLE},
+        "does not hold it",
+    ),
+    "a tensor it does not name": (
+        lambda names: {name: file for name, file in names.items() if name != ROUTER},
+        "says nothing of it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "rule"), INDEXES.values(), ids=INDEXES.keys())
+def test_indexes(change, rule, tmp_path):
+    model = copied(tmp_path)
+    names = dict.fromkeys(safetensors.read(model / folder.SINGLE).tensors, folder.SINGLE)
+    indexed(model, change(names))
+    with pytest.raises(Refused) as refused:
+        folder.tensors(model)
+    assert rule in str(refused.value)
+
+
+def test_pickles_are_never_opened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(Refused, match="pickle, which could run code"):
+        folder.tensors(tmp_path)
+
+
+# --- config.json -------------------------------------------------------------------------------
+
+SCALED = {"type": "yarn", "factor": 4.0}
+CONFIGS = [
+    ("mixtral", {"model_type": "mixtrl"}, "model_type", "did you mean 'mixtral'"),
+    ("mixtral", {"model_type": None}, "model_type", "must be one of"),
+    ("mixtral", {"model_type": ["x"]}, "model_type", "must be one of"),
+    ("mixtral", {"hidden_size": None}, "hidden_size", "is required"),
+    ("mixtral", {"hidden_size": "32"}, "model.d_model", "write it as int"),
+    ("mixtral", {"hidden_act": "gelu"}, "hidden_act", "must be 'silu'"),
+    ("mixtral", {"sliding_window": 16}, "sliding_window", "sliding window"),
+    ("mixtral", {"num_experts_per_tok": 9}, "model.top_k", "choose 1 to 8"),
+    ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config",
+     "quantised weights"),
+    ("mixtral", {"dtype": ["x"]}, "dtype", "convert the checkpoint"),
+    ("mixtral", {"dtype": "float8"}, "dtype", "convert the checkpoint"),
+    ("mixtral", {"rope_scaling": SCALED}, "rope_scaling", "'yarn'"),
+    ("mixtral", {"rope_parameters": {**SCALED, "rope_theta": 1e4}}, "rope_parameters", "'yarn'"),
+    ("mixtral", {"rope_parameters": {}, "rope_theta": None}, "rope_theta", "is required"),
+    ("mixtral", {"rope_parameters": 3}, "rope_parameters", "not supported"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv", "clipped"),
+    ("olmoe", {"norm_topk_prob": "yes"}, "norm_topk_prob", "true or false"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers", "dense layers"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step", "dense layers"),
+    ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window", "sliding window"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "field", "says"), CONFIGS)
+def test_configs(family, changes, field, says, tmp_path):
+    model = copied(tmp_path, family)
+    plain = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**plain, **changes}))
+    with pytest.raises(Refused) as refused:
+        config_json.read(model)
+    assert field in refused.value.field
+    assert says in str(refused.value)
+
+
+def test_config_json_that_is_none(tmp_path):
+    with pytest.raises(Refused, match=r"config\.json.*cannot be read"):
+        config_json.read(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(Refused, match="must be JSON"):
+        config_json.read(tmp_path)
+
+
+def test_both_ways_to_write_rotary_positions(tmp_path):
+    model = copied(tmp_path)
+    plain = json.loads((model / "config.json").read_text())
+    plain.pop("rope_parameters", None)
+    (model / "config.json").write_text(json.dumps({**plain, "rope_theta": 5e5}))
+    assert config_json.read(model).config.model.rope_theta == 5e5
+    group = {"rope_theta": 6e5, "rope_type": "default"}
+    (model / "config.json").write_text(json.dumps({**plain, "rope_parameters": group}))
+    assert config_json.read(model).config.model.rope_theta == 6e5
+
+
+# --- tokenizer and the command -----------------------------------------------------------------
+
+
+def test_tokenizers(tmp_path):
+    model = copied(tmp_path)
+    path = model / "tokenizer.json"
+    assert Tokenizer(model, 264).encode("ab") == [256, 64, 65]
+    with pytest.raises(Refused, match=r"has a token 257, and the model's vocabulary has 257"):
+        Tokenizer(model, 257)
+    path.write_text("{}")
+    with pytest.raises(Refused, match="is not a tokenizer"):
+        Tokenizer(model, 264)
+    path.unlink()
+    with pytest.raises(Refused, match="is missing"):
+        Tokenizer(model, 264)
+
+
+def test_find_refuses_before_any_device_work(tmp_path):
+    with pytest.raises(Refused, match=r"--hf.*must be the folder"):
+        published.find(str(tmp_path / "none"), None)
+    with pytest.raises(Refused, match="num_experts"):
+        published.find(str(golden.ROOT / "mixtral"), None, devices=3)
+    with pytest.raises(Refused, match="--devices"):
+        published.find(str(golden.ROOT / "mixtral"), None, devices=0)

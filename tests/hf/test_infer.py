@@ -1,0 +1,108 @@
+"""python infer.py --hf=DIR from the command line to a plan, and counts of published configs."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from moe_jax import data
+from moe_jax import mesh as mesh_lib
+from moe_jax.hf import __main__ as hf_main
+from moe_jax.hf.tokens import Tokenizer
+from moe_jax.infer import run
+from moe_jax.infer.text import Tokens
+from moe_jax.placement import __main__ as placement_main
+from moe_jax.placement.plan import Plan
+from moe_jax.routing import trace as trace_lib
+from tests.hf import golden
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def request(family, **how):
+    plain = {
+        "workdir": None,
+        "hf": str(golden.ROOT / family),
+        "devices": 2,
+        "placement": None,
+        "dispatch": None,
+        "prompts": [],
+        "held_out": 4,
+        "held_out_start": 0,
+        "max_new_tokens": 8,
+        "sampling": golden.GREEDY,
+        "record": None,
+        "measure": None,
+        "benchmark": False,
+    }
+    return run.Request(**{**plain, **how})
+
+
+@pytest.fixture(autouse=True)
+def devices_are_there(monkeypatch):
+    monkeypatch.setattr(mesh_lib, "initialize", lambda *_: None)
+
+
+def test_record_plan_and_run_under_the_plan(tmp_path, monkeypatch, capsys):
+    """One way through: the routing of an imported model is planned, and its answers keep bits."""
+    family, prompts = "olmoe", ["def main(", "import os\n", "the expert", "x"]
+    monkeypatch.setattr(run.data, "load_corpus", few_of(data.load_corpus))
+    run.run(request(family, record=str(tmp_path / "trace.npz")))
+    trace = trace_lib.load(tmp_path / "trace.npz")
+    assert (trace.num_layers, trace.top_k, trace.num_experts) == (2, 3, 8)
+    assert trace.seq_len.tolist() == [128] * 4  # of the tokenizer's tokens
+
+    plan = tmp_path / "plan.json"
+    solve = ["solve", str(tmp_path / "trace.npz"), "--devices=2", f"--out={plan}"]
+    assert placement_main.main([*solve, "--objective=rows", "--time-limit=5"]) == 0
+    assert Plan.read(plan).digest != Plan(golden.contiguous(family, 2)).digest
+
+    answered = []
+    answer = run._answer
+    monkeypatch.setattr(run, "_answer", lambda *a: answered.append(answer(*a)) or answered[-1])
+    said = []
+    for where in ({"devices": 2}, {"devices": None, "placement": str(plan)}):
+        capsys.readouterr()
+        run.run(request(family, prompts=prompts, **where))
+        said.append([line for line in capsys.readouterr().out.splitlines() if "plan" not in line])
+    np.testing.assert_array_equal(answered[0].logits_BSV, answered[1].logits_BSV)
+    assert answered[0].tokens == answered[1].tokens
+    assert said[0][:-1] == said[1][:-1]  # all but the rows moved
+    assert any(line.startswith("<s>def main(") for line in said[0])
+
+
+def few_of(load_corpus):
+    return lambda config: load_corpus(dataclasses.replace(config, max_bytes=100_000))
+
+
+def test_text_streams_in_whole_characters():
+    tokens = Tokens(Tokenizer(golden.ROOT / "mixtral", 264))
+    prompt = tokens.encode("né")
+    written = []
+    follow = tokens.stream(prompt, written.append)
+    followed = tokens.encode("ü→z")[1:]  # without <s>
+    for token in followed:
+        follow(token)
+    assert written == ["<s>né".encode(), "ü".encode(), "→".encode(), b"z"]
+    assert tokens.join(prompt, followed) == "<s>néü→z"
+    text = np.frombuffer("né".encode(), np.uint8)
+    np.testing.assert_array_equal(tokens.corpus(text), prompt)
+
+
+def test_published_counts(capsys):
+    names = ("mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b", "qwen1_5_moe_a2_7b")
+    assert hf_main.main(["counts", *(str(ROOT / "configs" / f"{name}.py") for name in names)]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    for name, line in zip(names, lines, strict=True):
+        total, active = (int(word.replace(",", "")) for word in line.split()[1:3])
+        theirs = hf_main.PUBLISHED[name]
+        assert abs(total / 1e9 / theirs[0] - 1) < 0.005
+        assert abs(active / 1e9 - theirs[1]) < 0.06  # published to one decimal
+
+
+def test_check_says_that_every_tensor_is_there(capsys):
+    assert hf_main.main(["check", str(golden.ROOT / "qwen2_moe")]) == 0
+    assert "all there, none left over" in capsys.readouterr().out
+    assert hf_main.main(["check", str(golden.ROOT)]) == 1
+    assert "config.json" in capsys.readouterr().err

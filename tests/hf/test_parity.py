@@ -1,0 +1,79 @@
+"""Published families against transformers: logits, routing and 64 greedy tokens, float32.
+
+The whole continuation is compared: cached decoding step by step, and without a cache at once.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import mesh as mesh_lib
+from moe_jax import permute
+from moe_jax.infer import record
+from moe_jax.model import transformer
+from tests.hf import golden
+
+BOUND = 2e-5  # of the range of the logits
+
+
+QUICK = {  # the rest is slow; tests/model/test_parts.py has every part in every dispatch
+    *(("local", family) for family in golden.FAMILIES),
+    ("exchange", "qwen2_moe"),
+}
+CASES = [
+    pytest.param(dispatch, family, marks=() if (dispatch, family) in QUICK else pytest.mark.slow)
+    for dispatch in ("local", "exchange", "gathered", "hierarchical", "shuffled", "coherent")
+    for family in golden.FAMILIES
+]
+
+
+@pytest.mark.parametrize(("dispatch", "family"), CASES)
+def test_logits_routing_and_greedy_tokens_with_a_cache(dispatch, family):
+    texts = golden.texts(family)
+    engine = golden.engine(family, dispatch)
+    generation = engine.generate([text.prompt for text in texts], 64, golden.GREEDY)
+    routed = record.routed_tokens([generation], 8)
+    logits_BSV = np.asarray(generation.logits_BSV)
+    start = 0
+    for number, text in enumerate(texts):
+        assert generation.tokens[number] == text.tokens
+        length = len(text.experts_SLK)
+        np.testing.assert_array_equal(
+            routed.expert_TLK[start : start + length], text.experts_SLK, strict=False
+        )
+        start += length
+        prompt = len(text.prompt)
+        assert golden.deviation(logits_BSV[number, :prompt], text.logits_RV[:prompt]) <= BOUND
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_logits_and_routing_without_a_cache(family):
+    config = golden.config(family)
+    mesh = mesh_lib.of_config(config.mesh)
+    placement = golden.random_placement(family, seed=1)
+    model = golden.model(family, placement, mesh)
+    forward = jax.jit(transformer.build_forward(config.model, mesh))
+    longest = 80
+    for text in golden.texts(family):
+        whole = [*text.prompt, *text.tokens][:-1]
+        token_BS = np.zeros((4, longest), np.int32)
+        token_BS[0, : len(whole)] = whole
+        real_BS = np.arange(longest)[None] < np.array([len(whole), 0, 0, 0])[:, None]
+        output = forward(model, token_BS, permute.table(placement), real_BS=real_BS)
+        expert_SLK = np.asarray(output.record.expert_BSK)[:, 0, : len(whole)].swapaxes(0, 1)
+        np.testing.assert_array_equal(expert_SLK, text.experts_SLK)
+        logits_SV = np.asarray(output.logits_BSV)[0]
+        assert golden.deviation(logits_SV[text.rows], text.logits_RV) <= BOUND
+        continued = logits_SV[len(text.prompt) - 1 : len(whole)].argmax(-1)
+        assert continued.tolist() == text.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_bits_do_not_depend_on_the_placement(family):
+    prompts = [text.prompt for text in golden.texts(family)]
+    expected = golden.engine(family).generate(prompts, 4, golden.GREEDY)
+    placed = golden.engine(family, placement=golden.random_placement(family, seed=5))
+    actual = placed.generate(prompts, 4, golden.GREEDY)
+    assert actual.tokens == expected.tokens
+    np.testing.assert_array_equal(actual.logits_BSV, expected.logits_BSV)

@@ -1,0 +1,151 @@
+"""Import, then export: the same bytes for every tensor, whatever the layout and the placement."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint
+from moe_jax import mesh as mesh_lib
+from moe_jax.hf import config_json, folder, layout, load, safetensors, save
+from tests import tiny
+from tests.hf import golden
+
+
+def mesh(**sizes):
+    return mesh_lib.make(**sizes)
+
+
+def export(family, model, placement, out, found=None, **how):
+    read = golden.tensors(family)
+    how = {"dtypes": {name: read.dtype(name) for name in read.file_of}, **how}
+    arrays = checkpoint.flatten(model)
+    found = found or golden.found_layout(family)
+    return save.export(arrays, found, placement, out, like=golden.ROOT / family, **how)
+
+
+def assert_same_bytes(one: folder.Tensors, other: folder.Tensors) -> None:
+    assert one.file_of.keys() == other.file_of.keys()
+    for name in one.file_of:
+        assert one.dtype(name) == other.dtype(name)
+        assert one.array(name).tobytes() == other.array(name).tobytes(), name
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_byte_identical(family, tmp_path):
+    placement = golden.random_placement(family, seed=2)
+    model = golden.model(family, placement, mesh(fsdp=2, expert=4))
+    written = export(family, model, placement, tmp_path / "out")
+    assert [path.name for path in written] == [folder.SINGLE]
+    assert_same_bytes(folder.tensors(tmp_path / "out"), golden.tensors(family))
+    assert config_json.read(tmp_path / "out") == config_json.read(golden.ROOT / family)
+
+
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_fused_names_and_several_files(family, tmp_path):
+    published = config_json.read(golden.ROOT / family)
+    fused = layout.of_family(published.family, "fused", published.config.model)
+    placement = golden.contiguous(family)
+    model = golden.model(family, placement, mesh(expert=4))
+    written = export(
+        family, model, placement, tmp_path / "f", fused, dtypes="BF16", shard_bytes=30_000
+    )
+    assert len(written) > 2
+    there = folder.tensors(tmp_path / "f")
+    found = layout.find(published.family, published.config.model, there)
+    assert found.name == "fused"
+    again = load.parameters(
+        published.config.model, found, there, placement, mesh(expert=4), say=lambda line: None
+    )
+    export(family, again, placement, tmp_path / "back")
+    assert_same_bytes(folder.tensors(tmp_path / "back"), golden.tensors(family))
+
+
+def test_replicated_experts_are_written_once(tmp_path):
+    family = "mixtral"
+    placement = tiny.replicated_placement(1)
+    model = golden.model(family, placement, mesh(expert=4))
+    assert model.blocks.moe.gate_PDF.shape[1] == placement.num_slots
+    export(family, model, placement, tmp_path / "out")
+    assert_same_bytes(folder.tensors(tmp_path / "out"), golden.tensors(family))
+
+
+def test_bfloat16_models_hold_bfloat16(tmp_path):
+    family = "olmoe"
+    sizes = config_json.read(golden.ROOT / family).config.model
+    sizes = type(sizes)(**{**sizes.__dict__, "dtype": "bfloat16"})
+    placement = golden.contiguous(family)
+    model = load.parameters(
+        sizes,
+        golden.found_layout(family),
+        golden.tensors(family),
+        placement,
+        mesh(expert=4),
+        say=lambda line: None,
+    )
+    assert model.blocks.moe.gate_PDF.dtype == jnp.bfloat16
+    assert model.blocks.moe.router_DE.dtype == jnp.float32
+    assert model.blocks.attention.query_norm_Z.dtype == jnp.float32
+    export(family, model, placement, tmp_path / "out")
+    assert_same_bytes(folder.tensors(tmp_path / "out"), golden.tensors(family))
+
+
+def test_a_device_reads_its_own_experts_only(monkeypatch):
+    family = "mixtral"
+    placement = golden.random_placement(family, seed=3)
+    read = golden.tensors(family)
+    touched = []
+    array = folder.Tensors.array
+
+    def noting(self, name):
+        touched.append(name)
+        return array(self, name)
+
+    monkeypatch.setattr(folder.Tensors, "array", noting)
+    found = golden.found_layout(family)
+    reader = load.Reader(found, read, placement)
+    axes, shape = ("layer", "expert", "embed", "mlp"), (2, 8, 32, 24)
+    device_1 = (slice(None), slice(2, 4), slice(None), slice(None))
+    part = reader.read("blocks.moe.gate_PDF", axes, shape, device_1, np.dtype(np.float32))
+    experts_LE = placement.physical_to_logical_LP[:, 2:4]
+    expected = [
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"
+        for layer, experts_E in enumerate(experts_LE)
+        for expert in experts_E
+    ]
+    assert touched == expected
+    for (layer, slot), name in zip(np.ndindex(2, 2), expected, strict=True):
+        np.testing.assert_array_equal(part[layer, slot], array(read, name).astype(np.float32).T)
+
+
+def test_parameters_are_the_tensors_by_their_published_meaning():
+    """By hand: a torch Linear is [out, in]; heads of queries lie one after the other."""
+    family = "qwen3_moe"
+    model = golden.model(family, golden.contiguous(family), mesh(expert=4))
+    read = golden.tensors(family)
+    stored = read.array("model.layers.1.self_attn.q_proj.weight").astype(np.float32)
+    query_DHQ = np.asarray(model.blocks.attention.query_DHQ[...])[1]
+    for head in range(4):
+        np.testing.assert_array_equal(query_DHQ[:, head], stored[16 * head : 16 * head + 16].T)
+    stored = read.array("model.layers.0.self_attn.o_proj.weight").astype(np.float32)
+    output_HQD = np.asarray(model.blocks.attention.output_HQD[...])[0]
+    np.testing.assert_array_equal(output_HQD.reshape(-1, 32), stored.T)
+    assert model.output_DV is None  # tied
+
+
+def test_written_files_have_the_published_container(tmp_path):
+    values = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((0, 4), np.float16)}
+    kinds = {"a": ("F32", (2, 3)), "b": ("F16", (0, 4))}
+    safetensors.write(tmp_path / "x.safetensors", kinds, values.__getitem__)
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(raw[8 : 8 + length])
+    assert header["a"] == {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    assert raw[8 + length :] == values["a"].tobytes()
+    file = safetensors.read(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(file.array("a"), values["a"])
+    assert file.array("b").shape == (0, 4)
+    with pytest.raises(ValueError, match="read-only"):
+        file.array("a")[0, 0] = 1

@@ -1,0 +1,212 @@
+"""What published families differ in: norms, biases, tied embeddings, shared experts, weights.
+
+Against plain NumPy in float64, and, all together, every dispatch and mesh against one device, with
+gradients.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import mesh as mesh_lib
+from moe_jax.errors import Refused
+from moe_jax.model import attention, coherent, parameter, router, shared, transformer
+from tests import tiny
+from tests.model.test_transformer import numpy_attention
+
+PARTS = {
+    "model__router_weights": "softmax",
+    "model__qk_norm": "all",
+    "model__attention_bias": "qkvo",
+    "model__tied_output": True,
+    "model__d_ff_shared": 12,
+    "model__shared_gate": True,
+}
+
+
+def shaken(tree, seed=0):
+    """Norms and biases as training might leave them."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    noise = [rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    return jax.tree.unflatten(
+        structure, [leaf + 0.2 * n for leaf, n in zip(leaves, noise, strict=True)]
+    )
+
+
+def numpy_norm(x, scale, axes, eps):
+    return x / np.sqrt((x**2).mean(axis=axes, keepdims=True) + eps) * scale
+
+
+@pytest.mark.parametrize(("qk_norm", "axes"), [("head", (-1,)), ("all", (-2, -1))])
+def test_projections_equal_numpy(qk_norm, axes):
+    weights = shaken(
+        attention.Attention(
+            jax.random.key(0),
+            d_model=16,
+            num_heads=6,
+            num_kv_heads=3,
+            d_head=4,
+            qk_norm=qk_norm,
+            bias="qkvo",
+        )
+    )
+    x_BSD = np.random.default_rng(0).normal(size=(2, 1, 16))
+    setting = attention.Setting(rope_theta=100.0, norm_eps=1e-2)
+    at_0 = jnp.zeros((2, 1), jnp.int32)  # where positions turn nothing
+    actual = attention.project(jnp.asarray(x_BSD, jnp.float32), weights, at_0, setting)
+    values = {name: np.asarray(w, np.float64) for name, w in attention.parameters(weights).items()}
+    query = np.einsum("bsd,dhq->bshq", x_BSD, values["query_DHQ"]) + values["query_bias_HQ"]
+    key = np.einsum("bsd,dgq->bsgq", x_BSD, values["key_DGQ"]) + values["key_bias_GQ"]
+    value = np.einsum("bsd,dgq->bsgq", x_BSD, values["value_DGQ"]) + values["value_bias_GQ"]
+    query = numpy_norm(query, values["query_norm_Z"], axes, 1e-2)
+    key = numpy_norm(key, values["key_norm_Z"], axes, 1e-2)
+    for ours, theirs in zip(actual, (query, key, value), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6)
+    mixed = np.random.default_rng(1).normal(size=(2, 1, 6, 4))
+    out = np.einsum("bshq,hqd->bsd", mixed, values["output_HQD"]) + values["output_bias_D"]
+    ours = attention.project_out(jnp.asarray(mixed, jnp.float32), weights)
+    np.testing.assert_allclose(ours, out, rtol=0, atol=3e-6)
+
+
+def test_no_part_is_there_by_default():
+    weights = attention.Attention(
+        jax.random.key(0), d_model=16, num_heads=2, num_kv_heads=1, d_head=4
+    )
+    assert set(attention.parameters(weights)) == {
+        "query_DHQ", "key_DGQ", "value_DGQ", "output_HQD"
+    }  # fmt: skip
+    parts = tuple(w for w in attention.parameters(weights).values())
+    x_BSD = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
+    position_BS = jnp.arange(3)[None]
+    actual_BSD, _ = attention.attend(
+        jnp.asarray(x_BSD), weights, position_BS, attention.Setting(50.0), None
+    )
+    expected_BSD = numpy_attention(x_BSD.astype(np.float64), parts, 50.0)
+    np.testing.assert_allclose(actual_BSD, expected_BSD, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", list(router.WEIGHTS))
+def test_weights_of_the_chosen_equal_numpy(name):
+    rng = np.random.default_rng(0)
+    x_TD, router_DE = rng.normal(size=(20, 5)), rng.normal(size=(5, 7))
+    routing = router.route_top_k(
+        jnp.asarray(x_TD, jnp.float32), jnp.asarray(router_DE, jnp.float32),
+        jnp.ones(20, bool), 3, weigh=router.WEIGHTS[name],
+    )  # fmt: skip
+    logits_TE = x_TD @ router_DE
+    top_TK = -np.sort(-logits_TE, axis=1)[:, :3]
+    among_TX = (
+        top_TK if name == "normalised" else logits_TE
+    )  # top-k, then softmax; or the other way
+    expected_TK = np.exp(top_TK) / np.exp(among_TX).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(routing.weight_TK, expected_TK, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_shared_expert_equals_numpy(has_gate):
+    weights = shared.SharedExpert(jax.random.key(0), d_model=6, d_ff=10, has_gate=has_gate)
+    x_TD = np.random.default_rng(0).normal(size=(9, 6))
+    gate, up, down = (
+        np.asarray(w[...], np.float64) for w in (weights.gate_DF, weights.up_DF, weights.down_FD)
+    )
+    sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
+    hidden = x_TD @ gate
+    expected_TD = (hidden * sigmoid(hidden) * (x_TD @ up)) @ down
+    if has_gate:
+        expected_TD *= sigmoid(x_TD @ np.asarray(weights.share_D[...], np.float64))[:, None]
+    actual_TD = shared.compute(jnp.asarray(x_TD, jnp.float32), weights)
+    np.testing.assert_allclose(actual_TD, expected_TD, rtol=0, atol=2e-6)
+
+
+@functools.cache
+def one_device():
+    """The model with all parts, and its logits, routing and gradients on one device."""
+    config = config_with(data=1, expert=1, dispatch="local")
+    model = shaken(transformer.Transformer(jax.random.key(1), config.model))
+    return model, *outputs(config, model)
+
+
+def config_with(dispatch="exchange", **mesh):
+    return tiny.config(mesh=mesh, model__dispatch=dispatch, **PARTS)
+
+
+TOKEN_BS = tiny.tokens(8, 8)
+WEIGHT_BSV = np.random.default_rng(2).normal(size=(8, 8, 256)).astype(np.float32)
+
+
+def outputs(config, model):
+    mesh = tiny.mesh(config)
+    axes = parameter.logical_axes(model)
+    model = jax.tree.map(
+        lambda a, names: jax.device_put(a, mesh_lib.sharding(mesh, *names)), model, axes
+    )
+    table = transformer.identity_table(tiny.LAYERS, tiny.EXPERTS)
+    if config.model.dispatch == "coherent":
+        output = jax.jit(coherent.build_forward(config.model, mesh, "reference"))(
+            model, jnp.asarray(TOKEN_BS), table
+        )
+        return output.logits_BSV, output.record.expert_BSK, None
+    forward = transformer.build_forward(config.model, mesh, "reference")
+
+    def loss(model):
+        output = forward(model, jnp.asarray(TOKEN_BS), table)
+        return (output.logits_BSV * WEIGHT_BSV).sum(), output
+
+    (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+    return output.logits_BSV, output.record.expert_BSK, grads
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "mesh"),
+    [
+        pytest.param("exchange", {"data": 2, "expert": 4}, marks=pytest.mark.slow),
+        pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=pytest.mark.slow),
+        ("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("shuffled", {"data": 2, "expert": 4}),
+        pytest.param("shuffled", {"node": 2, "expert": 1}, marks=pytest.mark.slow),
+        ("coherent", {"data": 2, "expert": 4}),
+    ],
+)
+def test_every_dispatch_and_mesh_equals_one_device(dispatch, mesh):
+    """`shuffled` over 4 devices has 2 key/value heads on two devices each, over 2 one each."""
+    model, logits_BSV, expert_LBSK, grads = one_device()
+    actual_BSV, actual_LBSK, actual_grads = outputs(config_with(dispatch, **mesh), model)
+    np.testing.assert_array_equal(actual_LBSK, expert_LBSK)
+    np.testing.assert_allclose(actual_BSV, logits_BSV, rtol=0, atol=2e-5)
+    if actual_grads is not None:
+        jax.tree.map(
+            lambda ours, theirs: np.testing.assert_allclose(
+                ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max() * 10
+            ),
+            actual_grads,
+            grads,
+        )
+
+
+def test_parts_at_their_defaults_leave_a_digest_as_it_was():
+    """Runs of before resume; every part by itself makes another run."""
+    plain = config_lib.digest(tiny.config())
+    digests = {config_lib.digest(tiny.config(**{name: value})) for name, value in PARTS.items()
+               if name not in ("model__shared_gate",)}  # fmt: skip
+    assert plain not in digests
+    assert len(digests) == len(PARTS) - 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("router_weights", "sofmax", "did you mean 'softmax'"),
+        ("qk_norm", "heads", "did you mean 'head'"),
+        ("attention_bias", "qkvv", "did you mean 'qkv"),
+        ("d_ff_shared", -1, "at least 0"),
+        ("shared_gate", True, "there is none"),
+    ],
+)
+def test_refusals(field, value, match):
+    with pytest.raises(Refused, match=match):
+        tiny.config(**{f"model__{field}": value})
