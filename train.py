@@ -20,6 +20,9 @@ DISTRIBUTED = flags.DEFINE_string(
     "Join other processes: 'auto' (Cloud TPU pod, Slurm, MPI: the same command on every host), "
     "'HOST:PORT,NUM_PROCESSES,PROCESS_ID', or 'off'.",
 )
+REPLAY = flags.DEFINE_string(
+    "replay", None, "Run one bad step of this run again: a file of WORKDIR/bad_steps."
+)
 
 
 def main() -> None:
@@ -27,15 +30,19 @@ def main() -> None:
     workdir = pathlib.Path(entry.required("--workdir", WORKDIR.value))
     entry.check_output("--workdir", WORKDIR.value)
     from moe_jax import mesh
-    from moe_jax.train import loop
+    from moe_jax.train import loop, replay
 
     processes = mesh.parse_processes(DISTRIBUTED.value)
     if config.virtual_devices and DISTRIBUTED.value != "auto":
         config_lib.check_devices(config, config.virtual_devices * (processes or ("", 1, 0))[1])
     corpus, plan = loop.prepare(config, workdir)
+    bad = replay.read(config, pathlib.Path(REPLAY.value)) if REPLAY.value is not None else None
     mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
     config_lib.check_devices(config, mesh.num_devices())
-    loop.train(config, workdir, corpus, plan)
+    if bad:
+        replay.replay(config, workdir, corpus, plan, bad)
+    else:
+        loop.train(config, workdir, corpus, plan)
 
 
 if __name__ == "__main__":

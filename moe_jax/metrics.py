@@ -13,41 +13,47 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax import files
+from moe_jax import board, files
 
 
 class Writer:
     """`metrics.jsonl` and `tensorboard/` in a work directory.
 
     Line one is a header; then one object per step. Floats are written so that they read back
-    bit-equal; a value that is not finite is written as null.
+    bit-equal; a value that is not finite is written as null. A disk that takes no more is said
+    once, and the lines wait in memory until it does: whether a run can go on is not decided here.
     """
 
     def __init__(self, workdir: pathlib.Path, header: dict[str, Any], first_step: int):
         """Opens for appending; drops steps from `first_step` on (of a run that was cut)."""
-        from tensorboardX import SummaryWriter
-
         self._path = workdir / "metrics.jsonl"
         kept = [json.dumps({"header": True, **header})]
         kept += [json.dumps(row) for row in read(self._path)[1] if row["step"] < first_step]
         with files.atomic_write(self._path, "w") as file:
             file.write("\n".join(kept) + "\n")
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step, flush_secs=30
-        )
+        self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._unwritten = b""
+        self._told = False
+        self._board = board.Board(workdir / "tensorboard", first_step, warn=fail)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line and one TensorBoard point per value."""
         finite = {key: v if math.isfinite(v) else None for key, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            self._tensorboard.add_scalar(key, value, step)
+        self._unwritten += json.dumps({"step": step, **finite}).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._handle, self._unwritten) :]
+        except OSError as error:
+            if not self._told:
+                fail(f"{self._path}: {error}; its lines wait in memory from step {step} on")
+            self._told = True
+        self._board.write(step, values)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._unwritten:
+            fail(f"{self._path}: {self._unwritten.count(bytes([10]))} lines could not be written")
+        os.close(self._handle)
+        self._board.close()
 
 
 class NoWriter:

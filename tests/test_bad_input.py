@@ -28,7 +28,7 @@ from moe_jax.errors import Refused
 from moe_jax.infer import run as _infer  # noqa: F401 the clock below starts after imports
 from moe_jax.placement import __main__ as placement_main
 from moe_jax.placement.plan import MAP, Placement, Plan
-from moe_jax.train import loop
+from moe_jax.train import loop, resume
 from moe_jax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -104,7 +104,8 @@ def trained(text, tmp_path_factory) -> pathlib.Path:
     batches = data.batches(corpus, config.data)
     state = step_lib.initial_state(config, mesh)
     for number in (1, 2):
-        loop.save(workdir, loop.Run(state, batches, number), plan, config)
+        saved = resume.saved_arrays(resume.Run(state, batches, number), plan, config)
+        checkpoint.save(workdir / "checkpoints", *saved)
     (workdir / "config.json").write_text(config_lib.to_json(config))
     return workdir
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import checkpoint
+from moe_jax import checkpoint, integrity, saver
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Plan
@@ -83,6 +83,75 @@ def test_other_arrays_are_refused(saved):
         assert part in str(refusal.value)
 
 
+def test_arrays_that_the_model_does_not_have_are_refused(saved):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    target = _target(arrays)
+    del target["n"]  # a group of its own: may be left out
+    checkpoint.restore(folder, contents, target, None)
+    del target["a.b"]
+    with pytest.raises(
+        Refused, match=r"a\.b: bfloat16\[5\] in the checkpoint, absent in the model"
+    ):
+        checkpoint.restore(folder, contents, target, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"shape": [2, 9]}, r"holds a\.w as float32\[2, 8\], but meta.json says float32\[2, 9\]"),
+        ({"shape": [2**40, 2**40]}, "but meta.json says"),
+        ({"shape": [-1, 8]}, "is not a checkpoint's"),
+        ({"shape": [2.5, 8]}, "is not a checkpoint's"),
+        ({"dtype": "float16"}, "but meta.json says float16"),
+        ({"dtype": "object at"}, "is not a checkpoint's"),
+    ],
+)
+def test_claims_that_the_data_does_not_hold_are_refused(change, rule, saved):
+    """A manifest that was made to fit: what would be allocated or cast is checked all the same."""
+    folder, _ = saved
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["arrays"]["a.w"] |= change
+    (folder / "meta.json").write_text(json.dumps(meta))
+    integrity.write(folder)
+    with pytest.raises(Refused, match=rule):
+        checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
+
+
+def test_another_plan_with_a_manifest_that_fits_is_refused(saved):
+    folder, _ = saved
+    Plan(tiny.random_placement(0)).write(folder / "plan.json")
+    integrity.write(folder)
+    with pytest.raises(Refused, match="is not the plan that the arrays were saved under"):
+        checkpoint.read_contents(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", '{"a": 1}', "\x00", "1" * 9999])
+@pytest.mark.parametrize("name", ["integrity.json", "meta.json"])
+def test_files_that_are_no_json_of_ours_are_refused(name, text, saved):
+    folder, _ = saved
+    (folder / name).write_text(text)
+    if name != "integrity.json":
+        integrity.write(folder)
+    with pytest.raises(Refused, match=name.replace(".", r"\.")):
+        checkpoint.read_contents(folder)
+
+
+def test_files_are_bounded_before_they_are_read(saved, monkeypatch):
+    folder, _ = saved
+    monkeypatch.setattr(integrity, "MAX_JSON_BYTES", 100)
+    with pytest.raises(Refused, match="at most 100 bytes"):
+        checkpoint.read_contents(folder)
+
+
+def test_more_than_memory_is_refused(saved, monkeypatch):
+    folder, _ = saved
+    contents = checkpoint.read_contents(folder)
+    monkeypatch.setattr(checkpoint.os, "sysconf", lambda name: 4)
+    with pytest.raises(Refused, match="this machine 16 of memory"):
+        checkpoint.restore_numpy(folder, contents)
+
+
 def _every_file(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -116,7 +185,7 @@ def test_unknown_version_is_refused(saved):
     folder, _ = saved
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"version": 99}))
-    checkpoint._write_manifest(folder)
+    integrity.write(folder)
     with pytest.raises(Refused, match="version 1"):
         checkpoint.read_contents(folder)
 
@@ -146,3 +215,63 @@ def test_old_steps_are_removed(saved):
         newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
         checkpoint.save(folder.parent, arrays, newer, keep=2)
     assert checkpoint.steps(folder.parent) == [6, 7]
+
+
+def test_bad_steps_are_moved_aside_but_never_the_last(saved):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    for step in (5, 6):
+        newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
+        checkpoint.save(folder.parent, arrays, newer)
+        (folder.parent / str(step) / "plan.json").unlink()
+    said: list[str] = []
+    assert checkpoint.newest_good(folder.parent, said.append, move_bad=True)[1].step == 4
+    assert checkpoint.steps(folder.parent) == [4]
+    moved = sorted(path for path in (folder.parent / "bad").iterdir())
+    assert [path.name.partition("-")[0] for path in moved] == ["5", "6"]
+    assert all("plan.json': is missing" in (path / "why.txt").read_text() for path in moved)
+    assert sum("moved checkpoint" in line for line in said) == 2
+    (folder / "plan.json").unlink()
+    with pytest.raises(Refused, match="every step is damaged"):
+        checkpoint.newest_good(folder.parent, said.append, move_bad=True)
+    assert checkpoint.steps(folder.parent) == [4]
+
+
+def test_what_a_kill_leaves_is_put_in_order(saved):
+    """A step that was being replaced is whole under its old name; the rest goes."""
+    folder, _ = saved
+    parent = folder.parent
+    folder.rename(parent / ".4.old")
+    for name in (".4.tmp", ".7.gone", ".8.tmp"):
+        (parent / name / "state").mkdir(parents=True)
+    (parent / ".not.tmp").mkdir()
+    checkpoint.clean(parent)
+    assert sorted(path.name for path in parent.iterdir()) == [".not.tmp", "4"]
+    checkpoint.read_contents(folder)
+    (parent / ".4.old").mkdir()
+    checkpoint.clean(parent)
+    assert sorted(path.name for path in parent.iterdir()) == [".not.tmp", "4"]
+
+
+def test_names_that_are_no_steps_are_not(tmp_path):
+    for name in ("3", "03", "-1", "x", "\u0663", "\u00b2", "12"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps(tmp_path) == [3, 12]
+
+
+def test_a_save_that_fails_leaves_nothing_and_says_why(saved, monkeypatch):
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(integrity, "write", full)
+    with saver.Saver(folder.parent, lambda _: None) as made:
+        newer = checkpoint.Contents(5, contents.arrays, contents.plan, {})
+        checkpoint.start_save(made, arrays, newer)
+        with pytest.raises(Refused, match="No space left on device"):
+            made.wait()
+        monkeypatch.undo()
+        checkpoint.start_save(made, arrays, newer)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "5"]

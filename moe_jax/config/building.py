@@ -56,11 +56,17 @@ def digest(config: Config) -> str:
     plain = dataclasses.asdict(config)
     for field in ("mesh", "platform", "virtual_devices", "placement"):
         del plain[field]
-    for field in ("num_steps", "log_every", "checkpoint_every", "checkpoints_kept", "remat"):
+    for field in (
+        *("num_steps", "log_every", "checkpoint_every", "checkpoints_kept", "remat"),
+        *("checkpoints_kept_every", "checkpoints_kept_best", "failed_save"),
+        *("hang_seconds", "hang_exit"),
+    ):
         del plain["train"][field]
     for field in PARTS:
         if plain["model"][field] == getattr(ModelConfig, field):
             del plain["model"][field]
+    if not config.train.spike_sigma:
+        del plain["train"]["spike_sigma"], plain["train"]["spike_window"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
 ATTENTIONS = ("split", "replicated")
 REMATS = ("none", "layer")
+FAILED_SAVES = ("stop", "go_on")
 ROUTER_WEIGHTS = ("normalised", "softmax")
 QK_NORMS = ("", "head", "all")
 ATTENTION_BIASES = ("", "qkv", "qkvo")
@@ -126,8 +127,17 @@ class TrainConfig:
     eval_every: int = 50
     eval_sequences: int = 64
     checkpoint_every: int = 100
-    checkpoints_kept: int = 3
-    max_bad_steps: int = 5  # non-finite steps in a row before the run stops
+    checkpoints_kept: int = 3  # the newest so many
+    checkpoints_kept_every: int = 0  # and every so many steps; 0 = none for this
+    checkpoints_kept_best: int = 0  # and so many of the lowest held-out loss; 0 = none for this
+    failed_save: str = "stop"  # or "go_on": train until the next save, the last one excepted
+    max_bad_steps: int = 5  # bad steps in a row before the run stops
+    # A loss so many standard deviations above the mean of the last `spike_window` good ones makes
+    # its step bad; 0 = only what is not finite does.
+    spike_sigma: float = 0.0
+    spike_window: int = 64
+    hang_seconds: float = 600.0  # without a finished step: say where all threads are; 0 = never
+    hang_exit: bool = False  # and end, with exit code 75, to be started again
     # "layer": the backward pass computes each layer again from its input, and gathers its weights
     # again; "none": everything is kept, the weights that `fsdp` gathered included.
     remat: str = "none"

@@ -10,6 +10,7 @@ from moe_jax.config.fields import (
     COMBINES,
     DISPATCHES,
     DTYPES,
+    FAILED_SAVES,
     INFERENCE_ONLY,
     MESH_AXES,
     OVERLAP_DEGREES,
@@ -262,10 +263,14 @@ def _validate_training(config: Config) -> None:
         "train",
         (
             *("num_steps", "log_every", "eval_every", "eval_sequences"),
-            *("checkpoint_every", "checkpoints_kept", "max_bad_steps"),
+            *("checkpoint_every", "checkpoints_kept", "max_bad_steps", "spike_window"),
         ),
     )
+    for name in ("checkpoints_kept_every", "checkpoints_kept_best", "spike_sigma", "hang_seconds"):
+        if getattr(train, name) < 0:
+            raise Refused(f"train.{name}", getattr(train, name), "must be at least 0", "use 0")
     _one_of("train.remat", train.remat, REMATS)
+    _one_of("train.failed_save", train.failed_save, FAILED_SAVES)
     for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**31:
             raise Refused(field, seed, "must lie in [0, 2^31)", "use 0")

@@ -16,7 +16,7 @@ from moe_jax.model.dispatch.table import Table
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 from moe_jax.train import optimizer as optimizer_lib
-from moe_jax.train import replicas
+from moe_jax.train import replicas, spikes
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +29,7 @@ class TrainState:
       opt_state: optax state, shaped like the parameters.
       key: uint32 PRNG key data; the run's randomness beyond initialisation starts from it.
       bad_steps, bad_in_row: int32 counts of steps that changed nothing.
+      recent: losses of the last good steps.
     """
 
     model: transformer.Transformer
@@ -36,14 +37,19 @@ class TrainState:
     key: Leaf
     bad_steps: Leaf
     bad_in_row: Leaf
+    recent: spikes.Recent
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Scalars of one step, and its traffic by layer [L, ...]. `loss` is cross-entropy in nats."""
+    """Scalars of one step, and its traffic by layer [L, ...]. `loss` is cross-entropy in nats.
+
+    `loss_limit`: a loss above it makes a step bad.
+    """
 
     loss: Leaf
+    loss_limit: Leaf
     load_balance: Leaf
     z: Leaf
     grad_norm: Leaf
@@ -84,7 +90,10 @@ def _initial(config: Config, optimizer: optax.GradientTransformation) -> TrainSt
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     model = transformer.Transformer(init_key, config.model)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(model, optimizer.init(model), jax.random.key_data(run_key), zero, zero)
+    recent = spikes.Recent.empty(config.train.spike_window)
+    return TrainState(
+        model, optimizer.init(model), jax.random.key_data(run_key), zero, zero, recent
+    )
 
 
 def cross_entropy(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
@@ -97,35 +106,20 @@ def build_step(
 ) -> Callable[[TrainState, jax.Array, Table], tuple[TrainState, StepMetrics]]:
     """`step(state, window_BS1, table) -> (state, metrics)`, jitted; the old state is donated.
 
-    A step whose loss or gradient norm is not finite returns parameters, optimizer state and key
-    with the bits they had, and counts itself.
+    A step whose loss or gradient norm is not finite, or whose loss is a spike, returns parameters,
+    optimizer state, key and recent losses with the bits they had, and counts itself.
     """
-    forward = transformer.build_forward(
-        config.model,
-        mesh,
-        attention_batch=mesh_lib.attention_batch(config.mesh),
-        remat=config.train.remat == "layer",
-    )
     optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
-    coefs = (config.model.load_balance_coef, config.model.z_loss_coef)
     clip, replicated = config.optimizer.clip_norm, mesh_lib.sharding(mesh)
-
-    def loss_fn(model, window_BS1, table):
-        output = forward(model, window_BS1[:, :-1], table)
-        loss = cross_entropy(output.logits_BSV, window_BS1[:, 1:])
-        load_balance, z = output.record.load_balance.mean(), output.record.z.mean()
-        total = loss + coefs[0] * load_balance + coefs[1] * z
-        return total, (loss, load_balance, z, output.record.traffic)
+    loss_and_gradients = _loss_and_gradients(config, mesh)
 
     def step(state, window_BS1, table):
-        (total, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.model, window_BS1, table
-        )
+        (total, parts), grads = loss_and_gradients(state.model, window_BS1, table)
         loss, load_balance, z, traffic = parts
-        grads = replicas.summed(grads, table, mesh)
         slot_LE = table.logical_to_physical_ER[:, :, 0]
         norm = optimizer_lib.global_norm(grads, slot_LE, replicated)
-        good = jnp.isfinite(total) & jnp.isfinite(norm)
+        limit = state.recent.limit(config.train.spike_sigma)
+        good = jnp.isfinite(total) & jnp.isfinite(norm) & (loss <= limit)
         scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda grad: grad * scale, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
@@ -135,18 +129,55 @@ def build_step(
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
         bad_steps = state.bad_steps + jnp.where(good, 0, 1).astype(jnp.int32)
         bad_in_row = jnp.where(good, 0, state.bad_in_row + 1).astype(jnp.int32)
+        recent = keep(state.recent.with_loss(loss), state.recent)
         state = TrainState(
             keep(model, state.model),
             keep(opt_state, state.opt_state),
             state.key,
             bad_steps,
             bad_in_row,
+            recent,
         )
-        metrics = StepMetrics(loss, load_balance, z, norm, bad_steps, bad_in_row, traffic)
+        metrics = StepMetrics(loss, limit, load_balance, z, norm, bad_steps, bad_in_row, traffic)
         return state, metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def build_blame(config: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Table], Any]:
+    """`blame(model, window_BS1, table)`: not finite values of each gradient, jitted."""
+    loss_and_gradients = _loss_and_gradients(config, mesh)
+
+    def blame(model, window_BS1, table):
+        _, grads = loss_and_gradients(model, window_BS1, table)
+        return jax.tree.map(lambda grad: jnp.sum(~jnp.isfinite(grad), dtype=jnp.int32), grads)
+
+    return jax.jit(blame, out_shardings=mesh_lib.sharding(mesh))
+
+
+def _loss_and_gradients(config: Config, mesh: Mesh) -> Callable[..., Any]:
+    """`(model, window_BS1, table) -> ((total, (loss, load_balance, z, traffic)), gradients)`."""
+    forward = transformer.build_forward(
+        config.model,
+        mesh,
+        attention_batch=mesh_lib.attention_batch(config.mesh),
+        remat=config.train.remat == "layer",
+    )
+    coefs = (config.model.load_balance_coef, config.model.z_loss_coef)
+
+    def loss_fn(model, window_BS1, table):
+        output = forward(model, window_BS1[:, :-1], table)
+        loss = cross_entropy(output.logits_BSV, window_BS1[:, 1:])
+        load_balance, z = output.record.load_balance.mean(), output.record.z.mean()
+        total = loss + coefs[0] * load_balance + coefs[1] * z
+        return total, (loss, load_balance, z, output.record.traffic)
+
+    def loss_and_gradients(model, window_BS1, table):
+        values, grads = jax.value_and_grad(loss_fn, has_aux=True)(model, window_BS1, table)
+        return values, replicas.summed(grads, table, mesh)
+
+    return loss_and_gradients
 
 
 def build_eval(config: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Table], jax.Array]:

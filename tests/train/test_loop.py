@@ -117,8 +117,29 @@ def test_training_under_a_plan_gives_the_same_curve(whole, tmp_path):
     assert [r["rows_moved"] for r in rows] != [r["rows_moved"] for r in expected]
 
 
-def test_another_plan_than_the_stored_one_is_refused(whole, tmp_path):
+def test_experts_are_moved_where_another_plan_wants_them(whole, tmp_path, capsys):
     _copy_until(whole, tmp_path / "run", 3)
     Plan(tiny.random_placement(3)).write(tmp_path / "plan.json")
-    with pytest.raises(Refused, match="permute it first"):
-        train(tiny.config(placement=str(tmp_path / "plan.json")), tmp_path / "run")
+    train(tiny.config(placement=str(tmp_path / "plan.json")), tmp_path / "run")
+    assert "training under" in capsys.readouterr().out
+    assert curve(tmp_path / "run") == curve(whole)
+    contents = checkpoint.read_contents(tmp_path / "run" / "checkpoints" / "6")
+    assert contents.plan.placement == tiny.random_placement(3)
+
+
+def test_what_is_saved_is_the_state_of_its_step(tmp_path, monkeypatch):
+    """Steps go on, and donate the arrays, while they are being written."""
+    copies, start_save = {}, checkpoint.start_save
+
+    def copied(saver, arrays, contents):
+        copies[contents.step] = {name: np.array(array) for name, array in arrays.items()}
+        start_save(saver, arrays, contents)
+
+    monkeypatch.setattr(checkpoint, "start_save", copied)
+    train(tiny.config(train__checkpoint_every=1, train__checkpoints_kept=9), tmp_path)
+    assert sorted(copies) == checkpoint.steps(tmp_path / "checkpoints") == [1, 2, 3, 4, 5, 6]
+    for number, arrays in copies.items():
+        folder = tmp_path / "checkpoints" / str(number)
+        saved = checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(saved[name], array)

@@ -1,0 +1,253 @@
+"""A run's beginning, fresh or from its newest good checkpoint, and the checkpoints that it writes.
+
+A checkpoint goes on on any mesh: arrays are read into the shards that this run wants, experts are
+moved where its plan wants them, and data is counted in batches of all processes together.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from moe_jax import checkpoint, data, integrity, metrics, permute, preservation, saver
+from moe_jax import config as config_lib
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.model import parameter
+from moe_jax.placement import copies
+from moe_jax.placement import plan as plan_lib
+from moe_jax.train import step as step_lib
+
+NONE, ALL_DAMAGED = -1, -2  # in place of a step's number
+
+
+@dataclasses.dataclass
+class Run:
+    """A run between two steps."""
+
+    state: step_lib.TrainState
+    batches: grain.DatasetIterator
+    step: int
+
+
+def start_or_resume(
+    config: Config,
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    corpus: data.Corpus,
+    plan: plan_lib.Plan,
+    *,
+    before: int | None = None,
+) -> tuple[Run, plan_lib.Plan]:
+    """The run, its experts where the returned plan says; every process calls this.
+
+    Args:
+      config: of the run.
+      mesh: to train on.
+      workdir: with checkpoints or without.
+      corpus: text.
+      plan: that of the config. Where the config names none, experts stay in the order that the
+        checkpoint has them in, if this mesh allows it.
+      before: only look at checkpoints of earlier steps, and move nothing; None = the newest.
+    """
+    batches = data.batches(corpus, config.data)
+    found = _newest_good(workdir / "checkpoints", before)
+    if found is None:
+        state = step_lib.initial_state(config, mesh)
+        logical = plan_lib.Placement.contiguous(
+            plan.placement.num_layers, plan.placement.num_experts, plan.placement.num_devices
+        )
+        if plan.digest != logical.digest:
+            state = permute.apply(state, logical, plan.placement)
+        return Run(state, batches, 0), plan
+    folder, contents = found
+    if not config.placement:
+        plan = _in_order(contents.plan, plan, config.mesh.node)
+    state = _restored(config, mesh, folder, contents, plan.placement)
+    try:
+        batches.set_state(contents.extra["data_state"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        rule = f"holds no position in this data ({error!r})"
+        raise integrity.damaged(folder / "meta.json", rule) from None
+    return Run(state, batches, contents.step), plan
+
+
+def _in_order(stored: plan_lib.Plan, contiguous: plan_lib.Plan, nodes: int) -> plan_lib.Plan:
+    """The stored order of experts on these devices; `contiguous` where they do not take it."""
+    devices = contiguous.placement.num_devices
+    if stored.placement.num_devices == devices:
+        share_LNP = stored.placement.share_LNP
+    else:
+        share_LNP = None  # of copies, between devices that are no more
+    slots_LP = stored.placement.physical_to_logical_LP
+    try:
+        placement = plan_lib.Placement(slots_LP, stored.placement.num_experts, devices, share_LNP)
+        copies.check_nodes(placement, nodes)
+    except Refused:
+        return contiguous
+    return stored if placement == stored.placement else plan_lib.Plan(placement)
+
+
+def _restored(
+    config: Config,
+    mesh: Mesh,
+    folder: pathlib.Path,
+    contents: checkpoint.Contents,
+    wanted: plan_lib.Placement,
+) -> step_lib.TrainState:
+    stored = contents.plan.placement
+    there = step_lib.abstract_state(config, mesh, stored.num_slots)
+    uneven = stored.num_slots % wanted.num_devices > 0
+    if uneven:
+        there = _unsplit(there, mesh)  # until they have been moved
+    arrays = checkpoint.restore(folder, contents, checkpoint.flatten(there), stored)
+    state = checkpoint.unflatten(there, arrays)
+    if stored == wanted:
+        return state
+    metrics.say(
+        f"experts: stored as plan {stored.digest[:12]} for {stored.num_devices} devices, "
+        f"training under {wanted.digest[:12]} for {wanted.num_devices}"
+    )
+    if not np.array_equal(stored.physical_to_logical_LP, wanted.physical_to_logical_LP):
+        state = permute.apply(state, stored, wanted)
+    if not uneven:
+        return state
+    here = step_lib.abstract_state(config, mesh, wanted.num_slots)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, here)
+    return jax.jit(lambda state: state, out_shardings=shardings)(state)
+
+
+def _unsplit(abstract: step_lib.TrainState, mesh: Mesh) -> step_lib.TrainState:
+    """The same with whole experts arrays on every device of the expert axes."""
+    axes = jax.tree.leaves(parameter.logical_axes(abstract))
+    leaves, structure = jax.tree.flatten(abstract)
+    placed = [
+        jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=mesh_lib.sharding(mesh, *(n if n != "expert" else None for n in names)),
+        )
+        for leaf, names in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
+
+
+def _newest_good(
+    directory: pathlib.Path, before: int | None
+) -> tuple[pathlib.Path, checkpoint.Contents] | None:
+    """`checkpoint.newest_good` by the first process alone: others read what it has verified."""
+    if jax.process_count() == 1:
+        return _found_by_first(directory, before)
+    step, refused = NONE, None
+    if jax.process_index() == 0:
+        try:
+            found = _found_by_first(directory, before)
+            step = found[1].step if found else NONE
+        except Refused as error:
+            step, refused = ALL_DAMAGED, error
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step == ALL_DAMAGED:
+        raise refused or Refused("checkpoints", str(directory), "are damaged", "see process 0")
+    if step == NONE:
+        return None
+    folder = directory / str(step)
+    return folder, checkpoint.read_contents(folder, verify=False)
+
+
+def _found_by_first(
+    directory: pathlib.Path, before: int | None
+) -> tuple[pathlib.Path, checkpoint.Contents] | None:
+    if before is not None:
+        return checkpoint.newest_good(directory, metrics.fail, before=before)
+    checkpoint.clean(directory)
+    return checkpoint.newest_good(directory, metrics.fail, move_bad=True)
+
+
+def saved_arrays(
+    run: Run, plan: plan_lib.Plan, config: Config, held_out_loss: float | None = None
+) -> tuple[dict[str, Any], checkpoint.Contents]:
+    """What a checkpoint of `run` holds: the state, the plan, the data position."""
+    arrays = checkpoint.flatten(run.state)
+    axes = checkpoint.flatten(parameter.logical_axes(run.state))
+    extra = {"data_state": run.batches.get_state(), "config_digest": config_lib.digest(config)}
+    if held_out_loss is not None:
+        extra[preservation.LOSS] = held_out_loss
+    infos = checkpoint.describe(arrays, axes)
+    return arrays, checkpoint.Contents(run.step, infos, plan, extra)
+
+
+class Checkpoints:
+    """The steps that a run writes. A `with` ends when nothing is being written any more.
+
+    Attributes:
+      failed: the step that is being written could not be; the next call will say so.
+    """
+
+    def __init__(self, config: Config, workdir: pathlib.Path, run: Run, plan: plan_lib.Plan):
+        train = config.train
+        kept = preservation.Kept(
+            train.checkpoints_kept, train.checkpoints_kept_every, train.checkpoints_kept_best
+        )
+        self._config, self._plan = config, plan
+        self._saver = saver.Saver(workdir / "checkpoints", kept.prune)
+        self._saver.check()
+        self._saved = run.step  # after step 0 there is nothing that could be lost
+
+    @property
+    def failed(self) -> bool:
+        return self._saver.failed
+
+    def save(self, run: Run, held_out_loss: Any) -> None:
+        """Begins to write the step at hand; says what could not be written."""
+        self.wait()
+        self._forgiven(lambda: self._start(run, held_out_loss))
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; says what could not be."""
+        self._forgiven(self._saver.wait)
+
+    def save_last(self, run: Run, held_out_loss: Any) -> None:
+        """Writes the step at hand, unless it is there. Raises `Refused` if it cannot be."""
+        self.wait()
+        if self._saved != run.step:
+            self._start(run, held_out_loss)
+            self._saver.wait()
+
+    def _start(self, run: Run, held_out_loss: Any) -> None:
+        start = time.perf_counter()
+        loss = None if held_out_loss is None else float(held_out_loss)
+        arrays, contents = saved_arrays(run, self._plan, self._config, loss)
+        checkpoint.start_save(self._saver, arrays, contents)
+        self._saved = run.step
+        seconds = time.perf_counter() - start
+        metrics.say(f"step {run.step}: being saved; training stood still for {seconds:.2f} s")
+
+    def _forgiven(self, call: Callable[[], None]) -> None:
+        """Lets the run go on without the step that `call` could not write, if it was told to."""
+        try:
+            call()
+        except Refused as error:
+            self._saved = -1
+            if self._config.train.failed_save == "stop":
+                raise
+            metrics.fail(f"{error} Training goes on until the next save.")
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._saver.__exit__(kind, error, traceback)

@@ -1,0 +1,54 @@
+"""The long fault campaign: python -m tests.faults.campaign [TEST...]; its lines go to campaign.log.
+
+Every start adds its date, machine and versions, then one line a fault; `make faults` runs them all.
+"""
+
+import datetime
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+LINE = re.compile(r"^[\w, \-()x.+]+: \d+ faults, \d+ lost, identical (yes|no)$")
+
+
+def main(arguments: list[str]) -> int:
+    import jax
+    import orbax.checkpoint as ocp
+
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    head = (
+        f"{today}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, jax {jax.__version__}, orbax {ocp.__version__}"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "faults", "-p", "no:cacheprovider"]
+    started = time.monotonic()
+    lines = [head]
+    print(head)
+    process = subprocess.Popen(
+        [*command, *(arguments or [str(HERE)])],
+        cwd=HERE.parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if LINE.match(line.strip()):
+            lines.append(f"  {line.strip()}")
+    code = process.wait()
+    lines.append(
+        f"  {'all held' if code == 0 else 'NOT ALL HELD'}, {time.monotonic() - started:.0f} s"
+    )
+    with open(HERE / "campaign.log", "a", encoding="utf-8") as log:
+        log.write("\n".join(lines) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

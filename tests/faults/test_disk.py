@@ -1,0 +1,65 @@
+"""A disk that is full and a folder that cannot be written: said at once, no half step, no hang."""
+
+import os
+import re
+import resource
+
+import pytest
+
+from moe_jax import checkpoint
+from tests.faults import harness
+
+
+def limit_files(process, size):
+    """No file of the process may grow beyond `size` bytes: writes fail as on a full disk."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def half_steps(workdir):
+    return [path.name for path in (workdir / "checkpoints").iterdir() if path.name[0] == "."]
+
+
+def test_a_full_disk_ends_a_run_that_was_not_told_to_go_on(start, whole, tmp_path):
+    workdir, num_steps = tmp_path / "run", 200
+    process = start(workdir, num_steps)
+    harness.saves(process, 1)
+    limit_files(process, 1000)
+    assert process.wait() == 1
+    # (tensorstore's threads print a line of their own for each write that they had begun)
+    last = process.said().splitlines()[-1]
+    assert re.match(r"train\.py: checkpoint = .* could not be written", last)
+    assert not half_steps(workdir)
+    saved = harness.newest_step(workdir)
+    assert start(workdir, num_steps).wait() == 0  # there is room again
+    assert saved == harness.resumed_after(process)
+    identical = harness.same_end(workdir, whole(num_steps))
+    harness.told(1, 0, identical, "disk-full, stop")
+    assert identical
+
+
+def test_a_full_disk_is_waited_out_by_a_run_that_was_told_to_go_on(start, whole, tmp_path):
+    workdir, num_steps = tmp_path / "run", 200
+    process = start(workdir, num_steps, train__failed_save="go_on")
+    harness.until(process, f"step {harness.EVERY}: being saved")
+    limit_files(process, 1000)
+    harness.until(process, "Training goes on until the next save")
+    limit_files(process, resource.RLIM_INFINITY)
+    assert process.wait() == 0
+    assert "wait in memory" in process.said()
+    identical = harness.same_end(workdir, whole(num_steps))
+    harness.told(1, 0, identical, "disk-full, go on")
+    assert identical
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/sys"), reason="no folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_is_refused_before_training(start, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to("/proc/sys")
+    process = start(workdir, 20, train__failed_save="go_on")
+    assert process.wait() == 1
+    assert "could not be written" in process.said()
+    assert "Traceback" not in process.said()
+    assert not harness.rows(workdir)
+    assert not checkpoint.steps(workdir / "checkpoints")
+    harness.told(1, 0, True, "read-only")

@@ -1,0 +1,61 @@
+"""A run that stands still says where; one that moves says nothing."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from moe_jax.train import watchdog
+from tests.faults import harness
+
+
+def stands_still(path):
+    """A function to be found in the stacks."""
+    event = threading.Event()
+    while not path.exists():
+        event.wait(0.05)
+
+
+def test_a_stand_still_is_written_down_once(tmp_path, capsys):
+    with watchdog.Watchdog(0.1, tmp_path) as watch:
+        watch.beat("step 3, loss 2.5")
+        stands_still(tmp_path / "hang.txt")
+        watch.beat("step 4, loss 2.4")
+    text = (tmp_path / "hang.txt").read_text()
+    assert "stands_still" in text
+    assert "step 3, loss 2.5" in text
+    assert "MainThread" in text
+    assert "CpuDevice" in text
+    assert "it goes on: step 4" in capsys.readouterr().err
+
+
+def test_none_is_asked_for(tmp_path):
+    with watchdog.Watchdog(0.0, tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exit_after", [True, False])
+def test_it_ends_the_process_if_told_to(exit_after, tmp_path):
+    code = f"""
+import pathlib, sys, time
+from moe_jax.train import watchdog
+workdir = pathlib.Path({str(tmp_path)!r})
+with watchdog.Watchdog(0.1, workdir, exit_after={exit_after}) as watch:
+    watch.beat("step 1")
+    while not (workdir / "hang.txt").exists() or {exit_after}:
+        time.sleep(0.05)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=harness.ROOT,
+        env={**os.environ, "PYTHONPATH": str(harness.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == (75 if exit_after else 0)
+    assert "no step has ended for 0.1 s" in done.stderr
