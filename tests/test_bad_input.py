@@ -32,6 +32,7 @@ from moe_jax.train import loop, resume
 from moe_jax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
+HF = "tests/golden/hf/mixtral"
 LAYERS, EXPERTS, DEVICES = 2, 16, 4  # of configs/quickstart.py:smoke
 SMALL = {
     **{"model.d_model": 16, "model.d_ff": 16, "data.seq_len": 16, "data.global_batch": 8},
@@ -218,6 +219,13 @@ def run_that_drops(tmp: pathlib.Path, run: pathlib.Path) -> None:
     (tmp / "run" / "config.json").write_text(json.dumps(config))
 
 
+def model_cut_short(tmp: pathlib.Path, run: pathlib.Path) -> None:
+    """tmp/m: a published model whose tensors end early."""
+    shutil.copytree(ROOT / HF, tmp / "m")
+    whole = (tmp / "m" / "model.safetensors").read_bytes()
+    (tmp / "m" / "model.safetensors").write_bytes(whole[:-100])
+
+
 def plan_with_shares_for_two_nodes(tmp: pathlib.Path, run: pathlib.Path) -> None:
     slots_LP = np.tile(np.r_[0:16, 4:16, 0:4], (2, 1))
     Plan(Placement(slots_LP, 16, 4, np.full((2, 3, 32), 32))).write(tmp / "plan.json")
@@ -257,6 +265,10 @@ def train_file(case: str, change: str, *says: str):
 
 def infer(case: str, arguments: str, *says: str, make=None, workdir="{run}"):
     return row(case, "infer.py", [f"--workdir={workdir}", *arguments.split()], *says, make=make)
+
+
+def published(case: str, arguments: str, *says: str, make=None):
+    return row(f"--hf, {case}", "infer.py", arguments.split(), *says, make=make)
 
 
 def solve(case: str, make: Callable | None, *says: str):
@@ -426,6 +438,27 @@ TABLE = [
           make=copied_config(b"{"), workdir="{tmp}/run"),
     infer("measure with a capacity", "--measure={tmp}/m.npz", "--measure", "capacity_factor = 1.0",
           "--record", make=run_that_drops, workdir="{tmp}/run"),
+    # Published models; their files are in tests/hf/test_bad_files.py.
+    published("no source", "--prompt=a", "--workdir", "None", "give --workdir="),
+    published("two sources", f"--hf={HF} --workdir={{run}} --prompt=a", "--hf", "/mixtral'",
+              "give one of them"),
+    published("no such folder", "--hf={tmp}/none --prompt=a", "--hf", "/none'", "correct the path"),
+    published("no config.json", "--hf={tmp} --prompt=a", "{tmp}/config.json", "cannot be read",
+              "give the folder"),
+    published("unknown family", "--hf={tmp} --prompt=a", "{tmp}/config.json: model_type", "mixtrl",
+              "did you mean 'mixtral'", make=in_tmp("config.json", b'{"model_type": "mixtrl"}')),
+    published("tensors cut short", "--hf={tmp}/m --prompt=a", "{tmp}/m/model.safetensors",
+              "data_offsets", "cut short", make=model_cut_short),
+    published("devices of a run", "--workdir={run} --devices=2 --prompt=a", "--devices", "2",
+              "leave it out"),
+    published("devices that do not divide", f"--hf={HF} --devices=3 --prompt=a",
+              "model.num_experts", "8", "mesh.expert 2 or 4"),
+    published("plan of another model", f"--hf={HF} --placement={{tmp}}/plan.json --prompt=a",
+              "plan num_experts", "16", "this model", make=plan_file()),
+    published("plan for other devices", f"--hf={HF} --devices=2 --placement={{tmp}}/plan.json "
+              "--prompt=a", "plan num_devices", "4", "this model", make=plan_file(experts=8)),
+    published("long prompt", f"--hf={HF} --prompt=" + "a" * 100, "prompt 0 + --max_new_tokens",
+              "101 + 64 tokens", "shorten"),
     # Prompts and sampling.
     infer("unknown dispatch", "--prompt=a --dispatch=coherant", "--dispatch", "'coherant'",
           "did you mean 'coherent'"),
@@ -498,6 +531,7 @@ def test_refused_in_one_line(
     assert len(ended.err) == 1, "\n".join(ended.err)
     line = ended.err[0]
     assert line.startswith(f"{program}: " if program.endswith(".py") else "refused: ")
+    says = [said.format(**places) if "{tmp}" in said else said for said in says]
     for said in says:
         assert said in line
     assert line.split(": ", 1)[1].startswith(says[0].strip()), "the field comes first"

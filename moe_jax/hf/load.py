@@ -9,6 +9,7 @@ Axes: L layers, P physical experts (slots).
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,7 @@ class Reader:
           index: the slice, as JAX gives it.
         """
         ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-        out = np.empty([len(numbers) for numbers in ranges], dtype)
+        out = _empty([len(numbers) for numbers in ranges], dtype)
         stacked = [name for name in axes if name in ("layer", "expert")]
         inner = tuple(index[len(stacked) :])
         for place in np.ndindex(*out.shape[: len(stacked)]):
@@ -79,9 +80,22 @@ class Reader:
         return out
 
 
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """As `np.empty`, at a multiple of 64 bytes: what JAX on the CPU takes without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
 def finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; bfloat16 by its bits, which NumPy does not know."""
-    if values.dtype == ml_dtypes.bfloat16:
+    """Whether no value is NaN or infinite, a million at a time; the array is contiguous."""
+    flat = values.reshape(-1)
+    return all(_finite(flat[i : i + 2**20]) for i in range(0, flat.size, 2**20))
+
+
+def _finite(values: np.ndarray) -> bool:
+    if values.dtype == ml_dtypes.bfloat16:  # by its bits, which NumPy does not know
         exponent = np.uint16(0x7F80)
         return not ((values.view(np.uint16) & exponent) == exponent).any()
     return bool(np.isfinite(values).all())

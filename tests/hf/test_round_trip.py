@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint
+from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf import config_json, folder, layout, load, safetensors, save
+from moe_jax.model.parameter import logical_axes
+from moe_jax.placement.plan import Plan
 from tests import tiny
 from tests.hf import golden
 
@@ -149,3 +153,36 @@ def test_written_files_have_the_published_container(tmp_path):
     assert file.array("b").shape == (0, 4)
     with pytest.raises(ValueError, match="read-only"):
         file.array("a")[0, 0] = 1
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run whose newest step holds the golden Mixtral, its experts under a plan."""
+    config = golden.config("mixtral", devices=4)
+    placement = golden.random_placement("mixtral", seed=4)
+    model = golden.model("mixtral", placement, mesh(expert=4))
+    arrays = {f"model.{name}": array for name, array in checkpoint.flatten(model).items()}
+    named = checkpoint.flatten(logical_axes(model))
+    axes = {f"model.{name}": names for name, names in named.items()}
+    infos = checkpoint.describe(arrays, axes)
+    contents = checkpoint.Contents(3, infos, Plan(placement), {})
+    checkpoint.save(tmp_path / "run" / "checkpoints", arrays, contents)
+    (tmp_path / "run" / "config.json").write_text(config_lib.to_json(config))
+    return tmp_path / "run"
+
+
+def test_a_run_is_exported_like_a_published_model(workdir, tmp_path, capsys):
+    like, out = golden.ROOT / "mixtral", tmp_path / "out"
+    assert hf_main.main(["export", str(workdir), str(out), f"--like={like}"]) == 0
+    assert "step 3, 1 file(s)" in capsys.readouterr().out
+    assert_same_bytes(folder.tensors(out), golden.tensors("mixtral"))
+    assert hf_main.main(["check", str(out)]) == 0
+
+    for run, to, other, says in (
+        (workdir, out, like, "exists already"),
+        (tmp_path, tmp_path / "new", like, "must be the work directory"),
+        (workdir, tmp_path / "new", golden.ROOT / "olmoe", "model.d_ff = 24 in the run, 16 in"),
+    ):
+        assert hf_main.main(["export", str(run), str(to), f"--like={other}"]) == 1
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
