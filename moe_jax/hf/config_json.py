@@ -120,7 +120,12 @@ def _rope_theta(path: pathlib.Path, plain: dict[str, Any]) -> Any:
         if kind != "default":
             rule = "is a scaling of rotary positions that is not supported: must be 'default'"
             raise Refused(f"{path}: {name}", kind, rule, "use a model without it")
-    theta = (group or {}).get("rope_theta", plain.get("rope_theta"))
+    group = group or {}
+    if group.get("partial_rotary_factor", 1.0) != 1.0:
+        rule = "asks for rotary positions on a part of each head, which is not supported: must be 1"
+        value = group["partial_rotary_factor"]
+        raise Refused(f"{path}: rope_parameters.partial_rotary_factor", value, rule, "use another")
+    theta = group.get("rope_theta", plain.get("rope_theta"))
     if theta is None:
         rule = "is required, there or in rope_parameters"
         raise Refused(f"{path}: rope_theta", None, rule, "download config.json again")

@@ -87,6 +87,7 @@ COMMON = (
 COMMON_ONLY = (
     ("hidden_act", ("silu",), "another activation of experts"),
     ("quantization_config", (None,), "quantised weights"),
+    ("partial_rotary_factor", (None, 1.0), "rotary positions on a part of each head"),
 )
 
 _BLOCK = "model.layers.{layer}."

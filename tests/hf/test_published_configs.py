@@ -1,0 +1,130 @@
+"""config.json as published -> the configs of this repository, every parameter in its tensor."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import runpy
+
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax.hf import config_json, layout
+from moe_jax.model import transformer
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+# The keys that say what the model is; (tensors, config.json)
+PUBLISHED = {
+    "mixtral_8x7b": (
+        995,
+        {
+            "model_type": "mixtral",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+        },
+    ),
+    "olmoe_1b_7b": (
+        3219,
+        {
+            "model_type": "olmoe",
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "attention_bias": False,
+            "clip_qkv": None,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "router_aux_loss_coef": 0.01,
+        },
+    ),
+    "qwen3_30b_a3b": (
+        18867,
+        {
+            "model_type": "qwen3_moe",
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "head_dim": 128,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "max_position_embeddings": 40960,
+            "max_window_layers": 48,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+    ),
+    "qwen1_5_moe_a2_7b": (
+        4659,
+        {
+            "model_type": "qwen2_moe",
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "max_position_embeddings": 8192,
+            "max_window_layers": 21,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+        },
+    ),
+}
+FREE = {"max_seq_len": 0, "z_loss_coef": 0.0}  # of training here
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_json_is_the_config_and_tensors_hold_every_parameter(name, tmp_path):
+    num_tensors, published = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps({**COMMON, **published}))
+    read = config_json.read(tmp_path)
+    ours = config_lib.from_config_dict(runpy.run_path(CONFIGS / f"{name}.py")["get_config"]())
+    assert dataclasses.replace(read.config.model, **FREE) == dataclasses.replace(ours.model, **FREE)
+    assert read.config.model.max_seq_len == published["max_position_embeddings"]
+    for way in read.family.layouts:
+        found = layout.of_family(read.family, way, read.config.model)
+        sizes = [math.prod(shape) for shape in found.shapes.values()]
+        assert sum(sizes) == transformer.num_parameters(ours.model)
+        if way == "per expert":
+            assert len(sizes) == num_tensors
