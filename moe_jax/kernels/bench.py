@@ -5,8 +5,10 @@
 
 All contenders of a row run interleaved in one process. Milliseconds are the best of many rounds; a
 ratio is dense time / time within one round, the median over rounds: 1.00 is dense speed, more is
-faster, and what else the machine does slows both sides of a ratio alike. Dense means one matrix (or
-FFN) over the rows that are really used, whatever the buffer's length.
+faster, and what else the machine does slows both sides of a ratio alike. The ratio of CPU times is
+that of the process's time over all its threads: it says nothing of threads that wait for one
+another, but hardly moves when the machine is busy; leave it aside where an accelerator computes.
+Dense means one matrix (or FFN) over the rows that are really used, whatever the buffer's length.
 """
 
 import argparse
@@ -125,7 +127,7 @@ def ragged_ffn(sizes, x, w_gate, w_up, w_down):
 
 
 def time_rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, np.ndarray]:
-    """Times of each call in seconds, one per round over all of them, for at least three rounds.
+    """[rounds, 2] of each call: seconds on the wall and of the CPU, for at least three rounds.
 
     A call 20 times slower than the fastest would eat the time of the others: it runs once more, and
     that time stands for all rounds.
@@ -134,8 +136,9 @@ def time_rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     for name, call in calls.items():
         jax.block_until_ready(call())  # compiles
         first[name] = _time(call)
-    slow = {name for name, t in first.items() if t > 20 * min(first.values())}
-    times: dict[str, list[float]] = {name: [] for name in calls if name not in slow}
+    shortest, _ = min(first.values())
+    slow = {name for name, (wall, _) in first.items() if wall > 20 * shortest}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls if name not in slow}
     end = time.perf_counter() + seconds
     while len(times["dense"]) < 3 or time.perf_counter() < end:
         for name, column in times.items():
@@ -144,10 +147,10 @@ def time_rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     return {name: np.asarray((times | once)[name]) for name in calls}
 
 
-def _time(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _time(call: Callable[[], Any]) -> tuple[float, float]:
+    start, start_cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def measure(names: list[str], implementation: str, seconds: float, ragged: bool):
@@ -157,17 +160,19 @@ def measure(names: list[str], implementation: str, seconds: float, ragged: bool)
         for pattern in shape.patterns:
             for direction, calls in contenders(shape, pattern, implementation, ragged).items():
                 times = time_rounds(calls, seconds)
-                dense = times["dense"]
+                best = {who: t.min(axis=0) for who, t in times.items()}
+                ratio = {
+                    who: np.median(times["dense"] / t, axis=0)
+                    for who, t in times.items()
+                    if who != "dense"
+                }
                 yield {
                     "shape": name,
                     "pattern": pattern,
                     "direction": direction,
-                    "milliseconds": {who: 1e3 * float(t.min()) for who, t in times.items()},
-                    "ratio": {
-                        who: float(np.median(dense / t))
-                        for who, t in times.items()
-                        if who != "dense"
-                    },
+                    "milliseconds": {who: 1e3 * float(wall) for who, (wall, _) in best.items()},
+                    "ratio": {who: float(wall) for who, (wall, _) in ratio.items()},
+                    "cpu_ratio": {who: float(cpu) for who, (_, cpu) in ratio.items()},
                 }
             done += 1
             left = (time.perf_counter() - start) / done * (total - done)
@@ -177,11 +182,16 @@ def measure(names: list[str], implementation: str, seconds: float, ragged: bool)
 def table(rows: list[dict[str, Any]]) -> str:
     who = list(rows[0]["ratio"])
     lines = [
-        f"| shape | groups | pass | dense ms | {' | '.join(f'{w} ms | ratio' for w in who)} |",
-        "|---" * (4 + 2 * len(who)) + "|",
+        "| shape | groups | pass | dense ms | "
+        + " | ".join(f"{w} ms | ratio | CPU ratio" for w in who)
+        + " |",
+        "|---" * (4 + 3 * len(who)) + "|",
     ]
     for r in rows:
-        cells = [f"{r['milliseconds'][w]:.2f} | {r['ratio'][w]:.2f}" for w in who]
+        cells = [
+            f"{r['milliseconds'][w]:.2f} | {r['ratio'][w]:.2f} | {r['cpu_ratio'][w]:.2f}"
+            for w in who
+        ]
         dense = f"{r['milliseconds']['dense']:.2f}"
         left = [r["shape"], r["pattern"], r["direction"], dense]
         lines.append(f"| {' | '.join(left + cells)} |")

@@ -1,15 +1,20 @@
 """Grouped operations in plain JAX loops over row tiles; made for CPUs, right on every backend.
 
-Promise: work follows sum(group_sizes), not N (N costs one memset per output). The bits of a row and
-of its dx, and of a group's dw, depend only on the rows of that group, in number and order: not on
+Promise: work follows sum(group_sizes), not N (N costs one memset per output). The bits of a row of
+the output and of dx depend on nothing but that row (of x, of dy) and its group's weights. The bits
+of a group's dw depend on the rows of that group alone, in number and order; neither depends on
 where the group stands in the buffer, nor on the other groups, N or G.
 
 Axes: N rows, D d_model, F d_ff, G groups, T rows of one tile.
 
-Algorithm: an outer loop visits the non-empty groups and slices their weights once. A group's rows
-are cut from its first row on into whole tiles of `_WHOLE` rows; what is left goes into one tile of
-the smallest size of `_REST` that holds it. Only that last tile can reach beyond its group: it alone
-is read and written through a mask, and no buffer needs padding. dw adds up in tile order.
+Algorithm: an outer loop visits the non-empty groups and slices their weights once. A group's first
+rows go into one tile, of the smallest size that holds them, such that what is left is whole tiles
+of one size. Only that first tile can reach beyond its group: it alone is read and written through a
+mask, and no buffer needs padding. It sets dw, the whole tiles add to it.
+
+A row gets the same bits in a tile of any of these sizes. Matmul libraries compute few rows another
+way than many (XLA's does not pack the weights for fewer than about 50, and rounds otherwise), so no
+tile has fewer than 64.
 
 Backward passes recompute the pre-activations in the tile: nothing but the inputs is kept.
 """
@@ -23,10 +28,24 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-# Independent of the buffer's shape on purpose: that is what makes a row's bits independent of it.
-# Few sizes, because each is a loop of its own to compile.
-_WHOLE = 128
-_REST = (16, 64, 128)
+
+class _Sizes(NamedTuple):
+    """Rows of a tile: `whole` ones, and the choices for the first of a group, ascending.
+
+    Each size is a loop to compile, so there are few. They depend on nothing but D and F: that makes
+    the bits of dw independent of the buffer. Where weights are large each tile pays for reading
+    them, and rows that a first tile has too many cost more than where they are small.
+    """
+
+    whole: int
+    first: tuple[int, ...]
+
+
+_SMALL, _LARGE = _Sizes(128, (64, 128)), _Sizes(256, (64, 96, 128, 192, 256, 320))
+
+
+def _sizes_of(w_GDF: Array) -> _Sizes:
+    return _LARGE if w_GDF.shape[1] * w_GDF.shape[2] >= 2**18 else _SMALL
 
 
 # --- the tiles of the groups -----------------------------------------------------------------
@@ -38,7 +57,7 @@ class _Tile(NamedTuple):
     group: Array
     size: int
     start: Array
-    real: Array | None  # None: all of them, and the tile lies inside the buffer
+    real: Array | None  # of a group's first tile; None: a whole tile, which lies inside the buffer
 
     def read(self, x_ND: Array) -> Array:
         """The tile's rows in float32; those past `real` are zero."""
@@ -61,8 +80,9 @@ class _Tile(NamedTuple):
         return lax.dynamic_update_slice_in_dim(out_ND, new_TD, start, 0)
 
     def add(self, dw_GDF: Array, dw_DF: Array) -> Array:
-        """Adds to the tile's group, in place: no sum is carried, zeroed or copied."""
-        dw_DF = dw_DF + lax.dynamic_index_in_dim(dw_GDF, self.group, keepdims=False)
+        """Adds to the tile's group, in place; the first tile finds nothing there yet."""
+        if self.real is None:
+            dw_DF = dw_DF + lax.dynamic_index_in_dim(dw_GDF, self.group, keepdims=False)
         return lax.dynamic_update_index_in_dim(dw_GDF, dw_DF, self.group, 0)
 
     def _inside(self, num_rows: int) -> tuple[Array, Array]:
@@ -72,9 +92,16 @@ class _Tile(NamedTuple):
 
 
 def _rotate(x_TD: Array, shift: Array) -> Array:
-    """Row i of the result is row (i + shift) mod T of x_TD, for |shift| < T."""
-    shift = jnp.where(shift < 0, shift + x_TD.shape[0], shift)
-    return lax.dynamic_slice_in_dim(jnp.concatenate([x_TD, x_TD]), shift, x_TD.shape[0])
+    """Row i of the result is row (i + shift) mod T of x_TD, for |shift| < T.
+
+    Only a tile at the end of the buffer has a shift: a loop of no turns copies nothing.
+    """
+
+    def turn(_, x_TD):
+        start = jnp.where(shift < 0, shift + x_TD.shape[0], shift)
+        return lax.dynamic_slice_in_dim(jnp.concatenate([x_TD, x_TD]), start, x_TD.shape[0])
+
+    return _repeat((shift != 0).astype(jnp.int32), turn, x_TD)
 
 
 def _for_each_tile(
@@ -88,12 +115,13 @@ def _for_each_tile(
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), num_rows)
     starts_G = jnp.concatenate([jnp.zeros_like(ends_G[:1]), ends_G[:-1]])
     occupied_G = ends_G > starts_G
+    sizes = _sizes_of(weights[0])
     (groups_G,) = jnp.nonzero(occupied_G, size=occupied_G.shape[0], fill_value=0)
 
     def group_body(visited: Array, buffers: Any) -> Any:
         group = groups_G[visited]
         group_weights = [_f32(lax.dynamic_index_in_dim(w, group, keepdims=False)) for w in weights]
-        for size, first, times, real in _cut(starts_G[group], ends_G[group], num_rows):
+        for size, first, times, real in _cut(sizes, starts_G[group], ends_G[group], num_rows):
 
             def tile_body(i, buffers, size=size, first=first, real=real):
                 return visit(buffers, group_weights, _Tile(group, size, first + i * size, real))
@@ -104,24 +132,23 @@ def _for_each_tile(
     return _repeat(jnp.sum(occupied_G, dtype=jnp.int32), group_body, buffers)
 
 
-def _cut(start: Array, end: Array, num_rows: int) -> list[tuple[int, Array, Array, Array | None]]:
-    """(tile size, first row, number of tiles, real rows if not all) in row order.
+def _cut(
+    sizes: _Sizes, start: Array, end: Array, num_rows: int
+) -> list[tuple[int, Array, Array, Array | None]]:
+    """(tile size, first row, number of tiles, real rows of a first tile) in row order.
 
-    At most one of the sizes of `_REST` has a tile; those no group can need are left out.
+    Exactly one of the first sizes has a tile; those no group can need are left out.
     """
     cuts: list[tuple[int, Array, Array, Array | None]] = []
-    if num_rows >= _WHOLE:
-        times = (end - start) // _WHOLE
-        cuts.append((_WHOLE, start, times, None))
-        start = start + times * _WHOLE
-    rest, smaller = end - start, 0
-    for size in _REST:
+    num_whole = jnp.maximum(end - start - 1 - sizes.first[-1] + sizes.whole, 0) // sizes.whole
+    rest, smaller = end - start - num_whole * sizes.whole, 0
+    for size in sizes.first:
         fits = (smaller < rest) & (rest <= size)
         cuts.append((size, start, fits.astype(jnp.int32), rest))
         smaller = size
         if size >= num_rows:
-            break
-    return cuts
+            return cuts
+    return [*cuts, (sizes.whole, start + rest, num_whole, None)]
 
 
 def _repeat(times: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
@@ -172,10 +199,10 @@ def _dot_xt(x_TD: Array, y_TF: Array) -> Array:
     return lax.dot_general(x_TD, y_TF, (((0,), (0,)), ((), ())))
 
 
-def _with_room(x_ND: Array) -> Array:
+def _with_room(x_ND: Array, w_GDF: Array) -> Array:
     """A buffer shorter than the largest tile it may be cut into is filled up to it."""
-    num_rows = x_ND.shape[0]
-    missing = min((size for size in _REST if size >= num_rows), default=num_rows) - num_rows
+    num_rows, choices = x_ND.shape[0], _sizes_of(w_GDF).first
+    missing = min((size for size in choices if size >= num_rows), default=num_rows) - num_rows
     return jnp.pad(x_ND, ((0, missing), (0, 0))) if missing else x_ND
 
 
@@ -194,7 +221,7 @@ def _swiglu_tile_bwd(gate_TF: Array, up_TF: Array, dh_TF: Array) -> tuple[Array,
 
 
 def matmul(x_ND: Array, w_GDF: Array, group_sizes_G: Array, out_dtype: DTypeLike) -> Array:
-    y_NF = _matmul(jnp.dtype(out_dtype), _with_room(x_ND), w_GDF, group_sizes_G)
+    y_NF = _matmul(jnp.dtype(out_dtype), _with_room(x_ND, w_GDF), w_GDF, group_sizes_G)
     return y_NF[: x_ND.shape[0]]
 
 
@@ -234,7 +261,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, group_sizes_G: Array) -> Array:
-    h_NF = _swiglu(_with_room(x_ND), w_gate_GDF, w_up_GDF, group_sizes_G)
+    h_NF = _swiglu(_with_room(x_ND, w_gate_GDF), w_gate_GDF, w_up_GDF, group_sizes_G)
     return h_NF[: x_ND.shape[0]]
 
 
@@ -283,7 +310,7 @@ _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 def ffn(
     x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, w_down_GFD: Array, group_sizes_G: Array
 ) -> Array:
-    y_ND = _ffn(_with_room(x_ND), w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G)
+    y_ND = _ffn(_with_room(x_ND, w_gate_GDF), w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G)
     return y_ND[: x_ND.shape[0]]
 
 

@@ -28,7 +28,7 @@ GROUPS = {
     "no row used": (997, [0] * 16),
     "sizes around those of tiles": (
         997,
-        [129, 128, 127, 1, 65, 64, 63, 0, 17, 16, 15, 255] + [0] * 4,
+        [129, 128, 127, 1, 65, 64, 63, 0, 17, 16, 257, 5] + [0] * 4,
     ),
     "ends with the buffer": (997, [1, 0, 300, 17, 1, 350, 15, 0, 16, 31, 0, 0, 260, 0, 0, 6]),
     "empty groups, unused rows": (997, [0, 33, 0, 0, 100, 0, 16, 0, 0, 7, 0, 0, 64, 0, 1, 0]),
@@ -109,6 +109,14 @@ def test_matches_float64(implementation, op, groups):
     assert_close(got, numpy_answer(op, *case), BOUNDS["float32"])
 
 
+@pytest.mark.parametrize("sizes", [[321, 0, 320, 1, 65, 577, 96, 20], [0, 64, 0, 129, 0, 0, 7, 0]])
+def test_matches_float64_with_large_weights(sizes):
+    """`cpu` cuts groups into more and larger tiles where weights are large."""
+    case = make("ffn", 1400, sizes, d_model=512, d_ff=512)
+    got = value_and_grads("ffn", *case, implementation="cpu")
+    assert_close(got, numpy_answer("ffn", *case), BOUNDS["float32"])
+
+
 @pytest.mark.parametrize(("implementation", "op"), VARIANTS)
 def test_matches_float64_in_bfloat16(implementation, op):
     case = make(op, *GROUPS["empty groups, unused rows"], "bfloat16")
@@ -148,7 +156,7 @@ def test_preferred_element_type():
         assert_close(got[:1], want[:1], BOUNDS["float32"])
 
 
-# --- the bits of a group depend on that group alone ------------------------------------------
+# --- the bits of a row depend on that row alone, those of dw on the rows of its group --------
 
 
 def split_rows(array, sizes):
@@ -184,6 +192,56 @@ def test_bits_do_not_depend_on_where_a_group_stands(op):
             np.testing.assert_array_equal(a[: sum(chosen_sizes)], b)
         for a, b in zip(got[2:], dw, strict=True):
             np.testing.assert_array_equal(a, b[np.asarray(chosen)])
+
+
+EVERY_COUNT = pytest.param(range(301), marks=pytest.mark.slow, id="every count")
+
+
+@pytest.mark.parametrize("counts", [pytest.param(None, id="some counts"), EVERY_COUNT])
+@pytest.mark.parametrize(
+    ("d_model", "d_ff", "dtype"),
+    [
+        (192, 96, "float32"),
+        (192, 96, "bfloat16"),
+        (512, 1024, "float32"),
+        (48, 100, "float32"),
+        *(
+            pytest.param(*shape, dtype, marks=pytest.mark.slow)
+            for shape in ((64, 128), (128, 256), (384, 768), (24, 40), (512, 1024))
+            for dtype in ("float32", "bfloat16")
+            if (shape, dtype) != ((512, 1024), "float32")
+        ),
+    ],
+)
+def test_bits_of_a_row_depend_on_no_other_row(d_model, d_ff, dtype, counts):
+    """Any rows, in any order, often or never, in any company: y and dx as among all 300."""
+    x_ND, weights, _, dy = make("ffn", 330, [0] * 3, dtype, d_model=d_model, d_ff=d_ff)
+    rng = np.random.default_rng(0)
+    x_XD, dy_XD = (np.asarray(a)[:300] for a in (x_ND, dy))
+
+    def run(num_rows, before, chosen, after):
+        """y and dx of the chosen rows, which stand between other groups."""
+        sizes = [before, len(chosen), after]
+        buffers = []
+        for rows_XD in (x_XD, dy_XD):
+            others_ND = rng.normal(size=(num_rows, d_model)).astype(rows_XD.dtype)
+            others_ND[before : before + len(chosen)] = rows_XD[chosen]
+            buffers.append(jnp.asarray(others_ND))
+        sizes_G = jnp.asarray(sizes, jnp.int32)
+        y, dx, *_ = value_and_grads("ffn", buffers[0], weights, sizes_G, buffers[1])
+        return [a[before : before + len(chosen)] for a in (y, dx)]
+
+    whole = run(700, 0, np.arange(300), 0)
+    few = rng.integers(0, 41, 8)
+    for count in (
+        [1, 16, 63, 64, 65, 255, *few, *rng.integers(0, 301, 8)] if counts is None else counts
+    ):
+        chosen = rng.choice(300, int(count), replace=bool(rng.integers(2)))
+        for num_rows in (700, 41) if count <= 41 else (700,):
+            before = int(rng.integers(num_rows - count + 1))
+            after = int(rng.integers(num_rows - count - before + 1))
+            for found, expected in zip(run(num_rows, before, chosen, after), whole, strict=True):
+                np.testing.assert_array_equal(found, expected[chosen])
 
 
 @pytest.mark.parametrize("op", ["swiglu", "ffn"])

@@ -19,24 +19,39 @@ SHAPE = (2, 4)
 SCRIPT = pathlib.Path(__file__).with_name("compile_overlap.py")
 CASES = [
     ("exchange", "exact", 2),
-    *(pytest.param("exchange", "exact", degree, marks=pytest.mark.slow) for degree in (4, 8)),
-    pytest.param("exchange", "partial", 2, marks=pytest.mark.slow),
-    ("gathered", "reproducible", 2),
+    ("gathered", "reproducible", 4),
+    *(
+        pytest.param(dispatch, combine, degree, marks=pytest.mark.slow)
+        for dispatch, combine, degrees in (
+            ("exchange", "exact", (4, 8)),
+            ("exchange", "reproducible", (2, 4, 8)),
+            ("exchange", "partial", (2,)),
+            ("gathered", "exact", (2, 4, 8)),
+            ("gathered", "reproducible", (2, 8)),
+        )
+        for degree in degrees
+    ),
 ]
+# At these widths XLA rounds a row among 16 otherwise than one among 64, and experts have about 20
+# rows, chunks fewer than 16.
+WIDTHS = {"d_model": 192, "d_ff": 96}
 
 
 @pytest.mark.parametrize(("dispatch", "combine", "degree"), CASES)
 def test_chunks_change_nothing(dispatch, combine, degree):
-    """Outputs and gradients of tokens to the bit; those of weights are added up in other parts."""
-    args = problem(0, 8 * 13, 2)  # 13 tokens a device: not divisible
+    """Outputs and gradients of tokens to the bit, whatever the degree.
+
+    Gradients of experts are added up in other parts; those of the router's weights are sums over
+    d_model, whose order the compiler chooses by the number of tokens.
+    """
+    args = problem(0, 8 * 41, 2, **WIDTHS)  # 41 tokens a device: not divisible
     slots = np.random.default_rng(0).permutation(E)[None].astype(np.int32)
     placement = Placement(slots, E, SHAPE[1])
     y_TD, grads, traffic = run(SHAPE, dispatch, args, placement, combine, overlap_degree=degree)
     whole_TD, whole_grads, whole = run(SHAPE, dispatch, args, placement, combine)
     np.testing.assert_array_equal(y_TD, whole_TD)
-    for grad, expected in zip(grads[:2], whole_grads[:2], strict=True):
-        np.testing.assert_array_equal(grad, expected)
-    for grad, expected in zip(grads[2:], whole_grads[2:], strict=True):
+    np.testing.assert_array_equal(grads[0], whole_grads[0])
+    for grad, expected in zip(grads[1:], whole_grads[1:], strict=True):
         assert_close(grad, expected, 1e-6)
     for name in ("dispatch_MM", "combine_MM", "distinct_MM", "computed_P", "dropped_ME"):
         np.testing.assert_array_equal(getattr(traffic, name), getattr(whole, name))

@@ -27,7 +27,7 @@ def oracle(x_TD, expert_TK, weight_TK, gate_EDF, up_EDF, down_EFD):
     return jnp.einsum("tke,ted->td", share_TKE, y_TED)
 
 
-def problem(seed, num_tokens, top_k, dtype=jnp.float32, routing="random"):
+def problem(seed, num_tokens, top_k, dtype=jnp.float32, routing="random", d_model=D, d_ff=F):
     """Arguments of the oracle; -1 marks positions without a token."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), dtype)  # noqa: E731
@@ -41,8 +41,8 @@ def problem(seed, num_tokens, top_k, dtype=jnp.float32, routing="random"):
     if routing == "none":
         expert_TK = np.full((num_tokens, top_k), -1)
     weight_TK = rng.random((num_tokens, top_k)).astype(np.float32)
-    x_TD = jnp.asarray(rng.normal(size=(num_tokens, D)), dtype)
-    weights = (normal(E, D, F), normal(E, D, F), normal(E, F, D))
+    x_TD = jnp.asarray(rng.normal(size=(num_tokens, d_model)), dtype)
+    weights = (normal(E, d_model, d_ff), normal(E, d_model, d_ff), normal(E, d_ff, d_model))
     return x_TD, jnp.asarray(expert_TK, jnp.int32), jnp.asarray(weight_TK), *weights
 
 

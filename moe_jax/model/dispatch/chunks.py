@@ -6,8 +6,9 @@ arXiv 2501.10714, chooses it from a model of the machine).
 
 Every token goes to the same experts as without chunks and its row meets the same weights; what
 differs is how many rows an expert sees at a time, and in which parts its gradient is added up. So
-outputs are the same to the bit where a kernel gives a row the same bits among few rows as among
-many, else within its rounding; the gradients of weights are the same within rounding.
+outputs and gradients of tokens are the same to the bit where a kernel gives a row the same bits
+among few rows as among many, as the one for CPUs does, else within its rounding; the gradients of
+weights are the same within rounding.
 
 Axes: T tokens here, K top_k, D d_model.
 """
