@@ -19,18 +19,8 @@ from moe_jax.hf.folder import Tensors
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes
 
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of a tensor that is one layer's, one expert's array of a parameter.
-
-    `layer` is None outside the blocks, `expert` (logical) where the parameter is of no expert.
-    """
-
-    tensor: str
-    row: Row
-    layer: int | None
-    expert: int | None
+# (parameter, layer, logical expert), one layer's, one expert's array; None: it has no such axis
+Key = tuple[str, int | None, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +31,22 @@ class Layout:
       name: of the way, as in `Family.layouts`.
       sizes: of each letter, by parameter.
       shapes: of every tensor, in the order of layers.
-      pieces: by (parameter, layer, expert).
+      pieces: the tensor that holds each piece of each parameter, and the row that says how. Plain
+        tuples: there are tens of thousands.
     """
 
     name: str
     sizes: dict[str, dict[str, int]]
     shapes: dict[str, tuple[int, ...]]
-    pieces: dict[tuple[str, int | None, int | None], Piece]
+    pieces: dict[Key, tuple[str, Row]]
 
-    def view(self, stored: np.ndarray, piece: Piece) -> np.ndarray:
-        """The parameter's array for this piece, as a view of the tensor: to read, or to fill."""
-        row, sizes = piece.row, self.sizes[piece.row.parameter]
+    def view(self, stored: np.ndarray, row: Row, expert: int | None) -> np.ndarray:
+        """The array of a piece as the parameter has it: a view of its tensor, to read or fill."""
+        sizes = self.sizes[row.parameter]
         letters = []
         groups = row.stored.split()
         if groups[0] in ("E", "1") and "E" not in row.axes:
-            stored, groups = stored[piece.expert or 0], groups[1:]
+            stored, groups = stored[expert or 0], groups[1:]
         for axis, group in enumerate(groups):
             if group[0] == "2":
                 width = sizes[group[1:]]
@@ -83,6 +74,7 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
         )
         for row in rows
     }
+    shape_of = {row: _shape(row, {"E": config.num_experts, **sizes[row.parameter]}) for row in rows}
     layout = Layout(name, sizes, {}, {})
     outside = [row for row in rows if "layer" not in axes[row.parameter]]
     within = [row for row in rows if "layer" in axes[row.parameter]]
@@ -90,20 +82,20 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
         for row in of_layer:
             of_expert = "expert" in axes[row.parameter]
             for expert in range(config.num_experts) if of_expert else (None,):
-                _add(layout, row, layer, expert, config.num_experts)
+                tensor = row.tensor.format(layer=layer, expert=expert)
+                layout.shapes[tensor] = shape_of[row]
+                layout.pieces[row.parameter, layer, expert] = (tensor, row)
     return layout
 
 
-def _add(layout: Layout, row: Row, layer: int | None, expert: int | None, num_experts: int) -> None:
-    tensor = row.tensor.format(layer=layer, expert=expert)
-    sizes = {"E": num_experts, **layout.sizes[row.parameter]}
+def _shape(row: Row, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Of the row's tensor."""
 
     def size(group: str) -> int:
         times, letters = (int(group[0]), group[1:]) if group[0].isdigit() else (1, group)
         return times * math.prod(sizes[letter] for letter in letters)
 
-    layout.shapes[tensor] = tuple(size(group) for group in row.stored.split())
-    layout.pieces[row.parameter, layer, expert] = Piece(tensor, row, layer, expert)
+    return tuple(size(group) for group in row.stored.split())
 
 
 def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:

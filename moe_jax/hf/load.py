@@ -70,13 +70,13 @@ class Reader:
             expert = None
             if "expert" in stacked:
                 expert = int(self.placement.physical_to_logical_LP[layer, number[1]])
-            piece = self.layout.pieces[parameter, layer, expert]
-            stored = self.tensors.array(piece.tensor)
-            out[place] = self.layout.view(stored, piece)[inner]
+            tensor, row = self.layout.pieces[parameter, layer, expert]
+            stored = self.tensors.array(tensor)
+            out[place] = self.layout.view(stored, row, expert)[inner]
             if not finite(out[place]):
-                file = self.tensors.file_of[piece.tensor].path
+                file = self.tensors.file_of[tensor].path
                 rule = "holds NaN or infinity, which no trained weight is"
-                safetensors.refuse(file, piece.tensor, "NaN or inf", rule, "download it again")
+                safetensors.refuse(file, tensor, "NaN or inf", rule, "download it again")
         return out
 
 

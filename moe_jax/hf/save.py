@@ -22,7 +22,8 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
 from moe_jax.hf import safetensors
-from moe_jax.hf.layout import Layout, Piece
+from moe_jax.hf.families import Row
+from moe_jax.hf.layout import Key, Layout
 from moe_jax.placement.plan import Placement
 
 SHARD_BYTES = 5_000_000_000  # of a file, at most, unless one tensor is larger
@@ -58,15 +59,15 @@ def export(
         raise Refused("OUT", str(out), "exists already", "name a new folder")
     named = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in layout.shapes}
     shards = _shards(layout, named, shard_bytes)
-    pieces: dict[str, list[Piece]] = defaultdict(list)
-    for piece in layout.pieces.values():
-        pieces[piece.tensor].append(piece)
+    pieces: dict[str, list[tuple[Key, Row]]] = defaultdict(list)
+    for key, (name, row) in layout.pieces.items():
+        pieces[name].append((key, row))
     source = _Source(arrays, placement)
 
     def tensor(name: str) -> np.ndarray:
         stored = np.empty(layout.shapes[name], safetensors.WEIGHTS[named[name]])
-        for piece in pieces[name]:
-            layout.view(stored, piece)[...] = source.array(piece)
+        for key, row in pieces[name]:
+            layout.view(stored, row, key[2])[...] = source.array(key)
         return stored
 
     written = []
@@ -93,8 +94,8 @@ class _Source:
         self._layer: int | None = None
         self._at_hand: dict[str, np.ndarray] = {}
 
-    def array(self, piece: Piece) -> np.ndarray:
-        name, layer = piece.row.parameter, piece.layer
+    def array(self, key: Key) -> np.ndarray:
+        name, layer, expert = key
         if layer is None:
             return np.asarray(self._arrays[name])
         if layer != self._layer:
@@ -102,7 +103,7 @@ class _Source:
         if name not in self._at_hand:
             self._at_hand[name] = np.asarray(self._arrays[name][layer])
         of_layer = self._at_hand[name]
-        return of_layer if piece.expert is None else of_layer[self._slot_LE[layer, piece.expert]]
+        return of_layer if expert is None else of_layer[self._slot_LE[layer, expert]]
 
 
 def _bytes(layout: Layout, dtypes: Mapping[str, str], name: str) -> int:
