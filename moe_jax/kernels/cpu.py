@@ -308,18 +308,26 @@ _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def ffn(
-    x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, w_down_GFD: Array, group_sizes_G: Array
+    x_ND: Array,
+    w_gate_GDF: Array,
+    w_up_GDF: Array,
+    w_down_GFD: Array,
+    group_sizes_G: Array,
+    row_weight_N: Array | None = None,
 ) -> Array:
-    y_ND = _ffn(_with_room(x_ND, w_gate_GDF), w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G)
+    weight_N1 = None if row_weight_N is None else _with_room(row_weight_N[:, None], w_gate_GDF)
+    weights = w_gate_GDF, w_up_GDF, w_down_GFD
+    y_ND = _ffn(_with_room(x_ND, w_gate_GDF), *weights, group_sizes_G, weight_N1)
     return y_ND[: x_ND.shape[0]]
 
 
-def _ffn_impl(x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G):
+def _ffn_impl(x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G, weight_N1):
     def visit(y_ND, weights, tile):
         w_gate_DF, w_up_DF, w_down_FD = weights
         x_TD = tile.read(x_ND)
         h_TF = _swiglu_tile(_dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF))
-        return tile.write(y_ND, _dot(h_TF, w_down_FD))
+        y_TD = _dot(h_TF, w_down_FD)
+        return tile.write(y_ND, y_TD if weight_N1 is None else y_TD * tile.read(weight_N1))
 
     weights = (w_gate_GDF, w_up_GDF, w_down_GFD)
     y_ND = _zeros(x_ND.shape, x_ND.dtype, x_ND)
@@ -331,24 +339,33 @@ def _ffn_fwd(*args):
 
 
 def _ffn_bwd(saved, dy_ND):
-    x_ND, *weights, group_sizes_G = saved
+    x_ND, *weights, group_sizes_G, weight_N1 = saved
 
-    def visit(grads, weights, tile):
+    def visit(buffers, weights, tile):
         w_gate_DF, w_up_DF, w_down_FD = weights
-        dx_ND, dw_gate_GDF, dw_up_GDF, dw_down_GFD = grads
+        (dx_ND, dw_gate_GDF, dw_up_GDF, dw_down_GFD), dweight_N1 = buffers
         x_TD, dy_TD = tile.read(x_ND), tile.read(dy_ND)
         gate_TF, up_TF = _dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF)
-        dgate_TF, dup_TF = _swiglu_tile_bwd(gate_TF, up_TF, _dot_wt(dy_TD, w_down_FD))
-        return (
+        h_TF, dh_TF = _swiglu_tile(gate_TF, up_TF), _dot_wt(dy_TD, w_down_FD)
+        if weight_N1 is not None:
+            # dy . (h @ w_down) = (dy @ w_down^T) . h: y need not be computed again
+            dweight_T1 = jnp.sum(dh_TF * h_TF, axis=1, keepdims=True)
+            dweight_N1 = tile.write(dweight_N1, dweight_T1)
+            weight_T1 = tile.read(weight_N1)
+            dh_TF, dy_TD = dh_TF * weight_T1, dy_TD * weight_T1
+        dgate_TF, dup_TF = _swiglu_tile_bwd(gate_TF, up_TF, dh_TF)
+        grads = (
             tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF)),
             tile.add(dw_gate_GDF, _dot_xt(x_TD, dgate_TF)),
             tile.add(dw_up_GDF, _dot_xt(x_TD, dup_TF)),
-            tile.add(dw_down_GFD, _dot_xt(_swiglu_tile(gate_TF, up_TF), dy_TD)),
+            tile.add(dw_down_GFD, _dot_xt(h_TF, dy_TD)),
         )
+        return grads, dweight_N1
 
-    grads = _zero_grads(x_ND, weights)
-    grads = _for_each_tile(group_sizes_G, weights, grads, visit, x_ND.shape[0])
-    return _as_cotangents(grads, weights)
+    dweight_N1 = None if weight_N1 is None else _zeros(weight_N1.shape, weight_N1.dtype, x_ND)
+    buffers = _zero_grads(x_ND, weights), dweight_N1
+    grads, dweight_N1 = _for_each_tile(group_sizes_G, weights, buffers, visit, x_ND.shape[0])
+    return *_as_cotangents(grads, weights), dweight_N1
 
 
 _ffn = jax.custom_vjp(_ffn_impl)

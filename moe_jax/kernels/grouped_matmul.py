@@ -70,17 +70,26 @@ def grouped_ffn(
     w_down_GFD: Float[Array, "G F D"],
     group_sizes_G: Int[Array, "G"],
     *,
+    row_weight_N: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "N D"]:
-    """A whole expert: y[n] = swiglu(x[n]) @ w_down[g]."""
+    """A whole expert: y[n] = (swiglu(x[n]) @ w_down[g]) * row_weight[n].
+
+    Args:
+      row_weight_N: what the router gave each row, by default 1; multiplied in float32 before the
+        result is rounded. Differentiable; it may hold anything in unused rows.
+    """
     weights = {
         "w_gate_GDF": (w_gate_GDF, "D"),
         "w_up_GDF": (w_up_GDF, "D"),
         "w_down_GFD": (w_down_GFD, "F"),
     }
     _check(x_ND, weights, group_sizes_G)
-    args = _aligned(x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G)
-    return _choose(implementation).ffn(*args)
+    args = [x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G]
+    if row_weight_N is not None:
+        _check_row_weight(row_weight_N, x_ND.shape[0])
+        args.append(row_weight_N)
+    return _choose(implementation).ffn(*_aligned(*args))
 
 
 def default_implementation(platform: str | None = None) -> str:
@@ -171,10 +180,22 @@ def _check_rank(name: str, array: Array, rank: int) -> None:
 def _check_dtype(name: str, dtype: np.dtype) -> None:
     if dtype.name not in _DTYPES:
         raise Refused(
-            f"{name}.dtype" if name.endswith("ND") else name,
+            f"{name}.dtype" if name.endswith(("_ND", "_N")) else name,
             dtype.name,
             f"must be one of {', '.join(_DTYPES)}",
             "Cast it first",
+        )
+
+
+def _check_row_weight(row_weight_N: Array, num_rows: int) -> None:
+    _check_rank("row_weight_N", row_weight_N, 1)
+    _check_dtype("row_weight_N", row_weight_N.dtype)
+    if row_weight_N.shape[0] != num_rows:
+        raise Refused(
+            "row_weight_N.shape",
+            row_weight_N.shape,
+            f"must be ({num_rows},), one weight for each row of x_ND",
+            "Pass the weight of every row, in the order of the rows",
         )
 
 

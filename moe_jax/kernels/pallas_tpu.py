@@ -69,11 +69,18 @@ def ffn(
     w_up_GDF: Array,
     w_down_GFD: Array,
     group_sizes_G: Array,
+    row_weight_N: Array | None = None,
     *,
     interpret: bool = False,
 ) -> Array:
     h_NF = swiglu(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, interpret=interpret)
-    return matmul(h_NF, w_down_GFD, group_sizes_G, x_ND.dtype, interpret=interpret)
+    if row_weight_N is None:
+        return matmul(h_NF, w_down_GFD, group_sizes_G, x_ND.dtype, interpret=interpret)
+    y_ND = matmul(h_NF, w_down_GFD, group_sizes_G, jnp.float32, interpret=interpret)
+    used_N = jnp.arange(x_ND.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes_G)
+    # Unused rows may hold anything, and 0 x NaN is NaN.
+    weight_N = jnp.where(used_N, row_weight_N.astype(jnp.float32), 0.0)
+    return (y_ND * weight_N[:, None]).astype(x_ND.dtype)
 
 
 def _matmul_impl(out_dtype, interpret, x_ND, w_GDF, group_sizes_G):

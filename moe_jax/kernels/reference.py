@@ -26,11 +26,19 @@ def swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, group_sizes_G: Array
 
 
 def ffn(
-    x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, w_down_GFD: Array, group_sizes_G: Array
+    x_ND: Array,
+    w_gate_GDF: Array,
+    w_up_GDF: Array,
+    w_down_GFD: Array,
+    group_sizes_G: Array,
+    row_weight_N: Array | None = None,
 ) -> Array:
     mask_GN = _membership(group_sizes_G, x_ND.shape[0])
     h_NF = _swiglu(x_ND, w_gate_GDF, w_up_GDF, mask_GN)
-    return _only_used(_matmul(h_NF, w_down_GFD, mask_GN), mask_GN).astype(x_ND.dtype)
+    y_ND = _only_used(_matmul(h_NF, w_down_GFD, mask_GN), mask_GN)
+    if row_weight_N is not None:
+        y_ND *= _only_used(row_weight_N.astype(jnp.float32)[:, None], mask_GN)
+    return y_ND.astype(x_ND.dtype)
 
 
 def _membership(group_sizes_G: Array, num_rows: int) -> Array:

@@ -109,6 +109,43 @@ def test_matches_float64(implementation, op, groups):
     assert_close(got, numpy_answer(op, *case), BOUNDS["float32"])
 
 
+@functools.cache
+def weighted_program(implementation):
+    @jax.jit
+    def run(x_ND, weights, sizes_G, row_weight_N, dy):
+        def f(x_ND, weights, row_weight_N):
+            return gm.grouped_ffn(
+                x_ND, *weights, sizes_G, row_weight_N=row_weight_N, implementation=implementation
+            )
+
+        y, vjp = jax.vjp(f, x_ND, weights, row_weight_N)
+        return y, *vjp(dy)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weights_of_rows(implementation, dtype):
+    """y, dx, dw and the gradient of the rows' weights; unused rows hold NaN, their weights too."""
+    x_ND, weights, sizes_G, dy = make("ffn", 300, [129, 0, 64, 20, 1], dtype)
+    used = 214
+    row_weight_N = jnp.asarray(np.random.default_rng(1).normal(size=300), jnp.float32)
+    x, w, dy64 = (np.asarray(a, np.float64) for a in (x_ND, row_weight_N, dy))
+    w[used:] = 0
+    y, dx, *dw = numpy_answer("ffn", x_ND, weights, sizes_G, np.asarray(dy64 * w[:, None]))
+    y = numpy_answer("ffn", x, weights, sizes_G, dy64)[0]
+    want = [y * w[:, None], dx, *dw, (y * dy64).sum(1)]
+
+    x_ND, dy = x_ND.at[used:].set(jnp.nan), dy.at[used:].set(jnp.nan)
+    row_weight_N = row_weight_N.at[used:].set(jnp.nan)
+    got = weighted_program(implementation)(x_ND, weights, sizes_G, row_weight_N, dy)
+    got = [np.asarray(a) for a in jax.tree.leaves(got)]
+    assert_close(got, want, BOUNDS[dtype])
+    for rows in (got[0], got[1], got[-1]):
+        assert (rows[used:] == 0).all()
+
+
 @pytest.mark.parametrize("sizes", [[321, 0, 320, 1, 65, 577, 96, 20], [0, 64, 0, 129, 0, 0, 7, 0]])
 def test_matches_float64_with_large_weights(sizes):
     """`cpu` cuts groups into more and larger tiles where weights are large."""
@@ -380,6 +417,20 @@ def test_wrong_arrays_are_refused(op, change, message):
     args = [jnp.asarray(a, narrow.get(a.dtype.name, a.dtype)) for a in args]
     with pytest.raises(Refused, match=message):
         OPS[op](*args)
+
+
+@pytest.mark.parametrize(
+    ("row_weight", "message"),
+    [
+        (np.ones((4, 1), np.float32), r"row_weight_N.shape = \(4, 1\): must have 1 axes"),
+        (np.ones(3, np.float32), r"row_weight_N.shape = \(3,\): must be \(4,\), one weight for"),
+        (np.ones(4, np.int32), r"row_weight_N.dtype = 'int32': must be one of float32"),
+    ],
+)
+def test_wrong_weights_of_rows_are_refused(row_weight, message):
+    x_ND, weights, sizes_G, _ = make("ffn", 4, [4])
+    with pytest.raises(Refused, match=message):
+        gm.grouped_ffn(x_ND, *weights, sizes_G, row_weight_N=jnp.asarray(row_weight))
 
 
 def test_wrong_choices_are_refused_while_tracing():
