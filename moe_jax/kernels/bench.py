@@ -1,7 +1,11 @@
 """How fast the grouped operations are on this machine, next to a dense matmul of the same FLOPs.
 
-    python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode] [--implementation=cpu]
-                                    [--seconds=4] [--no-ragged] [--json]
+    python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode] [--patterns=zipf,...]
+                                    [--implementation=cpu] [--seconds=4] [--no-ragged] [--json]
+
+`mixtral`, `olmoe`, `qwen3` and `deepseek_v3` (256 experts over 8 devices, the part of one) are
+made for accelerators: left out by default, bfloat16 there and float32 on CPU, where a call takes
+seconds to minutes.
 
 All contenders of a row run interleaved in one process. Milliseconds are the best of many rounds; a
 ratio is dense time / time within one round, the median over rounds: 1.00 is dense speed, more is
@@ -9,6 +13,7 @@ faster, and what else the machine does slows both sides of a ratio alike. The ra
 that of the process's time over all its threads: it says nothing of threads that wait for one
 another, but hardly moves when the machine is busy; leave it aside where an accelerator computes.
 Dense means one matrix (or FFN) over the rows that are really used, whatever the buffer's length.
+MB: temporaries and results of the compiled program, in 10^6 bytes, by the compiler's own account.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +41,7 @@ class Shape(NamedTuple):
     num_groups: int
     patterns: tuple[str, ...]
     directions: int = 2  # 1: nobody trains on it
+    by_default: bool = True
 
 
 _ALL = ("uniform", "multinomial", "zipf", "half-empty", "one-group")
@@ -44,7 +50,16 @@ SHAPES = {
     "g64": Shape("matmul", 4096, 4096, 512, 1024, 64, _ALL),
     "quickstart": Shape("ffn", 8192, 1500, 128, 256, 4, ("uniform", "multinomial", "zipf")),
     "decode": Shape("ffn", 64, 2, 128, 256, 4, ("half-empty",), directions=1),
+    "mixtral": Shape("matmul", 8192, 8192, 4096, 14336, 8, _ALL, by_default=False),
+    "olmoe": Shape("matmul", 65536, 65536, 2048, 1024, 64, _ALL, by_default=False),
+    "qwen3": Shape("matmul", 131072, 131072, 2048, 768, 128, _ALL, by_default=False),
+    "deepseek_v3": Shape("matmul", 16384, 16384, 7168, 2048, 32, _ALL, by_default=False),
 }
+
+
+class Call(NamedTuple):
+    start: Callable[[], Any]
+    megabytes: float
 
 
 def group_sizes(pattern: str, num_rows: int, num_groups: int, seed: int = 0) -> np.ndarray:
@@ -66,12 +81,12 @@ def group_sizes(pattern: str, num_rows: int, num_groups: int, seed: int = 0) -> 
 
 def contenders(
     shape: Shape, pattern: str, implementation: str, ragged: bool
-) -> dict[str, dict[str, Callable[[], Any]]]:
-    """direction -> name -> a call that starts the computation."""
-    rng = np.random.default_rng(0)
+) -> dict[str, dict[str, Call]]:
+    """direction -> name -> the compiled call."""
+    keys, dtype = iter(jax.random.split(jax.random.key(0), 8)), default_dtype()
 
     def normal(*dims):
-        return jnp.asarray(rng.normal(size=dims) / dims[-2] ** 0.5, jnp.float32)
+        return jax.random.normal(next(keys), dims, dtype) / dims[-2] ** 0.5
 
     def with_gradients(f, *args):
         *inputs, dy = args
@@ -81,10 +96,15 @@ def contenders(
     def backward_only(f, *args):
         return with_gradients(f, *args)[1]
 
+    def compiled(f, *args):
+        program = jax.jit(f).lower(*args).compile()
+        memory = program.memory_analysis()
+        used = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else np.nan
+        return Call(functools.partial(program, *args), used / 1e6)
+
     def pair(f, backward, *args):
-        *inputs, dy = args
-        run_forward, run_backward = jax.jit(f), jax.jit(functools.partial(backward, f))
-        return (lambda: run_forward(*inputs)), (lambda: run_backward(*inputs, dy))
+        both = [(f, args[:-1]), (functools.partial(backward, f), args)]
+        return [compiled(call, *inputs) for call, inputs in both[: shape.directions]]
 
     _, n, used, d, ff, g, *_ = shape
     sizes = jnp.asarray(group_sizes(pattern, used, g), jnp.int32)
@@ -117,6 +137,10 @@ def contenders(
     }
 
 
+def default_dtype() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def dense_ffn(x, w_gate, w_up, w_down):
     return jnp.dot(jax.nn.silu(x @ w_gate) * (x @ w_up), w_down)
 
@@ -137,7 +161,7 @@ def time_rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str
         jax.block_until_ready(call())  # compiles
         first[name] = _time(call)
     shortest, _ = min(first.values())
-    slow = {name for name, (wall, _) in first.items() if wall > 20 * shortest}
+    slow = {name for name, (wall, _) in first.items() if wall > 20 * shortest} - {"dense"}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls if name not in slow}
     end = time.perf_counter() + seconds
     while len(times["dense"]) < 3 or time.perf_counter() < end:
@@ -153,79 +177,92 @@ def _time(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - start_cpu
 
 
-def measure(names: list[str], implementation: str, seconds: float, ragged: bool):
-    total, done, start = sum(len(SHAPES[name].patterns) for name in names), 0, time.perf_counter()
-    for name in names:
-        shape = SHAPES[name]
-        for pattern in shape.patterns:
-            for direction, calls in contenders(shape, pattern, implementation, ragged).items():
-                times = time_rounds(calls, seconds)
-                best = {who: t.min(axis=0) for who, t in times.items()}
-                ratio = {
-                    who: np.median(times["dense"] / t, axis=0)
-                    for who, t in times.items()
-                    if who != "dense"
-                }
-                yield {
-                    "shape": name,
-                    "pattern": pattern,
-                    "direction": direction,
-                    "milliseconds": {who: 1e3 * float(wall) for who, (wall, _) in best.items()},
-                    "ratio": {who: float(wall) for who, (wall, _) in ratio.items()},
-                    "cpu_ratio": {who: float(cpu) for who, (_, cpu) in ratio.items()},
-                }
-            done += 1
-            left = (time.perf_counter() - start) / done * (total - done)
-            print(f"  {done}/{total} done, about {left:.0f} s left", file=sys.stderr)
+def measure(
+    cases: list[tuple[str, str]], implementation: str, seconds: float, ragged: bool
+) -> Iterator[dict[str, Any]]:
+    """A row of the table for each direction of each (shape, pattern)."""
+    begin = time.perf_counter()
+    for done, (name, pattern) in enumerate(cases, start=1):
+        for direction, calls in contenders(SHAPES[name], pattern, implementation, ragged).items():
+            times = time_rounds({who: call.start for who, call in calls.items()}, seconds)
+            best = {who: t.min(axis=0) for who, t in times.items()}
+            ratio = {
+                who: np.median(times["dense"] / t, axis=0)
+                for who, t in times.items()
+                if who != "dense"
+            }
+            yield {
+                "shape": name,
+                "pattern": pattern,
+                "direction": direction,
+                "milliseconds": {who: 1e3 * float(wall) for who, (wall, _) in best.items()},
+                "ratio": {who: float(wall) for who, (wall, _) in ratio.items()},
+                "cpu_ratio": {who: float(cpu) for who, (_, cpu) in ratio.items()},
+                "megabytes": {who: call.megabytes for who, call in calls.items()},
+            }
+        left = (time.perf_counter() - begin) / done * (len(cases) - done)
+        print(f"  {done}/{len(cases)} done, about {left:.0f} s left", file=sys.stderr)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     who = list(rows[0]["ratio"])
+    heads = " | ".join(f"{w} ms | ratio | CPU ratio | MB" for w in who)
     lines = [
-        "| shape | groups | pass | dense ms | "
-        + " | ".join(f"{w} ms | ratio | CPU ratio" for w in who)
-        + " |",
-        "|---" * (4 + 3 * len(who)) + "|",
+        f"| shape | groups | pass | dense ms | MB | {heads} |",
+        "|---" * (5 + 4 * len(who)) + "|",
     ]
     for r in rows:
-        cells = [
-            f"{r['milliseconds'][w]:.2f} | {r['ratio'][w]:.2f} | {r['cpu_ratio'][w]:.2f}"
-            for w in who
-        ]
-        dense = f"{r['milliseconds']['dense']:.2f}"
-        left = [r["shape"], r["pattern"], r["direction"], dense]
-        lines.append(f"| {' | '.join(left + cells)} |")
+        times, megabytes = r["milliseconds"], r["megabytes"]
+        cells = [r["shape"], r["pattern"], r["direction"]]
+        cells += [f"{times['dense']:.2f}", f"{megabytes['dense']:.1f}"]
+        for w in who:
+            cells += [f"{times[w]:.2f}", f"{r['ratio'][w]:.2f}", f"{r['cpu_ratio'][w]:.2f}"]
+            cells.append(f"{megabytes[w]:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _named(option: str, text: str, known: Iterable[str]) -> list[str]:
+    names, known = text.split(","), list(known)
+    for name in names:
+        if name not in known:
+            rule = f"must be among {', '.join(known)}"
+            raise Refused(option, name, rule, "Name some of these, with commas")
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe_jax.kernels.bench")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
+    default = ",".join(name for name, shape in SHAPES.items() if shape.by_default)
+    parser.add_argument("--shapes", default=default, help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--patterns", default=",".join(_ALL), help="rows per group: of these")
     parser.add_argument("--implementation", default=None, help="default: by platform")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of a row")
     parser.add_argument("--no-ragged", action="store_true", help="leave out jax.lax.ragged_dot")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
-        names = args.shapes.split(",")
-        for name in names:
-            if name not in SHAPES:
-                rule = f"must be among {', '.join(SHAPES)}"
-                raise Refused("--shapes", name, rule, "Name some of these, with commas")
+        names = _named("--shapes", args.shapes, SHAPES)
+        patterns = _named("--patterns", args.patterns, _ALL)
+        cases = [(name, p) for name in names for p in SHAPES[name].patterns if p in patterns]
+        if not cases:
+            rule = f"none is measured for {args.shapes}"
+            raise Refused("--patterns", args.patterns, rule, "Leave it out to see those that are")
         implementation = args.implementation or gm.default_implementation()
-        rows = list(measure(names, implementation, args.seconds, not args.no_ragged))
+        rows = list(measure(cases, implementation, args.seconds, not args.no_ragged))
     except Refused as error:
         print(error, file=sys.stderr)
         return 1
-    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    device, dtype = jax.devices()[0].device_kind, default_dtype()
     if args.json:
         shapes = {name: SHAPES[name]._asdict() for name in names}
+        machine = {"device": device, "jax": jax.__version__, "dtype": dtype}
         print(json.dumps({**machine, "shapes": shapes, "rows": rows}))
     else:
         for name in names:
             op, n, used, d, ff, g, *_ = SHAPES[name]
-            print(f"{name}: {op}, {used} of {n} rows used, D={d}, F={ff}, G={g}, float32")
-        print(f"device {machine['device']}, jax {machine['jax']}\n\n{table(rows)}")
+            print(f"{name}: {op}, {used} of {n} rows used, D={d}, F={ff}, G={g}")
+        print(f"device {device}, jax {jax.__version__}, {dtype}\n\n{table(rows)}")
     return 0
 
 
