@@ -13,9 +13,9 @@ PLACEMENT = flags.DEFINE_string(
     "placement", None, "Plan to compute under; the experts are moved there as they are loaded. "
     "Default: the plan stored with the checkpoint."
 )  # fmt: skip
-DISPATCH = flags.DEFINE_string(
-    "dispatch", None, "How rows travel, as model.dispatch. Default: as in training."
-)
+DISPATCH = flags.DEFINE_string("dispatch", None, "As model.dispatch. Default: as in training.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "Machine that 'auto' goes by, in configs/topology/.")
+TRACE = flags.DEFINE_string("trace", "", "Recorded routing that 'auto' counts rows on.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens after each prompt.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = greedy.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus: the smallest set of tokens of this mass.")
@@ -44,6 +44,8 @@ def main() -> None:
             devices=DEVICES.value,
             placement=PLACEMENT.value,
             dispatch=DISPATCH.value,
+            topology=TOPOLOGY.value,
+            trace=TRACE.value,
             prompts=run.read_prompts(PROMPT.value, PROMPTS.value),
             held_out=HELD_OUT.value,
             held_out_start=HELD_OUT_START.value,

@@ -29,16 +29,19 @@ def main() -> None:
     config = config_lib.from_config_dict(entry.required("--config", CONFIG.value))
     workdir = pathlib.Path(entry.required("--workdir", WORKDIR.value))
     entry.check_output("--workdir", WORKDIR.value)
-    from moe_jax import mesh
+    from moe_jax import mesh, metrics
     from moe_jax.train import loop, replay
 
     processes = mesh.parse_processes(DISTRIBUTED.value)
     if config.virtual_devices and DISTRIBUTED.value != "auto":
         config_lib.check_devices(config, config.virtual_devices * (processes or ("", 1, 0))[1])
+    config, chosen = loop.choose_dispatch(config, workdir)
     corpus, plan = loop.prepare(config, workdir)
     bad = replay.read(config, pathlib.Path(REPLAY.value)) if REPLAY.value is not None else None
     mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
     config_lib.check_devices(config, mesh.num_devices())
+    if chosen:
+        metrics.say(chosen)
     if bad:
         replay.replay(config, workdir, corpus, plan, bad)
     else:

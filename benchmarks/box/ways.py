@@ -16,10 +16,7 @@ NOT_SPREAD = ("local",)  # keeps all experts on one device: nothing travels
 def known() -> list[str]:
     """Every dispatch with every combine mode, whether or not they fit together."""
     dispatches = [name for name in config_lib.DISPATCHES if name not in NOT_SPREAD]
-    combines = getattr(config_lib, "COMBINES", ())
-    if not combines:
-        return dispatches
-    return [f"{dispatch}:{combine}" for dispatch in dispatches for combine in combines]
+    return [f"{way}:{combine}" for way in dispatches for combine in config_lib.COMBINES]
 
 
 def applied(model: ModelConfig, way: str) -> ModelConfig:

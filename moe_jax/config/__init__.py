@@ -19,6 +19,8 @@ from moe_jax.config.building import (
     unknown_field,
 )
 from moe_jax.config.fields import (
+    AUTO,
+    COMBINES,
     DISPATCHES,
     MESH_AXES,
     Config,
@@ -36,6 +38,8 @@ from moe_jax.config.rules import (
 )
 
 __all__ = [
+    "AUTO",
+    "COMBINES",
     "DISPATCHES",
     "MESH_AXES",
     "Config",

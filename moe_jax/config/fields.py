@@ -4,6 +4,7 @@ import dataclasses
 
 DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled", "coherent")
 INFERENCE_ONLY = ("coherent",)  # of them: not for training
+AUTO = "auto"  # the one that the cost model finds fastest (auto.py); no model is built with it
 COMBINES = ("exact", "partial", "reproducible")
 WIRE_DTYPES = ("", "float8_e4m3fn")
 OVERLAP_DEGREES = (1, 2, 4, 8)
@@ -34,7 +35,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of activations; parameters and router are float32
-    dispatch: str = "exchange"
+    dispatch: str = "exchange"  # or "auto"
     # Sums at home, bits free of the placement; "partial": fewest rows; "reproducible": both.
     combine: str = "exact"
     capacity_factor: float = 0.0  # of the mean load of an expert; 0 = nothing is dropped
@@ -155,3 +156,7 @@ class Config:
     platform: str = ""  # "cpu", "gpu", "tpu"; "" = what JAX finds
     virtual_devices: int = 0  # > 0: that many virtual CPU devices a process (platform "cpu" only)
     placement: str = ""  # plan file to train under; "" = contiguous
+    # What dispatch "auto" goes by: a name in configs/topology/ or a .json ("" = common links of the
+    # platform), and a recorded trace ("" = experts chosen uniformly).
+    topology: str = ""
+    trace: str = ""

@@ -7,6 +7,7 @@ from typing import Any
 from moe_jax.config.fields import (
     ATTENTION_BIASES,
     ATTENTIONS,
+    AUTO,
     COMBINES,
     DISPATCHES,
     DTYPES,
@@ -79,7 +80,7 @@ def _validate_model(model: ModelConfig) -> None:
             "must be even: rotary embeddings turn pairs of values",
             f"use {model.d_head + 1}",
         )
-    _one_of("model.dispatch", model.dispatch, DISPATCHES)
+    _one_of("model.dispatch", model.dispatch, (*DISPATCHES, AUTO))
     _one_of("model.combine", model.combine, COMBINES)
     _one_of("model.dtype", model.dtype, DTYPES)
     _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
@@ -189,7 +190,7 @@ def _validate_heads(model: ModelConfig, devices: int) -> None:
 
 def with_dispatch(config: Config, dispatch: str) -> Config:
     """The config of a model that is served with another dispatch than it was trained with."""
-    _one_of("--dispatch", dispatch, DISPATCHES)
+    _one_of("--dispatch", dispatch, (*DISPATCHES, AUTO))
     model = dataclasses.replace(config.model, dispatch=dispatch)
     config = dataclasses.replace(config, model=model)
     validate(config)

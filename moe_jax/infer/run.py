@@ -4,11 +4,12 @@ import dataclasses
 import pathlib
 import sys
 import time
+import typing
 
 import numpy as np
 
+from moe_jax import auto, data, metrics
 from moe_jax import config as config_lib
-from moe_jax import data, metrics
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.infer import load, published, record
@@ -29,6 +30,8 @@ class Request:
     devices: int | None
     placement: str | None
     dispatch: str | None
+    topology: str
+    trace: str
     prompts: list[str]
     held_out: int
     held_out_start: int
@@ -49,7 +52,12 @@ def run(request: Request) -> None:
     else:
         assert request.workdir is not None  # by `_check_flags`
         source = load.find(request.workdir, request.placement, request.dispatch)
-    config = source.config
+    config, note = auto.resolve(
+        dataclasses.replace(source.config, topology=request.topology, trace=request.trace),
+        source.plan.placement,
+        training=False,
+    )
+    source = dataclasses.replace(typing.cast(typing.Any, source), config=config)
     if request.measure and config.model.capacity_factor:
         raise Refused(
             "--measure",
@@ -72,6 +80,8 @@ def run(request: Request) -> None:
 
     mesh_lib.initialize(config.platform, source.virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
+    if note:
+        metrics.say(note)
     mesh = mesh_lib.of_config(config.mesh)
     engine = load.engine(source, mesh)
     if request.prompts:

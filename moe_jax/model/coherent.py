@@ -134,7 +134,7 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
             blocks = jax.tree.unflatten(tree, leaves)
             num_physical = blocks.moe.gate_PDF.shape[1] * jax.lax.axis_size(mesh_lib.EXPERT)
             setting = schemes.Setting(
-                mesh_lib.EXPERT, num_physical, wire.transport_of(platform), config.combine
+                mesh_lib.EXPERT, num_physical, wire.transport_of(mesh), config.combine
             )
             group = _Group(config, setting, implementation, position_BS, decoding(x_bSD, cache))
             x_bSD, cache, expert_LbSK, traffic, shared, home_MM = group.run(

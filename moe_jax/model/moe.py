@@ -162,7 +162,7 @@ def build_dispatch(
     scheme = schemes.SCHEMES[dispatch]
     # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
     platform = mesh.devices.flat[0].platform
-    transport = wire.transport_of(platform)
+    transport = wire.transport_of(mesh)
     axes = mesh_lib.EXPERT
     implementation = implementation or grouped_matmul.default_implementation(platform)
     vary_over = lambda axis: functools.partial(jax.lax.pcast, axis_name=axis, to="varying")  # noqa: E731

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from moe_jax import auto, entry
 from moe_jax import config as config_lib
-from moe_jax import entry
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 
@@ -174,7 +174,7 @@ def with_way(config: Config, way: str) -> Config:
     model = dataclasses.replace(config.model, dispatch=dispatch, combine=combine)
     changed = dataclasses.replace(config, model=model)
     config_lib.validate(changed)
-    return changed
+    return auto.resolve_unplanned(changed)[0]
 
 
 def text(title: str, reference: str, lines: list[Line]) -> str:

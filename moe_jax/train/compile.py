@@ -18,8 +18,8 @@ from typing import Any
 
 from absl import flags
 
+from moe_jax import auto, entry, tpu
 from moe_jax import config as config_lib
-from moe_jax import entry, tpu
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.train import hlo
@@ -187,8 +187,10 @@ def as_table(report: Report) -> str:
 def main() -> None:
     plain = entry.required("--config", CONFIG.value)
     topology = entry.required("--topology", TOPOLOGY.value)
-    config = config_lib.from_config_dict(plain)
+    config, note = auto.resolve_unplanned(config_lib.from_config_dict(plain))
     check_topology(config, topology)
+    if note and not JSON.value:
+        print(note, flush=True)
     os.environ.update(tpu.ENVIRONMENT)
     report = compile_step(config, topology)
     print(json.dumps(dataclasses.asdict(report)) if JSON.value else as_table(report), flush=True)

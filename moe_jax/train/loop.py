@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax import data, files, metrics, permute
+from moe_jax import auto, data, files, metrics, permute
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
@@ -29,6 +29,21 @@ from moe_jax.placement import plan as plan_lib
 from moe_jax.train import preemption, resume, watchdog
 from moe_jax.train import step as step_lib
 from moe_jax.train.reporter import Reporter
+
+
+def choose_dispatch(config: Config, workdir: pathlib.Path) -> tuple[Config, str]:
+    """The config with a dispatch in the place of "auto", and what to tell people about it.
+
+    A run that goes on keeps the one that it was started with. Raises `Refused`; writes nothing.
+    """
+    kept = workdir / "config.json"
+    started = config_lib.from_json(kept.read_text("utf-8", "replace")) if kept.is_file() else None
+    return auto.resolve(
+        config,
+        load_plan(config).placement,
+        training=True,
+        fixed=started.model.dispatch if started else None,
+    )
 
 
 def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_lib.Plan]:

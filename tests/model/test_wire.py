@@ -13,7 +13,7 @@ from moe_jax.model.dispatch.wire import Wire
 WIDTH = 3
 
 
-def run(count_RMM, chunk, most):
+def run(count_RMM, chunk, most, transport="per_shift"):
     """Rows, numbered one by one, through `exchange`; count_RMM [replicas, source, destination].
 
     Returns (received [replicas, M, R, D], expected, padding [replicas, M, M]).
@@ -33,19 +33,19 @@ def run(count_RMM, chunk, most):
                 expected[r, receiver, at : at + count] = rows
                 at += count
     counts = count_RMM.astype(np.int32)
-    go = program(replicas, size, chunk, num_received)
+    go = program(replicas, size, chunk, num_received, transport)
     received, padding = go(sent, counts, np.ascontiguousarray(counts.swapaxes(1, 2)))
     return np.asarray(received), expected, np.asarray(padding)
 
 
 @functools.cache
-def program(replicas, size, chunk, num_received):
+def program(replicas, size, chunk, num_received, transport):
     spec = PartitionSpec(mesh_lib.DATA, mesh_lib.EXPERT)
     mesh = mesh_lib.make(replicas, size)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
     def go(sent_11ND, to_11M, from_11M):
-        wire = Wire(mesh_lib.EXPERT, "per_shift", chunk)
+        wire = Wire(mesh_lib.EXPERT, transport, chunk)
         received_RD = wire.exchange(sent_11ND[0, 0], to_11M[0, 0], from_11M[0, 0], num_received)
         return received_RD[None, None], wire.padding_M(to_11M[0, 0])[None, None]
 
@@ -55,14 +55,15 @@ def program(replicas, size, chunk, num_received):
 @pytest.mark.parametrize(
     ("replicas", "size", "chunk"), [(1, 1, 3), (4, 2, 1), (2, 4, 1), (2, 4, 16), (1, 8, 3)]
 )
-def test_every_row_arrives_where_it_should(replicas, size, chunk):
+@pytest.mark.parametrize("transport", ["per_shift", "blocks"])
+def test_every_row_arrives_where_it_should(replicas, size, chunk, transport):
     most = 21
     rng = np.random.default_rng(size * chunk)
     random = rng.integers(0, most + 1, (replicas, size, size))
     hot = np.zeros_like(random)
     hot[:, :, -1] = most  # all to one device
     for counts in (random, hot, np.zeros_like(random), np.full_like(random, most)):
-        received, expected, padding = run(counts, chunk, most)
+        received, expected, padding = run(counts, chunk, most, transport)
         np.testing.assert_array_equal(received, expected)
         assert (padding >= 0).all()
         assert (np.einsum("rii->ri", padding) == 0).all()
@@ -98,3 +99,11 @@ def test_padding_on_uneven_traffic(size):
     true = counts.sum() - np.trace(counts[0])
     allowed = 1.1 if size == 4 else 1.5  # with 8 devices four pairs share a message
     assert 1 + padding.sum() / true < allowed
+
+
+def test_blocks_are_of_the_fullest_pair_of_the_mesh():
+    counts = np.array([[[9, 5, 3, 0], [1, 0, 0, 7], [5, 0, 0, 0], [6, 2, 4, 30]]])
+    for chunk, block in ((1, 8), (2, 8), (7, 7), (4, 8)):
+        _, _, padding = run(counts, chunk, 32, "blocks")
+        off_diagonal = ~np.eye(4, dtype=bool)
+        np.testing.assert_array_equal(padding[0], np.where(off_diagonal, block - counts[0], 0))

@@ -16,8 +16,7 @@ from tests import tiny
 
 def train(config, workdir):
     workdir.mkdir(exist_ok=True)
-    corpus, plan = loop.prepare(config, workdir)
-    loop.train(config, workdir, corpus, plan)
+    loop.train(loop.prepare(config, workdir), workdir)
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def exchange(device_TK: jax.Array, wire: Wire, most: int) -> tuple[Exchange, jax
     sum_position_TK = jnp.take_along_axis(sent_MT.T, jnp.maximum(device_TK, 0), axis=1)
     sum_position_TK = jnp.where(first_of(device_TK), sum_position_TK, token_R.size)
     by_device_N = jnp.where(away_TK, size, device_TK).reshape(-1)
-    assignment_N = jnp.argsort(by_device_N, stable=True).astype(jnp.int32)
+    assignment_N = sorting_lib.stable_order(by_device_N, num_keys=size + 1)
     place_N = jnp.zeros_like(assignment_N)
     place_N = place_N.at[assignment_N].set(jnp.arange(place_N.size, dtype=jnp.int32))
 

@@ -44,7 +44,7 @@ def sort_by_expert(local_XK: jax.Array, *, num_local: int, capacity: int | None 
     """
     num_tokens, top_k = local_XK.shape
     key_N = local_XK.reshape(-1)
-    order_N = jnp.argsort(key_N, stable=True).astype(jnp.int32)
+    order_N = stable_order(key_N, num_keys=num_local + 1)
     num_rows = num_tokens * min(top_k, num_local)
     if capacity is not None:
         num_rows = min(num_rows, capacity * num_local)
@@ -54,6 +54,18 @@ def sort_by_expert(local_XK: jax.Array, *, num_local: int, capacity: int | None 
     )
     position_N = jnp.where(key_N < num_local, rank_N, num_rows)
     return Sorting(order_N[:num_rows], position_N.reshape(local_XK.shape), group_sizes_e)
+
+
+def stable_order(key_N: jax.Array, *, num_keys: int) -> jax.Array:
+    """`jnp.argsort(key_N, stable=True)` of int32 keys in 0..num_keys - 1.
+
+    One sort of the numbers key N + index, where they fit in 32 bits: a fifth of the time of a sort
+    of keys and indices with a comparison of both, which the CPU backend makes of an argsort.
+    """
+    size = key_N.size
+    if num_keys * size >= 2**31:
+        return jnp.argsort(key_N, stable=True).astype(jnp.int32)
+    return jnp.sort(key_N * size + jnp.arange(size, dtype=jnp.int32)) % size
 
 
 def take_rows(rows_ND: jax.Array, index_A: jax.Array) -> jax.Array:

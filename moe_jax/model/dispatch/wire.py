@@ -1,9 +1,15 @@
 """Uneven all-to-all with static shapes: every device sends any number of rows to every device.
 
-`Wire.exchange` has the meaning of `jax.lax.ragged_all_to_all` with dense segments. On TPU and
-GPU it is that; the CPU backend has no implementation of it, so there the rows go out in messages
-of static sizes, distance by distance (from device i to device i + s): as many `ppermute`s of four
-chunks as the count of the pair holds, then two and one chunk where it has that binary digit.
+`Wire.exchange` has the meaning of `jax.lax.ragged_all_to_all` with dense segments. Transports:
+
+ragged     on TPU and GPU: that operation.
+blocks     on CPU devices of one process, between which a row is a copy in memory and a collective
+           costs more than the rows: one `all_to_all` of a block per pair, all of one size, the
+           smallest of a ladder that holds the fullest pair.
+per_shift  on CPU devices of several processes, between which rows cost time on a link: messages of
+           static sizes, distance by distance (from device i to device i + s): as many `ppermute`s
+           of 16 chunks as the count of the pair holds, then 8, 4, 2 and one chunk where it has that
+           binary digit.
 
 A `ppermute` has one size for all of its pairs, and the fullest pair of a distance is the one whose
 destination is popular: sending everybody what the fullest pair needs pads by 30 % and more. So
@@ -15,7 +21,8 @@ inside a branch legal; over the expert axis alone is not enough: a `ppermute` is
 the whole mesh, and the CPU backend waits for ever for data replicas that took another branch.
 
 Padding: a count is rounded up to whole chunks, and to the fullest pair of its group over all data
-replicas. Nothing here is differentiated: the callers' VJPs call it in the other direction.
+replicas (blocks: to the ladder, and to the fullest pair of all). Nothing here is differentiated:
+the callers' VJPs call it in the other direction.
 
 Axes: N rows sent, R rows received, D values a row, M devices, G groups of pairs, C rows a message.
 """
@@ -25,13 +32,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
 
 
-def transport_of(platform: str) -> str:
-    """How rows travel on the devices of a mesh: the CPU has no `ragged_all_to_all`."""
-    return "per_shift" if platform == "cpu" else "ragged"
+def transport_of(mesh: Mesh) -> str:
+    """How rows travel on a mesh: the CPU has no `ragged_all_to_all`."""
+    devices = mesh.devices.ravel().tolist()
+    if devices[0].platform != "cpu":
+        return "ragged"
+    processes = {device.process_index for device in devices}
+    return "blocks" if len(processes) == 1 else "per_shift"
 
 
 def exclusive_cumsum(counts_M: jax.Array) -> jax.Array:
@@ -45,8 +57,8 @@ class Wire:
 
     Attributes:
       axis: mesh axis over which rows travel.
-      transport: "ragged" or "per_shift", see `transport_of`.
-      chunk: what counts are rounded up to, in rows, for "per_shift".
+      transport: "ragged", "blocks" or "per_shift", see the head of this file.
+      chunk: of "blocks" and "per_shift", in rows: the smallest message.
     """
 
     axis: mesh_lib.Axis
@@ -55,8 +67,13 @@ class Wire:
 
     @classmethod
     def of(cls, axis: mesh_lib.Axis, transport: str, num_tokens: int) -> "Wire":
-        """A chunk is about half of what a pair moves when a token goes one place at random."""
-        return cls(axis, transport, max(1, num_tokens // (2 * jax.lax.axis_size(axis))))
+        """A pair moves about T / M rows where a token goes one place at random.
+
+        Finer chunks save bytes and cost messages (benchmarks/README.md: a saving that a plan makes
+        in rows is lost where chunks are coarse).
+        """
+        parts = 4 if transport == "blocks" else 1 << (LARGEST - 1)
+        return cls(axis, transport, max(1, num_tokens // (parts * jax.lax.axis_size(axis))))
 
     def exchange(
         self,
@@ -79,6 +96,8 @@ class Wire:
         counts = (send_counts_M, receive_counts_M)
         if self.transport == "ragged":
             return _ragged_all_to_all(rows_ND, *counts, num_received, self.axis)
+        if self.transport == "blocks":
+            return _blocks(rows_ND, *counts, num_received, self.axis, self.chunk)
         return _per_shift(rows_ND, *counts, num_received, self.axis, self.chunk)
 
     def padding_M(self, send_counts_M: jax.Array) -> jax.Array:
@@ -86,14 +105,68 @@ class Wire:
         if self.transport == "ragged":
             return jnp.zeros_like(send_counts_M)
         size, me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
+        if self.transport == "blocks":
+            sizes = _ladder(self.chunk, 2**30)
+            step = _step(send_counts_M, sizes, self.axis)
+            sent = jnp.asarray(sizes, jnp.int32)[step]
+            return jnp.where(jnp.arange(size) == me, 0, sent - send_counts_M)
         shift_M = (jnp.arange(size, dtype=jnp.int32) - me) % size
         chunks_MG = _chunks_by_shift(send_counts_M, self.chunk, self.axis)
         sent_M = chunks_MG[shift_M, me % chunks_MG.shape[1]] * self.chunk
         return jnp.where(shift_M == 0, 0, sent_M - send_counts_M)
 
 
-LARGEST = 2  # binary digits: a message carries at most 2^LARGEST chunks
+LARGEST = 4  # binary digits: a message carries at most 2^LARGEST chunks
 EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
+
+
+def _ladder(chunk: int, rows: int) -> list[int]:
+    """Sizes of blocks: 0, then 1, 2, 3, 4, 6, 8, 12, ... chunks, up to the first that holds all."""
+    sizes, digit = [0, chunk], 2 * chunk
+    while sizes[-1] < rows:
+        sizes += [digit, digit * 3 // 2]
+        digit *= 2
+    return sizes
+
+
+def _step(send_counts_M: jax.Array, sizes: list[int], axis: mesh_lib.Axis) -> jax.Array:
+    """The first size that holds the fullest pair of the mesh; what stays is not sent."""
+    at_home_M = jnp.arange(len(send_counts_M)) == jax.lax.axis_index(axis)
+    most = jax.lax.pmax(jnp.where(at_home_M, 0, send_counts_M).max(), mesh_lib.BATCH)
+    return jnp.searchsorted(jnp.asarray(sizes, jnp.int32), most).astype(jnp.int32)
+
+
+def _blocks(
+    rows_ND: jax.Array,
+    send_counts_M: jax.Array,
+    receive_counts_M: jax.Array,
+    num_received: int,
+    axis: mesh_lib.Axis,
+    chunk: int,
+) -> jax.Array:
+    size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    send_start_M = exclusive_cumsum(send_counts_M)
+    end_M = jnp.cumsum(receive_counts_M)
+    row_R = jnp.arange(num_received, dtype=jnp.int32)
+    source_R = (row_R[:, None] >= end_M[None]).sum(axis=1, dtype=jnp.int32)
+    offset_R = row_R - (end_M - receive_counts_M)[jnp.minimum(source_R, size - 1)]
+
+    def moved(rows_ND, *, block):
+        """Blocks from all devices, then the rows of this one: received rows are among them."""
+        index_MC = send_start_M[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
+        sent_XD = jnp.take(rows_ND, index_MC.reshape(-1), axis=0, mode="clip")
+        arrived_XD = sent_XD
+        if block:
+            arrived_XD = jax.lax.all_to_all(sent_XD, axis, 0, 0, tiled=True)
+        at_R = source_R * block + offset_R
+        at_R = jnp.where(source_R == me, size * block + send_start_M[me] + offset_R, at_R)
+        at_R = jnp.where(source_R == size, size * block + len(rows_ND), at_R)  # none: zeros
+        both_XD = jnp.concatenate([arrived_XD, rows_ND])
+        return jnp.take(both_XD, at_R, axis=0, mode="fill", fill_value=0)
+
+    sizes = _ladder(chunk, len(rows_ND))
+    step = _step(send_counts_M, sizes, axis)
+    return jax.lax.switch(step, [functools.partial(moved, block=block) for block in sizes], rows_ND)
 
 
 def _num_groups(size: int) -> int:

@@ -1,0 +1,200 @@
+"""`model.dispatch = "auto"`: the dispatch that the cost model finds fastest on mesh and topology.
+
+What runs is decided once, before any device work, and said with the figures it was decided by.
+Rows are those of the plan on a recorded trace (`config.trace`) or, without one, on tokens that
+choose their experts uniformly; seconds are those of placement/seconds.py on `config.topology`.
+
+`shuffled` is not among the candidates: it splits attention by heads over the expert axis, for which
+the activations of every layer are gathered and scattered (the bytes of `gathered`, placement or
+not) before a row goes to an expert. It is worth its bytes only where attention has to be split.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax import config as config_lib
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.placement import cost
+from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.seconds import Work
+from moe_jax.placement.topology import Topology
+from moe_jax.routing import trace as trace_lib
+
+# In the order of preference where seconds are equal.
+CANDIDATES = ("local", "exchange", "hierarchical", "gathered", "coherent")
+SAMPLE = 4096  # tokens that rows are counted on
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What the cost model says of one dispatch.
+
+    Attributes:
+      dispatch: its name.
+      rows_out, rows_back: per token and layer, over all links.
+      slow: of both, between nodes.
+      seconds: a MoE layer forward, mean over layers.
+    """
+
+    dispatch: str
+    rows_out: float
+    rows_back: float
+    slow: float
+    seconds: float
+
+
+def resolve(
+    config: Config, placement: Placement, training: bool, fixed: str | None = None
+) -> tuple[Config, str]:
+    """The config with a dispatch in the place of "auto", and what to tell people about it.
+
+    Args:
+      config: validated; returned as it is (and "") where it names its dispatch.
+      placement: that the model runs under.
+      training: leaves out what has no backward pass.
+      fixed: the dispatch of a run that goes on: kept, not chosen again.
+
+    Raises:
+      Refused: a topology or a trace that does not fit the mesh or the model.
+    """
+    if config.model.dispatch != config_lib.AUTO:
+        return config, ""
+    if fixed is not None:
+        return _with(config, fixed), f"dispatch {fixed}: this run was started with it"
+    topology = topology_of(config)
+    ids_TLK, routing = _routing(config, placement)
+    options, reasons = [], []
+    for dispatch in CANDIDATES:
+        try:
+            tried = _with(config, dispatch)
+            if training:
+                config_lib.check_trainable(tried)
+        except Refused as refused:
+            if dispatch != "local":
+                reasons.append(f"{dispatch}: {refused.field} = {refused.value!r} {refused.rule}")
+            continue
+        if dispatch == "local":
+            return tried, "dispatch local: every expert is on the device of its tokens"
+        if dispatch != "hierarchical" or topology.num_nodes > 1:
+            options.append(judge(dispatch, config, ids_TLK, placement, topology))
+    best = min(options, key=lambda option: option.seconds)  # the first of equal ones
+    return _with(config, best.dispatch), _text(config, topology, routing, options, best, reasons)
+
+
+def resolve_unplanned(config: Config) -> tuple[Config, str]:
+    """`resolve` for training under the contiguous placement."""
+    model, devices = config.model, config.mesh.expert_devices
+    contiguous = Placement.contiguous(model.num_layers, model.num_experts, devices)
+    return resolve(config, contiguous, training=True)
+
+
+def _with(config: Config, dispatch: str) -> Config:
+    model = dataclasses.replace(config.model, dispatch=dispatch)
+    changed = dataclasses.replace(config, model=model)
+    config_lib.validate(changed)
+    return changed
+
+
+def topology_of(config: Config) -> Topology:
+    """The machine that experts are split over: `config.topology`, or common links of the platform.
+
+    Raises:
+      Refused: one of other sizes than the mesh.
+    """
+    mesh = config.mesh
+    devices = mesh.expert_devices
+    if not config.topology:
+        made = topology_lib.nodes_by_devices(mesh.node, devices)
+        if config.platform != "cpu":
+            return made
+        fast, slow = topology_lib.preset("cpu8"), topology_lib.preset("box2x4")
+        return dataclasses.replace(
+            made, fast=fast.fast, slow=slow.slow, device_flops=fast.device_flops
+        )
+    found = topology_lib.preset(config.topology)
+    if found.num_devices != devices or (mesh.node > 1 and found.num_nodes != mesh.node):
+        raise Refused(
+            "topology",
+            config.topology,
+            f"has {found.shape} devices, and experts are split over {mesh.node} x {mesh.expert} "
+            "(mesh.node x mesh.expert)",
+            "name a topology of these sizes, a .json of your own, or set topology = ''",
+        )
+    return found
+
+
+def work_of(config: Config) -> Work:
+    """Sizes of a MoE layer for the tokens that one copy of all experts serves."""
+    model, mesh = config.model, config.mesh
+    tokens = config.data.global_batch * config.data.seq_len
+    return Work(
+        d_model=model.d_model,
+        d_ff=model.d_ff // mesh.tensor,
+        value_bytes=2 if model.dtype == "bfloat16" else 4,
+        kv_values=2 * model.num_kv_heads * model.d_head,
+        batch_tokens=max(tokens // (mesh.data * mesh.fsdp), 1),
+    )
+
+
+def judge(
+    dispatch: str, config: Config, ids_TLK: np.ndarray, placement: Placement, topology: Topology
+) -> Option:
+    """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform."""
+    nodes = topology.devices_per_node
+    rows = cost.rows(
+        ids_TLK, placement, dispatch, combine=config.model.combine, devices_per_node=nodes
+    )
+    computed_LM = cost.computed_LM(ids_TLK, placement, dispatch, devices_per_node=nodes)
+    spent = seconds_lib.seconds(
+        rows, computed_LM, topology, work_of(config), dispatch, len(ids_TLK)
+    )
+    each = ids_TLK.shape[0] * ids_TLK.shape[1]
+    return Option(
+        dispatch,
+        float(rows.dispatch_LMM.sum()) / each,
+        float(rows.combine_LMM.sum()) / each,
+        float((rows.total_LMM * ~topology.nodes.same_MM).sum()) / each,
+        float(spent.total_L.mean()),
+    )
+
+
+def _routing(config: Config, placement: Placement) -> tuple[np.ndarray, str]:
+    """Experts of some tokens [T, L, K], and where they come from."""
+    model = config.model
+    if not config.trace:
+        rng = np.random.default_rng(0)
+        shape = (min(SAMPLE, 2**24 // (model.num_layers * model.num_experts)) or 1,)
+        score_TLE = rng.random((*shape, model.num_layers, model.num_experts), np.float32)
+        ids_TLK = np.argpartition(score_TLE, model.top_k - 1, axis=-1)[..., : model.top_k]
+        return ids_TLK, "experts chosen uniformly (config.trace = '')"
+    trace = trace_lib.load(config.trace, model.num_experts)
+    found = (trace.num_layers, trace.num_experts, trace.top_k)
+    wanted = (placement.num_layers, model.num_experts, model.top_k)
+    if found != wanted:
+        raise Refused(
+            "trace",
+            config.trace,
+            "has {} layers, {} experts, top {}; the model has {}, {}, {}".format(*found, *wanted),
+            "record one of this model: python infer.py --workdir=DIR --record=TRACE.npz",
+        )
+    every = max(trace.num_tokens // SAMPLE, 1)
+    return trace.expert_ids_TLK[::every], f"routing of {config.trace}"
+
+
+def _text(config, topology, routing, options, best, reasons) -> str:
+    lines = [
+        f"dispatch auto on {topology.name} ({topology.shape} devices), {routing}, combine "
+        f"{config.model.combine}; predicted, forward:",
+        "  dispatch      rows out   back  between nodes  a layer",
+    ]
+    for option in options:
+        chosen = "  <- chosen" if option is best else ""
+        lines.append(
+            f"  {option.dispatch:12} {option.rows_out:9.3f} {option.rows_back:6.3f} "
+            f"{option.slow:14.3f}  {option.seconds * 1e3:.3g} ms{chosen}"
+        )
+    return "\n".join([*lines, *(f"  not {reason}" for reason in reasons)])

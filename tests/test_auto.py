@@ -1,0 +1,142 @@
+"""`model.dispatch = "auto"`: what is chosen, by which figures, and that a run keeps it."""
+
+import dataclasses
+import json
+from math import comb
+
+import numpy as np
+import pytest
+
+from moe_jax import auto
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.plan import Placement
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
+from moe_jax.train import loop
+from tests import tiny
+
+SLOW = {"bandwidth": 1e8, "latency": 1e-5}
+FAST = {"bandwidth": 1e11, "latency": 1e-6}
+
+
+def config(node=1, expert=8, top_k=2, combine="exact", **model) -> Config:
+    model = {"dispatch": "auto", "combine": combine, "top_k": top_k, "num_experts": 32, **model}
+    made = {f"model__{name}": value for name, value in model.items()}
+    return tiny.config(mesh={"node": node, "expert": expert}, **made)
+
+
+def chosen(sized: Config, training=True) -> tuple[str, str]:
+    devices = sized.mesh.expert_devices
+    contiguous = Placement.contiguous(tiny.LAYERS, sized.model.num_experts, devices)
+    resolved, note = auto.resolve(sized, contiguous, training)
+    return resolved.model.dispatch, note
+
+
+def machine(tmp_path, nodes, each, **fields) -> str:
+    """A topology file."""
+    path = tmp_path / "machine.json"
+    sizes = {"name": "made", "num_nodes": nodes, "devices_per_node": each}
+    path.write_text(json.dumps({**sizes, "fast": FAST, "slow": SLOW, **fields}))
+    return str(path)
+
+
+def test_one_device_is_local():
+    assert chosen(config(expert=1))[0] == "local"
+
+
+def test_a_named_dispatch_is_kept():
+    assert chosen(tiny.config()) == ("exchange", "")
+
+
+def test_slow_nodes_take_hierarchical(tmp_path):
+    """Top 8 over 2 nodes of 4: a row crosses once for each remote node, not for each device."""
+    far = dataclasses.replace(
+        config(2, 4, top_k=8, combine="partial"), topology=machine(tmp_path, 2, 4)
+    )
+    dispatch, note = chosen(far)
+    assert dispatch == "hierarchical"
+    assert "hierarchical" in next(line for line in note.splitlines() if "<- chosen" in line)
+    near = dataclasses.replace(far, topology=machine(tmp_path, 2, 4, slow=FAST))
+    assert chosen(near)[0] == "exchange"  # one hop where two would follow each other
+
+
+def test_a_gather_wins_on_a_ring_where_every_device_is_needed(tmp_path):
+    """Top 16 of 32 on 8 devices: nearly all get every token; neighbours pass a gather on."""
+    ring = {"torus": {"shape": [8], "wrap": [True]}}
+    sized = config(top_k=16, combine="partial")
+    assert chosen(dataclasses.replace(sized, topology=machine(tmp_path, 1, 8, **ring)))[0] == (
+        "gathered"
+    )
+    few = config(top_k=1, combine="partial")
+    assert chosen(dataclasses.replace(few, topology=machine(tmp_path, 1, 8, **ring)))[0] == (
+        "exchange"
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_rows_without_a_trace_are_those_of_uniform_choice(top_k):
+    """Devices that hold one of K distinct experts of E, home left out: by counting subsets."""
+    sized = config(top_k=top_k)
+    contiguous = Placement.contiguous(tiny.LAYERS, 32, 8)
+    ids_TLK, _ = auto._routing(sized, contiguous)
+    option = auto.judge("exchange", sized, ids_TLK, contiguous, topology_lib.flat(8))
+    touched = 8 * (1 - comb(32 - 4, top_k) / comb(32, top_k))
+    assert option.rows_out == pytest.approx(touched * 7 / 8, rel=0.02)
+    assert option.rows_back == pytest.approx(top_k * 7 / 8, rel=0.02)
+    assert option.slow == 0
+
+
+def test_a_trace_changes_the_choice(tmp_path):
+    """All experts of a token on one device: rows of exchange fall below those of a gather."""
+    device_T1 = np.random.default_rng(0).integers(0, 8, (500, 1))
+    ids_TK = device_T1 * 4 + np.arange(4)
+    ids_TLK = np.repeat(ids_TK[:, None], tiny.LAYERS, axis=1).astype(np.uint8)
+    path = tmp_path / "trace.npz"
+    trace_lib.save(Trace(ids_TLK, 32, np.array([500], np.int32)), path)
+    ring = machine(tmp_path, 1, 8, torus={"shape": [8], "wrap": [True]}, device_flops=1e18)
+    sized = dataclasses.replace(config(top_k=4, combine="partial"), topology=ring)
+    assert chosen(sized)[0] == "gathered"
+    dispatch, note = chosen(dataclasses.replace(sized, trace=str(path)))
+    assert dispatch == "exchange"
+    assert "0.875" in note  # one device of eight, not home
+
+
+def test_coherent_only_serves():
+    """Top 1, few keys and values, slow links: the token that stays moves once, not twice."""
+    sized = config(top_k=1, combine="partial", d_model=512, num_kv_heads=1, d_head=2)
+    assert chosen(sized, training=False)[0] == "coherent"
+    dispatch, note = chosen(sized)
+    assert dispatch == "exchange"
+    assert "not coherent" in note
+
+
+def test_a_run_keeps_its_dispatch(tmp_path):
+    """Resumed under another topology, it is the same run."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    sized = config(2, 4, top_k=8)
+    job = loop.prepare(sized, workdir)
+    assert job.config.model.dispatch in ("exchange", "hierarchical")
+    assert "<- chosen" in job.note
+    other = {"exchange": "hierarchical", "hierarchical": "exchange"}[job.config.model.dispatch]
+    kept = dataclasses.replace(
+        job.config, model=dataclasses.replace(job.config.model, dispatch=other)
+    )
+    from moe_jax import config as config_lib
+
+    (workdir / "config.json").write_text(config_lib.to_json(kept))
+    assert loop.prepare(sized, workdir).config.model.dispatch == other
+
+
+def test_a_machine_of_other_sizes_is_refused():
+    with pytest.raises(Refused, match=r"topology = 'h100x16': has 2 x 8 devices.*1 x 8"):
+        chosen(dataclasses.replace(config(), topology="h100x16"))
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "trace.npz"
+    trace_lib.save(Trace(np.zeros((4, 3, 2), np.uint8), 32, np.array([4], np.int32)), path)
+    with pytest.raises(Refused, match="has 3 layers, 32 experts, top 2; the model has 2, 32, 2"):
+        chosen(dataclasses.replace(config(), trace=str(path)))
