@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import auto
+from moe_jax import config as config_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.placement import topology as topology_lib
@@ -91,16 +92,17 @@ def test_rows_without_a_trace_are_those_of_uniform_choice(top_k):
 def test_a_trace_changes_the_choice(tmp_path):
     """All experts of a token on one device: rows of exchange fall below those of a gather."""
     device_T1 = np.random.default_rng(0).integers(0, 8, (500, 1))
-    ids_TK = device_T1 * 4 + np.arange(4)
+    ids_TK = device_T1 * 16 + np.arange(16)
     ids_TLK = np.repeat(ids_TK[:, None], tiny.LAYERS, axis=1).astype(np.uint8)
     path = tmp_path / "trace.npz"
-    trace_lib.save(Trace(ids_TLK, 32, np.array([500], np.int32)), path)
+    trace_lib.save(Trace(ids_TLK, 128, np.array([500], np.int32)), path)
     ring = machine(tmp_path, 1, 8, torus={"shape": [8], "wrap": [True]}, device_flops=1e18)
-    sized = dataclasses.replace(config(top_k=4, combine="partial"), topology=ring)
+    sized = config(top_k=16, combine="partial", num_experts=128)
+    sized = dataclasses.replace(sized, topology=ring)
     assert chosen(sized)[0] == "gathered"
     dispatch, note = chosen(dataclasses.replace(sized, trace=str(path)))
     assert dispatch == "exchange"
-    assert "0.875" in note  # one device of eight, not home
+    assert "0.875" in note  # one device of eight, home left out
 
 
 def test_coherent_only_serves():
@@ -124,8 +126,6 @@ def test_a_run_keeps_its_dispatch(tmp_path):
     kept = dataclasses.replace(
         job.config, model=dataclasses.replace(job.config.model, dispatch=other)
     )
-    from moe_jax import config as config_lib
-
     (workdir / "config.json").write_text(config_lib.to_json(kept))
     assert loop.prepare(sized, workdir).config.model.dispatch == other
 
@@ -137,6 +137,7 @@ def test_a_machine_of_other_sizes_is_refused():
 
 def test_a_trace_of_another_model_is_refused(tmp_path):
     path = tmp_path / "trace.npz"
-    trace_lib.save(Trace(np.zeros((4, 3, 2), np.uint8), 32, np.array([4], np.int32)), path)
+    ids_TLK = np.tile(np.arange(2, dtype=np.uint8), (4, 3, 1))
+    trace_lib.save(Trace(ids_TLK, 32, np.array([4], np.int32)), path)
     with pytest.raises(Refused, match="has 3 layers, 32 experts, top 2; the model has 2, 32, 2"):
         chosen(dataclasses.replace(config(), trace=str(path)))
