@@ -115,19 +115,20 @@ def test_coherent_only_serves():
 
 
 def test_a_run_keeps_its_dispatch(tmp_path):
-    """Resumed under another topology, it is the same run."""
+    """Resumed where another would be chosen, it is the same run."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     sized = config(2, 4, top_k=8)
-    job = loop.prepare(sized, workdir)
-    assert job.config.model.dispatch in ("exchange", "hierarchical")
-    assert "<- chosen" in job.note
-    other = {"exchange": "hierarchical", "hierarchical": "exchange"}[job.config.model.dispatch]
-    kept = dataclasses.replace(
-        job.config, model=dataclasses.replace(job.config.model, dispatch=other)
-    )
+    first, note = loop.choose_dispatch(sized, workdir)
+    assert first.model.dispatch in ("exchange", "hierarchical")
+    assert "<- chosen" in note
+    other = {"exchange": "hierarchical", "hierarchical": "exchange"}[first.model.dispatch]
+    kept = dataclasses.replace(first, model=dataclasses.replace(first.model, dispatch=other))
     (workdir / "config.json").write_text(config_lib.to_json(kept))
-    assert loop.prepare(sized, workdir).config.model.dispatch == other
+    again, note = loop.choose_dispatch(sized, workdir)
+    assert again.model.dispatch == other
+    assert config_lib.digest(again) == config_lib.digest(kept)
+    assert other in note
 
 
 def test_a_machine_of_other_sizes_is_refused():

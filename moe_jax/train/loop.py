@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import config as config_lib
 from moe_jax import auto, data, files, metrics, permute
+from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused

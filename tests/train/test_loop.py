@@ -16,7 +16,8 @@ from tests import tiny
 
 def train(config, workdir):
     workdir.mkdir(exist_ok=True)
-    loop.train(loop.prepare(config, workdir), workdir)
+    corpus, plan = loop.prepare(config, workdir)
+    loop.train(config, workdir, corpus, plan)
 
 
 @pytest.fixture(scope="module")
