@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults import harness
 
+KILLS = int(os.environ.get("FAULTS_KILLS", "200"))  # fewer where time is short
 STEPS = {"short": 20, "long": 60}
 LONG = (pytest.mark.faults, pytest.mark.timeout(7200))
 
