@@ -272,6 +272,7 @@ def test_a_save_that_fails_leaves_nothing_and_says_why(saved, monkeypatch):
         checkpoint.start_save(made, arrays, newer)
         with pytest.raises(Refused, match="No space left on device"):
             made.wait()
+        assert [path.name for path in folder.parent.iterdir()] == ["4"]
         monkeypatch.undo()
         checkpoint.start_save(made, arrays, newer)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["4", "5"]
