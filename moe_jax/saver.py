@@ -87,9 +87,9 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         self._agree(final, errors)
-        checkpointer = ocp.StandardCheckpointer()
+        checkpointer = _checkpointer()
         with self._cleared(temporary) as errors:
-            checkpointer.save(temporary / "state", dict(arrays))
+            checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(dict(arrays)))
         self._agree(final, errors)
         self._final = final
         self._thread = threading.Thread(
@@ -120,7 +120,7 @@ class Saver:
 
     def _write(
         self,
-        checkpointer: ocp.StandardCheckpointer,
+        checkpointer: ocp.AsyncCheckpointer,
         temporary: pathlib.Path,
         final: pathlib.Path,
         finish: Callable[[pathlib.Path], None],
@@ -157,6 +157,21 @@ class Saver:
             f"could not be written: {why}",
             "make room or mend the place; the steps before are whole",
         ) from (errors[0] if errors else None)
+
+
+def _checkpointer() -> ocp.AsyncCheckpointer:
+    """Orbax's, with each array written by those that hold its first replica.
+
+    By default every replica writes a slice, for which a program is compiled for each shape: the
+    first save of a small model on CPU devices then takes longer than a hundred of its steps.
+    """
+    if jax.default_backend() == "tpu":
+        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    )
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
 
 
 def _remove(temporary: pathlib.Path) -> None:
