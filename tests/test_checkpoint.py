@@ -165,7 +165,7 @@ def test_every_changed_file_is_named(saved):
         for bad in (bytes(flipped), good[:-1], good + b"x"):
             path.write_bytes(bad)
             # a name that changed in the manifest itself accuses the file that had it
-            named = "" if path.name == integrity.MANIFEST else path.name.replace(".", r"\.")
+            named = "." if path.name == integrity.MANIFEST else path.name.replace(".", r"\.")
             with pytest.raises(Refused, match=named):
                 checkpoint.read_contents(folder)
         path.write_bytes(good)
