@@ -19,10 +19,17 @@ _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32", N
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A model's config as we compute with it, and the table of its family."""
+    """A published model.
+
+    Attributes:
+      config: as we compute with it.
+      family: the table of its family.
+      ends: the tokens that end a text.
+    """
 
     config: Config
     family: Family
+    ends: tuple[int, ...] = ()
 
 
 def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
@@ -59,7 +66,17 @@ def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
             }
         ),
         family,
+        _ends(path, plain, model["vocab_size"]),
     )
+
+
+def _ends(path: pathlib.Path, plain: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    found = plain.get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ends):
+        rule = f"must be tokens of the vocabulary, 0 to {vocab_size - 1}"
+        raise Refused(f"{path}: eos_token_id", found, rule, "correct it, or leave it out")
+    return tuple(ends)
 
 
 def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[str, Any]:

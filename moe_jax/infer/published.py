@@ -79,5 +79,5 @@ def find(
     copies.check_nodes(plan.placement, config.mesh.node)
     tensors = folder.tensors(path)
     found = layout.find(published.family, config.model, tensors)
-    text = Tokens(Tokenizer(path, config.model.vocab_size))
+    text = Tokens(Tokenizer(path, config.model.vocab_size), published.ends)
     return Published(config, plan, text, devices, found, tensors)

@@ -53,24 +53,32 @@ class Bytes:
 
 
 class Tokens:
-    """The tokens of a published model's own tokenizer."""
+    """The tokens of a published model's own tokenizer.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    Args:
+      ends: tokens that end a text: they are shown, what the model makes after one is not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ends: Sequence[int] = ()):
+        self._tokenizer, self._ends = tokenizer, frozenset(ends)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode([*prompt, *tokens])
+        end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        return self._tokenizer.decode([*prompt, *tokens[: end + 1]])
 
     def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> Stream:
         """A character may take several tokens: it is written when it is whole."""
-        seen, shown = list(prompt), self._tokenizer.decode(prompt)
+        seen, shown, ended = list(prompt), self._tokenizer.decode(prompt), False
         write(shown.encode())
 
         def follow(token: int) -> None:
-            nonlocal shown
+            nonlocal shown, ended
+            if ended:
+                return
+            ended = token in self._ends
             seen.append(token)
             text = self._tokenizer.decode(seen)
             if text.endswith(_UNFINISHED) or not text.startswith(shown):

@@ -244,6 +244,8 @@ CONFIGS = [
     ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "a part of each head"),
     ("mixtral", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
      "partial_rotary_factor", "a part of each head"),
+    ("mixtral", {"eos_token_id": [2, 264]}, "eos_token_id", "0 to 263"),
+    ("mixtral", {"eos_token_id": "</s>"}, "eos_token_id", "0 to 263"),
     ("mixtral", {"rope_parameters": 3}, "rope_parameters", "not supported"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv", "clipped"),
     ("olmoe", {"norm_topk_prob": "yes"}, "norm_topk_prob", "true or false"),

@@ -86,6 +86,13 @@ def test_text_streams_in_whole_characters():
         follow(token)
     assert written == ["<s>né".encode(), "ü".encode(), "→".encode(), b"z"]
     assert tokens.join(prompt, followed) == "<s>néü→z"
+    end = 257  # </s>
+    tokens, ended = Tokens(Tokenizer(golden.ROOT / "mixtral", 264), [end]), []
+    assert tokens.join(prompt, [*followed, end, *followed]) == "<s>néü→z</s>"
+    follow = tokens.stream(prompt, ended.append)
+    for token in (*followed, end, *followed):
+        follow(token)
+    assert b"".join(ended).decode() == "<s>néü→z</s>"
     text = np.frombuffer("né".encode(), np.uint8)
     np.testing.assert_array_equal(tokens.corpus(text), prompt)
 
