@@ -25,9 +25,7 @@ MEASURE = flags.DEFINE_string(
     "measure", None, "Write outputs and counted rows on held-out text to this .npz."
 )
 BENCHMARK = flags.DEFINE_bool("benchmark", False, "Print tokens/s and rows moved per token.")
-HELD_OUT = flags.DEFINE_integer(
-    "held_out", 64, "Held-out sequences for --record, --measure and --benchmark without prompts."
-)
+HELD_OUT = flags.DEFINE_integer("held_out", 64, "Held-out sequences, where no prompt is given.")
 HELD_OUT_START = flags.DEFINE_integer("held_out_start", 0, "Number of the first of them.")
 
 

@@ -27,6 +27,8 @@ def request(family, **how):
         "devices": 2,
         "placement": None,
         "dispatch": None,
+        "topology": "",
+        "trace": "",
         "prompts": [],
         "held_out": 4,
         "held_out_start": 0,
