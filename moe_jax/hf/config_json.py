@@ -53,21 +53,25 @@ def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
         raise Refused(f"{path}: model_type", model_type, rule, fix)
     family = FAMILIES[model_type]
     model = _model(path, plain, family)
-    sequence = min(1024, model["max_seq_len"])
     return Published(
         config_lib.from_config_dict(
             {
                 "name": model_type,
                 "model": model,
                 "mesh": {"expert": devices},
-                # of held-out text; this config is not trained with
-                "data": {"seq_len": sequence, "global_batch": devices},
+                # of held-out text, with room for what follows; this config is not trained with
+                "data": {"seq_len": _sequence(model["max_seq_len"]), "global_batch": devices},
                 "train": {"num_steps": 1, "eval_sequences": devices},
             }
         ),
         family,
         _ends(path, plain, model["vocab_size"]),
     )
+
+
+def _sequence(max_seq_len: Any) -> Any:
+    """Tokens of a held-out sequence; nonsense is left to the rules of the config."""
+    return min(1024, max(1, max_seq_len // 2)) if isinstance(max_seq_len, int) else max_seq_len
 
 
 def _ends(path: pathlib.Path, plain: dict[str, Any], vocab_size: int) -> tuple[int, ...]:

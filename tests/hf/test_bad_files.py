@@ -230,6 +230,7 @@ CONFIGS = [
     ("mixtral", {"model_type": None}, "model_type", "must be one of"),
     ("mixtral", {"model_type": ["x"]}, "model_type", "must be one of"),
     ("mixtral", {"hidden_size": None}, "hidden_size", "is required"),
+    ("mixtral", {"max_position_embeddings": "many"}, "model.max_seq_len", "write it as int"),
     ("mixtral", {"hidden_size": "32"}, "model.d_model", "write it as int"),
     ("mixtral", {"hidden_act": "gelu"}, "hidden_act", "must be 'silu'"),
     ("mixtral", {"sliding_window": 16}, "sliding_window", "sliding window"),

@@ -53,7 +53,7 @@ def test_record_plan_and_run_under_the_plan(tmp_path, monkeypatch, capsys):
     run.run(request(family, record=str(tmp_path / "trace.npz")))
     trace = trace_lib.load(tmp_path / "trace.npz")
     assert (trace.num_layers, trace.top_k, trace.num_experts) == (2, 3, 8)
-    assert trace.seq_len.tolist() == [128] * 4  # of the tokenizer's tokens
+    assert trace.seq_len.tolist() == [64] * 4  # of the tokenizer's tokens
 
     plan = tmp_path / "plan.json"
     solve = ["solve", str(tmp_path / "trace.npz"), "--devices=2", f"--out={plan}"]
