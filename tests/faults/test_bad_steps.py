@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, data, metrics
+from moe_jax import data, metrics
 from moe_jax.errors import Refused
 from moe_jax.train import loop, replay, spikes
 from moe_jax.train import step as step_lib
@@ -17,7 +17,9 @@ from tests import tiny
 from tests.faults import harness
 
 LONG = (pytest.mark.faults, pytest.mark.timeout(7200))
-MARK = 7  # first token of a sequence that makes a step bad
+# first token of a batch that makes its step bad -> what is added to its loss, in losses
+MARKS = {7: math.nan, 8: math.inf, 9: 30.0}
+KINDS = {"nan": (7,), "inf": (8,), "spike": (9,), "nan, inf, spike": (7, 8, 9)}
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +29,17 @@ def standard_promotion():
 
 
 class Poisoned(grain.DatasetIterator):
-    """The batches of a run; some sequences are made to start with the mark."""
+    """The batches of a run; those of some steps are made to start with a mark."""
 
-    def __init__(self, batches, steps):
+    def __init__(self, batches, marks):
         super().__init__()
-        self._batches, self._steps, self._step = batches, steps, 0
+        self._batches, self._marks, self._step = batches, marks, 0
 
     def __next__(self):
         window_BS1 = next(self._batches)
         self._step += 1
         window_BS1[:, 0] = 1
-        window_BS1[0, 0] = MARK if self._step in self._steps else 1
+        window_BS1[0, 0] = self._marks.get(self._step, 1)
         return window_BS1
 
     def get_state(self):
@@ -54,23 +56,24 @@ class WithoutBad(Poisoned):
     def __next__(self):
         while True:
             window_BS1 = super().__next__()
-            if window_BS1[0, 0] != MARK:
+            if window_BS1[0, 0] == 1:
                 return window_BS1
 
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Makes chosen steps bad: `value` is added to the loss of a batch with the mark."""
+    """Makes chosen steps bad: a mark for each."""
     batches, cross_entropy = data.batches, step_lib.cross_entropy
     build = step_lib.transformer.build_forward
 
-    def install(steps, value, kind=Poisoned):
-        monkeypatch.setattr(data, "batches", lambda *a: kind(batches(*a), set(steps)))
+    def install(marks, kind=Poisoned):
+        monkeypatch.setattr(data, "batches", lambda *a: kind(batches(*a), marks))
         marked = {}
 
         def bad(logits_BSV, target_BS):
             loss = cross_entropy(logits_BSV, target_BS)
-            return loss + jnp.where(marked["first"] == MARK, value, 0.0) * loss
+            added = sum(jnp.where(marked["first"] == m, v, 0.0) for m, v in MARKS.items())
+            return loss + added * loss
 
         def build_forward(*args, **kwargs):
             forward = build(*args, **kwargs)
@@ -106,58 +109,61 @@ def config_of(steps, **fields):
     )
 
 
-@pytest.mark.parametrize(("kind", "value"), [("nan", math.nan), ("inf", math.inf), ("spike", 30.0)])
-@pytest.mark.parametrize("size", ["short", pytest.param("long", marks=LONG)])
-def test_bad_steps(kind, value, size, poison, tmp_path):
-    """The run is bit by bit the one whose data does not have these batches."""
-    steps = {"short": 24, "long": 400}[size]
-    if size == "short" and kind == "inf":
-        pytest.skip("as nan; in the long form")
-    first = 10  # a window must be full before a spike can be seen
+def marks_of(kind, num_steps):
+    """Steps that are bad, with their marks: from the tenth on, when the window is full."""
     rng = np.random.default_rng(3)
-    bad = sorted(rng.choice(np.arange(first, steps, 2), steps // 8, replace=False).tolist())
-    spikes_on = {"train__spike_sigma": 20.0, "train__spike_window": 8}
-    poison(bad, value)
-    config = config_of(steps, **spikes_on)
+    steps = sorted(rng.choice(np.arange(10, num_steps, 2), num_steps // 8, replace=False).tolist())
+    return {step: KINDS[kind][i % len(KINDS[kind])] for i, step in enumerate(steps)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_steps"),
+    [
+        ("nan, inf, spike", 24),
+        *(pytest.param(kind, 400, marks=LONG) for kind in ("nan", "inf", "spike")),
+    ],
+)
+def test_bad_steps(kind, num_steps, poison, tmp_path, monkeypatch, capsys):
+    """The run is bit by bit the one whose data does not have these batches; one is run again."""
+    marks = marks_of(kind, num_steps)
+    fields = {"train__spike_sigma": 20.0, "train__spike_window": 8}
+    config = config_of(num_steps, **fields)
+    poison(marks)
     train(config, tmp_path / "bad")
-    poison(bad, value, kind=WithoutBad)
-    fewer = config_of(steps - len(bad), **spikes_on)
-    # The learning rate follows the number of steps: of the run with all of them.
-    optimizer = step_lib.optimizer_lib.make
-    step_lib.optimizer_lib.make = lambda c, _: optimizer(c, steps)
-    try:
-        train(fewer, tmp_path / "without")
-    finally:
-        step_lib.optimizer_lib.make = optimizer
+    path = tmp_path / "bad" / "bad_steps" / f"{min(marks)}.npz"
+    assert f"--replay={path}" in capsys.readouterr().err
+    if kind == "nan, inf, spike":
+        check_replay(config, tmp_path / "bad", path, capsys)
+
+    poison(marks, kind=WithoutBad)
+    make = step_lib.optimizer_lib.make  # learning rates follow the number of steps: of the whole
+    monkeypatch.setattr(step_lib.optimizer_lib, "make", lambda c, _: make(c, num_steps))
+    left = num_steps - len(marks)
+    train(config_of(left, **fields), tmp_path / "without")
     rows = metrics.read(tmp_path / "bad" / "metrics.jsonl")[1]
-    good = [(r["loss"], r["grad_norm"]) for r in rows if r["step"] not in bad]
+    good = [(r["loss"], r["grad_norm"]) for r in rows if r["step"] not in marks]
     expected = metrics.read(tmp_path / "without" / "metrics.jsonl")[1]
-    ours = harness.arrays(tmp_path / "bad", steps)
-    theirs = harness.arrays(tmp_path / "without", steps - len(bad))
+    ours = harness.arrays(tmp_path / "bad", num_steps)
+    theirs = harness.arrays(tmp_path / "without", left)
     identical = good == [(r["loss"], r["grad_norm"]) for r in expected] and all(
         ours[name].tobytes() == theirs[name].tobytes() for name in ours if name != "bad_steps"
     )
-    kept = sorted(int(path.stem) for path in (tmp_path / "bad" / "bad_steps").iterdir())
-    lost = len(set(bad) ^ set(kept))
-    harness.told(len(bad), lost, identical, kind)
+    kept = {int(path.stem) for path in (tmp_path / "bad" / "bad_steps").iterdir()}
+    lost = len(marks.keys() ^ kept)
+    harness.told(len(marks), lost, identical, kind)
     assert (lost, identical) == (0, True)
-    assert int(ours["bad_steps"]) == len(bad)
+    assert int(ours["bad_steps"]) == len(marks)
 
 
-def test_a_bad_step_is_run_again(poison, tmp_path, capsys):
-    config = config_of(8)
-    poison([6], math.nan)
-    train(config, tmp_path)
-    path = tmp_path / "bad_steps" / "6.npz"
-    assert f"--replay={path}" in capsys.readouterr().err
+def check_replay(config, workdir, path, capsys):
+    """The first bad step, a NaN, again: from the beginning, as no checkpoint is before it."""
     batch = replay.read(config, path)
-    corpus, plan = loop.prepare(config, tmp_path)
-    assert replay.replay(config, tmp_path, corpus, plan, batch)
+    corpus, plan = loop.prepare(config, workdir)
+    assert replay.replay(config, workdir, corpus, plan, batch)
     said = capsys.readouterr().out
     assert "the batch is the one that the data has for this step: yes" in said
     assert "loss and grad norm have the bits that they had: yes" in said
     assert "blocks.attention_norm_D: 16 values are not finite" in said
-    assert checkpoint.steps(tmp_path / "checkpoints") == [8]
 
 
 def test_files_that_are_no_bad_step_are_refused(tmp_path):

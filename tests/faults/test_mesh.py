@@ -121,7 +121,9 @@ def test_every_mesh_loads_every_bit(source):
     assert not any(wrong.values()), wrong
 
 
-@pytest.mark.parametrize("stored", ["contiguous", "moved", "copies", "twelve"])
+@pytest.mark.parametrize(
+    "stored", ["moved", "twelve", *(pytest.param(n, marks=SLOW) for n in ("contiguous", "copies"))]
+)
 def test_every_placement_loads_on_every_mesh(stored, source, tmp_path):
     """With replicas too, and where slots cannot be split evenly over the new devices."""
     half, _, _ = source
