@@ -124,11 +124,15 @@ def test_shared_expert_equals_numpy(has_gate):
 
 
 @functools.cache
-def one_device():
-    """The model with all parts, and its logits, routing and gradients on one device."""
+def trained():
+    """Parameters with all parts."""
     config = config_with(data=1, expert=1, dispatch="local")
-    model = shaken(transformer.Transformer(jax.random.key(1), config.model))
-    return model, *outputs(config, model)
+    return shaken(transformer.Transformer(jax.random.key(1), config.model))
+
+
+@functools.cache
+def on_one_device(compute):
+    return compute(config_with(data=1, expert=1, dispatch="local"))
 
 
 def config_with(dispatch="exchange", **mesh):
@@ -139,53 +143,70 @@ TOKEN_BS = tiny.tokens(8, 8)
 WEIGHT_BSV = np.random.default_rng(2).normal(size=(8, 8, 256)).astype(np.float32)
 
 
-def outputs(config, model):
-    mesh = tiny.mesh(config)
-    axes = parameter.logical_axes(model)
+def placed(config):
+    """The mesh, the model on it, and its forward pass."""
+    mesh, model = tiny.mesh(config), trained()
     model = jax.tree.map(
-        lambda a, names: jax.device_put(a, mesh_lib.sharding(mesh, *names)), model, axes
+        lambda a, names: jax.device_put(a, mesh_lib.sharding(mesh, *names)),
+        model,
+        parameter.logical_axes(model),
     )
+    layers = coherent if config.model.dispatch == "coherent" else transformer
     table = transformer.identity_table(tiny.LAYERS, tiny.EXPERTS)
-    if config.model.dispatch == "coherent":
-        output = jax.jit(coherent.build_forward(config.model, mesh, "reference"))(
-            model, jnp.asarray(TOKEN_BS), table
-        )
-        return output.logits_BSV, output.record.expert_BSK, None
-    forward = transformer.build_forward(config.model, mesh, "reference")
-
-    def loss(model):
-        output = forward(model, jnp.asarray(TOKEN_BS), table)
-        return (output.logits_BSV * WEIGHT_BSV).sum(), output
-
-    (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
-    return output.logits_BSV, output.record.expert_BSK, grads
+    forward = layers.build_forward(config.model, mesh, "reference")
+    return model, lambda model: forward(model, jnp.asarray(TOKEN_BS), table)
 
 
+def outputs(config):
+    model, forward = placed(config)
+    output = jax.jit(forward)(model)
+    return output.logits_BSV, output.record.expert_BSK
+
+
+def gradients(config):
+    model, forward = placed(config)
+    loss = lambda model: (forward(model).logits_BSV * WEIGHT_BSV).sum()  # noqa: E731
+    return jax.jit(jax.grad(loss))(model)
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    ("shuffled", {"expert": 2}),
+    ("coherent", {"expert": 2}),
+    pytest.param("exchange", {"data": 2, "expert": 4}, marks=SLOW),
+    pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=SLOW),
+    pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=SLOW),
+    pytest.param("shuffled", {"data": 2, "expert": 4}, marks=SLOW),  # a key/value head on 2 devices
+    pytest.param("coherent", {"data": 2, "expert": 4}, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("dispatch", "mesh"), CASES)
+def test_every_dispatch_and_mesh_equals_one_device(dispatch, mesh):
+    logits_BSV, expert_LBSK = on_one_device(outputs)
+    actual_BSV, actual_LBSK = outputs(config_with(dispatch, **mesh))
+    np.testing.assert_array_equal(actual_LBSK, expert_LBSK)
+    np.testing.assert_allclose(actual_BSV, logits_BSV, rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dispatch", "mesh"),
     [
-        pytest.param("exchange", {"data": 2, "expert": 4}, marks=pytest.mark.slow),
-        pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=pytest.mark.slow),
-        pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+        ("exchange", {"data": 2, "expert": 4}),
+        ("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("shuffled", {"data": 2, "expert": 4}),
-        pytest.param("shuffled", {"node": 2, "expert": 1}, marks=pytest.mark.slow),
-        ("coherent", {"data": 2, "expert": 4}),
+        ("shuffled", {"node": 2, "expert": 1}),
     ],
 )
-def test_every_dispatch_and_mesh_equals_one_device(dispatch, mesh):
-    """`shuffled` over 4 devices has 2 key/value heads on two devices each, over 2 one each."""
-    model, logits_BSV, expert_LBSK, grads = one_device()
-    actual_BSV, actual_LBSK, actual_grads = outputs(config_with(dispatch, **mesh), model)
-    np.testing.assert_array_equal(actual_LBSK, expert_LBSK)
-    np.testing.assert_allclose(actual_BSV, logits_BSV, rtol=0, atol=2e-5)
-    if actual_grads is not None:
-        jax.tree.map(
-            lambda ours, theirs: np.testing.assert_allclose(
-                ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max() * 10
-            ),
-            actual_grads,
-            grads,
-        )
+def test_gradients_of_every_part_equal_those_of_one_device(dispatch, mesh):
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=3e-5 * np.abs(theirs).max()
+        ),
+        gradients(config_with(dispatch, **mesh)),
+        on_one_device(gradients),
+    )
 
 
 def test_parts_at_their_defaults_leave_a_digest_as_it_was():
