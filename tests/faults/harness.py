@@ -161,9 +161,13 @@ def starts(workdir: pathlib.Path) -> int:
 
 
 def begins(process: Process, before: int, timeout: float = 300) -> None:
-    """Waits until this run has begun to train more than `before` times, or the process ended."""
+    """Waits for the first step of a start after `before` others, or the end of the process."""
     end = time.monotonic() + timeout
     while starts(process.workdir) <= before and not process.ended():
+        assert time.monotonic() < end, process.said()[-3000:]
+        time.sleep(0.01)
+    # The line has been said with the metrics of later steps dropped: the next step is its own.
+    while not process.ended() and last_step(process.workdir) <= resumed_after(process):
         assert time.monotonic() < end, process.said()[-3000:]
         time.sleep(0.01)
 

@@ -16,7 +16,7 @@ STEPS = {"short": 20, "long": 60}
 LONG = (pytest.mark.faults, pytest.mark.timeout(7200))
 
 
-@pytest.mark.parametrize(("kills", "size"), [(3, "short"), pytest.param(200, "long", marks=LONG)])
+@pytest.mark.parametrize(("kills", "size"), [(3, "short"), pytest.param(KILLS, "long", marks=LONG)])
 def test_kill(kills, size, start, whole, tmp_path):
     """SIGKILL at any moment after the first step, saves included: no saved step is lost."""
     rng, num_steps = np.random.default_rng(0), STEPS[size]
