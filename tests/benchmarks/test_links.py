@@ -37,6 +37,11 @@ def _why_not() -> str:
 needs_root = pytest.mark.skipif(bool(_why_not()), reason=f"no namespaces here: {_why_not()}")
 
 
+def default_interrupt() -> None:
+    """What starts tests in the background may have SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def hold(then: str) -> tuple[subprocess.Popen, list[str]]:
     """A process with a box, and the names of its hosts' namespaces."""
     process = subprocess.Popen(
@@ -46,6 +51,7 @@ def hold(then: str) -> tuple[subprocess.Popen, list[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=default_interrupt,
     )
     return process, process.stdout.readline().split()
 

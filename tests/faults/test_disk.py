@@ -19,6 +19,7 @@ def half_steps(workdir):
     return [path.name for path in (workdir / "checkpoints").iterdir() if path.name[0] == "."]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_was_not_told_to_go_on(start, whole, tmp_path):
     workdir, num_steps = tmp_path / "run", 200
     process = start(workdir, num_steps)

@@ -78,8 +78,8 @@ def cases():
         yield pytest.param(shape, "hierarchical", "exact", 2, marks=pytest.mark.slow)
     for top_k in (1, 8):
         yield NODES[0], "hierarchical", "exact", top_k
-        yield NODES[1], "hierarchical", "partial", top_k
-    yield NODES[0], "hierarchical", "partial", 2
+        yield pytest.param(NODES[1], "hierarchical", "partial", top_k, marks=pytest.mark.slow)
+    yield NODES[1], "hierarchical", "partial", 2
 
 
 @pytest.mark.parametrize(("shape", "dispatch", "combine", "top_k"), list(cases()), ids=str)
@@ -116,7 +116,7 @@ def homes(num_tokens, shape):
         (NODES[0], "hierarchical", "exact"),
         (NODES[0], "hierarchical", "partial"),
         (NODES[0], "hierarchical", "reproducible"),
-        (NODES[1], "hierarchical", "exact"),
+        pytest.param(NODES[1], "hierarchical", "exact", marks=pytest.mark.slow),
         *((shape, "exchange", "exact") for shape in MESHES[1:]),
         (MESHES[2], "exchange", "reproducible"),
     ],

@@ -171,7 +171,7 @@ def gradients(config):
 
 SLOW = pytest.mark.slow
 CASES = [
-    ("shuffled", {"expert": 2}),
+    pytest.param("shuffled", {"expert": 2}, marks=SLOW),
     ("coherent", {"expert": 2}),
     pytest.param("exchange", {"data": 2, "expert": 4}, marks=SLOW),
     pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=SLOW),

@@ -73,7 +73,7 @@ def test_two_steps_are_those_of_one_device(name):
         assert error <= 2e-5 * np.abs(wanted).max(initial=1e-30), (error, np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", ["node", "fsdp_tensor"])
+@pytest.mark.parametrize("name", [pytest.param("node", marks=pytest.mark.slow), "fsdp_tensor"])
 def test_training_bits_do_not_depend_on_the_placement(name):
     made, _ = step_of(name)
     state, metrics = run(name)
