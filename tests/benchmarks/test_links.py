@@ -14,9 +14,11 @@ from benchmarks.box import links
 from moe_jax.errors import Refused
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# What starts tests in the background may have SIGINT ignored, and children inherit that.
 HOLD = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from benchmarks.box import links
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with links.Network(2) as network:
     inside = subprocess.Popen(network.hosts[0].command("sleep", "1000"))
     print(*(host.namespace for host in network.hosts), flush=True)
@@ -37,11 +39,6 @@ def _why_not() -> str:
 needs_root = pytest.mark.skipif(bool(_why_not()), reason=f"no namespaces here: {_why_not()}")
 
 
-def default_interrupt() -> None:
-    """What starts tests in the background may have SIGINT ignored, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def hold(then: str) -> tuple[subprocess.Popen, list[str]]:
     """A process with a box, and the names of its hosts' namespaces."""
     process = subprocess.Popen(
@@ -51,7 +48,6 @@ def hold(then: str) -> tuple[subprocess.Popen, list[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        preexec_fn=default_interrupt,
     )
     return process, process.stdout.readline().split()
 
