@@ -1,9 +1,11 @@
 """TensorBoard event files, written where they are asked for.
 
 tensorboardX's own SummaryWriter hands events to a thread; when the disk is full that thread dies,
-its queue fills, and training stands still for ever. Its record format is used here without it.
+its queue fills, and training stands still for ever. Its records and its `EventsWriter` are used
+here without that thread.
 """
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -50,5 +52,7 @@ class Board:
         try:
             call()
         except OSError as error:
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with contextlib.suppress(OSError):
+                writer.close()
             self._warn(f"{self._folder}: {error}; nothing more is written there by this start")

@@ -68,30 +68,32 @@ FAULTS = {
 def test_damage(fault, size, whole, tmp_path):
     source = whole(20) / "checkpoints"
     newest, before = sorted(checkpoint.steps(source), reverse=True)[:2]
-    expected = {step: harness.arrays(source.parent, step) for step in (newest, before)}
+    expected = harness.arrays(source.parent, before)
     rng = np.random.default_rng(2)
-    lost, identical, count = 0, True, FAULTS[fault][size]
-    for number in range(count):
-        directory = tmp_path / str(number)
+    done = lost = 0
+    identical = True
+    directory = tmp_path / "checkpoints"
+    while done < FAULTS[fault][size]:
+        shutil.rmtree(directory, ignore_errors=True)
         for step in (newest, before):
             shutil.copytree(source / str(step), directory / str(step))
         paths = sorted(path for path in (directory / str(newest)).rglob("*") if path.is_file())
         path = paths[rng.integers(len(paths))]
         good = _bytes(directory)
         fault(path, rng)
-        changed = _bytes(directory) != good  # zeros over zeros change nothing
+        if _bytes(directory) == good:
+            continue  # zeros over zeros are no fault
+        done += 1
         said: list[str] = []
         folder, contents = checkpoint.newest_good(directory, said.append, move_bad=True)
-        step = before if changed else newest
-        named = str(directory / str(newest)) in said[0] if said else False
+        named = bool(said) and str(directory / str(newest)) in said[0]
         moved = bool(list((directory / "bad").glob(f"{newest}-*/why.txt")))
-        lost += (folder.name, named, moved) != (str(step), changed, changed)
+        lost += (folder.name, named, moved) != (str(before), True, True)
         restored = checkpoint.restore_numpy(folder, contents)
         identical = identical and all(
-            restored[name].tobytes() == array.tobytes() for name, array in expected[step].items()
+            restored[name].tobytes() == array.tobytes() for name, array in expected.items()
         )
-        shutil.rmtree(directory)
-    harness.told(count, lost, identical, fault.__name__.replace("_", "-"))
+    harness.told(done, lost, identical, fault.__name__.replace("_", "-"))
     assert (lost, identical) == (0, True)
 
 

@@ -21,7 +21,7 @@ def test_kill(kills, size, start, whole, tmp_path):
     """SIGKILL at any moment after the first step, saves included: no saved step is lost."""
     rng, num_steps = np.random.default_rng(0), STEPS[size]
     expected = whole(num_steps)
-    done = lost = in_save = runs = 0
+    done = lost = in_save = at_stake = runs = 0
     identical = True
     while done < kills:
         workdir, runs = tmp_path / str(runs), runs + 1
@@ -33,19 +33,24 @@ def test_kill(kills, size, start, whole, tmp_path):
             if done < kills:
                 if rng.random() < 0.8:  # else maybe while it imports, compiles or reads
                     harness.begins(process, starts)
+                    if rng.random() < 0.7:
+                        harness.saves(process, 1)  # something can be lost
                 time.sleep(rng.uniform(0, 0.6))
                 process.kill(signal.SIGKILL)
             code = process.wait()
             assert code in (0, -signal.SIGKILL), process.said()[-3000:]
             finished = code == 0
             done += not finished
+            at_stake += not finished and harness.newest_step(workdir) > 0
             in_save += bool(list((workdir / "checkpoints").glob(".*")))
             if harness.starts(workdir) > starts:
                 resumed = harness.resumed_after(process)
                 lost += resumed < saved or resumed < reached - 2 * harness.EVERY
         identical = identical and harness.same_end(workdir, expected)
-    harness.told(done, lost, identical, f"kill ({in_save} within a save, {runs} runs)")
+    told = f"kill ({in_save} within a save, {at_stake} after one, {runs} runs)"
+    harness.told(done, lost, identical, told)
     assert (lost, identical) == (0, True)
+    assert at_stake
 
 
 @pytest.mark.parametrize(("terms", "size"), [(2, "short"), pytest.param(20, "long", marks=LONG)])
