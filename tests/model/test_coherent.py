@@ -227,19 +227,6 @@ def test_bfloat16():
     assert np.median(np.abs(logits - expected)) < 0.02
 
 
-def num_exchanges(jaxpr) -> int:
-    """Switches over sizes of blocks that are sent."""
-    total = 0
-    for equation in jaxpr.eqns:
-        switch = equation.primitive.name == "cond"
-        if switch and "all_to_all[" in str(equation.params["branches"]):
-            total += 1
-        elif not switch:
-            inner = [value for value in equation.params.values() if hasattr(value, "eqns")]
-            total += sum(map(num_exchanges, inner))
-    return total
-
-
 def test_one_exchange_a_layer_with_top_1():
     """And one home: counted in the program, in which the layers stand once."""
     sent = {}
@@ -250,9 +237,10 @@ def test_one_exchange_a_layer_with_top_1():
             lambda c=config: transformer.Transformer(jax.random.key(0), c.model)
         )
         table = tiny.table(tiny.contiguous())
-        program = jax.make_jaxpr(forward)(shapes, jnp.asarray(TEXT_BS), table)
-        sent[top_k] = num_exchanges(program.jaxpr)
-    assert sent == {1: 2, 2: 3}  # with top 2: out, on, home
+        program = str(jax.make_jaxpr(forward)(shapes, jnp.asarray(TEXT_BS), table))
+        sent[top_k] = program.count("ppermute[")
+    assert sent[1] > 0
+    assert sent[1] * 3 == sent[2] * 2  # with top 2: out, on, home
 
 
 # --- the parts -------------------------------------------------------------------------------
@@ -313,7 +301,7 @@ def test_leg(chunk):
     value_ND = rng.normal(size=(num_items, 3)).astype(np.float32)
 
     def move(value_ND, source_N, target_N):
-        leg = stay.Leg.of(source_N, target_N, Wire(axes, "per_shift", chunk), num_items)
+        leg = stay.Leg.of(source_N, target_N, Wire(axes, "memory", chunk), num_items)
         me = jax.lax.axis_index(axes)
 
         def rows_of(item_W):  # nonsense for what is not here

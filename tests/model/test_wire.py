@@ -8,12 +8,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as mesh_lib
-from moe_jax.model.dispatch.wire import Wire
+from moe_jax.model.dispatch.wire import DIGITS, Wire
 
 WIDTH = 3
 
 
-def run(count_RMM, chunk, most, transport="per_shift"):
+def run(count_RMM, chunk, most, transport="links"):
     """Rows, numbered one by one, through `exchange`; count_RMM [replicas, source, destination].
 
     Returns (received [replicas, M, R, D], expected, padding [replicas, M, M]).
@@ -55,7 +55,7 @@ def program(replicas, size, chunk, num_received, transport):
 @pytest.mark.parametrize(
     ("replicas", "size", "chunk"), [(1, 1, 3), (4, 2, 1), (2, 4, 1), (2, 4, 16), (1, 8, 3)]
 )
-@pytest.mark.parametrize("transport", ["per_shift", "blocks"])
+@pytest.mark.parametrize("transport", list(DIGITS))
 def test_every_row_arrives_where_it_should(replicas, size, chunk, transport):
     most = 21
     rng = np.random.default_rng(size * chunk)
@@ -99,11 +99,3 @@ def test_padding_on_uneven_traffic(size):
     true = counts.sum() - np.trace(counts[0])
     allowed = 1.1 if size == 4 else 1.5  # with 8 devices four pairs share a message
     assert 1 + padding.sum() / true < allowed
-
-
-def test_blocks_are_of_the_fullest_pair_of_the_mesh():
-    counts = np.array([[[9, 5, 3, 0], [1, 0, 0, 7], [5, 0, 0, 0], [6, 2, 4, 30]]])
-    for chunk, block in ((1, 8), (2, 8), (7, 7), (4, 8)):
-        _, _, padding = run(counts, chunk, 32, "blocks")
-        off_diagonal = ~np.eye(4, dtype=bool)
-        np.testing.assert_array_equal(padding[0], np.where(off_diagonal, block - counts[0], 0))
