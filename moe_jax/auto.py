@@ -58,19 +58,24 @@ def resolve(
       training: leaves out what has no backward pass.
       fixed: the dispatch of a run that goes on: kept, not chosen again.
 
+    Returns:
+      The config, and lines to print: rows, seconds, the choice, and what was not asked and why.
+
     Raises:
       Refused: a topology or a trace that does not fit the mesh or the model.
     """
     if config.model.dispatch != config_lib.AUTO:
         return config, ""
     if fixed is not None:
-        return _with(config, fixed), f"dispatch {fixed}: this run was started with it"
+        return config_lib.with_dispatch(
+            config, fixed
+        ), f"dispatch {fixed}: this run was started with it"
     topology = topology_of(config)
     ids_TLK, routing = _routing(config, placement)
     options, reasons = [], []
     for dispatch in CANDIDATES:
         try:
-            tried = _with(config, dispatch)
+            tried = config_lib.with_dispatch(config, dispatch)
             if training:
                 config_lib.check_trainable(tried)
         except Refused as refused:
@@ -79,10 +84,14 @@ def resolve(
             continue
         if dispatch == "local":
             return tried, "dispatch local: every expert is on the device of its tokens"
-        if dispatch != "hierarchical" or topology.num_nodes > 1:
-            options.append(judge(dispatch, config, ids_TLK, placement, topology))
+        if dispatch == "hierarchical" and config.mesh.node == 1:
+            reasons.append("hierarchical: the mesh has one node (mesh.node = 1)")
+            continue
+        options.append(judge(dispatch, config, ids_TLK, placement, topology))
     best = min(options, key=lambda option: option.seconds)  # the first of equal ones
-    return _with(config, best.dispatch), _text(config, topology, routing, options, best, reasons)
+    return config_lib.with_dispatch(config, best.dispatch), _text(
+        config, topology, routing, options, best, reasons
+    )
 
 
 def resolve_unplanned(config: Config) -> tuple[Config, str]:
@@ -90,13 +99,6 @@ def resolve_unplanned(config: Config) -> tuple[Config, str]:
     model, devices = config.model, config.mesh.expert_devices
     contiguous = Placement.contiguous(model.num_layers, model.num_experts, devices)
     return resolve(config, contiguous, training=True)
-
-
-def _with(config: Config, dispatch: str) -> Config:
-    model = dataclasses.replace(config.model, dispatch=dispatch)
-    changed = dataclasses.replace(config, model=model)
-    config_lib.validate(changed)
-    return changed
 
 
 def topology_of(config: Config) -> Topology:
@@ -116,7 +118,7 @@ def topology_of(config: Config) -> Topology:
             made, fast=fast.fast, slow=slow.slow, device_flops=fast.device_flops
         )
     found = topology_lib.preset(config.topology)
-    if found.num_devices != devices or (mesh.node > 1 and found.num_nodes != mesh.node):
+    if found.num_devices != devices or (mesh.node > 1 and found.devices_per_node != mesh.expert):
         raise Refused(
             "topology",
             config.topology,
@@ -143,7 +145,15 @@ def work_of(config: Config) -> Work:
 def judge(
     dispatch: str, config: Config, ids_TLK: np.ndarray, placement: Placement, topology: Topology
 ) -> Option:
-    """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform."""
+    """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform.
+
+    Args:
+      dispatch: of CANDIDATES, not "local".
+      config: sizes and combine mode.
+      ids_TLK: experts of T tokens in every layer.
+      placement: of as many devices as the topology has.
+      topology: links and device speed.
+    """
     nodes = topology.devices_per_node
     rows = cost.rows(
         ids_TLK, placement, dispatch, combine=config.model.combine, devices_per_node=nodes

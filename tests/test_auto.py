@@ -63,6 +63,14 @@ def test_slow_nodes_take_hierarchical(tmp_path):
     assert chosen(near)[0] == "exchange"  # one hop where two would follow each other
 
 
+def test_one_node_has_nothing_hierarchical(tmp_path):
+    """A machine of several nodes under a mesh that does not tell them apart."""
+    sized = config(1, 8, top_k=8, combine="partial")
+    dispatch, note = chosen(dataclasses.replace(sized, topology=machine(tmp_path, 2, 4)))
+    assert dispatch != "hierarchical"
+    assert "not hierarchical: the mesh has one node" in note
+
+
 def test_a_gather_wins_on_a_ring_where_every_device_is_needed(tmp_path):
     """Top 16 of 32 on 8 devices: nearly all get every token; neighbours pass a gather on."""
     ring = {"torus": {"shape": [8], "wrap": [True]}}
@@ -131,7 +139,11 @@ def test_a_run_keeps_its_dispatch(tmp_path):
     assert other in note
 
 
-def test_a_machine_of_other_sizes_is_refused():
+def test_a_machine_of_other_sizes_is_refused(tmp_path):
+    for nodes, each in ((4, 2), (2, [3, 5]), (1, 8)):
+        sized = dataclasses.replace(config(2, 4), topology=machine(tmp_path, nodes, each))
+        with pytest.raises(Refused, match="experts are split over 2 x 4"):
+            chosen(sized)
     with pytest.raises(Refused, match=r"topology = 'h100x16': has 2 x 8 devices.*1 x 8"):
         chosen(dataclasses.replace(config(), topology="h100x16"))
 
