@@ -103,7 +103,7 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
 
     Raises:
       Refused: tensors that are missing, that nobody knows, or of another shape than config.json
-        says; the first three of them by name.
+        says, the first three of them by name; or one of a dtype that is not read as a weight.
     """
     layouts = [of_family(family, name, config) for name in family.layouts]
     layout = max(layouts, key=lambda layout: len(layout.shapes.keys() & tensors.file_of.keys()))
@@ -125,6 +125,8 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
     if wrong:
         rule = f"{_count(wrong)} of another shape"
         raise Refused(source, _first(wrong), rule, "use the config.json of this checkpoint")
+    for name in layout.shapes:
+        tensors.file_of[name].check_weight(name)
     return layout
 
 

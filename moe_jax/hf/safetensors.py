@@ -58,18 +58,23 @@ class File:
     bytes_: np.ndarray  # the mapped file
 
     def array(self, name: str) -> np.ndarray:
-        """The array, read-only, still in the file."""
+        """The array, read-only, still in the file. Raises `Refused`, see `check_weight`."""
+        self.check_weight(name)
         tensor = self.tensors[name]
-        if tensor.dtype not in WEIGHTS:
+        raw = self.bytes_[tensor.start : tensor.stop]
+        return raw.view(WEIGHTS[tensor.dtype]).reshape(tensor.shape)
+
+    def check_weight(self, name: str) -> None:
+        """Raises `Refused` where the array is of a dtype that is not read as a weight."""
+        dtype = self.tensors[name].dtype
+        if dtype not in WEIGHTS:
             refuse(
                 self.path,
                 name,
-                tensor.dtype,
+                dtype,
                 f"is not read as a weight; those that are: {', '.join(WEIGHTS)}",
                 "convert the checkpoint to one of them (quantised weights are not supported)",
             )
-        raw = self.bytes_[tensor.start : tensor.stop]
-        return raw.view(WEIGHTS[tensor.dtype]).reshape(tensor.shape)
 
 
 def refuse(path: pathlib.Path, tensor: str, value: object, rule: str, fix: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import resource
 import shutil
 import struct
@@ -179,6 +180,9 @@ def test_quantised_weights_are_named(tmp_path):
     with pytest.raises(Refused, match="F32, F16, BF16") as refused:
         folder.tensors(model).array(name)
     assert name in str(refused.value)
+    known = config_json.read(model)
+    with pytest.raises(Refused, match=re.escape(f"{path}: {name} = 'I16'")):  # before anything is loaded
+        layout.find(known.family, known.config.model, folder.tensors(model))
 
 
 def indexed(model: pathlib.Path, weight_map: object) -> None:
