@@ -133,19 +133,17 @@ def _rope_theta(path: pathlib.Path, plain: dict[str, Any]) -> Any:
     for name, found in (("rope_scaling", scaling), ("rope_parameters", group)):
         if found is None:
             continue
-        kind = (
-            found.get("rope_type", found.get("type", "default"))
-            if isinstance(found, dict)
-            else found
-        )
+        if not isinstance(found, dict):
+            rule = "must be an object, {\"rope_type\": ...}"
+            raise Refused(f"{path}: {name}", found, rule, "download config.json again")
+        kind = found.get("rope_type", found.get("type", "default"))
         if kind != "default":
             rule = "is a scaling of rotary positions that is not supported: must be 'default'"
             raise Refused(f"{path}: {name}", kind, rule, "use a model without it")
     group = group or {}
-    if group.get("partial_rotary_factor", 1.0) != 1.0:
+    if (part := group.get("partial_rotary_factor")) not in (None, 1.0):
         rule = "asks for rotary positions on a part of each head, which is not supported: must be 1"
-        value = group["partial_rotary_factor"]
-        raise Refused(f"{path}: rope_parameters.partial_rotary_factor", value, rule, "use another")
+        raise Refused(f"{path}: rope_parameters.partial_rotary_factor", part, rule, "use another")
     theta = group.get("rope_theta", plain.get("rope_theta"))
     if theta is None:
         rule = "is required, there or in rope_parameters"

@@ -38,7 +38,15 @@ class Tokenizer:
             raise Refused(str(path), largest, rule, "use the tokenizer that belongs to the model")
 
     def encode(self, text: str) -> list[int]:
-        """With the special tokens that the model expects around a text."""
+        """With the special tokens that the model expects around a text.
+
+        Raises:
+          Refused: a text with bytes that are not UTF-8 (kept as surrogates by the command line).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Refused("prompt", text, f"must be UTF-8 ({error})", "convert it") from None
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -251,7 +251,8 @@ CONFIGS = [
      "partial_rotary_factor", "a part of each head"),
     ("mixtral", {"eos_token_id": [2, 264]}, "eos_token_id", "0 to 263"),
     ("mixtral", {"eos_token_id": "</s>"}, "eos_token_id", "0 to 263"),
-    ("mixtral", {"rope_parameters": 3}, "rope_parameters", "not supported"),
+    ("mixtral", {"rope_parameters": 3}, "rope_parameters", "must be an object"),
+    ("mixtral", {"rope_parameters": "default"}, "rope_parameters", "must be an object"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv", "clipped"),
     ("olmoe", {"norm_topk_prob": "yes"}, "norm_topk_prob", "true or false"),
     ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers", "dense layers"),
@@ -297,6 +298,8 @@ def test_tokenizers(tmp_path):
     model = copied(tmp_path)
     path = model / "tokenizer.json"
     assert Tokenizer(model, 264).encode("ab") == [256, 64, 65]
+    with pytest.raises(Refused, match="must be UTF-8"):
+        Tokenizer(model, 264).encode("a\udcff")  # a byte of the command line that is no text
     with pytest.raises(Refused, match=r"has a token 257, and the model's vocabulary has 257"):
         Tokenizer(model, 257)
     path.write_text("{}")
