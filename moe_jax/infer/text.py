@@ -9,6 +9,7 @@ import numpy as np
 from moe_jax.hf.tokens import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what a character looks like whose last bytes are still to come
+_CONTEXT = 8  # tokens of the prompt that what follows is decoded after
 
 
 @runtime_checkable
@@ -70,21 +71,25 @@ class Tokens:
         return self._tokenizer.decode([*prompt, *tokens[: end + 1]])
 
     def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> Stream:
-        """A character may take several tokens: it is written when it is whole."""
-        seen, shown, ended = list(prompt), self._tokenizer.decode(prompt), False
-        write(shown.encode())
+        """A character may take several tokens: it is written when it is whole.
+
+        What is new is decoded after the tokens written last, which may decide about a space in
+        front, and not after the whole text, which would take longer with every token.
+        """
+        before, new, ended = list(prompt)[-_CONTEXT:], [], False
+        write(self._tokenizer.decode(prompt).encode())
 
         def follow(token: int) -> None:
-            nonlocal shown, ended
+            nonlocal before, new, ended
             if ended:
                 return
             ended = token in self._ends
-            seen.append(token)
-            text = self._tokenizer.decode(seen)
-            if text.endswith(_UNFINISHED) or not text.startswith(shown):
+            new.append(token)
+            text = self._tokenizer.decode([*before, *new])
+            if text.endswith(_UNFINISHED):
                 return
-            write(text[len(shown) :].encode())
-            shown = text
+            write(text[len(self._tokenizer.decode(before)) :].encode())
+            before, new = new, []
 
         return follow
 

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
 
 from moe_jax import data
 from moe_jax import mesh as mesh_lib
@@ -97,6 +98,18 @@ def test_text_streams_in_whole_characters():
     assert b"".join(ended).decode() == "<s>néü→z</s>"
     text = np.frombuffer("né".encode(), np.uint8)
     np.testing.assert_array_equal(tokens.corpus(text), prompt)
+
+
+def test_a_streamed_word_keeps_the_space_in_front(tmp_path):
+    """Of tokenizers that mark words by a space in front, which none has at the start of a text."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u2581a": 0, "\u2581b": 1}))
+    words.decoder = tokenizers.decoders.Metaspace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokens, written = Tokens(Tokenizer(tmp_path, 2)), []
+    follow = tokens.stream([0] * 20, written.append)
+    for token in (1, 0, 0):
+        follow(token)
+    assert written == [b"a" + b" a" * 19, b" b", b" a", b" a"]
 
 
 def test_published_counts(capsys):
