@@ -126,39 +126,45 @@ def _illegal_value(error: flags.IllegalFlagValueError) -> Refused:
     return Refused(f"--{found[1]}", found[2], f"must be of type {kind}", f"write it as {kind}")
 
 
+def read_config(path: str) -> ml_collections.ConfigDict:
+    """What FILE[:ARG] returns, every field set. Raises `Refused` for what is wrong with the file."""
+    file, *variant = path.split(":", 1)
+    if not pathlib.Path(file).is_file():
+        near = _near_file(pathlib.Path(file))
+        fix = f"did you mean {near}" if near else "give a file with get_config(arg)"
+        raise Refused("--config", path, "is not a file", fix)
+    try:
+        get_config = runpy.run_path(file, run_name="__config__").get("get_config")
+        if not callable(get_config):
+            raise Refused("--config", path, "has no get_config(arg)", "define it in the file")
+        made = get_config(*variant)
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(
+            "--config",
+            path,
+            f"the file failed with {type(error).__name__}: {_one_line(error)}",
+            f"correct {file}, or what follows the ':'",
+        ) from None
+    if isinstance(made, Mapping):
+        made = ml_collections.ConfigDict(made)
+    if not isinstance(made, ml_collections.ConfigDict):
+        raise Refused(
+            "--config",
+            path,
+            f"get_config(arg) must return a ConfigDict, not {type(made).__name__}",
+            "return ml_collections.ConfigDict(...)",
+        )
+    config_lib.complete(made)
+    return made
+
+
 class _ConfigParser(flags.ArgumentParser):
-    """Loads the file; refuses what it does not return, and overrides of fields there are not."""
+    """Reads the file; refuses overrides of fields there are not."""
 
     def parse(self, path: str) -> ml_collections.ConfigDict:
-        file, *variant = path.split(":", 1)
-        if not pathlib.Path(file).is_file():
-            near = _near_file(pathlib.Path(file))
-            fix = f"did you mean {near}" if near else "give a file with get_config(arg)"
-            raise Refused("--config", path, "is not a file", fix)
-        try:
-            get_config = runpy.run_path(file, run_name="__config__").get("get_config")
-            if not callable(get_config):
-                raise Refused("--config", path, "has no get_config(arg)", "define it in the file")
-            made = get_config(*variant)
-        except Refused:
-            raise
-        except Exception as error:
-            raise Refused(
-                "--config",
-                path,
-                f"the file failed with {type(error).__name__}: {_one_line(error)}",
-                f"correct {file}, or what follows the ':'",
-            ) from None
-        if isinstance(made, Mapping):
-            made = ml_collections.ConfigDict(made)
-        if not isinstance(made, ml_collections.ConfigDict):
-            raise Refused(
-                "--config",
-                path,
-                f"get_config(arg) must return a ConfigDict, not {type(made).__name__}",
-                "return ml_collections.ConfigDict(...)",
-            )
-        config_lib.complete(made)
+        made = read_config(path)
         for argument in sys.argv[1:]:
             if override := re.match(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL):
                 _check_override(made, override[1], override[2])

@@ -10,7 +10,6 @@ Exit codes: 0 done, 1 refused, 2 usage.
 import argparse
 import dataclasses
 import pathlib
-import runpy
 import sys
 
 from moe_jax.errors import Refused
@@ -26,15 +25,14 @@ PUBLISHED = {
 
 
 def counts(paths: list[str]) -> None:
-    """Prints a line for each config."""
+    """Prints a line for each config. Raises `Refused` for a file that is none."""
     from moe_jax import config as config_lib
+    from moe_jax import entry
     from moe_jax.model import transformer
 
     print(f"{'config':20} {'total':>16} {'active':>15}   published, G")
     for path in paths:
-        if not pathlib.Path(path).is_file():
-            raise Refused("CONFIG", path, "is not a file", "give a file of configs/")
-        config = config_lib.from_config_dict(runpy.run_path(path)["get_config"]())
+        config = config_lib.from_config_dict(entry.read_config(path))
         total = transformer.num_parameters(config.model)
         active = transformer.num_active_parameters(config.model)
         known = PUBLISHED.get(config.name)
@@ -49,7 +47,7 @@ def counts(paths: list[str]) -> None:
 
 
 def check(folder: str) -> None:
-    """Reads headers only."""
+    """Reads headers only. Raises `Refused` for a tensor that is missing, left over or wrong."""
     from moe_jax.hf import config_json, layout
     from moe_jax.hf import folder as folder_lib
 
@@ -64,7 +62,13 @@ def check(folder: str) -> None:
 
 
 def export(workdir: str, out: str, like: str) -> None:
-    """Writes a folder like another: its names, its dtypes, its config.json and tokenizer."""
+    """Writes a folder like another: its names, its dtypes, its config.json and tokenizer.
+
+    The whole step is read, optimizer state and all: three times the parameters on the host.
+
+    Raises:
+      Refused: no run, no good step, a folder of other sizes, or OUT that is there already.
+    """
     from moe_jax import checkpoint, metrics
     from moe_jax import config as config_lib
     from moe_jax.hf import config_json, layout, save
@@ -89,7 +93,11 @@ def export(workdir: str, out: str, like: str) -> None:
         raise Refused("WORKDIR", workdir, "has no checkpoint", "train at least one interval")
     contents = checkpoint.read_contents(step)
     stored = checkpoint.restore_numpy(step, contents)
-    arrays = {name.removeprefix("model."): array for name, array in stored.items()}
+    arrays = {
+        name.removeprefix("model."): array
+        for name, array in stored.items()
+        if name.startswith("model.")
+    }
     tensors = folder_lib.tensors(like)
     written = save.export(
         arrays,

@@ -123,6 +123,12 @@ def test_published_counts(capsys):
         assert abs(active / 1e9 - theirs[1]) < 0.06  # published to one decimal
 
 
+def test_counts_refuses_a_file_that_is_no_config(tmp_path, capsys):
+    (tmp_path / "x.py").write_text("get = 1\n")
+    assert hf_main.main(["counts", str(tmp_path / "x.py")]) == 1
+    assert "has no get_config" in capsys.readouterr().err
+
+
 def test_check_says_that_every_tensor_is_there(capsys):
     assert hf_main.main(["check", str(golden.ROOT / "qwen2_moe")]) == 0
     assert "all there, none left over" in capsys.readouterr().out
