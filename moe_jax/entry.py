@@ -127,7 +127,7 @@ def _illegal_value(error: flags.IllegalFlagValueError) -> Refused:
 
 
 def read_config(path: str) -> ml_collections.ConfigDict:
-    """What FILE[:ARG] returns, every field set. Raises `Refused` for what is wrong with the file."""
+    """What FILE[:ARG] returns, every field set. Raises `Refused` for a file that is no config."""
     file, *variant = path.split(":", 1)
     if not pathlib.Path(file).is_file():
         near = _near_file(pathlib.Path(file))
