@@ -1,5 +1,6 @@
 """Damaged and lying checkpoints: refused with file, tensor, rule and fix before arrays are made."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -161,7 +162,7 @@ def test_a_weight_that_is_no_number(bad, dtype, tmp_path):
 
     rewrite(model / folder.SINGLE, spoil)
     known = config_json.read(model)
-    sizes = type(known.config.model)(**{**known.config.model.__dict__, "dtype": dtype})
+    sizes = dataclasses.replace(known.config.model, dtype=dtype)
     tensors = folder.tensors(model)
     found = layout.find(known.family, sizes, tensors)
     placement = golden.contiguous("mixtral")
@@ -181,7 +182,9 @@ def test_quantised_weights_are_named(tmp_path):
         folder.tensors(model).array(name)
     assert name in str(refused.value)
     known = config_json.read(model)
-    with pytest.raises(Refused, match=re.escape(f"{path}: {name} = 'I16'")):  # before anything is loaded
+    with pytest.raises(
+        Refused, match=re.escape(f"{path}: {name} = 'I16'")
+    ):  # before anything is loaded
         layout.find(known.family, known.config.model, folder.tensors(model))
 
 

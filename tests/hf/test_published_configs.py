@@ -14,7 +14,8 @@ from moe_jax.model import transformer
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
-# The keys that say what the model is; (tensors, config.json)
+# Number of tensors, and the keys of config.json that say what the model is: written from memory of
+# the published files.
 PUBLISHED = {
     "mixtral_8x7b": (
         995,

@@ -1,5 +1,6 @@
 """Import, then export: the same bytes for every tensor, whatever the layout and the placement."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def test_replicated_experts_are_written_once(tmp_path):
 def test_bfloat16_models_hold_bfloat16(tmp_path):
     family = "olmoe"
     sizes = config_json.read(golden.ROOT / family).config.model
-    sizes = type(sizes)(**{**sizes.__dict__, "dtype": "bfloat16"})
+    sizes = dataclasses.replace(sizes, dtype="bfloat16")
     placement = golden.contiguous(family)
     model = load.parameters(
         sizes,
