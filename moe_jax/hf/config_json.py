@@ -134,7 +134,7 @@ def _rope_theta(path: pathlib.Path, plain: dict[str, Any]) -> Any:
         if found is None:
             continue
         if not isinstance(found, dict):
-            rule = "must be an object, {\"rope_type\": ...}"
+            rule = 'must be an object, {"rope_type": ...}'
             raise Refused(f"{path}: {name}", found, rule, "download config.json again")
         kind = found.get("rope_type", found.get("type", "default"))
         if kind != "default":

@@ -70,21 +70,22 @@ def json_object(path: pathlib.Path, fix: str) -> dict[str, Any]:
 
 
 def tensors(folder: str | os.PathLike) -> Tensors:
-    """Reads the headers of all files. Raises `Refused` naming file, tensor and rule."""
+    """Reads the headers of all files of a published model's folder.
+
+    Raises:
+      Refused: naming file, tensor and rule; a folder with pickles only.
+    """
     folder = pathlib.Path(folder)
     index = folder / INDEX
     if index.is_file():
         return _indexed(folder, index)
     single = folder / SINGLE
     if not single.is_file():
-        pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in _PICKLES]
-        found = f"; {pickles[0]} is a pickle, which could run code and is never opened"
-        raise Refused(
-            "--hf",
-            str(folder),
-            f"must hold {SINGLE} or {INDEX}{found if pickles else ''}",
-            "download the safetensors files, or convert the checkpoint with its own tools",
-        )
+        rule = f"must hold {SINGLE} or {INDEX}"
+        if pickles := [p.name for p in sorted(folder.glob("*")) if p.suffix in _PICKLES]:
+            rule += f"; {pickles[0]} is a pickle, which could run code and is never opened"
+        fix = "download the safetensors files, or convert the checkpoint with its own tools"
+        raise Refused("--hf", str(folder), rule, fix)
     file = safetensors.read(single)
     return Tensors(folder, dict.fromkeys(file.tensors, file))
 
@@ -92,8 +93,8 @@ def tensors(folder: str | os.PathLike) -> Tensors:
 def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Tensors:
     listed = json_object(index, "download it again").get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
-        raise Refused(str(index), type(listed).__name__, "needs weight_map: {tensor: file}",
-                      "download it again")  # fmt: skip
+        rule = "needs weight_map: {tensor: file}"
+        raise Refused(str(index), type(listed).__name__, rule, "download it again")
     read: dict[str, safetensors.File] = {}
     for name in sorted(set(listed.values())):
         plain = name == pathlib.PurePosixPath(name).name and "\\" not in name

@@ -64,8 +64,8 @@ def abstract(config: ModelConfig) -> Any:
 
 def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
     """Counts the rows of a family out over layers and experts."""
-    shapes = checkpoint.flatten(abstract(config))
-    axes = checkpoint.flatten(logical_axes(abstract(config)))
+    model = abstract(config)
+    shapes, axes = checkpoint.flatten(model), checkpoint.flatten(logical_axes(model))
     rows = [row for row in family.layouts[name] if row.parameter in shapes]
     assert {row.parameter for row in rows} == set(shapes), (family.model_type, set(shapes))
     sizes = {

@@ -59,6 +59,10 @@ class Reader:
           axes: its logical axes: "layer" and "expert" in front where it has them.
           shape: of the whole.
           index: the slice, as JAX gives it.
+          dtype: of the result.
+
+        Raises:
+          Refused: a weight that is NaN or infinite, naming file and tensor.
         """
         ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
         out = _empty([len(numbers) for numbers in ranges], dtype)
@@ -89,7 +93,7 @@ def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, a million at a time; the array is contiguous."""
+    """Whether no value is NaN or infinite, a million at a time, so that little is allocated."""
     flat = values.reshape(-1)
     return all(_finite(flat[i : i + 2**20]) for i in range(0, flat.size, 2**20))
 
@@ -118,6 +122,9 @@ def parameters(
     Args:
       layout: from `layout.find`.
       say: called with a line of progress after every parameter.
+
+    Raises:
+      Refused: see `Reader.read`.
     """
     shapes = with_slots(abstract(config), placement.num_slots)
     named, axes = checkpoint.flatten(shapes), checkpoint.flatten(logical_axes(shapes))
@@ -139,10 +146,11 @@ def parameters(
 
 
 def _dtype(config: ModelConfig, axes: tuple[str, ...]) -> np.dtype:
+    """Of a parameter by its logical axes: what is multiplied with rows is of rows' dtype."""
     inner = [name for name in axes if name not in ("layer", "expert")]
-    is_matrix = len(inner) > 1 and "router" not in inner
-    small = inner in (["head", "d_head"],)  # biases and norms of heads
-    return np.dtype(config.dtype if is_matrix and not small else "float32")
+    of_heads = inner == ["head", "d_head"]  # a bias or a norm, though it has two axes
+    is_matrix = len(inner) > 1 and not of_heads and "router" not in inner
+    return np.dtype(config.dtype if is_matrix else "float32")
 
 
 def _parameter(
@@ -153,10 +161,10 @@ def _parameter(
     dtype: np.dtype,
     mesh: Mesh,
 ) -> jax.Array:
+    """One parameter; devices that hold the same slice share what is read."""
     made: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def fill(index: tuple[slice, ...] | None) -> np.ndarray:
-        # Replicas ask for the same slice: it is read once.
         assert index is not None
         key = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         if key not in made:

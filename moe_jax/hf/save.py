@@ -53,6 +53,9 @@ def export(
 
     Returns:
       The safetensors files.
+
+    Raises:
+      Refused: `out` is there and not empty.
     """
     out, like = pathlib.Path(out), pathlib.Path(like)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -18,7 +18,7 @@ from moe_jax.placement import plan as plan_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class Source:
     """What is known of a published model before any device work.
 
     Attributes:
@@ -52,7 +52,7 @@ class Published:
 
 def find(
     path: str, placement: str | None, dispatch: str | None = None, devices: int | None = None
-) -> Published:
+) -> Source:
     """Reads config, plan, headers and tokenizer. Raises `Refused`; touches no device.
 
     Args:
@@ -80,4 +80,4 @@ def find(
     tensors = folder.tensors(path)
     found = layout.find(published.family, config.model, tensors)
     text = Tokens(Tokenizer(path, config.model.vocab_size), published.ends)
-    return Published(config, plan, text, devices, found, tensors)
+    return Source(config, plan, text, devices, found, tensors)
