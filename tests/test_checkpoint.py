@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal there and back, and nothing silent when a file is not what it was."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import checkpoint, integrity, saver
+from moe_jax import checkpoint
 from moe_jax import mesh as mesh_lib
+from moe_jax.checkpoint import integrity, preservation, saver
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Plan
 from tests import tiny
@@ -147,7 +149,7 @@ def test_files_are_bounded_before_they_are_read(saved, monkeypatch):
 def test_more_than_memory_is_refused(saved, monkeypatch):
     folder, _ = saved
     contents = checkpoint.read_contents(folder)
-    monkeypatch.setattr(checkpoint.os, "sysconf", lambda name: 4)
+    monkeypatch.setattr(os, "sysconf", lambda name: 4)
     with pytest.raises(Refused, match="this machine 16 of memory"):
         checkpoint.restore_numpy(folder, contents)
 
@@ -213,9 +215,10 @@ def test_newest_good_step(saved, tmp_path):
 def test_old_steps_are_removed(saved):
     folder, arrays = saved
     contents = checkpoint.read_contents(folder)
-    for step in (5, 6, 7):
-        newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
-        checkpoint.save(folder.parent, arrays, newer, keep=2)
+    with saver.Saver(folder.parent, preservation.Kept(2).prune) as made:
+        for step in (5, 6, 7):
+            newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
+            checkpoint.start_save(made, arrays, newer)
     assert checkpoint.steps(folder.parent) == [6, 7]
 
 
@@ -269,7 +272,7 @@ def test_a_save_that_fails_leaves_nothing_and_says_why(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(integrity, "write", full)
-    with saver.Saver(folder.parent, lambda _: None) as made:
+    with saver.Saver(folder.parent) as made:
         newer = checkpoint.Contents(5, contents.arrays, contents.plan, {})
         checkpoint.start_save(made, arrays, newer)
         with pytest.raises(Refused, match="No space left on device"):

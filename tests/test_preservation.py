@@ -3,7 +3,7 @@
 import datetime
 import itertools
 
-from moe_jax import preservation
+from moe_jax.checkpoint import preservation
 
 LOSSES = {2: 3.0, 4: 2.0, 6: None, 8: 2.5, 10: 1.9, 12: 2.1}
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)

@@ -17,9 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moe_jax import checkpoint, data, integrity, metrics, permute, preservation, saver
+from moe_jax import checkpoint, data, metrics, permute
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax.checkpoint import integrity, preservation, saver
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.model import parameter
@@ -60,7 +61,9 @@ def start_or_resume(
       before: only look at checkpoints of earlier steps, and move nothing; None = the newest.
     """
     batches = data.batches(corpus, config.data)
+    started = time.perf_counter()
     found = _newest_good(workdir / "checkpoints", before)
+    verified = time.perf_counter()
     if found is None:
         state = step_lib.initial_state(config, mesh)
         logical = plan_lib.Placement.contiguous(
@@ -73,6 +76,8 @@ def start_or_resume(
     if not config.placement:
         plan = _in_order(contents.plan, plan, config.mesh.node)
     state = _restored(config, mesh, folder, contents, plan.placement)
+    seconds = (verified - started, time.perf_counter() - verified)
+    metrics.say(f"step {contents.step}: verified in {seconds[0]:.2f} s, read in {seconds[1]:.2f} s")
     try:
         batches.set_state(contents.extra["data_state"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

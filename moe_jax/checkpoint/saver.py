@@ -25,7 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moe_jax import files, integrity
+from moe_jax import files
+from moe_jax.checkpoint import contents as contents_lib
+from moe_jax.checkpoint import integrity
+from moe_jax.checkpoint.contents import Contents
 from moe_jax.errors import Refused
 
 
@@ -46,8 +49,10 @@ class Saver:
       failed: the step that is being written could not be; `wait` will say why.
     """
 
-    def __init__(self, directory: pathlib.Path, prune: Callable[[pathlib.Path], None]):
-        """Args: `directory`, made if it is missing; `prune`, called when a step has been added."""
+    def __init__(
+        self, directory: pathlib.Path, prune: Callable[[pathlib.Path], object] | None = None
+    ):
+        """Args: `directory`, made if missing; `prune`, called with it when a step was added."""
         self._directory, self._prune = directory.absolute(), prune
         self._final = self._directory
         self._thread: threading.Thread | None = None
@@ -132,7 +137,8 @@ class Saver:
                 finish(temporary)
                 integrity.write(temporary)
                 _replace(temporary, final)
-                self._prune(self._directory)
+                if self._prune:
+                    self._prune(self._directory)
         self._error = errors[0] if errors else None
 
     @contextlib.contextmanager
@@ -157,6 +163,32 @@ class Saver:
             f"could not be written: {why}",
             "make room or mend the place; the steps before are whole",
         ) from (errors[0] if errors else None)
+
+
+def save(
+    directory: str | os.PathLike, arrays: Mapping[str, jax.Array | np.ndarray], contents: Contents
+) -> pathlib.Path:
+    """Writes directory/STEP and returns when it is there; every process calls this.
+
+    Args:
+      directory: the run's `checkpoints` directory.
+      arrays: global arrays (or host arrays, in a single process), by name.
+      contents: what goes beside them; `contents.arrays` must describe `arrays`.
+
+    Raises:
+      Refused: it could not be written.
+    """
+    directory = pathlib.Path(directory).absolute()
+    with Saver(directory) as saver:
+        start_save(saver, arrays, contents)
+    return directory / str(contents.step)
+
+
+def start_save(
+    saver: Saver, arrays: Mapping[str, jax.Array | np.ndarray], contents: Contents
+) -> None:
+    """`save` in the background: returns when the arrays may change."""
+    saver.start(contents.step, arrays, lambda folder: contents_lib.write(folder, contents))
 
 
 def _checkpointer() -> ocp.AsyncCheckpointer:

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from moe_jax import files
@@ -30,10 +30,9 @@ def damaged(path: pathlib.Path, rule: str) -> Refused:
 
 def write(folder: pathlib.Path) -> None:
     """Writes the manifest of what lies in `folder` now."""
-    paths = sorted(path for path in plain_files(folder) if path.name != MANIFEST)
     manifest = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in _hashed(paths)
+        for path, digest in _hashed(_listed(folder))
     }
     with files.atomic_write(folder / MANIFEST, "w") as file:
         json.dump(manifest, file, indent=1)
@@ -42,11 +41,7 @@ def write(folder: pathlib.Path) -> None:
 def check(folder: pathlib.Path) -> None:
     """Every file listed, none more, each with its size and digest. Raises `Refused` by name."""
     listed = _read_manifest(folder)
-    present = {
-        path.relative_to(folder).as_posix(): path
-        for path in plain_files(folder)
-        if path != folder / MANIFEST
-    }
+    present = {path.relative_to(folder).as_posix(): path for path in _listed(folder)}
     for name in sorted(listed.keys() ^ present.keys()):
         verb = "is missing" if name in listed else "does not belong there"
         raise damaged(folder / name, verb)
@@ -56,6 +51,10 @@ def check(folder: pathlib.Path) -> None:
     for path, digest in _hashed(list(present.values())):
         if digest != listed[path.relative_to(folder).as_posix()][1]:
             raise damaged(path, f"has another SHA-256 than {MANIFEST} says")
+
+
+def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in plain_files(folder) if path != folder / MANIFEST)
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -103,23 +102,3 @@ def plain_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def _hashed(paths: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, str]]:
     with concurrent.futures.ThreadPoolExecutor(HASHERS) as pool:
         yield from zip(paths, pool.map(files.sha256_file, paths), strict=True)
-
-
-def check_stored(
-    folder: pathlib.Path, claimed: Mapping[str, tuple[tuple[int, ...], str]], stored: Mapping
-) -> None:
-    """Shapes and dtypes that one file claims against those that lie in another.
-
-    Args:
-      folder: for the message.
-      claimed: (shape, dtype name) by array.
-      stored: the same, of the data.
-    """
-    for name in sorted(claimed.keys() | stored.keys()):
-        if claimed.get(name) != stored.get(name):
-            here, there = (_text(of.get(name)) for of in (stored, claimed))
-            raise damaged(folder, f"holds {name} as {here}, but meta.json says {there}")
-
-
-def _text(info: tuple[tuple[int, ...], str] | None) -> str:
-    return f"{info[1]}{list(info[0])}" if info else "absent"

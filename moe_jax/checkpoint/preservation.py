@@ -7,7 +7,8 @@ from typing import Any
 
 from orbax.checkpoint import checkpoint_managers
 
-from moe_jax import checkpoint, integrity
+from moe_jax.checkpoint import integrity
+from moe_jax.checkpoint.folders import remove, steps
 from moe_jax.errors import Refused
 
 LOSS = "held_out_loss"  # in the `extra` of a step: nats a token, or absent
@@ -29,9 +30,9 @@ class Kept:
 
     def prune(self, directory: pathlib.Path) -> None:
         """Removes the steps that need not stay."""
-        infos = [_Info.of(directory, step) for step in checkpoint.steps(directory)]
+        infos = [_Info.of(directory, step) for step in steps(directory)]
         for step in self.surplus(infos):
-            checkpoint.remove(directory, step)
+            remove(directory, step)
 
     def surplus(self, infos: list["_Info"]) -> list[int]:
         """The steps, of those given in ascending order, that need not stay."""

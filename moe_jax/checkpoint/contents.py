@@ -1,0 +1,110 @@
+"""What a step holds beside its arrays: meta.json and plan.json."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from moe_jax import files
+from moe_jax.checkpoint import integrity
+from moe_jax.checkpoint.folders import is_step
+from moe_jax.errors import Refused
+from moe_jax.placement import plan as plan_lib
+
+FORMAT, VERSION = "moe_jax.checkpoint", 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayInfo:
+    """Shape, dtype name, and the logical name of each dimension ("" where it has none)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a step holds beside its arrays.
+
+    Attributes:
+      step: batches consumed.
+      arrays: by name.
+      plan: where the experts lie.
+      extra: JSON data of the caller (data iterator state, config digest).
+    """
+
+    step: int
+    arrays: dict[str, ArrayInfo]
+    plan: plan_lib.Plan
+    extra: dict[str, Any]
+
+
+def describe(
+    arrays: Mapping[str, Any], axes: Mapping[str, tuple[str, ...]]
+) -> dict[str, ArrayInfo]:
+    """`ArrayInfo` of every array."""
+    return {
+        name: ArrayInfo(tuple(array.shape), str(array.dtype), tuple(axes[name]))
+        for name, array in arrays.items()
+    }
+
+
+def write(folder: pathlib.Path, contents: Contents) -> None:
+    """Both files. Raises `OSError`."""
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": contents.step,
+        "plan_digest": contents.plan.digest,
+        "arrays": {name: dataclasses.asdict(info) for name, info in contents.arrays.items()},
+        "extra": contents.extra,
+    }
+    with files.atomic_write(folder / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+    contents.plan.write(folder / "plan.json")
+
+
+def read_contents(folder: str | os.PathLike, *, verify: bool = True) -> Contents:
+    """Everything but the arrays. Raises `Refused` naming the bad file.
+
+    Args:
+      folder: a step directory.
+      verify: check the manifest; False where another process has.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise Refused("checkpoint", str(folder), "is not a directory", "give a step directory")
+    if verify:
+        integrity.check(folder)
+    meta = integrity.read_json(folder / "meta.json")
+    try:
+        known = meta["format"] == FORMAT and meta["version"] == VERSION
+        arrays = {name: _array_info(info) for name, info in meta["arrays"].items()}
+        step, extra = int(meta["step"]), dict(meta["extra"])
+        digest = meta.get("plan_digest")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        rule = f"is not a checkpoint's ({error!r})"
+        raise integrity.damaged(folder / "meta.json", rule) from None
+    if not known:
+        rule = f"must be {FORMAT} version {VERSION}"
+        raise integrity.damaged(folder / "meta.json", rule)
+    if is_step(folder.name) and folder.name != str(step):
+        raise integrity.damaged(folder / "meta.json", f"is of step {step}")
+    plan = plan_lib.Plan.read(folder / "plan.json")
+    if digest not in (None, plan.digest):
+        rule = "is not the plan that the arrays were saved under"
+        raise integrity.damaged(folder / "plan.json", rule)
+    return Contents(step, arrays, plan, extra)
+
+
+def _array_info(info: Any) -> ArrayInfo:
+    shape, dtype = tuple(info["shape"]), info["dtype"]
+    if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or len(shape) > 32:
+        raise ValueError(f"shape {shape}")
+    jnp.dtype(dtype)  # TypeError: none
+    return ArrayInfo(shape, dtype, tuple(info["axes"]))
