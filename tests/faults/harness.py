@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -160,43 +160,38 @@ def starts(workdir: pathlib.Path) -> int:
     return len(_beginnings(_text(log_of(workdir))))
 
 
-def begins(process: Process, before: int, timeout: float = 300) -> None:
+def _wait(process: Process, reached: Callable[[], bool], *, may_end: bool = False) -> None:
+    """Until `reached`; fails if the process ends before, unless it may."""
+    deadline = time.monotonic() + 300
+    while True:
+        ended = process.ended()  # asked first: what it reached before it ended counts
+        if (may_end and ended) or reached():
+            return
+        assert not ended, process.said()[-3000:]
+        assert time.monotonic() < deadline, process.said()[-3000:]
+        time.sleep(0.01)
+
+
+def begins(process: Process, before: int) -> None:
     """Waits for the first step of a start after `before` others, or the end of the process."""
-    end = time.monotonic() + timeout
-    while starts(process.workdir) <= before and not process.ended():
-        assert time.monotonic() < end, process.said()[-3000:]
-        time.sleep(0.01)
+    _wait(process, lambda: starts(process.workdir) > before, may_end=True)
     # The line has been said with the metrics of later steps dropped: the next step is its own.
-    while not process.ended() and last_step(process.workdir) <= resumed_after(process):
-        assert time.monotonic() < end, process.said()[-3000:]
-        time.sleep(0.01)
+    _wait(process, lambda: last_step(process.workdir) > resumed_after(process), may_end=True)
 
 
-def moves_on(process: Process, beyond: int, timeout: float = 300) -> None:
+def moves_on(process: Process, beyond: int) -> None:
     """Waits for a step after `beyond`. Fails if the process ended before."""
-    end = time.monotonic() + timeout
-    while last_step(process.workdir) <= beyond:
-        assert not process.ended(), process.said()[-3000:]
-        assert time.monotonic() < end, process.said()[-3000:]
-        time.sleep(0.01)
+    _wait(process, lambda: last_step(process.workdir) > beyond)
 
 
-def until(process: Process, words: str, timeout: float = 300) -> None:
+def until(process: Process, words: str) -> None:
     """Waits until the process has said `words`. Fails if it ended before."""
-    end = time.monotonic() + timeout
-    while words not in process.said():
-        assert not process.ended(), process.said()[-3000:]
-        assert time.monotonic() < end, process.said()[-3000:]
-        time.sleep(0.01)
+    _wait(process, lambda: words in process.said())
 
 
-def saves(process: Process, step: int, timeout: float = 300) -> None:
+def saves(process: Process, step: int) -> None:
     """Waits until a checkpoint of `step` or later is there. Fails if the process ended before."""
-    end = time.monotonic() + timeout
-    while newest_step(process.workdir) < step:
-        assert not process.ended(), process.said()[-3000:]
-        assert time.monotonic() < end, process.said()[-3000:]
-        time.sleep(0.01)
+    _wait(process, lambda: newest_step(process.workdir) >= step)
 
 
 def newest_step(workdir: pathlib.Path) -> int:
