@@ -7,7 +7,7 @@ work: `config`, `plan`, `text`, `virtual_devices`, and `model(mesh)`, which read
 import dataclasses
 import pathlib
 import sys
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,27 +17,13 @@ from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
+from moe_jax.infer import published
 from moe_jax.infer.engine import Engine
 from moe_jax.infer.text import Bytes, Text
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes, with_slots
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
-
-
-@runtime_checkable
-class Model(Protocol):
-    """A model that can be served: see the head of this file."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def plan(self) -> plan_lib.Plan: ...
-    @property
-    def text(self) -> Text: ...
-    @property
-    def virtual_devices(self) -> int: ...
-    def model(self, mesh: Mesh) -> transformer.Transformer: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +102,7 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr)  # metrics.fail would ask JAX which process this is
 
 
-def engine(source: Model, mesh: Mesh) -> Engine:
+def engine(source: Source | published.Source, mesh: Mesh) -> Engine:
     """Reads the parameters, to where the source's plan wants them."""
     model = source.model(mesh)
     return Engine(source.config, mesh, model, permute.table(source.plan.placement))

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import sys
 import time
-import typing
 
 import numpy as np
 
@@ -45,7 +44,7 @@ class Request:
 def run(request: Request) -> None:
     """Checks everything, then runs. Raises `Refused` before any device work."""
     _check_flags(request)
-    source: load.Model
+    source: load.Source | published.Source
     if request.hf is not None:
         where = (request.hf, request.placement, request.dispatch, request.devices)
         source = published.find(*where)
@@ -57,7 +56,7 @@ def run(request: Request) -> None:
         source.plan.placement,
         training=False,
     )
-    source = dataclasses.replace(typing.cast(typing.Any, source), config=config)
+    source = dataclasses.replace(source, config=config)
     if request.measure and config.model.capacity_factor:
         raise Refused(
             "--measure",
