@@ -46,7 +46,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise Refused("prompt", text, f"must be UTF-8 ({error})", "convert it") from None
+            raise Refused("--prompt", text, f"must be UTF-8 ({error})", "convert it") from None
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:

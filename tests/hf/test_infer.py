@@ -47,13 +47,22 @@ def devices_are_there(monkeypatch):
     monkeypatch.setattr(mesh_lib, "initialize", lambda *_: None)
 
 
-def test_record_plan_and_run_under_the_plan(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("family", "top_k"),
+    [
+        ("olmoe", 3),
+        pytest.param("mixtral", 2, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 2, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch, capsys):
     """One way through: the routing of an imported model is planned, and its answers keep bits."""
-    family, prompts = "olmoe", ["def main(", "import os\n", "the expert", "x"]
+    prompts = ["def main(", "import os\n", "the expert", "x"]
     monkeypatch.setattr(run.data, "load_corpus", few_of(data.load_corpus))
     run.run(request(family, record=str(tmp_path / "trace.npz")))
     trace = trace_lib.load(tmp_path / "trace.npz")
-    assert (trace.num_layers, trace.top_k, trace.num_experts) == (2, 3, 8)
+    assert (trace.num_layers, trace.top_k, trace.num_experts) == (2, top_k, 8)
     assert trace.seq_len.tolist() == [64] * 4  # of the tokenizer's tokens
 
     plan = tmp_path / "plan.json"
