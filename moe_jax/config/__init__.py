@@ -8,6 +8,7 @@
     fields.py     the dataclasses
     building.py   from a ConfigDict or JSON, to JSON, the digest of a run
     rules.py      what must hold between fields
+    rope_rules.py   of rotary positions
 """
 
 from moe_jax.config.building import (
@@ -28,6 +29,7 @@ from moe_jax.config.fields import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeConfig,
     TrainConfig,
 )
 from moe_jax.config.rules import (
@@ -47,6 +49,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeConfig",
     "TrainConfig",
     "check_devices",
     "check_trainable",

@@ -63,7 +63,7 @@ def digest(config: Config) -> str:
     ):
         del plain["train"][field]
     for field in PARTS:
-        if plain["model"][field] == getattr(ModelConfig, field):
+        if getattr(config.model, field) == getattr(ModelConfig, field):
             del plain["model"][field]
     if not config.train.spike_sigma:
         del plain["train"]["spike_sigma"], plain["train"]["spike_window"]
@@ -151,6 +151,10 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def _typed(hint: Any, value: Any, field: str) -> Any:
     assert not isinstance(hint, types.UnionType), "config fields have one plain type"
+    if hint == tuple[float, ...]:
+        if not isinstance(value, list | tuple):
+            raise Refused(field, value, "must be a list of numbers", "write it as [1.0, 2.0]")
+        return tuple(_typed(float, number, f"{field}[{i}]") for i, number in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

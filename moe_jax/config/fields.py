@@ -16,6 +16,30 @@ FAILED_SAVES = ("stop", "go_on")
 ROUTER_WEIGHTS = ("normalised", "softmax")
 QK_NORMS = ("", "head", "all")
 ATTENTION_BIASES = ("", "qkv", "qkvo")
+ROPES = ("plain", "linear", "yarn", "llama3", "longrope")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions, and how they reach beyond those of pre-training (model/rope.py).
+
+    A number that is no part of the kind stays at its default.
+    """
+
+    kind: str = "plain"  # of `ROPES`
+    interleaved: bool = False  # pairs are neighbours, not values half a head apart
+    factor: float = 1.0  # by which frequencies are divided; all kinds but plain
+    original_seq_len: int = 0  # of pre-training; yarn, llama3, longrope
+    attention_factor: float = 0.0  # scale of cosine and sine, 0 = by the factor; yarn, longrope
+    beta_fast: float = 32.0  # yarn: pairs that turn more often than this are kept
+    beta_slow: float = 1.0  # and those that turn less often are divided
+    mscale: float = 0.0  # yarn: slope of the temperature of cosine and sine,
+    mscale_all_dim: float = 0.0  # and of that which moves from there to latent attention's logits
+    truncate: bool = True  # yarn: the ramp starts and ends at whole pairs
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()  # longrope: of each frequency
+    long_factor: tuple[float, ...] = ()  # in sequences longer than `original_seq_len`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +74,13 @@ class ModelConfig:
     tied_output: bool = False  # the embedding is the output projection as well
     d_ff_shared: int = 0  # width of an expert that every token visits; 0 = there is none
     shared_gate: bool = False  # its output times sigmoid(x w)
+    rope: RopeConfig = RopeConfig()
 
 
 # Fields of `ModelConfig` that came later: a model without them has the digest that it had before.
 PARTS = (
     *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
+    "rope",
 )
 
 

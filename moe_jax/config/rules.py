@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+from moe_jax.config import rope_rules
 from moe_jax.config.fields import (
     ATTENTION_BIASES,
     ATTENTIONS,
@@ -28,6 +29,7 @@ from moe_jax.errors import Refused
 def validate(config: Config) -> None:
     """Checks every rule that needs no devices and no files. Raises `Refused` at the first."""
     _validate_model(config.model)
+    rope_rules.validate(config.model.rope, config.model.d_head)
     _validate_mesh(config)
     _validate_data(config)
     _validate_training(config)

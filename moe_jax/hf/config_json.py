@@ -10,6 +10,7 @@ from moe_jax import config as config_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
+from moe_jax.hf import rope_json
 from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES, REQUIRED, Family, Key
 
 NAME = "config.json"
@@ -96,7 +97,9 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
     model["num_kv_heads"] = _value(path, plain, heads)
     width = Key("d_head", ("head_dim",), _share(model["d_model"], model["num_heads"]))
     model["d_head"] = _value(path, plain, width)
-    model["rope_theta"] = _rope_theta(path, plain)
+    turned = rope_json.read(path, plain)
+    model["rope_theta"] = turned.theta
+    model["rope"] = turned.fields | model.get("rope", {})
     dtype = plain.get("dtype", plain.get("torch_dtype"))
     if not isinstance(dtype, str | None) or dtype not in _DTYPES:
         known = ", ".join(repr(name) for name in _DTYPES if name)
@@ -124,28 +127,3 @@ def _value(path: pathlib.Path, plain: dict[str, Any], key: Key) -> Any:
         rule = f"is required (it is model.{key.field})"
         raise Refused(f"{path}: {key.names[0]}", None, rule, "download config.json again")
     return key.default
-
-
-def _rope_theta(path: pathlib.Path, plain: dict[str, Any]) -> Any:
-    """Of plain rotary positions, from either way of writing them."""
-    # since version 5 of transformers: one group, its kind under "rope_type"
-    scaling, group = plain.get("rope_scaling"), plain.get("rope_parameters")
-    for name, found in (("rope_scaling", scaling), ("rope_parameters", group)):
-        if found is None:
-            continue
-        if not isinstance(found, dict):
-            rule = 'must be an object, {"rope_type": ...}'
-            raise Refused(f"{path}: {name}", found, rule, "download config.json again")
-        kind = found.get("rope_type", found.get("type", "default"))
-        if kind != "default":
-            rule = "is a scaling of rotary positions that is not supported: must be 'default'"
-            raise Refused(f"{path}: {name}", kind, rule, "use a model without it")
-    group = group or {}
-    if (part := group.get("partial_rotary_factor")) not in (None, 1.0):
-        rule = "asks for rotary positions on a part of each head, which is not supported: must be 1"
-        raise Refused(f"{path}: rope_parameters.partial_rotary_factor", part, rule, "use another")
-    theta = group.get("rope_theta", plain.get("rope_theta"))
-    if theta is None:
-        rule = "is required, there or in rope_parameters"
-        raise Refused(f"{path}: rope_theta", None, rule, "download config.json again")
-    return theta

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.config import ModelConfig
 from moe_jax.model import parameter
+from moe_jax.model import rope as rope_lib
 from moe_jax.pytree import Leaf
 
 
@@ -33,12 +35,12 @@ class Setting:
     """What is fixed when the model is built.
 
     Attributes:
-      rope_theta: of the rotary embedding.
+      rope: how queries and keys are turned by their positions.
       norm_eps: of the norm of queries and keys.
       heads_over: mesh axes that heads are split over by `shard_map`; () = all are here.
     """
 
-    rope_theta: float
+    rope: rope_lib.Rope
     norm_eps: float = 1e-6
     heads_over: tuple[str, ...] = ()
 
@@ -126,20 +128,6 @@ def norm_heads(x_BSHQ: Float[Array, "B S H Q"], scale_Z: Any, setting: Setting) 
     return (x32_BSHQ * jax.lax.rsqrt(mean_BSZ + setting.norm_eps) * scale_BSHQ).astype(x_BSHQ.dtype)
 
 
-def rotate(
-    x_BSHQ: Float[Array, "B S H Q"], position_BS: Int[Array, "B S"], theta: float
-) -> Float[Array, "B S H Q"]:
-    """Rotary embedding (RoFormer, arXiv 2104.09864): pairs (i, i + Q/2), angle
-    position theta^(-2i/Q)."""
-    half = x_BSHQ.shape[-1] // 2
-    frequency_F = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BSF = position_BS.astype(jnp.float32)[:, :, None] * frequency_F[None, None]
-    cos, sin = jnp.cos(angle_BSF)[:, :, None], jnp.sin(angle_BSF)[:, :, None]
-    first, second = jnp.split(x_BSHQ.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BSHQ.dtype)
-
-
 def attend(
     x_BSD: Float[Array, "B S D"],
     weights: Attention | Heads,
@@ -182,8 +170,15 @@ def project(
     value_BSGQ = _heads(x_BSD, weights.value_DGQ, weights.value_bias_GQ)
     query_BSHQ = norm_heads(query_BSHQ, weights.query_norm_Z, setting)
     key_BSGQ = norm_heads(key_BSGQ, weights.key_norm_Z, setting)
-    query_BSHQ = rotate(query_BSHQ, position_BS, setting.rope_theta)
-    return query_BSHQ, rotate(key_BSGQ, position_BS, setting.rope_theta), value_BSGQ
+    query_BSHQ = rope_lib.rotate(query_BSHQ, position_BS, setting.rope)
+    return query_BSHQ, rope_lib.rotate(key_BSGQ, position_BS, setting.rope), value_BSGQ
+
+
+def setting_of(config: ModelConfig) -> Setting:
+    """That of a model's attention, all heads together."""
+    return Setting(
+        rope_lib.of_config(config.rope, config.rope_theta, config.d_head), config.norm_eps
+    )
 
 
 def _heads(x_BSD: jax.Array, weight_DHQ: Any, bias_HQ: Any) -> jax.Array:

@@ -163,7 +163,7 @@ class _Group:
 
     def __init__(self, config, setting, implementation, position_BS, decoding: bool):
         self._config, self._setting, self._decoding = config, setting, decoding
-        self._attention = attention.Setting(config.rope_theta, config.norm_eps)
+        self._attention = attention.setting_of(config)
         self._implementation = implementation
         self._batch, self._sequence = position_BS.shape
         self._position_X = position_BS.reshape(-1).astype(jnp.int32)

@@ -134,7 +134,7 @@ def build_forward(
         implementation=implementation,
     )
     eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
-    setting = attention.Setting(config.rope_theta, eps)
+    setting = attention.setting_of(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     norm = functools.partial(rms_norm, eps=eps)
     steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, setting, config.top_k)

@@ -1,7 +1,7 @@
 """Makes tests/golden/hf/: tiny random models of every family, and what transformers computes.
 
     python -m venv /tmp/reference && /tmp/reference/bin/pip install torch transformers tokenizers
-    /tmp/reference/bin/python tests/golden/make_hf.py [FAMILY ...]
+    /tmp/reference/bin/python tests/golden/make_hf.py [FAMILY ... | rope]
 
 Needs torch (on the CPU); the tests do not. For each family a folder with config.json,
 model.safetensors (bfloat16 values, computed with in float32) and tokenizer.json, as
@@ -12,6 +12,8 @@ model.safetensors (bfloat16 values, computed with in float32) and tokenizer.json
     experts_N    uint8 [S + 63, L, K]  experts of every token that was fed, best first
     rows_N       int32 [R]         positions of `logits_N`: the prompt's, and the last ones
     logits_N     float32 [R, V]
+
+tests/golden/hf_rope.json has frequencies and scales of rotary positions alone, for many settings.
 
 Seeds are tried until no choice is close: the best token leads by 1e-3 of the logits' range, and
 neighbours among the K + 1 best experts differ by 1e-4 of the router's logits' range, so that no
@@ -28,6 +30,8 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 HERE = pathlib.Path(__file__).parent / "hf"
 NEW_TOKENS, LAST = 64, 8
@@ -68,6 +72,96 @@ FAMILIES = {
         "num_experts_per_tok": 4,
     },
 }
+
+
+# Rotary positions: what config.json says of them, beside the width of a head.
+_YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+_FACTORS = np.linspace(1, 30, 48).round(3).tolist()
+ROPES = {
+    "plain": (128, {"rope_type": "default", "rope_theta": 1e6}),
+    "plain of 96": (96, {"rope_type": "default", "rope_theta": 1e4}),
+    "linear": (64, {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}),
+    "yarn": (128, {**_YARN, "rope_theta": 1e6, "factor": 4.0}),
+    "yarn of DeepSeek-V3": (
+        64,
+        {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1},
+    ),
+    "yarn with two slopes": (64, {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.4}),
+    "yarn with one slope": (64, {**_YARN, "mscale": 0.707}),
+    "yarn with a scale": (64, {**_YARN, "attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2}),
+    "yarn of gpt-oss": (
+        64,
+        {**_YARN, "factor": 32.0, "rope_theta": 150000.0, "truncate": False},
+    ),
+    "yarn of few positions": (16, {**_YARN, "original_max_position_embeddings": 16}),
+    "yarn by the positions": (64, {**_YARN, "factor": None}),
+    "llama3": (
+        128,
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "longrope": (
+        96,
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 24 + _FACTORS[:24],
+            "long_factor": _FACTORS,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    "longrope with a factor": (
+        16,
+        {
+            "rope_type": "longrope",
+            "factor": 8.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
+POSITIONS = 131072
+
+
+def make_ropes() -> None:
+    """Frequencies of transformers' own functions."""
+    made = {}
+    for name, (width, group) in ROPES.items():
+        group = {"rope_theta": 1e4, **group}
+        config = transformers.LlamaConfig(
+            hidden_size=2 * width,
+            num_attention_heads=2,
+            head_dim=width,
+            max_position_embeddings=POSITIONS,
+            rope_parameters=dict(group),
+        )
+        kind = group["rope_type"]
+        if kind == "default":
+            find = lambda config, device, seq_len: (  # noqa: E731
+                LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+            )
+        else:
+            find = ROPE_INIT_FUNCTIONS[kind]
+        frequency_F, scale = find(config, None, seq_len=1)
+        long_F, _ = find(config, None, seq_len=POSITIONS)
+        made[name] = {
+            "config": {"max_position_embeddings": POSITIONS, "rope_parameters": group},
+            "width": width,
+            "frequency": frequency_F.tolist(),
+            "long_frequency": long_F.tolist(),
+            "scale": float(scale),
+        }
+    path = HERE.parent / "hf_rope.json"
+    path.write_text(
+        json.dumps(made, indent=None, separators=(",", ":")).replace("},", "},\n") + "\n"
+    )
+    print(f"{path.name}: {len(made)} settings, {path.stat().st_size:,} bytes")
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
@@ -165,5 +259,5 @@ def make(family: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or FAMILIES:
-        make(name)
+    for name in sys.argv[1:] or (*FAMILIES, "rope"):
+        make_ropes() if name == "rope" else make(name)

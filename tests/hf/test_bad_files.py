@@ -232,6 +232,7 @@ def test_pickles_are_never_opened(tmp_path):
 # --- config.json -------------------------------------------------------------------------------
 
 SCALED = {"type": "yarn", "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 CONFIGS = [
     ("mixtral", {"model_type": "mixtrl"}, "model_type", "did you mean 'mixtral'"),
     ("mixtral", {"model_type": None}, "model_type", "must be one of"),
@@ -246,8 +247,15 @@ CONFIGS = [
      "quantised weights"),
     ("mixtral", {"dtype": ["x"]}, "dtype", "convert the checkpoint"),
     ("mixtral", {"dtype": "float8"}, "dtype", "convert the checkpoint"),
-    ("mixtral", {"rope_scaling": SCALED}, "rope_scaling", "'yarn'"),
-    ("mixtral", {"rope_parameters": {**SCALED, "rope_theta": 1e4}}, "rope_parameters", "'yarn'"),
+    ("mixtral", {"rope_scaling": SCALED}, "rope_parameters.rope_type", "is 'yarn' elsewhere"),
+    ("mixtral", {"rope_parameters": DYNAMIC}, "rope_parameters.rope_type", "'dynamic'"),
+    ("mixtral", {"rope_parameters": None, "rope_scaling": DYNAMIC}, "rope_scaling", "'dynamic'"),
+    ("mixtral", {"rope_parameters": {**SCALED, "mrope_section": [2]}}, "mrope_section", "ignored"),
+    ("mixtral", {"rope_parameters": {**SCALED, "factor": 0.5}, "rope_theta": 1e4},
+     "model.rope.factor", "at least 1"),
+    ("mixtral", {"rope_parameters": {**SCALED, "type": "longrope", "short_mscale": 1.2,
+                                     "long_mscale": 1.3, "rope_theta": 1e4}},
+     "short_mscale", "the same number"),
     ("mixtral", {"rope_parameters": {}, "rope_theta": None}, "rope_theta", "is required"),
     ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "a part of each head"),
     ("mixtral", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},

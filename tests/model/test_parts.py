@@ -14,7 +14,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.model import attention, coherent, parameter, router, shared, transformer
+from moe_jax.model import attention, coherent, parameter, rope, router, shared, transformer
 from tests import tiny
 from tests.model.test_transformer import numpy_attention
 
@@ -56,7 +56,7 @@ def test_projections_equal_numpy(qk_norm, axes):
         )
     )
     x_BSD = np.random.default_rng(0).normal(size=(2, 1, 16))
-    setting = attention.Setting(rope_theta=100.0, norm_eps=1e-2)
+    setting = attention.Setting(rope.plain(100.0, 4), norm_eps=1e-2)
     at_0 = jnp.zeros((2, 1), jnp.int32)  # where positions turn nothing
     actual = attention.project(jnp.asarray(x_BSD, jnp.float32), weights, at_0, setting)
     values = {name: np.asarray(w, np.float64) for name, w in attention.parameters(weights).items()}
@@ -84,7 +84,7 @@ def test_no_part_is_there_by_default():
     x_BSD = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
     position_BS = jnp.arange(3)[None]
     actual_BSD, _ = attention.attend(
-        jnp.asarray(x_BSD), weights, position_BS, attention.Setting(50.0), None
+        jnp.asarray(x_BSD), weights, position_BS, attention.Setting(rope.plain(50.0, 4)), None
     )
     expected_BSD = numpy_attention(x_BSD.astype(np.float64), parts, 50.0)
     np.testing.assert_allclose(actual_BSD, expected_BSD, rtol=0, atol=3e-6)

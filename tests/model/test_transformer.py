@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import permute
-from moe_jax.model import attention, router, transformer
+from moe_jax.model import attention, rope, router, transformer
 from tests import tiny
 
 
@@ -45,7 +45,7 @@ def test_attention_equals_numpy():
     x_BSD = np.random.default_rng(0).normal(size=(2, 9, 16)).astype(np.float32)
     position_BS = jnp.broadcast_to(jnp.arange(9)[None], (2, 9))
     actual_BSD, _ = attention.attend(
-        jnp.asarray(x_BSD), weights, position_BS, attention.Setting(100.0), None
+        jnp.asarray(x_BSD), weights, position_BS, attention.Setting(rope.plain(100.0, 4)), None
     )
     parts = (weights.query_DHQ, weights.key_DGQ, weights.value_DGQ, weights.output_HQD)
     expected_BSD = numpy_attention(x_BSD.astype(np.float64), parts, 100.0)
