@@ -28,6 +28,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from moe_jax.kernels.activation import Activation
+
 
 class _Sizes(NamedTuple):
     """Rows of a tile: `whole` ones, and the choices for the first of a group, ascending.
@@ -106,21 +108,27 @@ def _rotate(x_TD: Array, shift: Array) -> Array:
 
 def _for_each_tile(
     group_sizes_G: Array,
-    weights: Sequence[Array],
+    weights: Sequence[Array | None],
     buffers: Any,
     visit: Callable[[Any, Any, "_Tile"], Any],
     num_rows: int,
 ) -> Any:
-    """Runs `buffers = visit(buffers, weights of the group, tile)` over all tiles of all groups."""
+    """Runs `buffers = visit(buffers, weights of the group, tile)` over all tiles of all groups.
+
+    The first weight decides on the sizes of tiles; one that is None is not there.
+    """
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), num_rows)
     starts_G = jnp.concatenate([jnp.zeros_like(ends_G[:1]), ends_G[:-1]])
     occupied_G = ends_G > starts_G
+    assert weights[0] is not None
     sizes = _sizes_of(weights[0])
     (groups_G,) = jnp.nonzero(occupied_G, size=occupied_G.shape[0], fill_value=0)
 
     def group_body(visited: Array, buffers: Any) -> Any:
         group = groups_G[visited]
-        group_weights = [_f32(lax.dynamic_index_in_dim(w, group, keepdims=False)) for w in weights]
+        group_weights = jax.tree.map(
+            lambda w: _f32(lax.dynamic_index_in_dim(w, group, keepdims=False)), list(weights)
+        )
         for size, first, times, real in _cut(sizes, starts_G[group], ends_G[group], num_rows):
 
             def tile_body(i, buffers, size=size, first=first, real=real):
@@ -173,16 +181,16 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
-def _zero_grads(x_ND: Array, weights: Sequence[Array]) -> tuple[Array, ...]:
+def _zero_grads(x_ND: Array, weights: Sequence[Array | None]) -> tuple[Any, ...]:
     """Buffers for dx and every dw; a dw adds up in float32."""
-    dw = (_zeros(w.shape, jnp.float32, x_ND) for w in weights)
+    dw = jax.tree.map(lambda w: _zeros(w.shape, jnp.float32, x_ND), tuple(weights))
     return _zeros(x_ND.shape, x_ND.dtype, x_ND), *dw
 
 
-def _as_cotangents(grads: tuple[Array, ...], weights: Sequence[Array]) -> tuple[Any, ...]:
+def _as_cotangents(grads: tuple[Any, ...], weights: Sequence[Array | None]) -> tuple[Any, ...]:
     """(dx, dw ...) in the dtypes of their arguments; group sizes have no gradient."""
     dx_ND, *dw = grads
-    return dx_ND, *(g.astype(w.dtype) for g, w in zip(dw, weights, strict=True)), None
+    return dx_ND, *jax.tree.map(lambda w, g: g.astype(w.dtype), list(weights), dw), None
 
 
 def _dot(x_TD: Array, w_DF: Array) -> Array:
@@ -206,15 +214,14 @@ def _with_room(x_ND: Array, w_GDF: Array) -> Array:
     return jnp.pad(x_ND, ((0, missing), (0, 0))) if missing else x_ND
 
 
-def _swiglu_tile(gate_TF: Array, up_TF: Array) -> Array:
-    return gate_TF * lax.logistic(gate_TF) * up_TF
+def _affine(x_TD: Array, w_DF: Array, bias_F: Array | None) -> Array:
+    """x @ w + bias"""
+    return _dot(x_TD, w_DF) if bias_F is None else _dot(x_TD, w_DF) + bias_F[None]
 
 
-def _swiglu_tile_bwd(gate_TF: Array, up_TF: Array, dh_TF: Array) -> tuple[Array, Array]:
-    sigmoid_TF = lax.logistic(gate_TF)
-    silu_TF = gate_TF * sigmoid_TF
-    dgate_TF = dh_TF * up_TF * (sigmoid_TF + silu_TF * (1.0 - sigmoid_TF))
-    return dgate_TF, dh_TF * silu_TF
+def _add_rows(tile: _Tile, dbias_GF: Array | None, dy_TF: Array) -> Array | None:
+    """The gradient of a bias, where there is one: the sum over the rows that it was added to."""
+    return None if dbias_GF is None else tile.add(dbias_GF, jnp.sum(dy_TF, axis=0))
 
 
 # --- x @ w -----------------------------------------------------------------------------------
@@ -257,42 +264,55 @@ _matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0,))
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-# --- silu(x @ w_gate) * (x @ w_up) -----------------------------------------------------------
+# --- activation(x @ w_gate + bias, x @ w_up + bias) -------------------------------------------
 
 
-def swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, group_sizes_G: Array) -> Array:
-    h_NF = _swiglu(_with_room(x_ND, w_gate_GDF), w_gate_GDF, w_up_GDF, group_sizes_G)
+def swiglu(
+    x_ND: Array,
+    w_gate_GDF: Array,
+    w_up_GDF: Array,
+    group_sizes_G: Array,
+    activation: Activation,
+    bias_gate_GF: Array | None = None,
+    bias_up_GF: Array | None = None,
+) -> Array:
+    weights = w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF
+    h_NF = _swiglu(activation, _with_room(x_ND, w_gate_GDF), *weights, group_sizes_G)
     return h_NF[: x_ND.shape[0]]
 
 
-def _swiglu_impl(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G):
+def _swiglu_impl(activation, x_ND, w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF, group_sizes_G):
     def visit(h_NF, weights, tile):
-        w_gate_DF, w_up_DF = weights
+        w_gate_DF, w_up_DF, bias_gate_F, bias_up_F = weights
         x_TD = tile.read(x_ND)
-        return tile.write(h_NF, _swiglu_tile(_dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF)))
+        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
+        return tile.write(h_NF, activation.value(gate_TF, up_TF))
 
     num_rows = x_ND.shape[0]
+    weights = (w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF)
     h_NF = _zeros((num_rows, w_gate_GDF.shape[2]), x_ND.dtype, x_ND)
-    return _for_each_tile(group_sizes_G, (w_gate_GDF, w_up_GDF), h_NF, visit, num_rows)
+    return _for_each_tile(group_sizes_G, weights, h_NF, visit, num_rows)
 
 
-def _swiglu_fwd(*args):
-    return _swiglu_impl(*args), args
+def _swiglu_fwd(activation, *args):
+    return _swiglu_impl(activation, *args), args
 
 
-def _swiglu_bwd(saved, dh_NF):
+def _swiglu_bwd(activation, saved, dh_NF):
     x_ND, *weights, group_sizes_G = saved
 
     def visit(grads, weights, tile):
-        w_gate_DF, w_up_DF = weights
-        dx_ND, dw_gate_GDF, dw_up_GDF = grads
+        w_gate_DF, w_up_DF, bias_gate_F, bias_up_F = weights
+        dx_ND, dw_gate_GDF, dw_up_GDF, dbias_gate_GF, dbias_up_GF = grads
         x_TD, dh_TF = tile.read(x_ND), tile.read(dh_NF)
-        gate_TF, up_TF = _dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF)
-        dgate_TF, dup_TF = _swiglu_tile_bwd(gate_TF, up_TF, dh_TF)
+        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
+        dgate_TF, dup_TF = activation.gradient(gate_TF, up_TF, dh_TF)
         return (
             tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF)),
             tile.add(dw_gate_GDF, _dot_xt(x_TD, dgate_TF)),
             tile.add(dw_up_GDF, _dot_xt(x_TD, dup_TF)),
+            _add_rows(tile, dbias_gate_GF, dgate_TF),
+            _add_rows(tile, dbias_up_GF, dup_TF),
         )
 
     grads = _zero_grads(x_ND, weights)
@@ -300,7 +320,7 @@ def _swiglu_bwd(saved, dh_NF):
     return _as_cotangents(grads, weights)
 
 
-_swiglu = jax.custom_vjp(_swiglu_impl)
+_swiglu = jax.custom_vjp(_swiglu_impl, nondiff_argnums=(0,))
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
@@ -313,52 +333,63 @@ def ffn(
     w_up_GDF: Array,
     w_down_GFD: Array,
     group_sizes_G: Array,
+    activation: Activation,
+    bias_gate_GF: Array | None = None,
+    bias_up_GF: Array | None = None,
+    bias_down_GD: Array | None = None,
     row_weight_N: Array | None = None,
 ) -> Array:
     weight_N1 = None if row_weight_N is None else _with_room(row_weight_N[:, None], w_gate_GDF)
-    weights = w_gate_GDF, w_up_GDF, w_down_GFD
-    y_ND = _ffn(_with_room(x_ND, w_gate_GDF), *weights, group_sizes_G, weight_N1)
+    weights = w_gate_GDF, w_up_GDF, w_down_GFD, bias_gate_GF, bias_up_GF, bias_down_GD
+    y_ND = _ffn(activation, _with_room(x_ND, w_gate_GDF), *weights, group_sizes_G, weight_N1)
     return y_ND[: x_ND.shape[0]]
 
 
-def _ffn_impl(x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G, weight_N1):
+def _ffn_impl(activation, x_ND, *rest):
+    *weights, group_sizes_G, weight_N1 = rest
+
     def visit(y_ND, weights, tile):
-        w_gate_DF, w_up_DF, w_down_FD = weights
+        w_gate_DF, w_up_DF, w_down_FD, bias_gate_F, bias_up_F, bias_down_D = weights
         x_TD = tile.read(x_ND)
-        h_TF = _swiglu_tile(_dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF))
-        y_TD = _dot(h_TF, w_down_FD)
+        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
+        y_TD = _affine(activation.value(gate_TF, up_TF), w_down_FD, bias_down_D)
         return tile.write(y_ND, y_TD if weight_N1 is None else y_TD * tile.read(weight_N1))
 
-    weights = (w_gate_GDF, w_up_GDF, w_down_GFD)
     y_ND = _zeros(x_ND.shape, x_ND.dtype, x_ND)
     return _for_each_tile(group_sizes_G, weights, y_ND, visit, x_ND.shape[0])
 
 
-def _ffn_fwd(*args):
-    return _ffn_impl(*args), args
+def _ffn_fwd(activation, *args):
+    return _ffn_impl(activation, *args), args
 
 
-def _ffn_bwd(saved, dy_ND):
+def _ffn_bwd(activation, saved, dy_ND):
     x_ND, *weights, group_sizes_G, weight_N1 = saved
 
     def visit(buffers, weights, tile):
-        w_gate_DF, w_up_DF, w_down_FD = weights
-        (dx_ND, dw_gate_GDF, dw_up_GDF, dw_down_GFD), dweight_N1 = buffers
+        w_gate_DF, w_up_DF, w_down_FD, bias_gate_F, bias_up_F, bias_down_D = weights
+        (dx_ND, *dw, dbias_gate_GF, dbias_up_GF, dbias_down_GD), dweight_N1 = buffers
+        dw_gate_GDF, dw_up_GDF, dw_down_GFD = dw
         x_TD, dy_TD = tile.read(x_ND), tile.read(dy_ND)
-        gate_TF, up_TF = _dot(x_TD, w_gate_DF), _dot(x_TD, w_up_DF)
-        h_TF, dh_TF = _swiglu_tile(gate_TF, up_TF), _dot_wt(dy_TD, w_down_FD)
+        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
+        h_TF, dh_TF = activation.value(gate_TF, up_TF), _dot_wt(dy_TD, w_down_FD)
         if weight_N1 is not None:
             # dy . (h @ w_down) = (dy @ w_down^T) . h: y need not be computed again
             dweight_T1 = jnp.sum(dh_TF * h_TF, axis=1, keepdims=True)
+            if bias_down_D is not None:
+                dweight_T1 += jnp.sum(dy_TD * bias_down_D[None], axis=1, keepdims=True)
             dweight_N1 = tile.write(dweight_N1, dweight_T1)
             weight_T1 = tile.read(weight_N1)
             dh_TF, dy_TD = dh_TF * weight_T1, dy_TD * weight_T1
-        dgate_TF, dup_TF = _swiglu_tile_bwd(gate_TF, up_TF, dh_TF)
+        dgate_TF, dup_TF = activation.gradient(gate_TF, up_TF, dh_TF)
         grads = (
             tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF)),
             tile.add(dw_gate_GDF, _dot_xt(x_TD, dgate_TF)),
             tile.add(dw_up_GDF, _dot_xt(x_TD, dup_TF)),
             tile.add(dw_down_GFD, _dot_xt(h_TF, dy_TD)),
+            _add_rows(tile, dbias_gate_GF, dgate_TF),
+            _add_rows(tile, dbias_up_GF, dup_TF),
+            _add_rows(tile, dbias_down_GD, dy_TD),
         )
         return grads, dweight_N1
 
@@ -368,5 +399,5 @@ def _ffn_bwd(saved, dy_ND):
     return *_as_cotangents(grads, weights), dweight_N1
 
 
-_ffn = jax.custom_vjp(_ffn_impl)
+_ffn = jax.custom_vjp(_ffn_impl, nondiff_argnums=(0,))
 _ffn.defvjp(_ffn_fwd, _ffn_bwd)

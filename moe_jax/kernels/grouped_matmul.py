@@ -13,7 +13,7 @@ implementation; each implementation is a module with differentiable `matmul`, `s
 
 import importlib
 from types import ModuleType
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from moe_jax.errors import Refused
+from moe_jax.kernels.activation import ACTIVATIONS, Activation
 
 IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu", "pallas_tpu_interpret")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -53,13 +54,26 @@ def grouped_swiglu(
     w_up_GDF: Float[Array, "G D F"],
     group_sizes_G: Int[Array, "G"],
     *,
+    bias_gate_GF: Float[Array, "G F"] | None = None,
+    bias_up_GF: Float[Array, "G F"] | None = None,
+    activation: str = "swiglu",
     implementation: str | None = None,
 ) -> Float[Array, "N F"]:
-    """h[n] = silu(x[n] @ w_gate[g]) * (x[n] @ w_up[g]), g the group of n."""
+    """h[n] = silu(gate) * up with gate = x[n] @ w_gate[g] + bias_gate[g], up alike, g n's group.
+
+    Args:
+      bias_gate_GF, bias_up_GF: added in float32; differentiable; None = there is none.
+      activation: a name in `activation.ACTIVATIONS`: what is made of gate and up.
+    """
     weights = {"w_gate_GDF": (w_gate_GDF, "D"), "w_up_GDF": (w_up_GDF, "D")}
     _check(x_ND, weights, group_sizes_G)
-    args = _aligned(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G)
-    return _choose(implementation).swiglu(*args)
+    biases = {"bias_gate_GF": bias_gate_GF, "bias_up_GF": bias_up_GF}
+    _check_biases(biases, {"F": w_gate_GDF.shape[2]}, group_sizes_G.shape[0])
+    args = x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, *biases.values()
+    x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, *aligned = _aligned(*args)
+    return _choose(implementation).swiglu(
+        x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, _activation(activation), *aligned
+    )
 
 
 @no_type_check  # `_check` refuses the same in words that name the fix
@@ -70,12 +84,17 @@ def grouped_ffn(
     w_down_GFD: Float[Array, "G F D"],
     group_sizes_G: Int[Array, "G"],
     *,
+    bias_gate_GF: Float[Array, "G F"] | None = None,
+    bias_up_GF: Float[Array, "G F"] | None = None,
+    bias_down_GD: Float[Array, "G D"] | None = None,
+    activation: str = "swiglu",
     row_weight_N: Float[Array, "N"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "N D"]:
-    """A whole expert: y[n] = (swiglu(x[n]) @ w_down[g]) * row_weight[n].
+    """A whole expert: y[n] = (swiglu(x[n]) @ w_down[g] + bias_down[g]) * row_weight[n].
 
     Args:
+      bias_gate_GF, bias_up_GF, bias_down_GD, activation: as of `grouped_swiglu`.
       row_weight_N: what the router gave each row, by default 1; multiplied in float32 before the
         result is rounded. Differentiable; it may hold anything in unused rows.
     """
@@ -85,11 +104,19 @@ def grouped_ffn(
         "w_down_GFD": (w_down_GFD, "F"),
     }
     _check(x_ND, weights, group_sizes_G)
-    args = [x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G]
+    biases = {
+        "bias_gate_GF": bias_gate_GF,
+        "bias_up_GF": bias_up_GF,
+        "bias_down_GD": bias_down_GD,
+    }
+    sizes = {"F": w_gate_GDF.shape[2], "D": x_ND.shape[1]}
+    _check_biases(biases, sizes, group_sizes_G.shape[0])
     if row_weight_N is not None:
         _check_row_weight(row_weight_N, x_ND.shape[0])
-        args.append(row_weight_N)
-    return _choose(implementation).ffn(*_aligned(*args))
+    args = x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G, *biases.values(), row_weight_N
+    *arrays, bias_gate_GF, bias_up_GF, bias_down_GD, row_weight_N = _aligned(*args)
+    biases_of = bias_gate_GF, bias_up_GF, bias_down_GD
+    return _choose(implementation).ffn(*arrays, _activation(activation), *biases_of, row_weight_N)
 
 
 def default_implementation(platform: str | None = None) -> str:
@@ -121,17 +148,24 @@ def _choose(implementation: str | None) -> ModuleType:
     return importlib.import_module(f"moe_jax.kernels.{name}")
 
 
-def _aligned(*arrays: Array) -> list[Array]:
-    """All arrays varying over the union of their mesh axes.
+def _activation(name: str) -> Activation:
+    if name not in ACTIVATIONS:
+        rule = f"must be one of {', '.join(ACTIVATIONS)}"
+        raise Refused("activation", name, rule, "Pass one of these")
+    return ACTIVATIONS[name]
+
+
+def _aligned(*arrays: Array | None) -> list[Any]:
+    """All arrays varying over the union of their mesh axes; None stays None.
 
     Done outside the custom derivatives, so that JAX sums the gradient of a weight that was the
     same on several devices by itself.
     """
-    axes = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    union = frozenset().union(*axes)
+    of = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
+    union = frozenset().union(*(of(a) for a in arrays if a is not None))
     return [
-        lax.pcast(a, tuple(union - have), to="varying") if union - have else a
-        for a, have in zip(arrays, axes, strict=True)
+        a if a is None or not union - of(a) else lax.pcast(a, tuple(union - of(a)), to="varying")
+        for a in arrays
     ]
 
 
@@ -185,6 +219,19 @@ def _check_dtype(name: str, dtype: np.dtype) -> None:
             f"must be one of {', '.join(_DTYPES)}",
             "Cast it first",
         )
+
+
+def _check_biases(biases: dict[str, Array | None], sizes: dict[str, int], num_groups: int) -> None:
+    """A bias may be wider than x: it is added in float32. `sizes` are those of F and D."""
+    for name, bias in biases.items():
+        if bias is None:
+            continue
+        _check_rank(name, bias, 2)
+        _check_dtype(f"{name}.dtype", bias.dtype)
+        expected = (num_groups, sizes[name[-1]])
+        if bias.shape != expected:
+            rule = f"must be {expected}, one bias for each group and column"
+            raise Refused(f"{name}.shape", bias.shape, rule, f"Pass {name} of that shape")
 
 
 def _check_row_weight(row_weight_N: Array, num_rows: int) -> None:

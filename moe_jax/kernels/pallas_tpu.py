@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from moe_jax.errors import Refused
+from moe_jax.kernels.activation import Activation
 
 _TILE_ROWS = 128
 _LANES = 128
@@ -54,13 +55,17 @@ def swiglu(
     w_gate_GDF: Array,
     w_up_GDF: Array,
     group_sizes_G: Array,
+    activation: Activation,
+    bias_gate_GF: Array | None = None,
+    bias_up_GF: Array | None = None,
     *,
     interpret: bool = False,
 ) -> Array:
     """Two grouped matmuls and XLA's own fusion of the activation: x is read twice."""
-    dot = functools.partial(matmul, out_dtype=x_ND.dtype, interpret=interpret)
-    gate_NF = dot(x_ND, w_gate_GDF, group_sizes_G)
-    return jax.nn.silu(gate_NF) * dot(x_ND, w_up_GDF, group_sizes_G)
+    affine = functools.partial(_affine, out_dtype=x_ND.dtype, interpret=interpret)
+    gate_NF = affine(x_ND, w_gate_GDF, bias_gate_GF, group_sizes_G)
+    h_NF = activation.value(gate_NF, affine(x_ND, w_up_GDF, bias_up_GF, group_sizes_G))
+    return h_NF.astype(x_ND.dtype)
 
 
 def ffn(
@@ -69,18 +74,50 @@ def ffn(
     w_up_GDF: Array,
     w_down_GFD: Array,
     group_sizes_G: Array,
+    activation: Activation,
+    bias_gate_GF: Array | None = None,
+    bias_up_GF: Array | None = None,
+    bias_down_GD: Array | None = None,
     row_weight_N: Array | None = None,
     *,
     interpret: bool = False,
 ) -> Array:
-    h_NF = swiglu(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, interpret=interpret)
+    gate_up = w_gate_GDF, w_up_GDF, group_sizes_G, activation, bias_gate_GF, bias_up_GF
+    h_NF = swiglu(x_ND, *gate_up, interpret=interpret)
+    affine = functools.partial(_affine, h_NF, w_down_GFD, bias_down_GD, group_sizes_G)
     if row_weight_N is None:
-        return matmul(h_NF, w_down_GFD, group_sizes_G, x_ND.dtype, interpret=interpret)
-    y_ND = matmul(h_NF, w_down_GFD, group_sizes_G, jnp.float32, interpret=interpret)
-    used_N = jnp.arange(x_ND.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes_G)
+        return affine(out_dtype=x_ND.dtype, interpret=interpret).astype(x_ND.dtype)
+    y_ND = affine(out_dtype=jnp.float32, interpret=interpret)
     # Unused rows may hold anything, and 0 x NaN is NaN.
+    used_N = _used(group_sizes_G, x_ND.shape[0])
     weight_N = jnp.where(used_N, row_weight_N.astype(jnp.float32), 0.0)
     return (y_ND * weight_N[:, None]).astype(x_ND.dtype)
+
+
+def _affine(
+    x_ND: Array,
+    w_GDF: Array,
+    bias_GF: Array | None,
+    group_sizes_G: Array,
+    *,
+    out_dtype: DTypeLike,
+    interpret: bool,
+) -> Array:
+    """x @ w, or x @ w + bias in float32 on the rows of groups alone; outside the kernel."""
+    if bias_GF is None:
+        return matmul(x_ND, w_GDF, group_sizes_G, out_dtype, interpret=interpret)
+    num_rows, num_groups = x_ND.shape[0], group_sizes_G.shape[0]
+    y_NF = matmul(x_ND, w_GDF, group_sizes_G, jnp.float32, interpret=interpret)
+    row_N1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    ended_NG = jnp.cumsum(group_sizes_G)[None] <= row_N1
+    group_N = jnp.minimum(ended_NG.sum(axis=1, dtype=jnp.int32), num_groups - 1)
+    bias_NF = bias_GF.astype(jnp.float32)[group_N]
+    return jnp.where(_used(group_sizes_G, num_rows)[:, None], y_NF + bias_NF, 0.0)
+
+
+def _used(group_sizes_G: Array, num_rows: int) -> Array:
+    """bool [N]: rows of some group."""
+    return jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes_G)
 
 
 def _matmul_impl(out_dtype, interpret, x_ND, w_GDF, group_sizes_G):

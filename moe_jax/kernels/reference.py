@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from moe_jax.kernels.activation import Activation
+
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -19,9 +21,18 @@ def matmul(x_ND: Array, w_GDF: Array, group_sizes_G: Array, out_dtype: DTypeLike
     return _only_used(_matmul(x_ND, w_GDF, mask_GN), mask_GN).astype(out_dtype)
 
 
-def swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, group_sizes_G: Array) -> Array:
+def swiglu(
+    x_ND: Array,
+    w_gate_GDF: Array,
+    w_up_GDF: Array,
+    group_sizes_G: Array,
+    activation: Activation,
+    bias_gate_GF: Array | None = None,
+    bias_up_GF: Array | None = None,
+) -> Array:
     mask_GN = _membership(group_sizes_G, x_ND.shape[0])
-    h_NF = _swiglu(x_ND, w_gate_GDF, w_up_GDF, mask_GN)
+    gate_NF = _affine(x_ND, w_gate_GDF, bias_gate_GF, mask_GN)
+    h_NF = activation.value(gate_NF, _affine(x_ND, w_up_GDF, bias_up_GF, mask_GN))
     return _only_used(h_NF, mask_GN).astype(x_ND.dtype)
 
 
@@ -31,11 +42,16 @@ def ffn(
     w_up_GDF: Array,
     w_down_GFD: Array,
     group_sizes_G: Array,
+    activation: Activation,
+    bias_gate_GF: Array | None = None,
+    bias_up_GF: Array | None = None,
+    bias_down_GD: Array | None = None,
     row_weight_N: Array | None = None,
 ) -> Array:
     mask_GN = _membership(group_sizes_G, x_ND.shape[0])
-    h_NF = _swiglu(x_ND, w_gate_GDF, w_up_GDF, mask_GN)
-    y_ND = _only_used(_matmul(h_NF, w_down_GFD, mask_GN), mask_GN)
+    gate_NF = _affine(x_ND, w_gate_GDF, bias_gate_GF, mask_GN)
+    h_NF = activation.value(gate_NF, _affine(x_ND, w_up_GDF, bias_up_GF, mask_GN))
+    y_ND = _only_used(_affine(h_NF, w_down_GFD, bias_down_GD, mask_GN), mask_GN)
     if row_weight_N is not None:
         y_ND *= _only_used(row_weight_N.astype(jnp.float32)[:, None], mask_GN)
     return y_ND.astype(x_ND.dtype)
@@ -62,6 +78,9 @@ def _matmul(x_ND: Array, w_GDF: Array, mask_GN: Array) -> Array:
     return jnp.where(mask_GN1, y_GNF, 0.0).sum(axis=0)
 
 
-def _swiglu(x_ND: Array, w_gate_GDF: Array, w_up_GDF: Array, mask_GN: Array) -> Array:
-    gate_NF = _matmul(x_ND, w_gate_GDF, mask_GN)
-    return gate_NF * jax.nn.sigmoid(gate_NF) * _matmul(x_ND, w_up_GDF, mask_GN)
+def _affine(x_ND: Array, w_GDF: Array, bias_GF: Array | None, mask_GN: Array) -> Array:
+    y_NF = _matmul(x_ND, w_GDF, mask_GN)
+    if bias_GF is None:
+        return y_NF
+    bias_G1F = bias_GF.astype(jnp.float32)[:, None]
+    return y_NF + jnp.where(mask_GN[:, :, None], bias_G1F, 0.0).sum(axis=0)
