@@ -14,6 +14,8 @@ ATTENTIONS = ("split", "replicated")
 REMATS = ("none", "layer")
 FAILED_SAVES = ("stop", "go_on")
 ROUTER_WEIGHTS = ("normalised", "softmax")
+ROUTER_SCORES = ("softmax", "sigmoid")
+GROUP_SCORES = ("", "max", "top2")
 QK_NORMS = ("", "head", "all")
 ATTENTION_BIASES = ("", "qkv", "qkvo")
 ROPES = ("plain", "linear", "yarn", "llama3", "longrope")
@@ -69,6 +71,12 @@ class ModelConfig:
     z_loss_coef: float = 0.001
     # What published families differ in (moe_jax/hf); names in `PARTS`.
     router_weights: str = "normalised"  # of the chosen: scaled to sum 1; "softmax": as they are
+    router_scores: str = "softmax"  # over all experts, or the "sigmoid" of each
+    router_scale: float = 1.0  # of the weights
+    router_groups: int = 1  # of E / groups neighbours each, of which a token chooses among the
+    router_top_groups: int = 1  # best so many,
+    router_group_scores: str = ""  # by their best expert, "max", or two, "top2"; "" = all groups
+    router_correction: bool = False  # a number of each expert is added for the choice alone
     qk_norm: str = ""  # RMS norm of queries and keys: of each "head", or over "all" heads together
     attention_bias: str = ""  # of projections: "qkv", or the output's too, "qkvo"
     tied_output: bool = False  # the embedding is the output projection as well
@@ -80,7 +88,8 @@ class ModelConfig:
 # Fields of `ModelConfig` that came later: a model without them has the digest that it had before.
 PARTS = (
     *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
-    "rope",
+    *("rope", "router_scores", "router_scale", "router_groups", "router_top_groups"),
+    *("router_group_scores", "router_correction"),
 )
 
 

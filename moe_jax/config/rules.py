@@ -13,11 +13,13 @@ from moe_jax.config.fields import (
     DISPATCHES,
     DTYPES,
     FAILED_SAVES,
+    GROUP_SCORES,
     INFERENCE_ONLY,
     MESH_AXES,
     OVERLAP_DEGREES,
     QK_NORMS,
     REMATS,
+    ROUTER_SCORES,
     ROUTER_WEIGHTS,
     WIRE_DTYPES,
     Config,
@@ -87,6 +89,9 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.dtype", model.dtype, DTYPES)
     _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
     _one_of("model.router_weights", model.router_weights, ROUTER_WEIGHTS)
+    _one_of("model.router_scores", model.router_scores, ROUTER_SCORES)
+    _one_of("model.router_group_scores", model.router_group_scores, GROUP_SCORES)
+    _validate_groups(model)
     _one_of("model.qk_norm", model.qk_norm, QK_NORMS)
     _one_of("model.attention_bias", model.attention_bias, ATTENTION_BIASES)
     if model.shared_gate and not model.d_ff_shared:
@@ -113,6 +118,33 @@ def _validate_model(model: ModelConfig) -> None:
             f"must be one of {', '.join(map(str, OVERLAP_DEGREES))}",
             f"nearest: {nearest}",
         )
+
+
+def _validate_groups(model: ModelConfig) -> None:
+    """Of experts, that routing chooses among."""
+    names = ("router_scale", "router_groups", "router_top_groups")
+    _positive(model, "model", names)
+    groups, best = model.router_groups, model.router_top_groups
+    if not model.router_group_scores:
+        for name in names[1:]:
+            if (value := getattr(model, name)) != 1:
+                rule = "needs model.router_group_scores: without it tokens choose among all experts"
+                raise Refused(f"model.{name}", value, rule, "set it to 'max' or 'top2', or use 1")
+        return
+    if model.num_experts % groups:
+        rule = f"must divide model.num_experts = {model.num_experts}"
+        nearest = _nearest_divisors(groups, model.num_experts)
+        raise Refused("model.router_groups", groups, rule, f"nearest: {nearest}")
+    each = model.num_experts // groups
+    if best > groups:
+        rule = f"must be at most model.router_groups = {groups}"
+        raise Refused("model.router_top_groups", best, rule, f"choose 1 to {groups}")
+    if model.top_k > best * each:
+        rule = f"must be at most the {best} x {each} experts of a token's groups"
+        raise Refused("model.top_k", model.top_k, rule, "raise model.router_top_groups")
+    if model.router_group_scores == "top2" and each < 2:
+        rule = "must leave 2 experts or more in a group: its score is the sum of the best two"
+        raise Refused("model.router_groups", groups, rule, f"use {model.num_experts // 2} at most")
 
 
 # (mesh axis, what it splits besides tokens and experts)

@@ -313,13 +313,12 @@ class _Group:
             x_WD = cut(x_RD) + attention.project_out(mixed_1WHQ, block.attention)[0]
             normed_WD = self._norm_of(block.moe_norm_D)(x_WD)
             with jax.named_scope("route"):
-                real_W = jnp.ones(tile, bool)
-                routing = router.route_top_k(
+                routing = router.route(
                     normed_WD,
                     block.moe.router_DE[...],
-                    real_W,
-                    config.top_k,
-                    weigh=router.WEIGHTS[config.router_weights],
+                    jnp.ones(tile, bool),
+                    router.scheme_of(config),
+                    moe.correction(block.moe),
                 )
             slot_WK = slots_of(routing.expert_TK, self._turn_X[token_W], table, home)
             return start, (x_WD, slot_WK, routing.weight_TK)

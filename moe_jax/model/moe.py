@@ -31,7 +31,8 @@ EMBED = tuple(axes.index("embed") for axes in EXPERT_AXES)
 class MoE(nnx.Module):
     """Router [D, E] (logical) and the experts' gate and up [P, D, F] and down [P, F, D].
 
-    `shared` is the expert of all tokens, or None.
+    `shared` is the expert of all tokens, or None; `correction_E` moves the choice of experts (see
+    router.py), or is None. Without a gradient and without decay training leaves it as it is.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class MoE(nnx.Module):
         num_experts: int,
         d_ff_shared: int = 0,
         shared_gate: bool = False,
+        correction: bool = False,
     ):
         r, g, u, d = jax.random.split(key, 4)
         gate, up, down = EXPERT_AXES
         self.router_DE = parameter.normal(r, ("embed", "router"), (d_model, num_experts), d_model)
+        self.correction_E = parameter.zeros(("router",), (num_experts,)) if correction else None
         self.gate_PDF = parameter.normal(g, gate, (num_experts, d_model, d_ff), d_model)
         self.up_PDF = parameter.normal(u, up, (num_experts, d_model, d_ff), d_model)
         self.down_PFD = parameter.normal(d, down, (num_experts, d_ff, d_model), d_ff)
@@ -86,11 +89,11 @@ class LayerRecord:
 MoELayer = Callable[[jax.Array, MoE, jax.Array, jax.Array, Table], tuple[jax.Array, LayerRecord]]
 
 
-def build(mesh: Mesh, *, top_k: int, router_weights: str = "normalised", **how: Any) -> MoELayer:
+def build(mesh: Mesh, *, scheme: router.Scheme, **how: Any) -> MoELayer:
     """Chooses routing, dispatch and kernels once.
 
     Args:
-      router_weights: of the chosen experts: a name in `router.WEIGHTS`.
+      scheme: how tokens choose.
       how: rows travel and are computed: the arguments of `build_dispatch`.
 
     Returns:
@@ -98,14 +101,13 @@ def build(mesh: Mesh, *, top_k: int, router_weights: str = "normalised", **how: 
       `rule_position` of the tokens.
     """
     compute = build_dispatch(mesh, **how)
-    weigh = router.WEIGHTS[router_weights]
-
     by_token = mesh_lib.spec("batch", None)
-
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=by_token, out_specs=by_token)
-    def largest(rows_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
-        top_TK, column_TK = jax.lax.top_k(rows_TE, top_k)
-        return top_TK, column_TK
+    choose = jax.shard_map(
+        router.chooser(scheme),
+        mesh=mesh,
+        in_specs=(by_token, PartitionSpec()),
+        out_specs=(by_token, by_token),
+    )
 
     def layer(x_BSD, weights, turn_BS, real_BS, table):
         batch, sequence, width = x_BSD.shape
@@ -113,7 +115,7 @@ def build(mesh: Mesh, *, top_k: int, router_weights: str = "normalised", **how: 
         router_DE = mesh_lib.gather(weights.router_DE[...], mesh, "embed", "router")
         with jax.named_scope("route"):
             real_T = real_BS.reshape(-1)
-            routing = router.route_top_k(x_TD, router_DE, real_T, top_k, largest, weigh)
+            routing = router.route(x_TD, router_DE, real_T, scheme, correction(weights), choose)
         experts = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
         y_TD, traffic = compute(
             x_TD,
@@ -127,11 +129,16 @@ def build(mesh: Mesh, *, top_k: int, router_weights: str = "normalised", **how: 
             with jax.named_scope("shared_expert"):
                 whole = parameter.gathered(weights.shared, mesh, x_TD.dtype)
                 y_TD = y_TD + shared.compute(x_TD, whole)
-        expert_BSK = routing.expert_TK.reshape(batch, sequence, top_k)
+        expert_BSK = routing.expert_TK.reshape(batch, sequence, scheme.top_k)
         record = LayerRecord(expert_BSK, traffic, routing.load_balance, routing.z)
         return y_TD.reshape(x_BSD.shape), record
 
     return layer
+
+
+def correction(weights: MoE) -> jax.Array | None:
+    """What is added to the scores of experts for the choice, [E]."""
+    return None if weights.correction_E is None else weights.correction_E[...]
 
 
 def build_dispatch(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.model import attention, moe, parameter, shuffled
+from moe_jax.model import attention, moe, parameter, router, shuffled
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
@@ -47,6 +47,7 @@ class Block(nnx.Module):
             num_experts=config.num_experts,
             d_ff_shared=config.d_ff_shared,
             shared_gate=config.shared_gate,
+            correction=config.router_correction,
         )
 
 
@@ -129,8 +130,7 @@ def build_forward(
         capacity_factor=config.capacity_factor,
         overlap_degree=config.overlap_degree,
         wire_dtype=config.wire_dtype,
-        top_k=config.top_k,
-        router_weights=config.router_weights,
+        scheme=router.scheme_of(config),
         implementation=implementation,
     )
     eps, dtype = config.norm_eps, jnp.dtype(config.dtype)

@@ -82,13 +82,14 @@ def layer_lines(config: Config, seconds: float) -> list[Line]:
 
     from moe_jax import mesh as mesh_lib
     from moe_jax.kernels import grouped_matmul
-    from moe_jax.model import moe, transformer
+    from moe_jax.model import moe, router, transformer
 
     model = config.model
     tokens = config.data.global_batch * config.data.seq_len
     rows = tokens * model.top_k
     keys = jax.random.split(jax.random.key(0), 2)
-    layer = moe.build(mesh_lib.make(), dispatch="local", combine="exact", top_k=model.top_k)
+    scheme = router.scheme_of(model)
+    layer = moe.build(mesh_lib.make(), dispatch="local", combine="exact", scheme=scheme)
     weights = moe.MoE(
         keys[0], d_model=model.d_model, d_ff=model.d_ff, num_experts=model.num_experts
     )

@@ -94,9 +94,9 @@ def test_no_part_is_there_by_default():
 def test_weights_of_the_chosen_equal_numpy(name):
     rng = np.random.default_rng(0)
     x_TD, router_DE = rng.normal(size=(20, 5)), rng.normal(size=(5, 7))
-    routing = router.route_top_k(
+    routing = router.route(
         jnp.asarray(x_TD, jnp.float32), jnp.asarray(router_DE, jnp.float32),
-        jnp.ones(20, bool), 3, weigh=router.WEIGHTS[name],
+        jnp.ones(20, bool), router.Scheme(3, weights=name),
     )  # fmt: skip
     logits_TE = x_TD @ router_DE
     top_TK = -np.sort(-logits_TE, axis=1)[:, :3]

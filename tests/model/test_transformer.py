@@ -56,8 +56,11 @@ def test_router_equals_numpy():
     rng = np.random.default_rng(0)
     x_TD, router_DE = rng.normal(size=(20, 5)), rng.normal(size=(5, 7))
     real_T = rng.random(20) < 0.7
-    routing = router.route_top_k(
-        jnp.asarray(x_TD, jnp.float32), jnp.asarray(router_DE, jnp.float32), jnp.asarray(real_T), 3
+    routing = router.route(
+        jnp.asarray(x_TD, jnp.float32),
+        jnp.asarray(router_DE, jnp.float32),
+        jnp.asarray(real_T),
+        router.Scheme(3),
     )
     logits_TE = x_TD @ router_DE
     probability_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(1, keepdims=True)
