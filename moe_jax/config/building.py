@@ -151,10 +151,13 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def _typed(hint: Any, value: Any, field: str) -> Any:
     assert not isinstance(hint, types.UnionType), "config fields have one plain type"
-    if hint == tuple[float, ...]:
+    if typing.get_origin(hint) is tuple:
+        of, _ = typing.get_args(hint)
         if not isinstance(value, list | tuple):
-            raise Refused(field, value, "must be a list of numbers", "write it as [1.0, 2.0]")
-        return tuple(_typed(float, number, f"{field}[{i}]") for i, number in enumerate(value))
+            raise Refused(
+                field, value, "must be a list of numbers", f"write it as {[of(1), of(2)]}"
+            )
+        return tuple(_typed(of, number, f"{field}[{i}]") for i, number in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -18,6 +18,7 @@ ROUTER_SCORES = ("softmax", "sigmoid")
 GROUP_SCORES = ("", "max", "top2")
 QK_NORMS = ("", "head", "all")
 ATTENTION_BIASES = ("", "qkv", "qkvo")
+ACTIVATIONS = ("swiglu", "clamped_swiglu")
 ROPES = ("plain", "linear", "yarn", "llama3", "longrope")
 
 
@@ -83,13 +84,21 @@ class ModelConfig:
     d_ff_shared: int = 0  # width of an expert that every token visits; 0 = there is none
     shared_gate: bool = False  # its output times sigmoid(x w)
     rope: RopeConfig = RopeConfig()
+    # Positions that a token attends to, itself included, layer by layer and over again: (128, 0) is
+    # every other layer, 0 = all positions before it; () = all in all layers.
+    windows: tuple[int, ...] = ()
+    attention_sinks: bool = False  # a learned logit of each head, for what nothing is worth
+    router_bias: bool = False
+    expert_bias: bool = False  # of gate, up and down of each expert
+    activation: str = "swiglu"  # of experts; "clamped_swiglu": (up + 1) gate sigmoid(1.702 gate)
 
 
 # Fields of `ModelConfig` that came later: a model without them has the digest that it had before.
 PARTS = (
     *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
     *("rope", "router_scores", "router_scale", "router_groups", "router_top_groups"),
-    *("router_group_scores", "router_correction"),
+    *("router_group_scores", "router_correction", "router_bias", "expert_bias", "activation"),
+    *("windows", "attention_sinks"),
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_jax.config import rope_rules
 from moe_jax.config.fields import (
+    ACTIVATIONS,
     ATTENTION_BIASES,
     ATTENTIONS,
     AUTO,
@@ -101,6 +102,13 @@ def _validate_model(model: ModelConfig) -> None:
             "weighs the output of a shared expert, and model.d_ff_shared = 0: there is none",
             "set model.d_ff_shared to its width, or model.shared_gate = False",
         )
+    _one_of("model.activation", model.activation, ACTIVATIONS)
+    if model.activation != "swiglu" and model.d_ff_shared:
+        rule = (
+            "is that of routed experts, and model.d_ff_shared is a shared one, which has 'swiglu'"
+        )
+        raise Refused("model.activation", model.activation, rule, "use 'swiglu'")
+    _validate_windows(model)
     for name in ("capacity_factor", "overlap_degree", "wire_dtype"):
         default = getattr(ModelConfig, name)
         if model.dispatch == "coherent" and getattr(model, name) != default:
@@ -145,6 +153,20 @@ def _validate_groups(model: ModelConfig) -> None:
     if model.router_group_scores == "top2" and each < 2:
         rule = "must leave 2 experts or more in a group: its score is the sum of the best two"
         raise Refused("model.router_groups", groups, rule, f"use {model.num_experts // 2} at most")
+
+
+def _validate_windows(model: ModelConfig) -> None:
+    for layer, window in enumerate(model.windows):
+        if window < 0:
+            rule = "must be at least 0"
+            raise Refused(f"model.windows[{layer}]", window, rule, "use 0 where there is none")
+    if model.windows and model.num_layers % len(model.windows):
+        raise Refused(
+            "model.windows",
+            list(model.windows),
+            f"must have a number of entries that divides model.num_layers = {model.num_layers}",
+            "write one for each layer",
+        )
 
 
 # (mesh axis, what it splits besides tokens and experts)

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions and an optional key/value cache.
 
-Projections may have biases, and queries and keys a norm: a parameter that is None is not there.
+Projections may have biases, queries and keys a norm, and heads a sink: a parameter that is None is
+not there. A layer may have a window, the number of positions that a token attends to.
 
 Axes: B batch, S tokens at hand, C cached positions, H query heads, G key/value heads, Q d_head,
 Z of a norm: [Q] for each head, or [H, Q] for all heads together.
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -51,6 +53,7 @@ class Attention(nnx.Module):
     Args:
       qk_norm: "" = none, "head": a scale [Q] each, "all": scales [H, Q] and [G, Q].
       bias: "" = none, "qkv", or "qkvo": of the output, too.
+      sinks: a logit for each head, see `mix`.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Attention(nnx.Module):
         d_head: int,
         qk_norm: str = "",
         bias: str = "",
+        sinks: bool = False,
     ):
         q, k, v, o = jax.random.split(key, 4)
         heads = ("embed", "head", "d_head")
@@ -87,6 +91,7 @@ class Attention(nnx.Module):
         self.query_bias_HQ = zeros(num_heads)
         self.key_bias_GQ, self.value_bias_GQ = zeros(num_kv_heads), zeros(num_kv_heads)
         self.output_bias_D = parameter.zeros(("embed",), (d_model,)) if bias == "qkvo" else None
+        self.sink_H = parameter.zeros(("head",), (num_heads,)) if sinks else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Heads:
     key_bias_GQ: jax.Array | None = None
     value_bias_GQ: jax.Array | None = None
     output_bias_D: jax.Array | None = None
+    sink_H: jax.Array | None = None
 
 
 def parameters(weights: Attention) -> dict[str, nnx.Param]:
@@ -134,16 +140,22 @@ def attend(
     position_BS: Int[Array, "B S"],
     setting: Setting,
     cache: LayerCache | None,
+    window: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
     """Causal self-attention; with a cache, the new keys and values are stored at their positions.
 
     Without a cache, positions are 0..S-1 in every row. With one, either S = 1 (decoding, any
-    position per row) or the positions are 0..S-1 (prefill into an empty cache).
+    position per row) or the positions are 0..S-1 (prefill into an empty cache). The cache holds
+    all positions, those beyond the window too.
+
+    Args:
+      window: of this layer, see `seen`.
     """
     query_BSHQ, key_BSGQ, value_BSGQ = project(x_BSD, weights, position_BS, setting)
     if cache is None or x_BSD.shape[1] > 1:
-        seen_1SC = jnp.tril(jnp.ones((x_BSD.shape[1],) * 2, bool))[None]
-        mixed_BSHQ = mix(query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC)
+        position_S = jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
+        seen_1SC = seen(position_S[None], len(position_S), window)
+        mixed_BSHQ = mix(query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC, weights.sink_H)
         cache = cache and LayerCache(
             write_prefix(cache.key_BCGQ, key_BSGQ), write_prefix(cache.value_BCGQ, value_BSGQ)
         )
@@ -153,8 +165,8 @@ def attend(
             write_one(cache.key_BCGQ, key_BSGQ, position_B),
             write_one(cache.value_BCGQ, value_BSGQ, position_B),
         )
-        seen_BC = jnp.arange(cache.key_BCGQ.shape[1])[None] <= position_B[:, None]
-        mixed_BSHQ = mix(query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, seen_BC[:, None])
+        seen_B1C = seen(position_BS, cache.key_BCGQ.shape[1], window)
+        mixed_BSHQ = mix(query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, seen_B1C, weights.sink_H)
     return project_out(mixed_BSHQ, weights), cache
 
 
@@ -172,6 +184,29 @@ def project(
     key_BSGQ = norm_heads(key_BSGQ, weights.key_norm_Z, setting)
     query_BSHQ = rope_lib.rotate(query_BSHQ, position_BS, setting.rope)
     return query_BSHQ, rope_lib.rotate(key_BSGQ, position_BS, setting.rope), value_BSGQ
+
+
+def windows(config: ModelConfig) -> np.ndarray | None:
+    """int32 [L]: the window of each layer, 0 = none; None: no layer has one."""
+    if not any(config.windows):
+        return None
+    return np.resize(np.array(config.windows, np.int32), config.num_layers)
+
+
+def seen(
+    position_BS: Int[Array, "B S"], num_positions: int, window: Int[Array, ""] | None = None
+) -> Bool[Array, "B S C"]:
+    """Which of the first C positions a token attends to: itself and those before it.
+
+    Args:
+      window: how many of them at most; None or 0 = all (Longformer, arXiv 2004.05150, figure 2b,
+        to one side).
+    """
+    back_BSC = position_BS[:, :, None] - jnp.arange(num_positions)[None, None]
+    seen_BSC = back_BSC >= 0
+    if window is None:
+        return seen_BSC
+    return seen_BSC & ((back_BSC < window) | (window == 0))
 
 
 def setting_of(config: ModelConfig) -> Setting:
@@ -204,11 +239,16 @@ def mix(
     key_BCGQ: Float[Array, "B C G Q"],
     value_BCGQ: Float[Array, "B C G Q"],
     seen_BSC: Bool[Array, "#B S C"],
+    sink_H: Any = None,
 ) -> Float[Array, "B S H Q"]:
     """softmax(q k / sqrt(Q)) v over the positions seen; softmax in float32.
 
     The queries of all heads that share a key/value head stand in one matrix, so that there is one
     plain matmul per (sequence, key/value head).
+
+    Args:
+      sink_H: a logit more for each head, of a position whose value is 0 (gpt-oss, arXiv 2508.10925;
+        a learned one of Xiao et al., arXiv 2309.17453); None = none.
     """
     batch, length, num_heads, width = query_BSHQ.shape
     groups = key_BCGQ.shape[2]
@@ -220,10 +260,24 @@ def mix(
     logits_BGXC = jnp.einsum("bgxq,bgcq->bgxc", rows_BGXQ, key_BGCQ).astype(jnp.float32)
     seen_B1XC = jnp.tile(seen_BSC, (1, per_group, 1))[:, None]
     logits_BGXC = jnp.where(seen_B1XC, logits_BGXC / math.sqrt(width), -jnp.inf)
-    share_BGXC = jax.nn.softmax(logits_BGXC, axis=-1).astype(query_BSHQ.dtype)
+    if sink_H is None:
+        share_BGXC = jax.nn.softmax(logits_BGXC, axis=-1)
+    else:
+        sink_GX = jnp.repeat(sink_H[...].reshape(groups, per_group), length, axis=1)
+        share_BGXC = _softmax_beside(logits_BGXC, sink_GX[None, :, :, None])
+    share_BGXC = share_BGXC.astype(query_BSHQ.dtype)
     mixed_BGXQ = jnp.einsum("bgxc,bgcq->bgxq", share_BGXC, value_BGCQ)
     mixed_BGRSQ = mixed_BGXQ.reshape(batch, groups, per_group, length, width)
     return mixed_BGRSQ.transpose(0, 3, 1, 2, 4).reshape(query_BSHQ.shape)
+
+
+def _softmax_beside(logits_BGXC: jax.Array, other_1GX1: jax.Array) -> jax.Array:
+    """softmax over C and one more logit, without that one's share: rows sum to less than 1."""
+    other_1GX1 = other_1GX1.astype(jnp.float32)
+    top_BGX1 = jnp.maximum(logits_BGXC.max(axis=-1, keepdims=True), other_1GX1)
+    top_BGX1 = jax.lax.stop_gradient(top_BGX1)
+    power_BGXC = jnp.exp(logits_BGXC - top_BGX1)
+    return power_BGXC / (power_BGXC.sum(axis=-1, keepdims=True) + jnp.exp(other_1GX1 - top_BGX1))
 
 
 def write_prefix(cached_BCGQ: jax.Array, new_BSGQ: jax.Array) -> jax.Array:

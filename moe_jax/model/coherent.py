@@ -187,7 +187,7 @@ class _Group:
 
         layer = functools.partial(self._layer, me)
         (x_RD, at_X), (cache, expert_LXK, traffic, shared) = jax.lax.scan(
-            layer, (x_RD, at_X), (blocks, table, cache)
+            layer, (x_RD, at_X), (blocks, table, cache, attention.windows(self._config))
         )
         here = Residence.of(at_X, axes, self._num_rows)
         leg = Leg.of(at_X, home_X, self._wire, num_sent=self._num_group)
@@ -203,14 +203,16 @@ class _Group:
         return x_TD.reshape(x_bSD.shape), cache, expert_LbSK, traffic, shared, leg.rows_M()[None]
 
     def _layer(self, me, carry, inputs):
-        (x_RD, at_X), (block, table, cache) = carry, inputs
+        (x_RD, at_X), (block, table, cache, window) = carry, inputs
         setting, top_k = self._setting, self._config.top_k
         here = Residence.of(at_X, setting.axes, self._num_rows)
         with jax.named_scope("attention"):
             query_RHQ, kv_RZ = self._project(x_RD, here, block)
             kv_XZ = stay.share(kv_RZ, here, setting.axes, self._num_tokens)
             keys, cache = self._remember(kv_XZ, at_X, cache)
-            x_RD, slot_RK, weight_RK = self._attend(x_RD, query_RHQ, keys, here, block, table)
+            x_RD, slot_RK, weight_RK = self._attend(
+                x_RD, query_RHQ, keys, here, block, table, window
+            )
         with jax.named_scope("dispatch"):
             bits_RK = jax.lax.bitcast_convert_type(weight_RK, jnp.int32)
             routed_RZ = jnp.concatenate([slot_RK, bits_RK], axis=1)
@@ -274,7 +276,7 @@ class _Group:
         )
         return cache, cache
 
-    def _attend(self, x_RD, query_RHQ, keys, here: Residence, block, table):
+    def _attend(self, x_RD, query_RHQ, keys, here: Residence, block, table, window):
         """Attention of the tokens here over their own sequences; then norm and router."""
         config, tile = self._config, self._tile
         home = Home(
@@ -285,7 +287,7 @@ class _Group:
         tiles, place = self._tiles_by_sequence(here)
         if self._decoding:
             tiles, place = stay.num_tiles(here.count, tile), lambda i: (i * tile, None)
-        cached = keys.key_BCGQ.shape[1]
+        cached, sink_H = keys.key_BCGQ.shape[1], block.attention.sink_H
 
         def compute(i):
             start, sequence = place(i)
@@ -293,11 +295,11 @@ class _Group:
                 jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=tile
             )
             query_WHQ, token_W = cut(query_RHQ), cut(here.token_R)
-            seen_WC = jnp.arange(cached)[None] <= self._position_X[token_W][:, None]
+            seen_1WC = attention.seen(self._position_X[token_W][None], cached, window)
             if self._decoding:  # a token a sequence
                 key_WCGQ, value_WCGQ = keys.key_BCGQ[token_W], keys.value_BCGQ[token_W]
                 mixed_W1HQ = attention.mix(
-                    query_WHQ[:, None], key_WCGQ, value_WCGQ, seen_WC[:, None]
+                    query_WHQ[:, None], key_WCGQ, value_WCGQ, seen_1WC.swapaxes(0, 1), sink_H
                 )
                 mixed_1WHQ = mixed_W1HQ.swapaxes(0, 1)
             else:
@@ -308,7 +310,8 @@ class _Group:
                     query_WHQ[None],
                     of_sequence(keys.key_BCGQ),
                     of_sequence(keys.value_BCGQ),
-                    seen_WC[None],
+                    seen_1WC,
+                    sink_H,
                 )
             x_WD = cut(x_RD) + attention.project_out(mixed_1WHQ, block.attention)[0]
             normed_WD = self._norm_of(block.moe_norm_D)(x_WD)
@@ -319,6 +322,7 @@ class _Group:
                     jnp.ones(tile, bool),
                     router.scheme_of(config),
                     moe.correction(block.moe),
+                    bias_E=parameter.value(block.moe.router_bias_E),
                 )
             slot_WK = slots_of(routing.expert_TK, self._turn_X[token_W], table, home)
             return start, (x_WD, slot_WK, routing.weight_TK)
@@ -357,11 +361,13 @@ class _Group:
 
     def _experts_of(self, weights: moe.MoE) -> schemes.ExpertsFn:
         def experts_fn(rows_AD, group_sizes_e):
-            cast = (w[...].astype(rows_AD.dtype) for w in _experts(weights))
-            with jax.named_scope("experts"):
-                return grouped_matmul.grouped_ffn(
-                    rows_AD, *cast, group_sizes_e, implementation=self._implementation
-                )
+            return moe.compute_experts(
+                rows_AD,
+                moe.experts_of(weights, rows_AD.dtype),
+                group_sizes_e,
+                activation=self._config.activation,
+                implementation=self._implementation,
+            )
 
         return experts_fn
 
@@ -376,7 +382,3 @@ class _Group:
             return shared.compute(norm(x_ND), cast)
 
         return beside
-
-
-def _experts(weights: moe.MoE) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
-    return weights.gate_PDF, weights.up_PDF, weights.down_PFD

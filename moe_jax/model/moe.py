@@ -23,16 +23,19 @@ from moe_jax.model.dispatch.table import Home, Table, slots_of
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 
-# of gate, up and down
-EXPERT_AXES = (("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed"))
-EMBED = tuple(axes.index("embed") for axes in EXPERT_AXES)
+# of gate, up and down, and of their biases
+EXPERT_AXES = (
+    *(("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")),
+    *(("expert", "mlp"), ("expert", "mlp"), ("expert", "embed")),
+)
 
 
 class MoE(nnx.Module):
     """Router [D, E] (logical) and the experts' gate and up [P, D, F] and down [P, F, D].
 
-    `shared` is the expert of all tokens, or None; `correction_E` moves the choice of experts (see
-    router.py), or is None. Without a gradient and without decay training leaves it as it is.
+    `shared` is the expert of all tokens, or None; so are biases [E], [P, F], [P, F] and [P, D].
+    `correction_E` moves the choice of experts (see router.py), or is None. Without a gradient and
+    without decay training leaves it as it is.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class MoE(nnx.Module):
         d_ff_shared: int = 0,
         shared_gate: bool = False,
         correction: bool = False,
+        router_bias: bool = False,
+        expert_bias: bool = False,
     ):
         r, g, u, d = jax.random.split(key, 4)
-        gate, up, down = EXPERT_AXES
+        gate, up, down, *of_biases = EXPERT_AXES
         self.router_DE = parameter.normal(r, ("embed", "router"), (d_model, num_experts), d_model)
         self.correction_E = parameter.zeros(("router",), (num_experts,)) if correction else None
         self.gate_PDF = parameter.normal(g, gate, (num_experts, d_model, d_ff), d_model)
@@ -62,6 +67,42 @@ class MoE(nnx.Module):
             )
             if d_ff_shared
             else None
+        )
+        self.router_bias_E = parameter.zeros(("router",), (num_experts,)) if router_bias else None
+        widths = (d_ff, d_ff, d_model)
+        self.gate_bias_PF, self.up_bias_PF, self.down_bias_PD = (
+            parameter.zeros(axes, (num_experts, width)) if expert_bias else None
+            for axes, width in zip(of_biases, widths, strict=True)
+        )
+
+
+def experts_of(weights: MoE, dtype: Any) -> tuple[jax.Array | None, ...]:
+    """Gate, up and down as they are computed with, then their biases in float32, or None."""
+    matrices = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
+    biases = (weights.gate_bias_PF, weights.up_bias_PF, weights.down_bias_PD)
+    return (
+        *(param[...].astype(dtype) for param in matrices),
+        *map(parameter.value, biases),
+    )
+
+
+def compute_experts(
+    rows_AD: jax.Array, weights: tuple[jax.Array | None, ...], group_sizes_e: jax.Array, **how: Any
+) -> jax.Array:
+    """The rows of the experts here.
+
+    Args:
+      weights: as of `experts_of`.
+      how: activation and implementation of `grouped_ffn`.
+    """
+    *matrices, gate_bias_eF, up_bias_eF, down_bias_eD = weights
+    with jax.named_scope("experts"):
+        return grouped_matmul.grouped_ffn(
+            *(rows_AD, *matrices, group_sizes_e),
+            bias_gate_GF=gate_bias_eF,
+            bias_up_GF=up_bias_eF,
+            bias_down_GD=down_bias_eD,
+            **how,
         )
 
 
@@ -115,14 +156,15 @@ def build(mesh: Mesh, *, scheme: router.Scheme, **how: Any) -> MoELayer:
         router_DE = mesh_lib.gather(weights.router_DE[...], mesh, "embed", "router")
         with jax.named_scope("route"):
             real_T = real_BS.reshape(-1)
-            routing = router.route(x_TD, router_DE, real_T, scheme, correction(weights), choose)
-        experts = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
+            bias_E = parameter.value(weights.router_bias_E)
+            how = (scheme, correction(weights), choose, bias_E)
+            routing = router.route(x_TD, router_DE, real_T, *how)
         y_TD, traffic = compute(
             x_TD,
             routing.expert_TK,
             routing.weight_TK,
             table,
-            *(param[...].astype(x_BSD.dtype) for param in experts),
+            *experts_of(weights, x_BSD.dtype),
             position_T=turn_BS.reshape(-1),
         )
         if weights.shared is not None:  # where the token is: its row does not travel
@@ -149,6 +191,7 @@ def build_dispatch(
     capacity_factor: float = 0.0,
     overlap_degree: int = 1,
     wire_dtype: str = "",
+    activation: str = "swiglu",
     implementation: str | None = None,
 ) -> Callable[..., tuple[jax.Array, Traffic]]:
     """The part of the layer that knows where experts live, as a function of global arrays.
@@ -159,12 +202,14 @@ def build_dispatch(
       capacity_factor: see dispatch/capacity.py; 0 = nothing is dropped.
       overlap_degree: see dispatch/chunks.py; 1 = all tokens of a device at once.
       wire_dtype: of rows on their way to the experts: a name in quantise.DTYPES, or "" = x's.
+      activation: of experts: a name in kernels/activation.py.
       implementation: of the grouped matmul; None = by platform.
 
     Returns:
-      `compute(x_TD, expert_TK, weight_TK, table, gate_PDF, up_PDF, down_PFD, position_T=None) ->
-      (y_TD, Traffic)`; T is a multiple of the devices, P of the expert axis; positions are what
-      copies of experts take turns by, by default the index.
+      `compute(x_TD, expert_TK, weight_TK, table, gate_PDF, up_PDF, down_PFD, gate_bias_PF=None,
+      up_bias_PF=None, down_bias_PD=None, position_T=None) -> (y_TD, Traffic)`; T is a multiple of
+      the devices, P of the expert axis; positions are what copies of experts take turns by, by
+      default the index.
     """
     scheme = schemes.SCHEMES[dispatch]
     # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
@@ -181,15 +226,13 @@ def build_dispatch(
         # which the gradients of the weights are summed over `data`; over `fsdp` the gradient of a
         # gather is a reduce-scatter. Each device of `tensor` computes a part of every row's result
         # from its columns of the experts, so there the gradients of tokens and weights are summed.
-        weights = tuple(map(gather_embed, map(vary_over_data, weights), EMBED))
+        weights = tuple(map(on_replica, weights, EXPERT_AXES))
         x_TD, weight_TK = vary_over_tensor(x_TD), vary_over_tensor(weight_TK)
         table = jax.tree.map(vary_over(mesh_lib.BATCH), table)
 
         def experts_fn(rows_AD, group_sizes_e):
-            with jax.named_scope("experts"):
-                return grouped_matmul.grouped_ffn(
-                    rows_AD, *weights, group_sizes_e, implementation=implementation
-                )
+            how = {"activation": activation, "implementation": implementation}
+            return compute_experts(rows_AD, weights, group_sizes_e, **how)
 
         num_devices, num_experts = jax.lax.axis_size(axes), table.num_replicas_E.shape[0]
         capacity = capacity_lib.of_factor(
@@ -222,8 +265,15 @@ def build_dispatch(
         traffic = dataclasses.replace(traffic, dropped_ME=dropped_E[None])
         return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, replicas), traffic)
 
-    def gather_embed(weight, axis):
-        return jax.lax.all_gather(weight, mesh_lib.FSDP, axis=axis, tiled=True)
+    def on_replica(weight, names):
+        if weight is None:
+            return None
+        weight = vary_over_data(weight)
+        if names == EXPERT_AXES[-1]:  # what is added to whole sums is added by one of their parts
+            weight = jnp.where(jax.lax.axis_index(mesh_lib.TENSOR) == 0, weight, 0)
+        if "embed" not in names:
+            return jax.lax.pcast(weight, axis_name=mesh_lib.FSDP, to="varying")
+        return jax.lax.all_gather(weight, mesh_lib.FSDP, axis=names.index("embed"), tiled=True)
 
     tokens = mesh_lib.spec("batch", None)
     experts = tuple(mesh_lib.spec(*names) for names in EXPERT_AXES)
@@ -237,6 +287,7 @@ def build_dispatch(
     def compute(x_TD, expert_TK, weight_TK, table, *weights, position_T=None):
         if position_T is None:
             position_T = jnp.arange(len(x_TD), dtype=jnp.int32)
+        weights += (None,) * (len(EXPERT_AXES) - len(weights))
         return sharded(x_TD, expert_TK, weight_TK, position_T, table, *weights)
 
     return compute

@@ -31,6 +31,11 @@ def zeros(axes: tuple[str, ...], shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
 
 
+def value(param: nnx.Param | None) -> Any:
+    """Its array; None where there is no such parameter."""
+    return None if param is None else param[...]
+
+
 def gathered(params: Any, mesh: Mesh, dtype: Any = None) -> Any:
     """Parameters as a layer computes with them: gathered over `fsdp`, after the cast.
 

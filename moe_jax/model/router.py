@@ -128,6 +128,7 @@ def route(
     scheme: Scheme,
     correction_E: Float[Array, "E"] | None = None,
     choose: Choose | None = None,
+    bias_E: Float[Array, "E"] | None = None,
 ) -> Routing:
     """Scores of all experts, the K that a token chooses, their weights.
 
@@ -140,9 +141,12 @@ def route(
       correction_E: added to the scores for the choice alone: it has no gradient (DeepSeek-V3).
       choose: `chooser(scheme)`, where tokens are split over devices inside a `shard_map`: left to
         itself, the partitioner gathers all scores on every device to sort them there.
+      bias_E: of the logits.
     """
     num_experts, (score, share) = router_DE.shape[1], SCORES[scheme.scores]
     logits_TE = x_TD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
+    if bias_E is not None:
+        logits_TE = logits_TE + bias_E.astype(jnp.float32)[None]
     score_TE = score(logits_TE)
     top_TK, expert_TK = (choose or chooser(scheme))(score_TE, correction_E)
     weight_TK = WEIGHTS[scheme.weights](top_TK)

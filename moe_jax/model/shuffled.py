@@ -67,7 +67,7 @@ def layers(
     """All layers of a model, by one `lax.scan`.
 
     Args:
-      inputs: blocks, tables and caches (or None), each stacked over layers.
+      inputs: blocks, tables, caches and windows (or None), each stacked over layers.
       turn_BS: what copies of experts take turns by (dispatch/table.py).
 
     Returns:
@@ -76,11 +76,11 @@ def layers(
     shape = real_BS.shape
 
     def layer(rows, of_layer):
-        block, table, cache = of_layer
+        block, table, cache, window = of_layer
         with jax.named_scope("attention"):
-            rows, cache = steps.attend(
-                rows, block.attention_norm_D[...], block.attention, position_BS, real_BS, cache
-            )
+            scale_D = block.attention_norm_D[...]
+            of_sequences = (position_BS, real_BS, cache, window)
+            rows, cache = steps.attend(rows, scale_D, block.attention, *of_sequences)
         x_BSD = rows.x_ND.reshape(*shape, -1)
         normed_BSD = steps.norm(x_BSD, block.moe_norm_D[...])
         turn_N = steps.of_rows(turn_BS, rows.token_N)
@@ -143,11 +143,13 @@ class Steps:
         position_BS: Int[Array, "B S"],
         real_BS: Bool[Array, "B S"],
         cache: LayerCache | None,
+        window: Int[Array, ""] | None,
     ) -> tuple[Rows, LayerCache | None]:
         """Attention and its residual; each row then lies where its experts were.
 
         Args:
           scale_D: of the norm before attention.
+          window: of the layer, see `attention.seen`.
         """
         num_local_kv = max(1, self._num_kv_heads // self._devices)
         params = attention.parameters(weights)
@@ -165,7 +167,7 @@ class Steps:
             first, axis = me * self._num_kv_heads // size, axes[name].index("head")
             return jax.lax.dynamic_slice_in_dim(_vary(part), first, num_local_kv, axis=axis)
 
-        def on_device(rows, scale_D, parts, position_BS, real_BS, cache):
+        def on_device(rows, scale_D, parts, position_BS, real_BS, cache, window):
             size = jax.lax.axis_size(mesh_lib.EXPERT)
             heads = Heads(**{name: of_device(name, part) for name, part in parts.items()})
             x_XD, token_X, device_XK = _gathered((rows.x_ND, rows.token_N, rows.device_NK))
@@ -174,7 +176,8 @@ class Steps:
             x_BSD = x_XD.reshape(*position_BS.shape, -1)
             position_BS = _vary_over_devices(position_BS)
             mixed_BSD, cache = attention.attend(
-                self.norm(x_BSD, _vary(scale_D)), heads, position_BS, self._setting, cache
+                *(self.norm(x_BSD, _vary(scale_D)), heads, position_BS, self._setting, cache),
+                window,
             )
 
             home_X = homes_lib.balanced(device_XK[position_X], size)
@@ -192,11 +195,11 @@ class Steps:
         step = jax.shard_map(
             on_device,
             mesh=self._mesh,
-            in_specs=(_ROWS, everywhere, heads, _SEQUENCES, _SEQUENCES, CACHE),
+            in_specs=(_ROWS, everywhere, heads, _SEQUENCES, _SEQUENCES, CACHE, everywhere),
             out_specs=(_ROWS, CACHE),
         )
         cast = {name: param[...].astype(rows.x_ND.dtype) for name, param in params.items()}
-        return step(rows, scale_D, cast, position_BS, real_BS, cache)
+        return step(rows, scale_D, cast, position_BS, real_BS, cache, window)
 
     def in_order(self, value_NK: jax.Array, token_N: jax.Array) -> jax.Array:
         """What belongs to rows, in the order of tokens, each at its sequence's home."""

@@ -38,6 +38,7 @@ class Block(nnx.Module):
             d_head=config.d_head,
             qk_norm=config.qk_norm,
             bias=config.attention_bias,
+            sinks=config.attention_sinks,
         )
         self.moe_norm_D = parameter.ones(("embed",), (config.d_model,))
         self.moe = moe.MoE(
@@ -48,6 +49,8 @@ class Block(nnx.Module):
             d_ff_shared=config.d_ff_shared,
             shared_gate=config.shared_gate,
             correction=config.router_correction,
+            router_bias=config.router_bias,
+            expert_bias=config.expert_bias,
         )
 
 
@@ -131,10 +134,11 @@ def build_forward(
         overlap_degree=config.overlap_degree,
         wire_dtype=config.wire_dtype,
         scheme=router.scheme_of(config),
+        activation=config.activation,
         implementation=implementation,
     )
     eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
-    setting = attention.setting_of(config)
+    setting, window_L = attention.setting_of(config), attention.windows(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     norm = functools.partial(rms_norm, eps=eps)
     steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, setting, config.top_k)
@@ -159,7 +163,7 @@ def build_forward(
         turn_BS = rule_position(position_BS)
 
         def layer(x_BSD, inputs):
-            block, table_of_layer, cache_of_layer = inputs
+            block, table_of_layer, cache_of_layer, window = inputs
             with jax.named_scope("attention"):
                 normed_BSD = rms_norm(x_BSD, whole(block.attention_norm_D)[...], eps)
                 mixed_BSD, cache_of_layer = attention.attend(
@@ -168,6 +172,7 @@ def build_forward(
                     position_BS,
                     setting,
                     cache_of_layer,
+                    window,
                 )
             x_BSD = place(x_BSD + place(mixed_BSD, split), split)
             normed_BSD = rms_norm(x_BSD, whole(block.moe_norm_D)[...], eps)
@@ -175,7 +180,7 @@ def build_forward(
             return x_BSD + y_BSD, (cache_of_layer, record)
 
         body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        inputs = (model.blocks, table, cache)
+        inputs = (model.blocks, table, cache, window_L)
         embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
         x_BSD = place(embedding_VD[token_BS], split)
         if config.dispatch == "shuffled":
@@ -229,7 +234,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 def num_active_parameters(config: ModelConfig) -> int:
     """Those that one token meets: all but the experts that it is not routed to."""
     idle = config.num_layers * (config.num_experts - config.top_k)
-    return num_parameters(config) - idle * 3 * config.d_model * config.d_ff
+    of_expert = 3 * config.d_model * config.d_ff
+    if config.expert_bias:
+        of_expert += 2 * config.d_ff + config.d_model
+    return num_parameters(config) - idle * of_expert
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -28,7 +28,7 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
 
     def decayed(params):
         axes = parameter.logical_axes(params)
-        return jax.tree.map(lambda names: len([n for n in names if n != "layer"]) > 1, axes)
+        return jax.tree.map(lambda names: len({*names} - {"layer", "expert"}) > 1, axes)
 
     return optax.adamw(
         schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed

@@ -25,6 +25,10 @@ PARTS = {
     "model__tied_output": True,
     "model__d_ff_shared": 12,
     "model__shared_gate": True,
+    "model__windows": (5, 0),
+    "model__attention_sinks": True,
+    "model__router_bias": True,
+    "model__expert_bias": True,
 }
 
 
@@ -105,6 +109,22 @@ def test_weights_of_the_chosen_equal_numpy(name):
     )  # top-k, then softmax; or the other way
     expected_TK = np.exp(top_TK) / np.exp(among_TX).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(routing.weight_TK, expected_TK, rtol=0, atol=1e-6)
+
+
+def test_a_bias_of_the_router_is_one_of_its_logits():
+    rng = np.random.default_rng(0)
+    x_TD, router_DE, bias_E = (rng.normal(size=s).astype(np.float32) for s in ((20, 5), (5, 7), 7))
+    routing = router.route(
+        jnp.asarray(x_TD), jnp.asarray(router_DE), jnp.ones(20, bool), router.Scheme(3),
+        bias_E=jnp.asarray(bias_E),
+    )  # fmt: skip
+    logits_TE = x_TD.astype(np.float64) @ router_DE + bias_E
+    np.testing.assert_array_equal(routing.expert_TK, np.argsort(-logits_TE, axis=1)[:, :3])
+    top_TK = np.exp(-np.sort(-logits_TE, axis=1)[:, :3])
+    expected_TK = top_TK / top_TK.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(routing.weight_TK, expected_TK, rtol=0, atol=1e-6)
+    z = np.mean(np.log(np.exp(logits_TE).sum(axis=1)) ** 2)
+    np.testing.assert_allclose(routing.z, z, rtol=1e-5)
 
 
 @pytest.mark.parametrize("has_gate", [False, True])
@@ -227,6 +247,11 @@ def test_parts_at_their_defaults_leave_a_digest_as_it_was():
         ("attention_bias", "qkvv", "did you mean 'qkv"),
         ("d_ff_shared", -1, "at least 0"),
         ("shared_gate", True, "there is none"),
+        ("windows", (4, -1), r"windows\[1\] = -1: must be at least 0"),
+        ("windows", (4, 0, 4), "divides model.num_layers = 2"),
+        ("windows", (4, 0.5), r"windows\[1\] = 0.5: must be of type int"),
+        ("windows", 4, r"must be a list of numbers. write it as \[1, 2\]"),
+        ("activation", "swigl", "did you mean 'swiglu'"),
     ],
 )
 def test_refusals(field, value, match):
