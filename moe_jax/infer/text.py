@@ -16,6 +16,10 @@ _CONTEXT = 8  # tokens of the prompt that what follows is decoded after
 class Text(Protocol):
     """What stands between people and a model."""
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt."""
 
@@ -34,6 +38,8 @@ Stream = Callable[[int], None]
 
 class Bytes:
     """Every byte is a token."""
+
+    ends: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
         return list(os.fsencode(text))
@@ -62,6 +68,10 @@ class Tokens:
 
     def __init__(self, tokenizer: Tokenizer, ends: Sequence[int] = ()):
         self._tokenizer, self._ends = tokenizer, frozenset(ends)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        return self._ends
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)

@@ -1,0 +1,282 @@
+"""Continuous batching of one model on the mesh: requests come and go between steps.
+
+    engine = Engine(config, mesh, model, table, sizes.limits(config.model, mesh), text)
+    request = engine.submit(prompt, Options(max_tokens=64), deliver)
+    while engine.step(): ...
+
+One thread calls it; service.py puts a thread and a lock around it. Both shapes of a step are
+compiled when the engine is made, and nothing after that.
+
+Axes: as in packing.py; L layers, P slots of experts, M devices that hold experts.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import Config
+from moe_jax.errors import Refused
+from moe_jax.infer.serving import packing, paged, program, supported
+from moe_jax.infer.serving.recorder import Recorder
+from moe_jax.infer.serving.request import Answer, Deliver, Likely, Options, Part, Writes
+from moe_jax.infer.serving.scheduler import Job, Limits, Scheduler, Step
+from moe_jax.infer.serving.stats import Stats
+from moe_jax.model import transformer
+from moe_jax.model.dispatch.table import Table
+from moe_jax.routing.trace import Trace
+
+_READ_COUNTERS_EVERY = 256  # steps: int32 holds far more
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One answer on its way.
+
+    Attributes:
+      job: what the scheduler knows of it.
+      options: how it is made.
+      arrived, spoke: seconds of the clock, when it came and when its newest token was there.
+    """
+
+    job: Job
+    options: Options
+    answer: Answer
+    deliver: Deliver
+    arrived: float
+    spoke: float = 0.0
+
+
+class Engine:
+    """Requests in, parts of answers out."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: transformer.Transformer,
+        table: Table,
+        limits: Limits,
+        text: Writes,
+        recorder: Recorder | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """Args:
+        config: of the model and its mesh.
+        model: its parameters, on the mesh. The engine may use them up (see `adopt`).
+        table: where its experts are, stacked over layers.
+        limits: sizes, see sizes.py.
+        text: what tokens mean.
+        recorder: of routing; None = nothing is recorded.
+        """
+        supported.check(config, mesh, limits)
+        self.config, self.limits, self.recorder = config, limits, recorder
+        self.stats = Stats()
+        self.watch: Callable[[Job, np.ndarray], None] | None = None  # logits of every new token
+        self.scheduler = Scheduler(limits)
+        self._mesh, self._text, self._clock = mesh, text, clock
+        self._requests: dict[Job, Request] = {}
+        self._slots = model.blocks.moe.gate_PDF[...].shape[1]
+        self._leaves, structure = jax.tree.flatten(model)
+        self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
+        self._packed_sharding = mesh_lib.sharding(mesh, "batch", None)
+        self._state = self._empty_state()
+        width = paged.table_width(limits.max_len, limits.block_size)
+        self._programs = {}
+        for with_chunks in (False, True):
+            layout = packing.Layout(limits, width, with_chunks)
+            self._programs[with_chunks] = layout, self._compiled(layout, structure)
+
+    def _empty_state(self) -> program.State:
+        limits, model, mesh = self.limits, self.config.model, self._mesh
+        recorded = None
+        if self.recorder is not None:
+            shape = (limits.shards * self.recorder.places, model.num_layers, model.top_k)
+            dtype = np.uint8 if model.num_experts < 255 else np.uint16
+            placed = mesh_lib.sharding(mesh, "batch", None, None)
+            recorded = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)()
+        pages = paged.empty(model, mesh, limits.blocks, limits.block_size)
+        return program.State(pages, self._zero_counters(), recorded)
+
+    def _zero_counters(self) -> program.Counters:
+        layers, devices = self.config.model.num_layers, self.config.mesh.expert_devices
+        pairs = np.zeros((layers, devices, devices), np.int32)
+        put = mesh_lib.put_replicated
+        zeros = np.zeros((layers, self._slots), np.int32)
+        return program.Counters(
+            put(self._mesh, pairs), put(self._mesh, pairs.copy()), put(self._mesh, zeros)
+        )
+
+    def _compiled(self, layout: packing.Layout, structure: Any) -> Any:
+        step = program.build(self.config.model, self._mesh, layout)
+
+        def of_leaves(leaves, table, state, packed):
+            return step(jax.tree.unflatten(structure, leaves), table, state, packed)
+
+        def shaped(array: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+        packed = jax.ShapeDtypeStruct(
+            (self.limits.shards, layout.num_words), np.int32, sharding=self._packed_sharding
+        )
+        shapes = jax.tree.map(shaped, (self._leaves, self._table, self._state))
+        rows = mesh_lib.sharding(self._mesh, "batch", None)
+        state_sharding = jax.tree.map(lambda array: array.sharding, self._state)
+        jitted = jax.jit(of_leaves, donate_argnums=2, out_shardings=(state_sharding, rows, rows))
+        return jitted.lower(*shapes, packed).compile()
+
+    # --- requests -------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: Sequence[int], options: Options, deliver: Deliver, text: Writes | None = None
+    ) -> Request:
+        """A request arrives. Raises `Refused`; `deliver` is called from `step` and `cancel`."""
+        vocabulary = self.config.model.vocab_size
+        wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
+        if wrong is not None:
+            rule = f"tokens lie in [0, {vocabulary}), the vocabulary of this model"
+            raise Refused("prompt", wrong, rule, "use the model's own tokens")
+        job = self.scheduler.add(prompt, options.max_tokens)
+        answer = Answer(text or self._text, prompt, options)
+        request = Request(job, options, answer, deliver, self._clock())
+        self._requests[job] = request
+        self.stats.arrived(len(prompt))
+        return request
+
+    def cancel(self, request: Request, finish: str = "cancelled") -> None:
+        """Nobody wants this answer any more; of one that is finished nothing happens."""
+        if request.job in self._requests:
+            self._finish(request, finish)
+            request.deliver(Part(None, "", None, finish))
+
+    def _finish(self, request: Request, finish: str) -> None:
+        self.scheduler.end(request.job)
+        if self.recorder:
+            self.recorder.end(request.job)
+        del self._requests[request.job]
+        self.stats.finished(finish)
+
+    # --- steps ----------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Runs one step; False where there is nothing to do."""
+        start = self._clock()
+        step = self.scheduler.plan()
+        if step is None:
+            return False
+        layout, run = self._programs[bool(step.chunks)]
+        packed = self._pack(step, layout)
+        put = jax.device_put(packed, self._packed_sharding)
+        dispatched = self._clock()
+        self._state, out, logits = run(self._leaves, self._table, self._state, put)
+        out = np.asarray(out)
+        arrived = self._clock()
+        token, logprob, top, top_logprob = packing.read_out(out)
+        index = [job.shard * self.limits.seats + job.seat for job in step.ends]
+        tokens = token[index].tolist()
+        if self.watch:
+            logits = np.asarray(logits)
+            for job, i in zip(step.ends, index, strict=True):
+                self.watch(job, logits[i])
+        self.scheduler.accept(step, tokens)
+        self._deliver(step, tokens, index, (logprob, top, top_logprob), arrived)
+        self.stats.step(
+            num_tokens=len(step.decodes) + sum(chunk.length for chunk in step.chunks),
+            num_new=len(tokens),
+            preempted=len(step.preempted),
+            host=dispatched - start + self._clock() - arrived,
+            device=arrived - dispatched,
+        )
+        if self.stats.steps % _READ_COUNTERS_EVERY == 0:
+            self.read_counters()
+        return True
+
+    def _deliver(
+        self, step: Step, tokens: list[int], index: list[int], likely: Any, now: float
+    ) -> None:
+        logprob, top, top_logprob = likely
+        for job, token, i in zip(step.ends, tokens, index, strict=True):
+            request = self._requests[job]
+            wanted, found = request.options.logprobs, None
+            if wanted is not None:
+                pairs = zip(top[i, :wanted].tolist(), top_logprob[i].tolist(), strict=False)
+                found = Likely(float(logprob[i]), [(t, p) for t, p in pairs if t >= 0])
+            text, finish = request.answer.add(token)
+            self.stats.spoke(now - (request.spoke or request.arrived), first=not request.spoke)
+            request.spoke = now
+            if finish:
+                self._finish(request, finish)
+            request.deliver(Part(token, text, found, finish))
+
+    def _pack(self, step: Step, layout: packing.Layout) -> np.ndarray:
+        """What the program reads, see packing.py."""
+        packed, fields = layout.empty()
+        limits, recorder = self.limits, self.recorder
+        for job in step.decodes:
+            at, position = (job.shard, job.seat), job.computed - 1
+            fields["token"][at] = job.tokens[-1]
+            fields["position"][at] = position
+            fields["sample"][at] = job.seat
+            fields["table"][at][: len(job.blocks)] = job.blocks
+            if recorder:
+                self._meet(recorder, job, position)
+                fields["record"][at] = recorder.place(job, position, 1)
+        for chunk in step.chunks:
+            job, shard = chunk.job, chunk.job.shard
+            first = limits.seats + chunk.row * limits.chunk
+            rows, end = slice(first, first + chunk.length), chunk.start + chunk.length
+            fields["token"][shard, rows] = job.tokens[chunk.start : end]
+            fields["position"][shard, rows] = np.arange(chunk.start, end)
+            fields["seat"][shard, chunk.row] = job.seat
+            fields["table"][shard, job.seat, : len(job.blocks)] = job.blocks
+            if end == len(job.tokens):
+                fields["sample"][shard, job.seat] = first + chunk.length - 1
+            if recorder:
+                self._meet(recorder, job, chunk.start)
+                fields["record"][shard, rows] = recorder.place(job, chunk.start, chunk.length)
+        for job in step.ends:
+            at, options = (job.shard, job.seat), self._requests[job].options
+            fields["draw"][at] = len(job.tokens)
+            fields["temperature"][at] = options.temperature
+            if options.temperature > 0:
+                fields["top_p"][at], fields["top_k"][at] = options.top_p, options.top_k
+                fields["seed"][at], fields["choice"][at] = options.seed, options.choice
+            if options.logprobs is not None:
+                fields["logprobs"][at] = options.logprobs
+        return packed
+
+    def _meet(self, recorder: Recorder, job: Job, position: int) -> None:
+        if position == job.reused:  # its first token since it was admitted
+            recorder.admit(job, position)
+
+    # --- what it did ----------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._requests)
+
+    def read_counters(self) -> None:
+        """Adds the rows that were moved and computed to `stats`."""
+        counters, self._state = self._state.counters, dataclasses.replace(
+            self._state, counters=self._zero_counters()
+        )  # fmt: skip
+        self.stats.rows(*(np.asarray(leaf).astype(np.int64) for leaf in (
+            counters.dispatch_LMM, counters.combine_LMM, counters.computed_LP
+        )))  # fmt: skip
+
+    def trace(self) -> Trace | None:
+        """What the recorder holds; None where it holds nothing."""
+        if self.recorder is None:
+            return None
+        holders = self.config.mesh.expert_devices
+        homes = [shard % holders for shard in range(self.limits.shards)]
+        recorded_XLK = np.asarray(self._state.recorded_XLK)
+        return self.recorder.trace(
+            recorded_XLK, self.config.model.num_experts, homes, self.config.name
+        )

@@ -1,0 +1,287 @@
+"""Which tokens run in the next step: admission, chunks of prompts, preemption. Plain Python.
+
+The mesh is S shards (devices that tokens are split over). Each has `seats` for requests that run
+and blocks of cache of its own; a request stays on its shard until it ends or is preempted.
+
+A step holds the next token of every request that is past its prompt, and then, up to a budget of
+tokens, chunks of prompts, the oldest request first. What is written in a step is read in the same
+step, so several chunks of one prompt may stand in it.
+
+Fairness, the whole rule: requests are served in the order of arrival. The oldest that waits is
+admitted next, and nobody passes it. Where blocks run out, the youngest request of that shard is
+preempted: its blocks are released, it waits again at its old place in the order, and when it is
+admitted its prompt and what it has said so far are computed again (found blocks excepted). So the
+oldest request of a shard is never preempted, and as every request fits on an empty shard (that is
+checked on arrival), every request ends.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from moe_jax.errors import Refused
+from moe_jax.infer.serving.blocks import Blocks, keys_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Sizes that are fixed for the life of an engine.
+
+    Attributes:
+      shards: devices that tokens are split over.
+      seats: requests that run on one shard.
+      blocks: of cache on one shard.
+      block_size: positions in a block.
+      chunk: tokens of a prompt in one row of a step.
+      chunk_rows: such rows on one shard in a step.
+      budget: tokens in a step, over all shards; tokens after prompts come first and always fit.
+      max_len: tokens of prompt and answer together.
+    """
+
+    shards: int
+    seats: int
+    blocks: int
+    block_size: int
+    chunk: int
+    chunk_rows: int
+    budget: int
+    max_len: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value < 1:
+                raise Refused(field.name, value, "must be at least 1", "give a larger one")
+        if self.budget <= self.shards * self.seats:
+            raise Refused(
+                "budget",
+                self.budget,
+                f"must exceed shards x seats = {self.shards * self.seats}, or prompts never run",
+                "raise it, or use fewer seats",
+            )
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """Blocks that hold so many positions."""
+        return -(-num_tokens // self.block_size)
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request as the scheduler sees it.
+
+    Attributes:
+      arrival: its place in the order.
+      tokens: of the prompt and of the answer so far.
+      max_tokens: of the answer.
+      shard, seat: where it runs; -1 while it waits.
+      blocks: of its positions, in order.
+      computed: positions whose keys and values are written by the steps planned so far.
+      keys: of its full blocks.
+      named: blocks that can be found by others, or were found.
+      reused: positions that were found at its last admission.
+      preempted: how often.
+    """
+
+    arrival: int
+    tokens: list[int]
+    max_tokens: int
+    shard: int = -1
+    seat: int = -1
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    named: int = 0
+    reused: int = 0
+    preempted: int = 0
+    prompt_len: int = 0
+
+    def __post_init__(self):
+        self.prompt_len = len(self.tokens)
+
+    @property
+    def in_prompt(self) -> bool:
+        """More than its last token is still to be computed; the last one may run alone."""
+        return self.computed < len(self.tokens) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` to `start + length` of a job, in chunk row `row` of its shard."""
+
+    job: Job
+    row: int
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What runs next.
+
+    Attributes:
+      decodes: jobs whose last token runs alone.
+      chunks: of prompts.
+      ends: jobs whose last token runs in this step, alone or in a chunk: each gets its next
+        token from it.
+      preempted: jobs that had to leave before it.
+    """
+
+    decodes: list[Job]
+    chunks: list[Chunk]
+    ends: list[Job]
+    preempted: list[Job]
+
+
+class Scheduler:
+    """Waiting and running requests, and the blocks of every shard."""
+
+    def __init__(self, limits: Limits, prefer: Callable[[Job, int], int] = lambda job, shard: 0):
+        """Args:
+        limits: sizes.
+        prefer: (job, shard) -> a number; of shards that a request fits on, it goes to the
+          one with most blocks of its prompt, then the largest of this number, then most room.
+        """
+        self.limits = limits
+        self.blocks = [Blocks(limits.blocks) for _ in range(limits.shards)]
+        self.waiting: list[Job] = []  # by arrival
+        self.running: list[Job] = []  # by arrival
+        self._seats: list[list[int]] = [list(range(limits.seats)) for _ in range(limits.shards)]
+        self._prefer = prefer
+        self.found = 0  # positions that were found and not computed, over all admissions
+        self._arrivals = 0
+
+    def check(self, prompt_len: int, max_tokens: int) -> None:
+        """Refuses what could never run."""
+        limits = self.limits
+        if prompt_len < 1:
+            raise Refused("prompt", "", "must not be empty", "write some text")
+        if max_tokens < 1:
+            raise Refused("max_tokens", max_tokens, "must be at least 1", "use 16")
+        room = min(limits.max_len, limits.blocks * limits.block_size)
+        if prompt_len + max_tokens > room:
+            raise Refused(
+                "prompt + max_tokens",
+                f"{prompt_len} + {max_tokens} tokens",
+                f"must be at most {room} together, the context of this server",
+                "shorten the prompt or lower max_tokens",
+            )
+
+    def add(self, tokens: Sequence[int], max_tokens: int) -> Job:
+        """A request arrives."""
+        self.check(len(tokens), max_tokens)
+        job = Job(self._arrivals, list(tokens), max_tokens)
+        self._arrivals += 1
+        self.waiting.append(job)
+        return job
+
+    def end(self, job: Job) -> None:
+        """A request is done, or nobody wants its answer any more; ended ones may be ended again."""
+        if job.shard >= 0:
+            self._leave(job)
+        elif job in self.waiting:
+            self.waiting.remove(job)
+
+    def plan(self) -> Step | None:
+        """The next step, or None where nothing is to be done. It must be run: it is counted so."""
+        preempted = self._make_room()
+        if not preempted:
+            self._admit()
+        decodes = [job for job in self.running if not job.in_prompt]
+        chunks = self._chunks(self.limits.budget - len(decodes))
+        if not decodes and not chunks:
+            return None
+        for job in decodes:
+            job.computed += 1
+        ends = decodes + [c.job for c in chunks if c.start + c.length == len(c.job.tokens)]
+        return Step(decodes, chunks, ends, preempted)
+
+    def accept(self, step: Step, tokens: Sequence[int]) -> None:
+        """The step has run: `tokens` are the next ones of `step.ends`."""
+        for job in dict.fromkeys([*step.decodes, *(chunk.job for chunk in step.chunks)]):
+            full = job.computed // self.limits.block_size
+            if full > job.named:
+                job.keys = keys_of(job.tokens[: job.computed], self.limits.block_size, job.keys)
+                for block in range(job.named, full):
+                    held = job.blocks[block]
+                    self.blocks[job.shard].name(held, job.keys[block])
+                job.named = full
+        for job, token in zip(step.ends, tokens, strict=True):
+            job.tokens.append(token)
+
+    def _make_room(self) -> list[Job]:
+        """A block for the next token of everyone past the prompt, the oldest first."""
+        preempted: list[Job] = []
+        for job in list(self.running):
+            if job.shard < 0 or job.in_prompt:
+                continue
+            pool = self.blocks[job.shard]
+            if self.limits.blocks_of(job.computed + 1) <= len(job.blocks):
+                continue
+            while not pool.available:
+                youngest = [s for s in self.running if s.shard == job.shard][-1]
+                self._preempt(youngest)
+                preempted.append(youngest)
+                if youngest is job:
+                    break
+            else:
+                job.blocks += pool.take(1)
+        return preempted
+
+    def _preempt(self, job: Job) -> None:
+        self._leave(job)
+        job.preempted += 1
+        bisect.insort(self.waiting, job, key=lambda s: s.arrival)
+
+    def _leave(self, job: Job) -> None:
+        self.blocks[job.shard].release(job.blocks)
+        self._seats[job.shard].append(job.seat)
+        self.running.remove(job)
+        job.blocks, job.shard, job.seat = [], -1, -1
+        job.computed = job.named = job.reused = 0
+
+    def _admit(self) -> None:
+        """The oldest that wait, as long as the oldest of them fits somewhere."""
+        limits = self.limits
+        while self.waiting:
+            job = self.waiting[0]
+            job.keys = keys_of(job.tokens, limits.block_size, job.keys)
+            # The last token always runs: its logits are wanted.
+            findable = job.keys[: (len(job.tokens) - 1) // limits.block_size]
+            best: tuple[tuple[int, int, int, int], list[int]] | None = None
+            for shard, pool in enumerate(self.blocks):
+                if not self._seats[shard]:
+                    continue
+                found = pool.find(findable)
+                missing = limits.blocks_of(len(job.tokens)) - len(found)
+                room = pool.available - pool.num_idle(found) - missing
+                # One block more where others run, or they would preempt it in the next steps.
+                if room < (len(self._seats[shard]) < limits.seats):
+                    continue
+                rank = (len(found), self._prefer(job, shard), room, -shard)
+                if best is None or rank > best[0]:
+                    best = rank, found
+            if best is None:
+                return
+            (_, _, _, minus_shard), found = best
+            shard, pool = -minus_shard, self.blocks[-minus_shard]
+            pool.hold(found)
+            job.blocks = found + pool.take(limits.blocks_of(len(job.tokens)) - len(found))
+            job.shard, job.seat = shard, self._seats[shard].pop()
+            job.computed = job.reused = len(found) * limits.block_size
+            job.named = len(found)
+            self.found += job.reused
+            self.waiting.pop(0)
+            bisect.insort(self.running, job, key=lambda s: s.arrival)
+
+    def _chunks(self, budget: int) -> list[Chunk]:
+        limits, chunks = self.limits, []
+        rows = [0] * limits.shards
+        for job in self.running:
+            while job.in_prompt and budget > 0 and rows[job.shard] < limits.chunk_rows:
+                length = min(limits.chunk, len(job.tokens) - job.computed, budget)
+                row = rows[job.shard]
+                chunks.append(Chunk(job, row, job.computed, length))
+                rows[job.shard] += 1
+                job.computed += length
+                budget -= length
+        return chunks

@@ -1,0 +1,56 @@
+"""Sizes of an engine that suit a model and a mesh."""
+
+from jax.sharding import Mesh
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
+from moe_jax.errors import Refused
+from moe_jax.infer.serving import paged
+from moe_jax.infer.serving.scheduler import Limits
+
+BLOCK_SIZE, CHUNK = 16, 64
+_CONTEXT = 4096  # where nothing is said, at most
+_SEATS = 32  # over all shards, at least
+_CHUNK_ROWS = 4  # over all shards, at least
+
+
+def limits(
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    context: int | None = None,
+    seats: int | None = None,
+    cache_tokens: int | None = None,
+    budget: int | None = None,
+) -> Limits:
+    """Args:
+    context: tokens of prompt and answer together; None = the model's, at most 4,096.
+    seats: requests that run at once, over all shards, rounded up to the same number on each.
+    cache_tokens: positions over all shards; None = room for half of all seats at full context.
+    budget: tokens in a step; None = every row of a step may be used.
+    """
+    shards = mesh_lib.size(mesh, mesh_lib.BATCH)
+    context = min(model.max_seq_len, _CONTEXT) if context is None else context
+    for flag, value in (("--context", context), ("--seats", seats), ("--token_budget", budget)):
+        if value is not None and value < 1:
+            raise Refused(flag, value, "must be at least 1", "leave it out")
+    seats_each = -(-(_SEATS if seats is None else seats) // shards)
+    longest = -(-context // BLOCK_SIZE)
+    blocks = max(longest, seats_each * longest // 2)
+    if cache_tokens is not None:
+        blocks = cache_tokens // (shards * BLOCK_SIZE)
+        if blocks < 1:
+            least = shards * BLOCK_SIZE
+            raise Refused("--cache_tokens", cache_tokens, f"must be at least {least}", "raise it")
+    chunk_rows = -(-_CHUNK_ROWS // shards)
+    all_rows = shards * (seats_each + chunk_rows * CHUNK)
+    return Limits(
+        shards=shards,
+        seats=seats_each,
+        blocks=blocks,
+        block_size=BLOCK_SIZE,
+        chunk=max(CHUNK, paged.tokens_in_row(model)),
+        chunk_rows=chunk_rows,
+        budget=all_rows if budget is None else budget,
+        max_len=context,
+    )

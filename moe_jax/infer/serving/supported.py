@@ -1,0 +1,63 @@
+"""Models and meshes that the serving engine takes; all others are refused by name."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import Config, ModelConfig
+from moe_jax.errors import Refused
+from moe_jax.infer.serving import paged
+from moe_jax.infer.serving.scheduler import Limits
+
+DISPATCHES = ("local", "gathered", "exchange", "hierarchical")
+# What program.py and paged.py compute with, or need not know of. A field that is not here may be
+# only what it is by default: a part of a model that nobody thought of is not left out silently.
+KNOWN = {
+    *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_head", "d_ff"),
+    *("num_experts", "top_k", "max_seq_len", "rope_theta", "norm_eps", "dtype", "dispatch"),
+    *("combine", "wire_dtype", "overlap_degree", "load_balance_coef", "z_loss_coef"),
+    *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
+}
+
+
+def check(config: Config, mesh: Mesh, limits: Limits) -> None:
+    """Refuses what the engine cannot serve, before anything is compiled."""
+    model = config.model
+    if model.dispatch not in DISPATCHES:
+        raise Refused(
+            "model.dispatch",
+            model.dispatch,
+            "is not served with requests that come and go: "
+            "its tokens, or the heads of its attention, do not stay with their request",
+            f"use --dispatch={DISPATCHES[2]} (one of {', '.join(DISPATCHES)})",
+        )
+    if model.capacity_factor:
+        raise Refused(
+            "model.capacity_factor",
+            model.capacity_factor,
+            "must be 0: what is dropped would depend on who else is in the batch",
+            "serve a run with capacity_factor = 0",
+        )
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(model, field.name)
+        if field.name not in KNOWN and field.name != "capacity_factor" and value != field.default:
+            raise Refused(
+                f"model.{field.name}",
+                value,
+                "is not served yet: the cache in blocks does not know it",
+                "answer with infer.py --prompt instead",
+            )
+    if jax.process_count() > 1:
+        raise Refused("--distributed", jax.process_count(), "serving is one process", "use one")
+    if limits.max_len > model.max_seq_len:
+        rule = f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range"
+        raise Refused("--context", limits.max_len, rule, f"use {model.max_seq_len}")
+    if limits.shards != mesh_lib.size(mesh, mesh_lib.BATCH):
+        raise Refused("shards", limits.shards, "must be the devices of tokens", "see sizes.py")
+    if paged.TILE % limits.block_size:
+        raise Refused("block_size", limits.block_size, f"must divide {paged.TILE}", "use 16")
+    if limits.chunk % paged.tokens_in_row(model):
+        rule = f"must be a multiple of {paged.tokens_in_row(model)}"
+        raise Refused("chunk", limits.chunk, rule, "use 64")
