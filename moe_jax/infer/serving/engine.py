@@ -226,7 +226,7 @@ class Engine:
             fields["table"][at][: len(job.blocks)] = job.blocks
             if recorder:
                 self._meet(recorder, job, position)
-                fields["record"][at] = recorder.place(job, position, 1)
+                fields["record"][at] = recorder.place(job, position, 1)[0]
         for chunk in step.chunks:
             job, shard = chunk.job, chunk.job.shard
             first = limits.seats + chunk.row * limits.chunk

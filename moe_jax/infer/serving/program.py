@@ -23,7 +23,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.infer.serving import paged, rows
 from moe_jax.infer.serving.packing import FLOATS, Layout
-from moe_jax.model import attention, moe, parameter, transformer
+from moe_jax.model import attention, moe, parameter, router, transformer
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
@@ -72,14 +72,13 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         combine=config.combine,
         overlap_degree=config.overlap_degree,
         wire_dtype=config.wire_dtype,
-        top_k=config.top_k,
-        router_weights=config.router_weights,
+        scheme=router.scheme_of(config),
     )
     limits = layout.limits
     least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, 8)
     num_rows = max(least, layout.num_tokens)
     eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
-    setting = attention.Setting(config.rope_theta, eps)
+    setting = attention.setting_of(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=split)
     whole = functools.partial(parameter.gathered, mesh=mesh)

@@ -68,10 +68,10 @@ class Recorder:
             regions.append(_Region(job, first))
         self._of_job[job] = shard, number
 
-    def place(self, job: Job, start: int, length: int) -> np.ndarray | int:
+    def place(self, job: Job, start: int, length: int) -> np.ndarray:
         """Where the tokens at these positions go on the job's shard; -1 = nowhere."""
         if job not in self._of_job:
-            return -1
+            return np.full(length, -1)
         shard, number = self._of_job[job]
         region = self._regions[shard][number]
         at = np.arange(start - region.first, start - region.first + length)

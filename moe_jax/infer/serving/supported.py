@@ -19,6 +19,8 @@ KNOWN = {
     *("num_experts", "top_k", "max_seq_len", "rope_theta", "norm_eps", "dtype", "dispatch"),
     *("combine", "wire_dtype", "overlap_degree", "load_balance_coef", "z_loss_coef"),
     *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
+    *("rope", "router_scores", "router_scale", "router_groups", "router_top_groups"),
+    *("router_group_scores", "router_correction"),
 }
 
 
@@ -39,6 +41,13 @@ def check(config: Config, mesh: Mesh, limits: Limits) -> None:
             model.capacity_factor,
             "must be 0: what is dropped would depend on who else is in the batch",
             "serve a run with capacity_factor = 0",
+        )
+    if model.rope.kind == "longrope":
+        raise Refused(
+            "model.rope.kind",
+            model.rope.kind,
+            "is not served: long texts turn keys another way than short ones have stored them",
+            "answer with infer.py --prompt instead",
         )
     for field in dataclasses.fields(ModelConfig):
         value = getattr(model, field.name)

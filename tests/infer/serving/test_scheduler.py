@@ -158,7 +158,7 @@ def test_nobody_passes_the_oldest():
     assert large in world.scheduler.waiting
     assert small in world.scheduler.waiting
     world.run()
-    assert list(world.ended)[0] is first
+    assert next(iter(world.ended)) is first
 
 
 def test_a_prefix_is_used_again_by_whole_blocks():
