@@ -87,10 +87,16 @@ def mix(
     pages: Pages,
     layer: Array,
     table_AW: Int[Array, "A W"],
+    window: Int[Array, ""] | None = None,
+    sink_H: Float[Array, "H"] | None = None,
 ) -> Float[Array, "A J H Q"]:
     """softmax(q k / sqrt(Q)) v over positions 0..p; zeros where p is -1. Inside `shard_map`.
 
     Softmax in float32. The loop ends with the last tile that a row of this shard needs.
+
+    Args:
+      window: positions that a token attends to, itself included; None or 0 = all.
+      sink_H: see attention.py's `mix`: the running maximum and sum begin with it.
     """
     rows, per_row, num_heads, width = query_AJHQ.shape
     _, _, groups, block_size, _ = pages.key_LNGCQ.shape
@@ -114,7 +120,11 @@ def mix(
         value_AGYQ = tile_of(pages.value_LNGCQ, tile)
         logits_AGYX = _dot("agyq,agqx->agyx", key_AGYQ, query_AGQX) * scale
         here_11Y1 = (tile * TILE + jnp.arange(TILE, dtype=jnp.int32))[None, None, :, None]
-        logits_AGYX = jnp.where(here_11Y1 <= limit_A11X, logits_AGYX, -jnp.inf)
+        back_A1YX = limit_A11X - here_11Y1
+        seen_A1YX = back_A1YX >= 0
+        if window is not None:
+            seen_A1YX &= (back_A1YX < window) | (window == 0)
+        logits_AGYX = jnp.where(seen_A1YX, logits_AGYX, -jnp.inf)
         new_AG1X = jnp.maximum(most_AG1X, logits_AGYX.max(axis=2, keepdims=True))
         # A column that has seen nothing yet has no maximum; any number serves.
         base_AG1X = jnp.where(new_AG1X == -jnp.inf, 0.0, new_AG1X)
@@ -131,7 +141,12 @@ def mix(
         return jax.lax.pcast(array, varying, to="varying") if varying else array
 
     one = (rows, groups, 1, columns)
-    start = filled(one, -jnp.inf), filled(one, 0.0), filled((rows, groups, width, columns), 0.0)
+    most_AG1X, sum_AG1X = filled(one, -jnp.inf), filled(one, 0.0)
+    if sink_H is not None:
+        sink_GX = jnp.repeat(sink_H.reshape(groups, per_group), per_row, axis=1)
+        most_AG1X = jnp.maximum(most_AG1X, sink_GX[None, :, None].astype(jnp.float32))
+        sum_AG1X = sum_AG1X + 1.0
+    start = most_AG1X, sum_AG1X, filled((rows, groups, width, columns), 0.0)
     last = position_AJ.max()
     tile = last * 0  # of the same mesh axes as the positions
     _, _, sum_AG1X, mixed_AGQX = jax.lax.while_loop(

@@ -73,19 +73,23 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         overlap_degree=config.overlap_degree,
         wire_dtype=config.wire_dtype,
         scheme=router.scheme_of(config),
+        activation=config.activation,
     )
     limits = layout.limits
     least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, 8)
     num_rows = max(least, layout.num_tokens)
     eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
-    setting = attention.setting_of(config)
+    setting, window_L = attention.setting_of(config), attention.windows(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=split)
     whole = functools.partial(parameter.gathered, mesh=mesh)
     on_shards = functools.partial(jax.shard_map, mesh=mesh)
     attend = on_shards(
         functools.partial(_attend, layout=layout, per_row=paged.tokens_in_row(config)),
-        in_specs=(_HEADS, _HEADS, _HEADS, paged.SPEC, PartitionSpec(), _BATCH),
+        in_specs=(
+            *(_HEADS, _HEADS, _HEADS, paged.SPEC, PartitionSpec(), _BATCH),
+            *(PartitionSpec(), mesh_lib.spec("head")),
+        ),
         out_specs=(_HEADS, paged.SPEC),
     )
     pick = on_shards(
@@ -115,13 +119,14 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
 
         def layer(carry, inputs):
             x_T1D, pages = carry
-            block, table_of_layer, number = inputs
+            block, table_of_layer, number, window = inputs
             with jax.named_scope("attention"):
                 normed_T1D = transformer.rms_norm(x_T1D, whole(block.attention_norm_D)[...], eps)
                 weights = whole(block.attention, dtype=dtype)
                 heads = attention.project(place(normed_T1D), weights, at_T1, setting)
-                query_THQ, key_TGQ, value_TGQ = (rows[:, 0] for rows in heads)
-                mixed_THQ, pages = attend(query_THQ, key_TGQ, value_TGQ, pages, number, fields)
+                sink_H = None if weights.sink_H is None else weights.sink_H[...]
+                own = (rows[:, 0] for rows in heads)
+                mixed_THQ, pages = attend(*own, pages, number, fields, window, sink_H)
                 x_T1D = place(x_T1D + place(attention.project_out(mixed_THQ[:, None], weights)))
             normed_T1D = transformer.rms_norm(x_T1D, whole(block.moe_norm_D)[...], eps)
             y_T1D, record = moe_layer(normed_T1D, block.moe, turn_T1, real_T1, table_of_layer)
@@ -130,7 +135,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
         x_T1D = place(embedding_VD[rows_of(fields["token"], 0)])
         layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        inputs = (model.blocks, table, layers)
+        inputs = (model.blocks, table, layers, window_L)
         (x_T1D, pages), records = jax.lax.scan(layer, (x_T1D, state.pages), inputs)
         x_R1D = place(pick(x_T1D, fields["sample"]))
         x_R1D = transformer.rms_norm(x_R1D, whole(model.final_norm_D)[...], eps)
@@ -160,6 +165,8 @@ def _attend(
     pages: paged.Pages,
     layer: jax.Array,
     fields: dict[str, jax.Array],
+    window: jax.Array | None,
+    sink_H: jax.Array | None,
     *,
     layout: Layout,
     per_row: int,
@@ -187,7 +194,7 @@ def _attend(
         position_AJ = jnp.concatenate([position_AJ, chunk_AJ])
         rows_of_chunk = limits.chunk // per_row
         table_AW = jnp.concatenate([table_RW, table_RW[jnp.repeat(seat_P, rows_of_chunk)]])
-    mixed_AJHQ = paged.mix(query_AJHQ, position_AJ, pages, layer, table_AW)
+    mixed_AJHQ = paged.mix(query_AJHQ, position_AJ, pages, layer, table_AW, window, sink_H)
     mixed_THQ = mixed_AJHQ[: limits.seats, 0]
     if layout.chunk_rows:
         of_chunks = mixed_AJHQ[limits.seats :].reshape(-1, *query_THQ.shape[1:])

@@ -20,7 +20,8 @@ KNOWN = {
     *("combine", "wire_dtype", "overlap_degree", "load_balance_coef", "z_loss_coef"),
     *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
     *("rope", "router_scores", "router_scale", "router_groups", "router_top_groups"),
-    *("router_group_scores", "router_correction"),
+    *("router_group_scores", "router_correction", "router_bias", "expert_bias", "activation"),
+    *("windows", "attention_sinks"),
 }
 
 

@@ -22,6 +22,7 @@ from moe_jax.model import transformer
 from moe_jax.placement import cost
 from moe_jax.train import step as step_lib
 from tests import tiny
+from tests.model.test_parts import PARTS, shaken
 
 # Few seats and blocks: requests wait, are cut into chunks, preempted and computed again.
 TIGHT = Limits(
@@ -30,7 +31,7 @@ TIGHT = Limits(
 TWO = {"data": 1, "expert": 2}
 
 
-def make(limits=TIGHT, recorder=None, placement=None, **overrides):
+def make(limits=TIGHT, recorder=None, placement=None, model=None, **overrides):
     config = tiny.config(**{"mesh": TWO, **overrides})
     devices = config.mesh.expert_devices
     placement = placement or tiny.contiguous(devices)
@@ -38,7 +39,7 @@ def make(limits=TIGHT, recorder=None, placement=None, **overrides):
     limits = dataclasses.replace(
         limits, shards=config.mesh.token_devices, budget=limits.budget * config.mesh.token_devices
     )
-    model = permute.apply(on_mesh(config), tiny.contiguous(devices), placement)
+    model = permute.apply(model or on_mesh(config), tiny.contiguous(devices), placement)
     return Engine(config, mesh, model, tiny.table(placement), limits, Bytes(), recorder)
 
 
@@ -202,6 +203,23 @@ def test_widths_at_which_few_rows_round_otherwise():
         for pool in engines[0].scheduler.blocks:
             pool.forget()
     assert_same_bits(serve_together(engines[1], requests), alone)
+
+
+def test_parts_of_published_families_equal_the_static_engine():
+    """Windows, sinks, biases, a shared expert: texts longer than the window, in chunks."""
+    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local", **PARTS)
+    model, table = shaken(on_mesh(config)), tiny.table(tiny.contiguous(1))
+    static = StaticEngine(config, tiny.mesh(config), model, table)
+    served = Served(make(model=model, mesh={"data": 1, "expert": 1}, **PARTS))
+    prompts = tiny.tokens(3, 30).tolist()
+    for prompt in prompts:
+        served.submit(prompt, Options(max_tokens=20))
+    served.run()
+    expected = static.generate(prompts, 20, sampling.Sampling())
+    for number in range(3):
+        assert served.tokens(number) == expected.tokens[number]
+        logits_V = np.asarray(expected.logits_BSV)[number, 29]
+        np.testing.assert_allclose(served.logits[number][0], logits_V, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
