@@ -134,7 +134,7 @@ def _describe(request: Request, config: Config) -> dict[str, Any]:
     return {
         "run": request.run,
         "model": config.name,
-        "layers": config.model.num_layers,
+        "layers": config.model.num_moe_layers,
         "experts": config.model.num_experts,
         "top_k": config.model.top_k,
         "row_bytes": plans.row_bytes(config.model),

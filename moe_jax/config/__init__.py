@@ -8,6 +8,7 @@
     fields.py     the dataclasses
     building.py   from a ConfigDict or JSON, to JSON, the digest of a run
     rules.py      what must hold between fields
+    layer_rules.py  of latent attention and dense layers
     rope_rules.py   of rotary positions
 """
 
@@ -26,6 +27,7 @@ from moe_jax.config.fields import (
     MESH_AXES,
     Config,
     DataConfig,
+    LatentConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -46,6 +48,7 @@ __all__ = [
     "MESH_AXES",
     "Config",
     "DataConfig",
+    "LatentConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -46,6 +46,19 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (model/latent.py); a rank of 0: there is none.
+
+    `d_head` is then the width of a head's keys without positions.
+    """
+
+    kv_rank: int = 0  # numbers kept of a position for all keys and values,
+    d_rope: int = 0  # and those of one key for all heads, turned by the position
+    d_value: int = 0  # width of a head's value
+    query_rank: int = 0  # queries by way of so many numbers; 0 = from the row itself
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only MoE transformer (sizes in elements; letters as in the glossary)."""
 
@@ -91,6 +104,19 @@ class ModelConfig:
     router_bias: bool = False
     expert_bias: bool = False  # of gate, up and down of each expert
     activation: str = "swiglu"  # of experts; "clamped_swiglu": (up + 1) gate sigmoid(1.702 gate)
+    latent: LatentConfig = LatentConfig()
+    num_dense_layers: int = 0  # of num_layers, the first ones: without experts
+    d_ff_dense: int = 0  # their width
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Those that plans, traces and records are about."""
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def d_rotated(self) -> int:
+        """Values of a head that are turned by positions."""
+        return self.latent.d_rope if self.latent.kv_rank else self.d_head
 
 
 # Fields of `ModelConfig` that came later: a model without them has the digest that it had before.
@@ -98,7 +124,7 @@ PARTS = (
     *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
     *("rope", "router_scores", "router_scale", "router_groups", "router_top_groups"),
     *("router_group_scores", "router_correction", "router_bias", "expert_bias", "activation"),
-    *("windows", "attention_sinks"),
+    *("windows", "attention_sinks", "latent", "num_dense_layers", "d_ff_dense"),
 )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from moe_jax.config import rope_rules
+from moe_jax.config import layer_rules, rope_rules
 from moe_jax.config.fields import (
     ACTIVATIONS,
     ATTENTION_BIASES,
@@ -32,7 +32,8 @@ from moe_jax.errors import Refused
 def validate(config: Config) -> None:
     """Checks every rule that needs no devices and no files. Raises `Refused` at the first."""
     _validate_model(config.model)
-    rope_rules.validate(config.model.rope, config.model.d_head)
+    layer_rules.validate(config.model)
+    rope_rules.validate(config.model.rope, config.model.d_rotated)
     _validate_mesh(config)
     _validate_data(config)
     _validate_training(config)
@@ -78,12 +79,12 @@ def _validate_model(model: ModelConfig) -> None:
             f"must divide model.num_heads = {model.num_heads}",
             f"nearest: {_nearest_divisors(model.num_kv_heads, model.num_heads)}",
         )
-    if model.d_head % 2:
+    if model.d_rotated % 2:
         raise Refused(
-            "model.d_head",
-            model.d_head,
+            "model.latent.d_rope" if model.latent.kv_rank else "model.d_head",
+            model.d_rotated,
             "must be even: rotary embeddings turn pairs of values",
-            f"use {model.d_head + 1}",
+            f"use {model.d_rotated + 1}",
         )
     _one_of("model.dispatch", model.dispatch, (*DISPATCHES, AUTO))
     _one_of("model.combine", model.combine, COMBINES)
@@ -174,7 +175,9 @@ _SPLIT_BY = (
     ("fsdp", "d_model"),
     *(
         ("tensor", split)
-        for split in ("num_heads", "num_kv_heads", "d_ff", "vocab_size", "d_ff_shared")
+        for split in (
+            *("num_heads", "num_kv_heads", "d_ff", "vocab_size", "d_ff_shared", "d_ff_dense"),
+        )
     ),
 )
 

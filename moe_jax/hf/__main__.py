@@ -55,9 +55,10 @@ def check(folder: str) -> None:
     tensors = folder_lib.tensors(folder)
     found = layout.find(published.family, published.config.model, tensors)
     dtypes = sorted({tensors.dtype(name) for name in found.shapes})
+    beside = f"; {len(found.beside):,} more of a part that is not run" if found.beside else ""
     print(
         f"{folder}: {published.family.model_type}, {len(found.shapes):,} tensors ({found.name}), "
-        f"{tensors.num_bytes:,} bytes of {', '.join(dtypes)}: all there, none left over"
+        f"{tensors.num_bytes:,} bytes of {', '.join(dtypes)}: all there, none left over{beside}"
     )
 
 

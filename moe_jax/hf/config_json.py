@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax import config as config_lib
@@ -91,12 +92,16 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
             supported = " or ".join(map(repr, values))
             rule = f"asks for {what}, which is not supported here: must be {supported}"
             raise Refused(f"{path}: {key}", plain[key], rule, "use another model of this family")
-    model = {key.field: _value(path, plain, key) for key in (*COMMON, *family.keys)}
+    model: dict[str, Any] = {}
+    for asked in (*COMMON, *family.keys):
+        group, _, field = asked.field.rpartition(".")
+        fields = model.setdefault(group, {}) if group else model
+        fields[field] = 0 if asked.needs and not model[asked.needs] else _value(path, plain, asked)
     model |= family.fixed
     heads = Key("num_kv_heads", ("num_key_value_heads",), model["num_heads"])
     model["num_kv_heads"] = _value(path, plain, heads)
     width = Key("d_head", ("head_dim",), _share(model["d_model"], model["num_heads"]))
-    model["d_head"] = _value(path, plain, width)
+    model.setdefault("d_head", _value(path, plain, width))
     turned = rope_json.read(path, plain)
     model["rope_theta"] = turned.theta
     model["rope"] = turned.fields | model.get("rope", {})
@@ -105,6 +110,16 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
         known = ", ".join(repr(name) for name in _DTYPES if name)
         raise Refused(f"{path}: dtype", dtype, f"must be one of {known}", "convert the checkpoint")
     return model | {"dtype": _DTYPES[dtype]}
+
+
+def _said(field: str, value: Any, says: Mapping[Any, Any]) -> Any:
+    for known, said in says.items():
+        if type(value) is type(known) and value == known:
+            return said
+    if True in says:
+        raise Refused(field, value, "must be true or false", "correct it")
+    known = ", ".join(map(repr, says))
+    raise Refused(field, value, f"is not supported here: must be one of {known}", "use another")
 
 
 def _share(whole: Any, parts: Any) -> int:
@@ -117,12 +132,18 @@ def _value(path: pathlib.Path, plain: dict[str, Any], key: Key) -> Any:
     for name in key.names:
         value = plain.get(name)
         if value is None:
+            if name in plain and key.null is not None:
+                return key.null
             continue
-        if key.says is None:
+        if key.says is not None:
+            return _said(f"{path}: {name}", value, key.says)
+        if not key.times:
             return value
-        if not isinstance(value, bool) or value not in key.says:
-            raise Refused(f"{path}: {name}", value, "must be true or false", "correct it")
-        return key.says[value]
+        factor = plain.get(key.times)
+        if not all(type(number) is int and number >= 0 for number in (value, factor)):
+            rule = f"must be a number of parts, {key.times} = {factor!r} wide each"
+            raise Refused(f"{path}: {name}", value, rule, "correct them")
+        return value * factor
     if key.default is REQUIRED:
         rule = f"is required (it is model.{key.field})"
         raise Refused(f"{path}: {key.names[0]}", None, rule, "download config.json again")

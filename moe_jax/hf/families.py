@@ -42,16 +42,22 @@ class Key:
     """A field of `ModelConfig` and the key of config.json that says it.
 
     Attributes:
-      field: its name.
+      field: its name; "latent.kv_rank" is a field of a group.
       names: keys, newest first; the first that is there counts.
       default: where none is there; `REQUIRED` = refused.
       says: the field's value for each value of the key, or None = the value itself.
+      null: what an explicit null says, or None: as if it were not there.
+      times: a key whose value it is multiplied with.
+      needs: a field without which (it is 0) the key says nothing, and the field is 0.
     """
 
     field: str
     names: tuple[str, ...]
     default: Any = REQUIRED
     says: Mapping[Any, Any] | None = None
+    null: Any = None
+    times: str = ""
+    needs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Family:
       fixed: fields of `ModelConfig` that all its models have.
       only: keys that must have one of these values if they are there, and what they would ask for.
       layouts: rows of each way in which its checkpoints are written, the published one first.
+      beside: how names of tensors start that belong to a part which is not run; {layers} is the
+        number of layers.
     """
 
     model_type: str
@@ -71,6 +79,7 @@ class Family:
     fixed: Mapping[str, Any]
     only: tuple[tuple[str, tuple[Any, ...], str], ...]
     layouts: Mapping[str, tuple[Row, ...]]
+    beside: tuple[str, ...] = ()
 
 
 COMMON = (
@@ -103,12 +112,18 @@ def _linear(parameter: str, axes: str, name: str, stored: str) -> tuple[Row, Row
     )
 
 
-_TRUNK = (
+_ENDS = (
     Row("embedding_VD", "VD", "model.embed_tokens.weight", "V D"),
     Row("output_DV", "DV", "lm_head.weight", "V D"),
     Row("final_norm_D", "D", "model.norm.weight", "D"),
+)
+_NORMS = (
     Row("blocks.attention_norm_D", "D", _BLOCK + "input_layernorm.weight", "D"),
     Row("blocks.moe_norm_D", "D", _BLOCK + "post_attention_layernorm.weight", "D"),
+)
+_TRUNK = (
+    *_ENDS,
+    *_NORMS,
     *_linear("query", "DHQ", "q_proj", "HQ D"),
     *_linear("key", "DGQ", "k_proj", "GQ D"),
     *_linear("value", "DGQ", "v_proj", "GQ D"),
@@ -211,4 +226,102 @@ QWEN2_MOE = Family(
     layouts=_layouts(*_SHARED),
 )
 
-FAMILIES = {family.model_type: family for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE)}
+_LATENT = (
+    Row("blocks.attention.query_DHX", "DHX", _ATTENTION + "q_proj.weight", "HX D"),
+    Row("blocks.attention.query_down_DU", "DU", _ATTENTION + "q_a_proj.weight", "U D"),
+    Row("blocks.attention.query_norm_U", "U", _ATTENTION + "q_a_layernorm.weight", "U"),
+    Row("blocks.attention.query_up_UHX", "UHX", _ATTENTION + "q_b_proj.weight", "HX U"),
+    Row("blocks.attention.latent_down_DZ", "DZ", _ATTENTION + "kv_a_proj_with_mqa.weight", "Z D"),
+    Row("blocks.attention.latent_norm_R", "R", _ATTENTION + "kv_a_layernorm.weight", "R"),
+    Row("blocks.attention.expand_RHY", "RHY", _ATTENTION + "kv_b_proj.weight", "HY R"),
+    Row("blocks.attention.output_HWD", "HWD", _ATTENTION + "o_proj.weight", "D HW"),
+)
+
+
+def _swiglu(parameter: str, mlp: str) -> tuple[Row, ...]:
+    return (
+        Row(f"{parameter}.gate_DF", "DF", f"{_BLOCK}{mlp}gate_proj.weight", "F D"),
+        Row(f"{parameter}.up_DF", "DF", f"{_BLOCK}{mlp}up_proj.weight", "F D"),
+        Row(f"{parameter}.down_FD", "FD", f"{_BLOCK}{mlp}down_proj.weight", "D F"),
+    )
+
+
+_DENSE = (  # the same attention, in the stack of dense layers
+    *(
+        dataclasses.replace(
+            row,
+            parameter=row.parameter.replace("blocks", "dense_blocks").replace(
+                "moe_norm", "mlp_norm"
+            ),
+        )
+        for row in (*_NORMS, *_LATENT)
+    ),
+    *_swiglu("dense_blocks.mlp", "mlp."),
+)
+_DEEPSEEK = (
+    *(*_ENDS, *_NORMS, *_LATENT, *_DENSE),
+    *_swiglu("blocks.moe.shared", "mlp.shared_experts."),
+    Row("blocks.moe.correction_E", "E", _BLOCK + "mlp.gate.e_score_correction_bias", "E"),
+)
+_DEEPSEEK_LAYOUTS = {"per expert": (*_DEEPSEEK, *_MLP), "fused": (*_DEEPSEEK, *_FUSED)}
+_DEEPSEEK_KEYS = (
+    Key("d_ff", ("moe_intermediate_size",)),
+    Key("num_experts", ("n_routed_experts", "num_experts", "num_local_experts")),
+    Key("d_ff_shared", ("n_shared_experts",), 0, times="moe_intermediate_size"),
+    Key("num_dense_layers", ("first_k_dense_replace",)),
+    Key("d_ff_dense", ("intermediate_size",), needs="num_dense_layers"),
+    Key("d_head", ("qk_nope_head_dim",)),
+    Key("latent.kv_rank", ("kv_lora_rank",)),
+    Key("latent.d_rope", ("qk_rope_head_dim",)),
+    Key("latent.d_value", ("v_head_dim",)),
+    Key("latent.query_rank", ("q_lora_rank",), null=0),
+    Key("router_groups", ("n_group",), 1),
+    Key("router_top_groups", ("topk_group",), 1),
+    Key("router_scale", ("routed_scaling_factor",)),
+    Key("load_balance_coef", ("aux_loss_alpha", "router_aux_loss_coef"), 0.001),
+)
+_DEEPSEEK_ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("attention_bias", (False, None), "biases in latent attention"),
+    ("mlp_bias", (False, None), "biases of dense layers"),
+    ("moe_layer_freq", (1, None), "dense layers among the MoE layers"),
+)
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    keys=(
+        *_DEEPSEEK_KEYS,
+        Key(
+            "router_group_scores",
+            ("topk_method",),
+            says={"greedy": "", "group_limited_greedy": "max"},
+        ),
+    ),
+    fixed={"router_weights": "softmax", "rope": {"interleaved": True}},
+    only=(
+        *_DEEPSEEK_ONLY,
+        ("scoring_func", ("softmax", None), "other scores of experts"),
+        # Of it the published code and transformers make different things: scaled, and not at all.
+        ("norm_topk_prob", (False, None), "normalised weights, which no published model of it has"),
+    ),
+    layouts=_DEEPSEEK_LAYOUTS,
+)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    keys=(
+        *_DEEPSEEK_KEYS,
+        Key("router_weights", ("norm_topk_prob",), says=_NORMALISED),
+        Key("rope.interleaved", ("rope_interleave",), True),
+    ),
+    fixed={"router_scores": "sigmoid", "router_group_scores": "top2", "router_correction": True},
+    only=(
+        *_DEEPSEEK_ONLY,
+        ("scoring_func", ("sigmoid", None), "other scores of experts"),
+        ("topk_method", ("noaux_tc", None), "another choice of experts"),
+    ),
+    layouts=_DEEPSEEK_LAYOUTS,
+    beside=("model.layers.{layers}.",),  # predicts one more token ahead
+)
+
+FAMILIES = {
+    family.model_type: family
+    for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+}

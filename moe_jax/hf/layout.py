@@ -31,6 +31,7 @@ class Layout:
       name: of the way, as in `Family.layouts`.
       sizes: of each letter, by parameter.
       shapes: of every tensor, in the order of layers.
+      beside: tensors of a part of the model that is not run: they are not read, and not written.
       pieces: the tensor that holds each piece of each parameter, and the row that says how. Plain
         tuples: there are tens of thousands.
     """
@@ -39,6 +40,7 @@ class Layout:
     sizes: dict[str, dict[str, int]]
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[Key, tuple[str, Row]]
+    beside: tuple[str, ...] = ()
 
     def view(self, stored: np.ndarray, row: Row, expert: int | None) -> np.ndarray:
         """The array of a piece as the parameter has it: a view of its tensor, to read or fill."""
@@ -76,15 +78,25 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
     }
     shape_of = {row: _shape(row, {"E": config.num_experts, **sizes[row.parameter]}) for row in rows}
     layout = Layout(name, sizes, {}, {})
-    outside = [row for row in rows if "layer" not in axes[row.parameter]]
-    within = [row for row in rows if "layer" in axes[row.parameter]]
-    for layer, of_layer in [(None, outside), *((n, within) for n in range(config.num_layers))]:
+
+    def count_out(of_layer: list[Row], layer: int | None, number: int | None) -> None:
+        """`layer` is counted in its stack, `number` in the whole model."""
         for row in of_layer:
             of_expert = "expert" in axes[row.parameter]
             for expert in range(config.num_experts) if of_expert else (None,):
-                tensor = row.tensor.format(layer=layer, expert=expert)
+                tensor = row.tensor.format(layer=number, expert=expert)
                 layout.shapes[tensor] = shape_of[row]
                 layout.pieces[row.parameter, layer, expert] = (tensor, row)
+
+    count_out([row for row in rows if "layer" not in axes[row.parameter]], None, None)
+    dense = config.num_dense_layers
+    for stack, first, count in (
+        ("dense_blocks.", 0, dense),
+        ("blocks.", dense, config.num_moe_layers),
+    ):
+        of_stack = [row for row in rows if row.parameter.startswith(stack)]
+        for layer in range(count):
+            count_out(of_stack, layer, first + layer)
     return layout
 
 
@@ -113,7 +125,9 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
         rule = f"{_count(missing)} missing from the checkpoint"
         fix = "download all of its files; config.json must be the one that belongs to them"
         raise Refused(source, _first(missing), rule, fix)
-    if surplus := sorted(there - layout.shapes.keys()):
+    starts = tuple(start.format(layers=config.num_layers) for start in family.beside)
+    beside = [name for name in there - layout.shapes.keys() if name.startswith(starts)]
+    if surplus := sorted(there - layout.shapes.keys() - set(beside)):
         rule = f"{_count(surplus)} not a part of this model ({family.model_type})"
         fix = "config.json must be the one that belongs to it; nothing is left out silently"
         raise Refused(source, _first(surplus), rule, fix)
@@ -127,7 +141,7 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
         raise Refused(source, _first(wrong), rule, "use the config.json of this checkpoint")
     for name in layout.shapes:
         tensors.file_of[name].check_weight(name)
-    return layout
+    return dataclasses.replace(layout, beside=tuple(sorted(beside)))
 
 
 def _count(names: list[str]) -> str:

@@ -24,7 +24,6 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import sampling as sampling_lib
 from moe_jax.model import coherent, transformer
-from moe_jax.model.attention import LayerCache
 from moe_jax.model.dispatch.table import Table
 
 
@@ -109,12 +108,12 @@ class Engine:
         other._table = jax.tree.map(lambda t: mesh_lib.put_replicated(self._mesh, t), table)
         return other
 
-    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+    def empty_cache(self, batch: int, capacity: int) -> transformer.Cache:
         """For `capacity` positions of `batch` sequences, placed as this engine's programs want."""
         sizes = (self._config.model, batch, capacity, self._mesh)
         return self._layers.empty_cache(*sizes, **self._split)
 
-    def prefill(self, token_BS: np.ndarray, length_B: np.ndarray, cache: LayerCache) -> Any:
+    def prefill(self, token_BS: np.ndarray, length_B: np.ndarray, cache: transformer.Cache) -> Any:
         """One prefill step, left on the devices.
 
         Args:
@@ -128,7 +127,7 @@ class Engine:
         put = functools.partial(mesh_lib.put_batch, self._mesh)
         return self._prefill(self._model, self._table, put(token_BS), put(length_B), cache)
 
-    def decode(self, token_B: np.ndarray, position_B: np.ndarray, cache: LayerCache) -> Any:
+    def decode(self, token_B: np.ndarray, position_B: np.ndarray, cache: transformer.Cache) -> Any:
         """One decode step, left on the devices; `cache` is used up.
 
         Args:

@@ -43,10 +43,15 @@ class Source:
             self.config.model, self.layout, self.tensors, self.plan.placement, mesh
         )
         metrics.say(
-            f"{self.tensors.folder}: {len(self.tensors.file_of):,} tensors, "
+            f"{self.tensors.folder}: {len(self.layout.shapes):,} tensors, "
             f"{self.tensors.num_bytes:,} bytes, on {self.config.mesh.expert} device(s), "
             f"plan {self.plan.digest[:12]}"
         )
+        if self.layout.beside:
+            metrics.say(
+                f"not read: {len(self.layout.beside):,} tensors of a part that is not run "
+                f"({self.layout.beside[0]}, ...)"
+            )
         return model
 
 
@@ -72,7 +77,7 @@ def find(
     config = published.config
     if dispatch is not None:
         config = config_lib.with_dispatch(config, dispatch)
-    sizes = (config.model.num_layers, config.model.num_experts, devices)
+    sizes = (config.model.num_moe_layers, config.model.num_experts, devices)
     if plan is None:
         plan = plan_lib.Plan(plan_lib.Placement.contiguous(*sizes))
     plan_lib.check_fits(plan, num_layers=sizes[0], num_experts=sizes[1], num_devices=devices)

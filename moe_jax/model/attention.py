@@ -237,11 +237,14 @@ def project_out(
 def mix(
     query_BSHQ: Float[Array, "B S H Q"],
     key_BCGQ: Float[Array, "B C G Q"],
-    value_BCGQ: Float[Array, "B C G Q"],
+    value_BCGW: Float[Array, "B C G W"],
     seen_BSC: Bool[Array, "#B S C"],
     sink_H: Any = None,
-) -> Float[Array, "B S H Q"]:
-    """softmax(q k / sqrt(Q)) v over the positions seen; softmax in float32.
+    divisor: float | None = None,
+) -> Float[Array, "B S H W"]:
+    """softmax(q k / divisor) v over the positions seen; softmax in float32.
+
+    Values may have another width W than keys; the divisor is sqrt(Q) where none is given.
 
     The queries of all heads that share a key/value head stand in one matrix, so that there is one
     plain matmul per (sequence, key/value head).
@@ -256,19 +259,19 @@ def mix(
     # Heads h = g * per_group + r; the rows of one matrix are (r, s).
     rows_BGXQ = query_BSHQ.reshape(batch, length, groups, per_group, width)
     rows_BGXQ = rows_BGXQ.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
-    key_BGCQ, value_BGCQ = key_BCGQ.swapaxes(1, 2), value_BCGQ.swapaxes(1, 2)
+    key_BGCQ, value_BGCW = key_BCGQ.swapaxes(1, 2), value_BCGW.swapaxes(1, 2)
     logits_BGXC = jnp.einsum("bgxq,bgcq->bgxc", rows_BGXQ, key_BGCQ).astype(jnp.float32)
     seen_B1XC = jnp.tile(seen_BSC, (1, per_group, 1))[:, None]
-    logits_BGXC = jnp.where(seen_B1XC, logits_BGXC / math.sqrt(width), -jnp.inf)
+    logits_BGXC = jnp.where(seen_B1XC, logits_BGXC / (divisor or math.sqrt(width)), -jnp.inf)
     if sink_H is None:
         share_BGXC = jax.nn.softmax(logits_BGXC, axis=-1)
     else:
         sink_GX = jnp.repeat(sink_H[...].reshape(groups, per_group), length, axis=1)
         share_BGXC = _softmax_beside(logits_BGXC, sink_GX[None, :, :, None])
     share_BGXC = share_BGXC.astype(query_BSHQ.dtype)
-    mixed_BGXQ = jnp.einsum("bgxc,bgcq->bgxq", share_BGXC, value_BGCQ)
-    mixed_BGRSQ = mixed_BGXQ.reshape(batch, groups, per_group, length, width)
-    return mixed_BGRSQ.transpose(0, 3, 1, 2, 4).reshape(query_BSHQ.shape)
+    mixed_BGXW = jnp.einsum("bgxc,bgcw->bgxw", share_BGXC, value_BGCW)
+    mixed_BGRSW = mixed_BGXW.reshape(batch, groups, per_group, length, -1)
+    return mixed_BGRSW.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, -1)
 
 
 def _softmax_beside(logits_BGXC: jax.Array, other_1GX1: jax.Array) -> jax.Array:
@@ -280,15 +283,16 @@ def _softmax_beside(logits_BGXC: jax.Array, other_1GX1: jax.Array) -> jax.Array:
     return power_BGXC / (power_BGXC.sum(axis=-1, keepdims=True) + jnp.exp(other_1GX1 - top_BGX1))
 
 
-def write_prefix(cached_BCGQ: jax.Array, new_BSGQ: jax.Array) -> jax.Array:
-    """The cache with keys or values of the first positions."""
-    return jax.lax.dynamic_update_slice(cached_BCGQ, new_BSGQ, (0, 0, 0, 0))
+def write_prefix(cached_BC: jax.Array, new_BS: jax.Array) -> jax.Array:
+    """The cache with what belongs to the first positions: keys or values [B, S, G, Q], or rows."""
+    return jax.lax.dynamic_update_slice(cached_BC, new_BS, (0,) * cached_BC.ndim)
 
 
-def write_one(cached_BCGQ: jax.Array, new_B1GQ: jax.Array, position_B: jax.Array) -> jax.Array:
+def write_one(cached_BC: jax.Array, new_B1: jax.Array, position_B: jax.Array) -> jax.Array:
     """The cache with those of one position a sequence; nothing is written at position -1.
 
     A select, not a scatter: it stays on the device that holds the row.
     """
-    here_BC = jnp.arange(cached_BCGQ.shape[1])[None] == position_B[:, None]
-    return jnp.where(here_BC[:, :, None, None], new_B1GQ, cached_BCGQ)
+    here_BC = jnp.arange(cached_BC.shape[1])[None] == position_B[:, None]
+    here_BC = jnp.expand_dims(here_BC, tuple(range(2, cached_BC.ndim)))
+    return jnp.where(here_BC, new_B1, cached_BC)

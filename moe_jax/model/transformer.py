@@ -9,6 +9,7 @@ Axes: B batch, S tokens at hand, C cached positions, D d_model, L layers, V voca
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,37 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.model import attention, moe, parameter, router, shuffled
+from moe_jax.model import attention, latent, moe, parameter, router, shared, shuffled
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
+
+
+def _attention(key: jax.Array, config: ModelConfig) -> attention.Attention | latent.LatentAttention:
+    if config.latent.kv_rank:
+        return latent.LatentAttention(key, config)
+    return attention.Attention(
+        key,
+        d_model=config.d_model,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        d_head=config.d_head,
+        qk_norm=config.qk_norm,
+        bias=config.attention_bias,
+        sinks=config.attention_sinks,
+    )
+
+
+class DenseBlock(nnx.Module):
+    """Pre-norm attention, pre-norm feed-forward layer: a layer without experts."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        a, m = jax.random.split(key)
+        self.attention_norm_D = parameter.ones(("embed",), (config.d_model,))
+        self.attention = _attention(a, config)
+        self.mlp_norm_D = parameter.ones(("embed",), (config.d_model,))
+        self.mlp = shared.SharedExpert(
+            m, d_model=config.d_model, d_ff=config.d_ff_dense, has_gate=False
+        )
 
 
 class Block(nnx.Module):
@@ -30,16 +59,7 @@ class Block(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         a, m = jax.random.split(key)
         self.attention_norm_D = parameter.ones(("embed",), (config.d_model,))
-        self.attention = attention.Attention(
-            a,
-            d_model=config.d_model,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            d_head=config.d_head,
-            qk_norm=config.qk_norm,
-            bias=config.attention_bias,
-            sinks=config.attention_sinks,
-        )
+        self.attention = _attention(a, config)
         self.moe_norm_D = parameter.ones(("embed",), (config.d_model,))
         self.moe = moe.MoE(
             m,
@@ -57,14 +77,20 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Embedding [V, D], stacked blocks, final norm, output projection [D, V].
 
-    Where they are tied, the embedding projects the output as well, and `output_DV` is None.
+    `dense_blocks`, the first layers of some models, are a stack before the other, or None. Where
+    both ends are tied, the embedding projects the output as well, and `output_DV` is None.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         e, b, u = jax.random.split(key, 3)
         vocabulary, width = config.vocab_size, config.d_model
         self.embedding_VD = parameter.normal(e, ("vocab", "embed"), (vocabulary, width), width)
-        self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(b, config.num_layers))
+        dense, moe_layers = config.num_dense_layers, config.num_moe_layers
+        d = jax.random.fold_in(key, 0)
+        self.dense_blocks = (
+            jax.vmap(lambda k: DenseBlock(k, config))(jax.random.split(d, dense)) if dense else None
+        )
+        self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(b, moe_layers))
         self.final_norm_D = parameter.ones(("embed",), (width,))
         self.output_DV = (
             None
@@ -73,17 +99,32 @@ class Transformer(nnx.Module):
         )
 
 
+LayerCache = attention.LayerCache | latent.LatentCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedCache:
+    """The cache of a model with dense layers: one of each stack, so that none is cut or joined."""
+
+    dense: LayerCache | None
+    moe: LayerCache | None
+
+
+Cache = LayerCache | StackedCache
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Attributes:
     logits_BSV: float32.
-    cache: keys and values of all layers, stacked, or None.
-    record: `LayerRecord` of all layers, stacked: expert_LBSK, traffic [L, ...], losses [L].
+    cache: of all layers (see README.md, Cache), or None.
+    record: `LayerRecord` of all MoE layers, stacked: expert_LBSK, traffic [L, ...], losses [L].
     """
 
     logits_BSV: Leaf
-    cache: attention.LayerCache | None
+    cache: Cache | None
     record: moe.LayerRecord
 
 
@@ -138,10 +179,18 @@ def build_forward(
         implementation=implementation,
     )
     eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
-    setting, window_L = attention.setting_of(config), attention.windows(config)
+    setting: Any = attention.setting_of(config)
+    attend: Any = attention.attend
+    if config.latent.kv_rank:
+        setting, attend = latent.setting_of(config), latent.attend
+    window_L = attention.windows(config)
+    dense_window_L = None if window_L is None else window_L[: config.num_dense_layers]
+    window_L = None if window_L is None else window_L[config.num_dense_layers :]
     split = mesh_lib.sharding(mesh, "batch", None, None)
     norm = functools.partial(rms_norm, eps=eps)
-    steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, setting, config.top_k)
+    steps = None
+    if config.dispatch == "shuffled":
+        steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, setting, config.top_k)
     attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
     place = jax.lax.with_sharding_constraint
 
@@ -154,7 +203,7 @@ def build_forward(
         *,
         position_BS: Int[Array, "B S"] | None = None,
         real_BS: Bool[Array, "B S"] | None = None,
-        cache: attention.LayerCache | None = None,
+        cache: Cache | None = None,
     ) -> Output:
         if position_BS is None:
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
@@ -162,11 +211,10 @@ def build_forward(
             real_BS = jnp.ones(token_BS.shape, bool)
         turn_BS = rule_position(position_BS)
 
-        def layer(x_BSD, inputs):
-            block, table_of_layer, cache_of_layer, window = inputs
+        def attended(x_BSD, block, cache_of_layer, window):
             with jax.named_scope("attention"):
                 normed_BSD = rms_norm(x_BSD, whole(block.attention_norm_D)[...], eps)
-                mixed_BSD, cache_of_layer = attention.attend(
+                mixed_BSD, cache_of_layer = attend(
                     place(normed_BSD, attention_split),
                     whole(block.attention, dtype=dtype),
                     position_BS,
@@ -174,21 +222,41 @@ def build_forward(
                     cache_of_layer,
                     window,
                 )
-            x_BSD = place(x_BSD + place(mixed_BSD, split), split)
+            return place(x_BSD + place(mixed_BSD, split), split), cache_of_layer
+
+        def dense_layer(x_BSD, inputs):
+            block, cache_of_layer, window = inputs
+            x_BSD, cache_of_layer = attended(x_BSD, block, cache_of_layer, window)
+            with jax.named_scope("dense"):
+                normed_BSD = rms_norm(x_BSD, whole(block.mlp_norm_D)[...], eps)
+                normed_TD = normed_BSD.reshape(-1, x_BSD.shape[-1])
+                y_TD = shared.compute(normed_TD, whole(block.mlp, dtype=dtype))
+            return place(x_BSD + y_TD.reshape(x_BSD.shape), split), cache_of_layer
+
+        def layer(x_BSD, inputs):
+            block, table_of_layer, cache_of_layer, window = inputs
+            x_BSD, cache_of_layer = attended(x_BSD, block, cache_of_layer, window)
             normed_BSD = rms_norm(x_BSD, whole(block.moe_norm_D)[...], eps)
             y_BSD, record = moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table_of_layer)
             return x_BSD + y_BSD, (cache_of_layer, record)
 
-        body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        inputs = (model.blocks, table, cache, window_L)
+        again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
         embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
         x_BSD = place(embedding_VD[token_BS], split)
-        if config.dispatch == "shuffled":
-            x_BSD, cache, record = shuffled.layers(
+        of_stacks = cache if isinstance(cache, StackedCache) else StackedCache(None, cache)
+        of_dense, of_moe = of_stacks.dense, of_stacks.moe
+        if model.dense_blocks is not None:
+            x_BSD, of_dense = jax.lax.scan(
+                again(dense_layer), x_BSD, (model.dense_blocks, of_dense, dense_window_L)
+            )
+        inputs = (model.blocks, table, of_moe, window_L)
+        if steps is not None:
+            x_BSD, of_moe, record = shuffled.layers(
                 steps, inputs, x_BSD, position_BS, turn_BS, real_BS
             )
         else:
-            x_BSD, (cache, record) = jax.lax.scan(body, x_BSD, inputs)
+            x_BSD, (of_moe, record) = jax.lax.scan(again(layer), x_BSD, inputs)
+        cache = of_moe if of_dense is None else StackedCache(of_dense, of_moe)
         x_BSD = rms_norm(x_BSD, whole(model.final_norm_D)[...], eps)
         output_DV = None if model.output_DV is None else whole(model.output_DV, dtype=dtype)[...]
         return Output(logits(x_BSD, embedding_VD, output_DV), cache, record)
@@ -198,18 +266,37 @@ def build_forward(
 
 def empty_cache(
     config: ModelConfig, batch: int, capacity: int, mesh: Mesh, attention_batch: str = "batch"
-) -> attention.LayerCache:
-    """Zeros for `capacity` positions of `batch` sequences in all layers.
+) -> Cache:
+    """Zeros for `capacity` positions of `batch` sequences in all layers; see README.md, Cache.
 
-    Split over the batch as attention is (see `build_forward`) and over key/value heads. Where
-    attention is split by heads (`shuffled`), each device has its heads of all sequences.
+    Split over the batch as attention is (see `build_forward`) and over key/value heads; rows of
+    latent attention over the batch alone. Where attention is split by heads (`shuffled`), each
+    device has its heads of all sequences.
     """
+
+    def of_layers(num_layers: int) -> LayerCache:
+        return _empty_layers(config, num_layers, (batch, capacity), mesh, attention_batch)
+
+    if config.num_dense_layers:
+        return StackedCache(of_layers(config.num_dense_layers), of_layers(config.num_moe_layers))
+    return of_layers(config.num_layers)
+
+
+def _empty_layers(
+    config: ModelConfig, num_layers: int, size: tuple[int, int], mesh: Mesh, attention_batch: str
+) -> LayerCache:
+    shape: tuple[int, ...]
+    if config.latent.kv_rank:
+        shape = (num_layers, *size, config.latent.kv_rank + config.latent.d_rope)
+        placed = mesh_lib.sharding(mesh, None, attention_batch, None, None)
+        rows = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)()
+        return latent.LatentCache(rows)
     num_kv_heads = config.num_kv_heads
     placed = mesh_lib.sharding(mesh, None, attention_batch, None, "head", None)
     if config.dispatch == "shuffled":
         num_kv_heads = max(num_kv_heads, mesh_lib.size(mesh, mesh_lib.EXPERT))
         placed = NamedSharding(mesh, PartitionSpec(None, *shuffled.CACHE))
-    shape = (config.num_layers, batch, capacity, num_kv_heads, config.d_head)
+    shape = (num_layers, *size, num_kv_heads, config.d_head)
     zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
     return attention.LayerCache(zeros(), zeros())
 
@@ -222,18 +309,30 @@ def identity_table(num_layers: int, num_experts: int) -> Table:
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Forward and backward FLOPs a token: 6 per active matmul weight, 6 S H Q for attention."""
-    heads = config.num_heads + config.num_kv_heads
-    attention_weights = 2 * config.d_model * heads * config.d_head
-    expert_weights = 3 * config.d_model * (config.d_ff * config.top_k + config.d_ff_shared)
-    router = config.d_model * config.num_experts
-    per_layer = 6 * (attention_weights + expert_weights + router)
-    per_layer += 6 * seq_len * config.num_heads * config.d_head  # causal: half of all pairs
-    return config.num_layers * per_layer + 6 * config.d_model * config.vocab_size
+    width, heads, ranks = config.d_model, config.num_heads, config.latent
+    weights = 2 * width * (heads + config.num_kv_heads) * config.d_head
+    d_query = d_value = config.d_head
+    if ranks.kv_rank:
+        d_query, d_value = config.d_head + ranks.d_rope, ranks.d_value
+        weights = width * (ranks.kv_rank + ranks.d_rope + heads * d_value)
+        weights += ranks.kv_rank * heads * (config.d_head + d_value)
+        weights += width * ranks.query_rank + (ranks.query_rank or width) * heads * d_query
+    # of all pairs half, as attention is causal: 6 S H times the mean of both widths
+    of_attention = 6 * weights + 3 * seq_len * heads * (d_query + d_value)
+    expert_weights = 3 * width * (config.d_ff * config.top_k + config.d_ff_shared)
+    of_experts = 6 * (expert_weights + width * config.num_experts)
+    of_dense = 6 * 3 * width * config.d_ff_dense
+    return (
+        config.num_layers * of_attention
+        + config.num_moe_layers * of_experts
+        + config.num_dense_layers * of_dense
+        + 6 * width * config.vocab_size
+    )
 
 
 def num_active_parameters(config: ModelConfig) -> int:
     """Those that one token meets: all but the experts that it is not routed to."""
-    idle = config.num_layers * (config.num_experts - config.top_k)
+    idle = config.num_moe_layers * (config.num_experts - config.top_k)
     of_expert = 3 * config.d_model * config.d_ff
     if config.expert_bias:
         of_expert += 2 * config.d_ff + config.d_model

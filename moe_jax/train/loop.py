@@ -72,11 +72,11 @@ def load_plan(config: Config) -> plan_lib.Plan:
     model, devices = config.model, config.mesh.expert_devices
     if not config.placement:
         return plan_lib.Plan(
-            plan_lib.Placement.contiguous(model.num_layers, model.num_experts, devices)
+            plan_lib.Placement.contiguous(model.num_moe_layers, model.num_experts, devices)
         )
     plan = plan_lib.Plan.read(config.placement)
     plan_lib.check_fits(
-        plan, num_layers=model.num_layers, num_experts=model.num_experts, num_devices=devices
+        plan, num_layers=model.num_moe_layers, num_experts=model.num_experts, num_devices=devices
     )
     copies.check_nodes(plan.placement, config.mesh.node)
     return plan

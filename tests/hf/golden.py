@@ -16,7 +16,8 @@ from moe_jax.infer.sampling import Sampling
 from moe_jax.placement.plan import Placement
 
 ROOT = pathlib.Path(__file__).parents[1] / "golden" / "hf"
-FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
+LATENT = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", *LATENT)
 GREEDY = Sampling()
 
 
@@ -53,13 +54,13 @@ def config(family: str, devices: int = 4, dispatch: str = "exchange") -> config_
 
 def contiguous(family: str, devices: int = 4) -> Placement:
     model = config(family, devices).model
-    return Placement.contiguous(model.num_layers, model.num_experts, devices)
+    return Placement.contiguous(model.num_moe_layers, model.num_experts, devices)
 
 
 def random_placement(family: str, seed: int, devices: int = 4) -> Placement:
     model = config(family, devices).model
     rng = np.random.default_rng(seed)
-    slots_LP = np.stack([rng.permutation(model.num_experts) for _ in range(model.num_layers)])
+    slots_LP = np.stack([rng.permutation(model.num_experts) for _ in range(model.num_moe_layers)])
     return Placement(slots_LP.astype(np.int32), model.num_experts, devices)
 
 

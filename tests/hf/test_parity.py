@@ -20,6 +20,7 @@ CASES = [  # most are slow; tests/model/test_parts.py has every part in every di
     pytest.param(dispatch, family, marks=() if dispatch == "local" else pytest.mark.slow)
     for dispatch in ("local", "exchange", "gathered", "hierarchical", "shuffled", "coherent")
     for family in golden.FAMILIES
+    if family not in golden.LATENT or dispatch not in ("shuffled", "coherent")  # refused by name
 ]
 
 
@@ -46,7 +47,8 @@ def test_logits_routing_and_greedy_tokens_with_a_cache(dispatch, family):
     "family",
     [
         *(pytest.param(family, marks=pytest.mark.slow) for family in golden.FAMILIES[:3]),
-        "qwen2_moe",
+        *("qwen2_moe", "deepseek_v3"),
+        *(pytest.param(family, marks=pytest.mark.slow) for family in golden.LATENT[:2]),
     ],
 )
 def test_logits_and_routing_without_a_cache(family):

@@ -1,0 +1,52 @@
+"""What must hold for latent attention and for dense layers."""
+
+from moe_jax.config.fields import LatentConfig, ModelConfig
+from moe_jax.errors import Refused
+
+_APART = ("shuffled", "coherent")  # dispatches with layers of their own
+
+
+def validate(model: ModelConfig) -> None:
+    """Raises `Refused` at the first rule that does not hold."""
+    if model.latent.kv_rank:
+        _validate_latent(model)
+    else:
+        for name in LatentConfig.__dataclass_fields__:
+            if value := getattr(model.latent, name):
+                rule = "is of latent attention, and model.latent.kv_rank = 0: there is none"
+                raise Refused(f"model.latent.{name}", value, rule, "set kv_rank, or use 0")
+    if not 0 <= model.num_dense_layers < model.num_layers:
+        rule = f"must leave a MoE layer of model.num_layers = {model.num_layers}"
+        fix = f"choose 0 to {model.num_layers - 1}"
+        raise Refused("model.num_dense_layers", model.num_dense_layers, rule, fix)
+    if (model.d_ff_dense > 0) != (model.num_dense_layers > 0) or model.d_ff_dense < 0:
+        rule = f"is the width of model.num_dense_layers = {model.num_dense_layers} dense layers"
+        raise Refused("model.d_ff_dense", model.d_ff_dense, rule, "set both, or none")
+    if model.num_dense_layers and model.dispatch in _APART:
+        _refuse_apart("model.num_dense_layers", model.num_dense_layers, model)
+
+
+def _validate_latent(model: ModelConfig) -> None:
+    latent = model.latent
+    for name in ("kv_rank", "d_rope", "d_value"):
+        if getattr(latent, name) <= 0:
+            rule = "must be above 0 in latent attention"
+            raise Refused(f"model.latent.{name}", getattr(latent, name), rule, "correct it")
+    if latent.query_rank < 0:
+        rule = "must be at least 0"
+        raise Refused("model.latent.query_rank", latent.query_rank, rule, "use 0 for none")
+    if model.num_kv_heads != model.num_heads:
+        rule = "has a key and a value for each head: must be model.num_heads"
+        fix = f"set it to {model.num_heads}"
+        raise Refused("model.num_kv_heads", model.num_kv_heads, f"latent attention {rule}", fix)
+    for name in ("qk_norm", "attention_bias", "attention_sinks"):
+        if value := getattr(model, name):
+            rule = "is not there in latent attention (model.latent.kv_rank > 0)"
+            raise Refused(f"model.{name}", value, rule, "leave it out")
+    if model.dispatch in _APART:
+        _refuse_apart("model.latent.kv_rank", latent.kv_rank, model)
+
+
+def _refuse_apart(field: str, value: int, model: ModelConfig) -> None:
+    rule = f"is not made for model.dispatch = {model.dispatch!r}, whose layers are written apart"
+    raise Refused(field, value, rule, "use 'exchange', 'hierarchical', 'gathered' or 'local'")
