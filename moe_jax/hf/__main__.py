@@ -16,11 +16,15 @@ from moe_jax.errors import Refused
 
 # (total, active) as published, in G: Mixtral 8x7B: arXiv 2401.04088 and its announcement; OLMoE:
 # arXiv 2409.02060, table 1; Qwen3: arXiv 2505.09388 and its model card; Qwen1.5-MoE: its card.
+# DeepSeek-V2: arXiv 2405.04434; V3: arXiv 2412.19437.
 PUBLISHED = {
     "mixtral_8x7b": (46.7, 12.9),
     "olmoe_1b_7b": (6.9, 1.3),
     "qwen3_30b_a3b": (30.5, 3.3),
     "qwen1_5_moe_a2_7b": (14.3, 2.7),
+    "deepseek_v2_lite": (15.7, 2.4),
+    "deepseek_v2": (236.0, 21.0),
+    "deepseek_v3": (671.0, 37.0),
 }
 
 
