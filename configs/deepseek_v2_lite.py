@@ -4,8 +4,8 @@
 
 As published: 27 layers, the first dense (width 10,944), latent attention with 512 + 64 numbers a
 position, 64 experts of 1,408, top 6 with the weights of the softmax, 2 shared ones, YaRN from
-4,096 positions by a factor of 40. 2.4 G active are published: without the embedding of tokens, which is
-looked up and not multiplied, we count 2.45 G, and 2.24 G without that of outputs too.
+4,096 positions by a factor of 40. 2.4 G active are published: without the embedding of tokens, that
+is looked up and not multiplied, we count 2.45 G, and 2.24 G without that of outputs too.
 What differs: tokens are bytes here, so a run from scratch uses 256 entries of the vocabulary, and
 sequences have 4,096 positions and not 163,840. The published weights are read by
 `python infer.py --hf=DIR`, which needs no config.

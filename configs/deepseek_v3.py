@@ -8,12 +8,12 @@ numbers a position and queries by way of 1,536, 256 experts of 2,048 and a share
 scores with a correction of the choice, top 8 of the best 4 of 8 groups (by the sum of their best
 two), weights normalised and times 2.5, YaRN from 4,096 positions by a factor of 40.
 What differs in training:
-  router       a load-balance loss; there: the correction is moved after each step in its place (here
-               it stays as it is), and a very small loss within sequences
-  objective    the next token; there: one more token ahead (MTP, 14 G parameters more, not run here)
-  numbers      bfloat16 matmuls; there: fp8
-  tokens       bytes, so a run from scratch uses 256 entries of the vocabulary
-  sequences    4,096 positions at most, and 1,024 in training; there: up to 163,840
+  router     a load-balance loss over the batch; there: the correction is moved after each step
+             (here it stays as it is), and a very small loss within sequences
+  objective  the next token; there: one more token ahead (14 G parameters more, not run here)
+  numbers    bfloat16 matmuls; there: fp8
+  tokens     bytes, so a run from scratch uses 256 entries of the vocabulary
+  sequences  4,096 positions at most, and 1,024 in training; there: up to 163,840
 Compiled ahead of time (tests/train/test_pods.py), never run.
 """
 
