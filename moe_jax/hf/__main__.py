@@ -16,7 +16,7 @@ from moe_jax.errors import Refused
 
 # (total, active) as published, in G: Mixtral 8x7B: arXiv 2401.04088 and its announcement; OLMoE:
 # arXiv 2409.02060, table 1; Qwen3: arXiv 2505.09388 and its model card; Qwen1.5-MoE: its card.
-# DeepSeek-V2: arXiv 2405.04434; V3: arXiv 2412.19437.
+# DeepSeek-V2: arXiv 2405.04434; V3: arXiv 2412.19437. gpt-oss: arXiv 2508.10925, table 1.
 PUBLISHED = {
     "mixtral_8x7b": (46.7, 12.9),
     "olmoe_1b_7b": (6.9, 1.3),
@@ -25,7 +25,11 @@ PUBLISHED = {
     "deepseek_v2_lite": (15.7, 2.4),
     "deepseek_v2": (236.0, 21.0),
     "deepseek_v3": (671.0, 37.0),
+    "gpt_oss_20b": (20.91, 3.61),
+    "gpt_oss_120b": (116.83, 5.13),
 }
+# Of which the active ones are published without the embedding, of which a token meets one row.
+WITHOUT_EMBEDDING = ("gpt_oss_20b", "gpt_oss_120b")
 
 
 def counts(paths: list[str]) -> None:
@@ -42,11 +46,15 @@ def counts(paths: list[str]) -> None:
         known = PUBLISHED.get(config.name)
         said = "-"
         if known:
+            compared, way = active, "active"
+            if config.name in WITHOUT_EMBEDDING:
+                compared -= config.model.vocab_size * config.model.d_model
+                way = f"active of {compared:,} without the embedding"
             off = [
                 100 * (ours / 1e9 / theirs - 1)
-                for ours, theirs in zip((total, active), known, strict=True)
+                for ours, theirs in zip((total, compared), known, strict=True)
             ]
-            said = f"{known[0]} ({off[0]:+.2f} %), {known[1]} active ({off[1]:+.2f} %)"
+            said = f"{known[0]} ({off[0]:+.2f} %), {known[1]} {way} ({off[1]:+.2f} %)"
         print(f"{config.name:20} {total:16,} {active:15,}   {said}")
 
 

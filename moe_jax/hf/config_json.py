@@ -11,7 +11,7 @@ from moe_jax import config as config_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
-from moe_jax.hf import rope_json
+from moe_jax.hf import rope_json, window_json
 from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES, REQUIRED, Family, Key
 
 NAME = "config.json"
@@ -105,7 +105,11 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
     turned = rope_json.read(path, plain)
     model["rope_theta"] = turned.theta
     model["rope"] = turned.fields | model.get("rope", {})
+    if family.windows is not None:
+        model["windows"] = window_json.read(path, plain, family.windows, model["num_layers"])
     dtype = plain.get("dtype", plain.get("torch_dtype"))
+    if _code(path, plain, family) and dtype is None:
+        dtype = "bfloat16"  # which holds what 4 bits and a scale say
     if not isinstance(dtype, str | None) or dtype not in _DTYPES:
         known = ", ".join(repr(name) for name in _DTYPES if name)
         raise Refused(f"{path}: dtype", dtype, f"must be one of {known}", "convert the checkpoint")
@@ -120,6 +124,20 @@ def _said(field: str, value: Any, says: Mapping[Any, Any]) -> Any:
         raise Refused(field, value, "must be true or false", "correct it")
     known = ", ".join(map(repr, says))
     raise Refused(field, value, f"is not supported here: must be one of {known}", "use another")
+
+
+def _code(path: pathlib.Path, plain: dict[str, Any], family: Family) -> str:
+    """How weights are quantised; "" = they are not."""
+    said = plain.get("quantization_config")
+    if said is None:
+        return ""
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    if method not in family.codes:
+        known = ", ".join(map(repr, family.codes)) or "none is read in this family"
+        rule = f"asks for quantised weights that are not supported here: {known}"
+        fix = "convert the checkpoint, or use another model of this family"
+        raise Refused(f"{path}: quantization_config.quant_method", method, rule, fix)
+    return method
 
 
 def _share(whole: Any, parts: Any) -> int:

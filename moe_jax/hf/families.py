@@ -5,13 +5,14 @@ the parameter; a group of letters is one dimension of the tensor:
 
     query_DHQ   "DHQ"   q_proj.weight   "HQ D"     a torch Linear: [out, in], heads first
     gate_PDF    "DF"    gate_up_proj    "E 2F D"   all experts in one tensor; the first half of 2F
+    gate_PDF    "DF"    gate_up_proj    "E D F2"   the same, even columns: gate and up take turns
 
 Import, export and the account of all tensors read the same rows (layout.py). A family is a table
 and never a branch: what it needs of the model are fields of `ModelConfig`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 REQUIRED = object()
@@ -26,8 +27,9 @@ class Row:
       axes: letters of its dimensions, without layer and physical expert.
       tensor: name in the checkpoint; {layer} and {expert} are numbers.
       stored: the tensor's dimensions, each a group of letters. "E" in front is the expert, "1" a
-        dimension of size 1, "2F" two parts of F.
+        dimension of size 1, "2F" two parts of F one after the other, "F2" two that take turns.
       part: which of the two parts.
+      code: "" = numbers, or "mxfp4": the tensor is two of codes and scales, see mxfp4.py.
     """
 
     parameter: str
@@ -35,6 +37,7 @@ class Row:
     tensor: str
     stored: str
     part: int = 0
+    code: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,21 @@ class Key:
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowKeys:
+    """Which layers have the window `sliding_window` (window_json.py).
+
+    Attributes:
+      switch: a key that must be true for any to have it; "" = there is none.
+      layer_types: whether the key `layer_types` may say it.
+      has_window: (layer, config.json) -> whether it has, where `layer_types` does not say.
+    """
+
+    switch: str = ""
+    layer_types: bool = False
+    has_window: Callable[[int, Mapping[str, Any]], bool] = lambda layer, plain: True
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A published architecture.
 
@@ -72,6 +90,8 @@ class Family:
       layouts: rows of each way in which its checkpoints are written, the published one first.
       beside: how names of tensors start that belong to a part which is not run; {layers} is the
         number of layers.
+      windows: where its layers may have windows; None = they have none.
+      codes: of quantised weights that are read: `quant_method` in config.json.
     """
 
     model_type: str
@@ -80,6 +100,8 @@ class Family:
     only: tuple[tuple[str, tuple[Any, ...], str], ...]
     layouts: Mapping[str, tuple[Row, ...]]
     beside: tuple[str, ...] = ()
+    windows: WindowKeys | None = None
+    codes: tuple[str, ...] = ()
 
 
 COMMON = (
@@ -95,7 +117,6 @@ COMMON = (
 )
 COMMON_ONLY = (
     ("hidden_act", ("silu",), "another activation of experts"),
-    ("quantization_config", (None,), "quantised weights"),
     ("partial_rotary_factor", (None, 1.0), "rotary positions on a part of each head"),
 )
 
@@ -170,12 +191,26 @@ def _layouts(*parts: Row, experts: tuple[Row, ...] = _MLP) -> dict[str, tuple[Ro
     return {"per expert": (*_TRUNK, *parts, *experts), "fused": (*_TRUNK, *parts, *_FUSED)}
 
 
+_GPT_OSS = _BLOCK + "mlp.experts."
+
+
+def _in_turns(gate_up: str, down: str, code: str = "") -> tuple[Row, ...]:
+    """Experts and their biases, gate and up in turns, as the matrices are stored."""
+    return (
+        Row("blocks.moe.gate_PDF", "DF", _GPT_OSS + "gate_up_proj", gate_up, 0, code),
+        Row("blocks.moe.up_PDF", "DF", _GPT_OSS + "gate_up_proj", gate_up, 1, code),
+        Row("blocks.moe.down_PFD", "FD", _GPT_OSS + "down_proj", down, 0, code),
+        Row("blocks.moe.gate_bias_PF", "F", _GPT_OSS + "gate_up_proj_bias", "E F2", part=0),
+        Row("blocks.moe.up_bias_PF", "F", _GPT_OSS + "gate_up_proj_bias", "E F2", part=1),
+        Row("blocks.moe.down_bias_PD", "D", _GPT_OSS + "down_proj_bias", "E D"),
+    )
+
+
 _NORMALISED = {True: "normalised", False: "softmax"}
-_ONE_WINDOW = "attention over a sliding window"
+_QWEN2_WINDOW_LAYERS = 28  # where config.json leaves it out
 _ALL_MOE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("decoder_sparse_step", (1,), "dense layers among the MoE layers"),
     ("mlp_only_layers", ([], None), "dense layers among the MoE layers"),
-    ("use_sliding_window", (False, None), _ONE_WINDOW),
 )
 
 MIXTRAL = Family(
@@ -185,8 +220,9 @@ MIXTRAL = Family(
         Key("num_experts", ("num_local_experts", "num_experts")),
     ),
     fixed={"router_weights": "normalised"},
-    only=(("sliding_window", (None,), _ONE_WINDOW),),
+    only=(),
     layouts=_layouts(experts=_experts("block_sparse_moe.", "w1", "w3", "w2")),
+    windows=WindowKeys(),
 )
 OLMOE = Family(
     "olmoe",
@@ -211,6 +247,7 @@ QWEN3_MOE = Family(
     fixed={"qk_norm": "head"},
     only=_ALL_MOE,
     layouts=_layouts(*_NORM_HEADS),
+    windows=WindowKeys("use_sliding_window"),
 )
 QWEN2_MOE = Family(
     "qwen2_moe",
@@ -224,6 +261,47 @@ QWEN2_MOE = Family(
     fixed={"shared_gate": True},
     only=_ALL_MOE,
     layouts=_layouts(*_SHARED),
+    windows=WindowKeys(
+        "use_sliding_window",
+        layer_types=True,
+        has_window=lambda layer, plain: (
+            layer % 2 == 0 and layer < plain.get("max_window_layers", _QWEN2_WINDOW_LAYERS)
+        ),
+    ),
+)
+GPT_OSS = Family(
+    "gpt_oss",
+    keys=(
+        Key("d_ff", ("intermediate_size",)),
+        Key("num_experts", ("num_local_experts", "num_experts")),
+        Key("attention_bias", ("attention_bias",), "qkvo", {False: "", True: "qkvo"}),
+    ),
+    fixed={
+        "router_weights": "normalised",
+        "router_bias": True,
+        "expert_bias": True,
+        "activation": "clamped_swiglu",
+        "attention_sinks": True,
+    },
+    only=(
+        ("swiglu_limit", (7.0, None), "another limit of the clamped SwiGLU"),
+        ("swiglu_alpha", (1.702, None), "another slope of the clamped SwiGLU"),
+    ),
+    layouts={
+        name: (
+            *_TRUNK,
+            Row("blocks.attention.sink_H", "H", _ATTENTION + "sinks", "H"),
+            Row("blocks.moe.router_DE", "DE", _BLOCK + "mlp.router.weight", "E D"),
+            Row("blocks.moe.router_bias_E", "E", _BLOCK + "mlp.router.bias", "E"),
+            *experts,
+        )
+        for name, experts in (
+            ("mxfp4", _in_turns("E F2 D", "E D F", code="mxfp4")),
+            ("fused", _in_turns("E D F2", "E F D")),
+        )
+    },
+    windows=WindowKeys(layer_types=True, has_window=lambda layer, plain: layer % 2 == 0),
+    codes=("mxfp4",),
 )
 
 _LATENT = (
@@ -323,5 +401,5 @@ DEEPSEEK_V3 = Family(
 
 FAMILIES = {
     family.model_type: family
-    for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
+    for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3)
 }

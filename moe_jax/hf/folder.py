@@ -40,6 +40,10 @@ class Tensors:
         """Read-only, still in the file."""
         return self.file_of[name].array(name)
 
+    def codes(self, name: str) -> np.ndarray:
+        """Of quantised weights: bytes, read-only, still in the file."""
+        return self.file_of[name].codes(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file_of[name].tensors[name].shape
 

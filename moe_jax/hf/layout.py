@@ -14,6 +14,7 @@ import numpy as np
 from moe_jax import checkpoint
 from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
+from moe_jax.hf import mxfp4
 from moe_jax.hf.families import Family, Row
 from moe_jax.hf.folder import Tensors
 from moe_jax.model import transformer
@@ -32,29 +33,51 @@ class Layout:
       sizes: of each letter, by parameter.
       shapes: of every tensor, in the order of layers.
       beside: tensors of a part of the model that is not run: they are not read, and not written.
-      pieces: the tensor that holds each piece of each parameter, and the row that says how. Plain
-        tuples: there are tens of thousands.
+      pieces: the tensor that holds each piece of each parameter, and the row that says how; of one
+        in codes the beginning of both names. Plain tuples: there are tens of thousands.
+      codes: the tensors of quantised weights: bytes that are no numbers by themselves.
     """
 
     name: str
     sizes: dict[str, dict[str, int]]
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[Key, tuple[str, Row]]
+    codes: set[str]
     beside: tuple[str, ...] = ()
 
     def view(self, stored: np.ndarray, row: Row, expert: int | None) -> np.ndarray:
         """The array of a piece as the parameter has it: a view of its tensor, to read or fill."""
-        sizes = self.sizes[row.parameter]
-        letters = []
+        stored, letters = self._part(stored, row, expert)
+        return self._arranged(stored, row, letters)
+
+    def read(self, tensors: Tensors, key: Key) -> np.ndarray:
+        """A piece as the parameter has it: a view of the file, or decoded from its codes."""
+        name, row = self.pieces[key]
+        if not row.code:
+            return self.view(tensors.array(name), row, key[2])
+        # Codes stand along the last axis alone, so a part of the others is a part of both tensors.
+        blocks, letters = self._part(tensors.codes(name + mxfp4.BLOCKS), row, key[2])
+        scales, _ = self._part(tensors.codes(name + mxfp4.SCALES), row, key[2])
+        return self._arranged(mxfp4.decode(blocks, scales), row, letters)
+
+    def _part(self, stored: np.ndarray, row: Row, expert: int | None) -> tuple[np.ndarray, str]:
+        """The part of a tensor that a row speaks of, and the letters of its axes in order."""
         groups = row.stored.split()
         if groups[0] in ("E", "1") and "E" not in row.axes:
             stored, groups = stored[expert or 0], groups[1:]
         for axis, group in enumerate(groups):
             if group[0] == "2":
-                width = sizes[group[1:]]
+                width = self.sizes[row.parameter][group[1:]]
                 where = slice(row.part * width, (row.part + 1) * width)
-                stored = stored[(slice(None),) * axis + (where,)]
-            letters += [letter for letter in group if letter.isalpha()]
+            elif group[-1] == "2":
+                where = slice(row.part, None, 2)
+            else:
+                continue
+            stored = stored[(slice(None),) * axis + (where,)]
+        return stored, "".join(letter for letter in "".join(groups) if letter.isalpha())
+
+    def _arranged(self, stored: np.ndarray, row: Row, letters: str) -> np.ndarray:
+        sizes = self.sizes[row.parameter]
         view = stored.reshape([sizes[letter] for letter in letters])
         return view.transpose([letters.index(letter) for letter in row.axes])
 
@@ -77,7 +100,7 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
         for row in rows
     }
     shape_of = {row: _shape(row, {"E": config.num_experts, **sizes[row.parameter]}) for row in rows}
-    layout = Layout(name, sizes, {}, {})
+    layout = Layout(name, sizes, {}, {}, set())
 
     def count_out(of_layer: list[Row], layer: int | None, number: int | None) -> None:
         """`layer` is counted in its stack, `number` in the whole model."""
@@ -85,7 +108,13 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
             of_expert = "expert" in axes[row.parameter]
             for expert in range(config.num_experts) if of_expert else (None,):
                 tensor = row.tensor.format(layer=number, expert=expert)
-                layout.shapes[tensor] = shape_of[row]
+                if row.code:
+                    parts = mxfp4.shapes(shape_of[row])
+                    named = {tensor + end: shape for end, shape in parts.items()}
+                    layout.codes.update(named)
+                else:
+                    named = {tensor: shape_of[row]}
+                layout.shapes.update(named)
                 layout.pieces[row.parameter, layer, expert] = (tensor, row)
 
     count_out([row for row in rows if "layer" not in axes[row.parameter]], None, None)
@@ -104,8 +133,7 @@ def _shape(row: Row, sizes: dict[str, int]) -> tuple[int, ...]:
     """Of the row's tensor."""
 
     def size(group: str) -> int:
-        times, letters = (int(group[0]), group[1:]) if group[0].isdigit() else (1, group)
-        return times * math.prod(sizes[letter] for letter in letters)
+        return math.prod(int(c) if c.isdigit() else sizes[c] for c in group)
 
     return tuple(size(group) for group in row.stored.split())
 
@@ -140,7 +168,8 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
         rule = f"{_count(wrong)} of another shape"
         raise Refused(source, _first(wrong), rule, "use the config.json of this checkpoint")
     for name in layout.shapes:
-        tensors.file_of[name].check_weight(name)
+        file = tensors.file_of[name]
+        file.check_codes(name) if name in layout.codes else file.check_weight(name)
     return dataclasses.replace(layout, beside=tuple(sorted(beside)))
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from moe_jax import checkpoint, metrics
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.hf import safetensors
+from moe_jax.hf import mxfp4, safetensors
 from moe_jax.hf.folder import Tensors
 from moe_jax.hf.layout import Layout, abstract
 from moe_jax.model import transformer
@@ -74,10 +74,11 @@ class Reader:
             expert = None
             if "expert" in stacked:
                 expert = int(self.placement.physical_to_logical_LP[layer, number[1]])
-            tensor, row = self.layout.pieces[parameter, layer, expert]
-            stored = self.tensors.array(tensor)
-            out[place] = self.layout.view(stored, row, expert)[inner]
+            key = (parameter, layer, expert)
+            tensor, _ = self.layout.pieces[key]
+            out[place] = self.layout.read(self.tensors, key)[inner]
             if not finite(out[place]):
+                tensor = tensor if tensor in self.layout.shapes else f"{tensor}{mxfp4.SCALES}"
                 file = self.tensors.file_of[tensor].path
                 rule = "holds NaN or infinity, which no trained weight is"
                 safetensors.refuse(file, tensor, "NaN or inf", rule, "download it again")

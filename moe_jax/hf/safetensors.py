@@ -36,6 +36,7 @@ WEIGHTS: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+CODES = ("U8", "F8_E8M0")  # bytes that say what other bytes mean
 _REPAIR = "download the file again, or write it again"
 
 
@@ -64,6 +65,18 @@ class File:
         raw = self.bytes_[tensor.start : tensor.stop]
         return raw.view(WEIGHTS[tensor.dtype]).reshape(tensor.shape)
 
+    def codes(self, name: str) -> np.ndarray:
+        """The array of a tensor of codes, read-only, still in the file. Raises `Refused`."""
+        self.check_codes(name)
+        tensor = self.tensors[name]
+        return self.bytes_[tensor.start : tensor.stop].reshape(tensor.shape)
+
+    def check_codes(self, name: str) -> None:
+        """Raises `Refused` where the array is not of bytes."""
+        if (dtype := self.tensors[name].dtype) not in CODES:
+            rule = f"is not read as codes of quantised weights; those that are: {', '.join(CODES)}"
+            refuse(self.path, name, dtype, rule, _REPAIR)
+
     def check_weight(self, name: str) -> None:
         """Raises `Refused` where the array is of a dtype that is not read as a weight."""
         dtype = self.tensors[name].dtype
@@ -73,7 +86,7 @@ class File:
                 name,
                 dtype,
                 f"is not read as a weight; those that are: {', '.join(WEIGHTS)}",
-                "convert the checkpoint to one of them (quantised weights are not supported)",
+                "convert the checkpoint to one of them (no quantised weights are read from it)",
             )
 
 
@@ -193,6 +206,6 @@ def write(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in tensors.items():
             values = np.ascontiguousarray(array(name))
-            assert values.dtype == WEIGHTS[dtype], (name, values.dtype, dtype)
+            assert values.dtype == WEIGHTS.get(dtype, np.uint8), (name, values.dtype, dtype)
             assert values.shape == shape, (name, values.shape, shape)
             file.write(values.view(np.uint8).data if values.size else b"")

@@ -55,11 +55,15 @@ def export(
       The safetensors files.
 
     Raises:
-      Refused: `out` is there and not empty.
+      Refused: `out` is there and not empty, or the layout is of quantised weights.
     """
     out, like = pathlib.Path(out), pathlib.Path(like)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused("OUT", str(out), "exists already", "name a new folder")
+    if layout.codes:
+        rule = "has weights of 4 bits, which are read but not written: a weight has many codes"
+        fix = "export like a folder of the same model in bfloat16, which holds them exactly"
+        raise Refused("--like", str(like), rule, fix)
     named = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in layout.shapes}
     shards = _shards(layout, named, shard_bytes)
     pieces: dict[str, list[tuple[Key, Row]]] = defaultdict(list)

@@ -1,7 +1,7 @@
 """Makes tests/golden/hf/: tiny random models of every family, and what transformers computes.
 
     python -m venv /tmp/reference && /tmp/reference/bin/pip install torch transformers tokenizers
-    /tmp/reference/bin/python tests/golden/make_hf.py [FAMILY ... | rope]
+    /tmp/reference/bin/python tests/golden/make_hf.py [FAMILY ... | rope | mxfp4]
 
 Needs torch (on the CPU); the tests do not. For each family a folder with config.json,
 model.safetensors (bfloat16 values, computed with in float32) and tokenizer.json, as
@@ -13,6 +13,7 @@ model.safetensors (bfloat16 values, computed with in float32) and tokenizer.json
     rows_N       int32 [R]         positions of `logits_N`: the prompt's, and the last ones
     logits_N     float32 [R, V]
 
+tests/golden/hf_mxfp4.npz has codes of quantised weights and the numbers that they mean.
 tests/golden/hf_rope.json has frequencies and scales of rotary positions alone, for many settings.
 
 Seeds are tried until no choice is close: the best token leads by 1e-3 of the logits' range, and
@@ -32,6 +33,7 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -126,6 +128,39 @@ FAMILIES = {
         "norm_topk_prob": True,
         "num_nextn_predict_layers": 0,
     },
+    # Both widths are multiples of 32, as MXFP4 wants them; texts are longer than the window and
+    # than the positions that YaRN starts from.
+    "gpt_oss": {
+        "intermediate_size": 32,
+        "head_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 12,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+# The same families where their config.json asks for windows.
+WINDOWS = {
+    "mixtral_window": {**FAMILIES["mixtral"], "sliding_window": 9},
+    "qwen3_moe_window": {**FAMILIES["qwen3_moe"], "use_sliding_window": True, "sliding_window": 9},
+    "qwen2_moe_window": {
+        **FAMILIES["qwen2_moe"],
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 2,
+    },
+}
+FAMILIES |= {
+    name: {"model_type": name.removesuffix("_window"), **config} for name, config in WINDOWS.items()
 }
 
 
@@ -219,6 +254,23 @@ def make_ropes() -> None:
     print(f"{path.name}: {len(made)} settings, {path.stat().st_size:,} bytes")
 
 
+def make_mxfp4() -> None:
+    """Codes of all kinds, and what transformers makes of them; no scale that means NaN."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 16, 8, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(0, 253, (3, 16, 8), generator=generator, dtype=torch.uint8)
+    blocks[0] = torch.arange(256, dtype=torch.uint8).reshape(16, 1, 16)
+    decoded = convert_moe_packed_tensors(blocks, scales).transpose(1, 2).contiguous()
+    path = HERE.parent / "hf_mxfp4.npz"
+    np.savez_compressed(
+        path,
+        blocks=blocks.numpy(),
+        scales=scales.numpy(),
+        bfloat16_bits=decoded.view(torch.uint16).numpy(),
+    )
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
+
+
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Values that bfloat16 holds, large enough that every part of the model shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
@@ -234,6 +286,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 values = 0.3 * noise
             elif "embed_tokens" in name:
                 values = noise
+            elif "gate_up_proj" in name and model.config.model_type == "gpt_oss":
+                values = noise * 3 / parameter.shape[1] ** 0.5  # so that some are cut off
             else:
                 values = noise * 1.5 / parameter.shape[-1] ** 0.5
             parameter.copy_(values.to(torch.bfloat16).float())
@@ -353,5 +407,6 @@ def make(family: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or (*FAMILIES, "rope"):
-        make_ropes() if name == "rope" else make(name)
+    others = {"rope": make_ropes, "mxfp4": make_mxfp4}
+    for name in sys.argv[1:] or (*FAMILIES, *others):
+        others[name]() if name in others else make(name)

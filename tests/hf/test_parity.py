@@ -14,13 +14,15 @@ from moe_jax.model import transformer
 from tests.hf import golden
 
 BOUND = 2e-5  # of the range of the logits
+USUAL = ("qwen2_moe", "gpt_oss", "deepseek_v3")  # without a cache; the others are slow
 
 
 CASES = [  # most are slow; tests/model/test_parts.py has every part in every dispatch
-    pytest.param(dispatch, family, marks=() if dispatch == "local" else pytest.mark.slow)
+    pytest.param(dispatch, family, marks=() if usual else pytest.mark.slow)
     for dispatch in ("local", "exchange", "gathered", "hierarchical", "shuffled", "coherent")
-    for family in golden.FAMILIES
+    for family in (*golden.FAMILIES, *golden.WINDOWS)
     if family not in golden.LATENT or dispatch not in ("shuffled", "coherent")  # refused by name
+    for usual in [dispatch == "local" and family not in golden.WINDOWS[1:]]
 ]
 
 
@@ -46,9 +48,8 @@ def test_logits_routing_and_greedy_tokens_with_a_cache(dispatch, family):
 @pytest.mark.parametrize(
     "family",
     [
-        *(pytest.param(family, marks=pytest.mark.slow) for family in golden.FAMILIES[:3]),
-        *("qwen2_moe", "deepseek_v3"),
-        *(pytest.param(family, marks=pytest.mark.slow) for family in golden.LATENT[:2]),
+        pytest.param(family, marks=() if family in USUAL else pytest.mark.slow)
+        for family in (*golden.FAMILIES, *golden.WINDOWS)
     ],
 )
 def test_logits_and_routing_without_a_cache(family):
@@ -73,7 +74,7 @@ def test_logits_and_routing_without_a_cache(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", golden.FAMILIES)
+@pytest.mark.parametrize("family", [*golden.FAMILIES, *golden.WINDOWS])
 def test_bits_do_not_depend_on_the_placement(family):
     prompts = [text.prompt for text in golden.texts(family)]
     expected = golden.engine(family).generate(prompts, 4, golden.GREEDY)

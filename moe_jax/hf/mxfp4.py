@@ -1,0 +1,44 @@
+"""Weights in MXFP4: 4-bit values, 32 of them with one scale (OCP Microscaling Formats 1.0, 2023).
+
+    NAME_blocks  uint8 [..., G, 16]  two values a byte, the one of lower index in the lower bits
+    NAME_scales  uint8 [..., G]      the power of two of each 32 values, less 127 (E8M0)
+
+A value has a sign, two bits of exponent and one of mantissa (E2M1). All of them times their scales
+are numbers that bfloat16 holds exactly, down to 2^-128, so nothing is rounded here.
+
+Axes: G groups of 32 values.
+"""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+GROUP = 32
+BLOCKS, SCALES = "_blocks", "_scales"
+NO_NUMBER = 255  # the scale that means NaN
+
+_MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+_VALUES = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
+_BYTE = np.arange(256)
+# Of every byte: both values; as a scale, its power of two.
+_PAIRS = np.stack([_VALUES[_BYTE & 15], _VALUES[_BYTE >> 4]], axis=1)
+_POWERS = np.append(np.ldexp(np.float32(1), _BYTE[:NO_NUMBER] - 127), np.float32(np.nan))
+
+
+def shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of the two tensors that hold a weight of this shape, by the ends of their names.
+
+    Its last axis is that of groups, a multiple of 32.
+    """
+    *outer, width = shape
+    groups = (*outer, width // GROUP)
+    return {BLOCKS: (*groups, GROUP // 2), SCALES: groups}
+
+
+def decode(
+    blocks_ZGX: UInt8[np.ndarray, "*Z G 16"], scales_ZG: UInt8[np.ndarray, "*Z G"]
+) -> Float[np.ndarray, "*Z V"]:
+    """float32 values, V = 32 G; NaN where a scale says so, infinity beyond float32."""
+    values_ZGXY = _PAIRS[blocks_ZGX]
+    with np.errstate(over="ignore"):  # it becomes infinity, and the reader refuses that
+        values_ZGXY *= _POWERS[scales_ZG][..., None, None]
+    return values_ZGXY.reshape(*scales_ZG.shape[:-1], -1)
