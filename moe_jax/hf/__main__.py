@@ -29,7 +29,10 @@ PUBLISHED = {
     "gpt_oss_120b": (116.83, 5.13),
 }
 # Of which the active ones are published without the embedding, of which a token meets one row.
-WITHOUT_EMBEDDING = ("gpt_oss_20b", "gpt_oss_120b")
+WITHOUT_EMBEDDING = (
+    *("gpt_oss_20b", "gpt_oss_120b"),
+    *("deepseek_v2_lite", "deepseek_v2", "deepseek_v3"),
+)
 
 
 def counts(paths: list[str]) -> None:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import pathlib
+import runpy
 
 import numpy as np
 import pytest
 import tokenizers
 
+from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax import mesh as mesh_lib
 from moe_jax.hf import __main__ as hf_main
@@ -55,6 +57,9 @@ def devices_are_there(monkeypatch):
         pytest.param("qwen3_moe", 2, marks=pytest.mark.slow),
         pytest.param("qwen2_moe", 4, marks=pytest.mark.slow),
         pytest.param("gpt_oss", 2, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", 3, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2", 3, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2_lite", 3, marks=pytest.mark.slow),
     ],
 )
 def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch, capsys):
@@ -65,10 +70,14 @@ def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch
     trace = trace_lib.load(tmp_path / "trace.npz")
     assert (trace.num_layers, trace.top_k, trace.num_experts) == (2, top_k, 8)
     assert trace.seq_len.tolist() == [64] * 4  # of the tokenizer's tokens
+    model = golden.config(family, 2).model
+    layers = tuple(range(model.num_dense_layers, model.num_layers))  # numbers of the whole model
+    assert trace.layer_ids == layers
 
     plan = tmp_path / "plan.json"
     solve = ["solve", str(tmp_path / "trace.npz"), "--devices=2", f"--out={plan}"]
     assert placement_main.main([*solve, "--objective=rows", "--time-limit=5"]) == 0
+    assert Plan.read(plan).layer_ids == layers
     assert Plan.read(plan).digest != Plan(golden.contiguous(family, 2)).digest
 
     answered = []
@@ -135,15 +144,34 @@ def test_published_counts(capsys):
 
 def test_published_counts_of_gpt_oss(capsys):
     """Within 0.5 % of the published ones, the active ones by their way of counting."""
-    paths = [str(ROOT / "configs" / f"{name}.py") for name in hf_main.WITHOUT_EMBEDDING]
+    names = ("gpt_oss_20b", "gpt_oss_120b")
+    paths = [str(ROOT / "configs" / f"{name}.py") for name in names]
     assert hf_main.main(["counts", *paths]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    for name, line in zip(hf_main.WITHOUT_EMBEDDING, lines, strict=True):
+    for name, line in zip(names, lines, strict=True):
         total, active = hf_main.PUBLISHED[name]
         found = [word.replace(",", "") for word in line.replace("of ", "").split()]
         assert abs(int(found[1]) / 1e9 / total - 1) < 0.005
         without = next(int(word) for word in found[3:] if word.isdigit() and len(word) > 9)
         assert abs(without / 1e9 / active - 1) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "digit"), [("deepseek_v2_lite", 0.1), ("deepseek_v2", 1.0), ("deepseek_v3", 1.0)]
+)
+def test_published_counts_of_deepseek(name, digit, capsys):
+    """Their active parameters leave out the embedding of tokens, and are rounded."""
+    assert hf_main.main(["counts", str(ROOT / "configs" / f"{name}.py")]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    total, active = (int(word.replace(",", "")) for word in line.split()[1:3])
+    config = config_lib.from_config_dict(
+        runpy.run_path(ROOT / "configs" / f"{name}.py")["get_config"]()
+    )
+    multiplied = active - config.model.vocab_size * config.model.d_model
+    theirs = hf_main.PUBLISHED[name]
+    assert abs(total / 1e9 / theirs[0] - 1) < 0.005
+    assert abs(multiplied / 1e9 - theirs[1]) < 0.55 * digit
+    assert f"active of {multiplied:,} without the embedding" in line
 
 
 def test_counts_refuses_a_file_that_is_no_config(tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax import mesh as mesh_lib
 from moe_jax import permute
+from moe_jax.errors import Refused
 from moe_jax.infer import record
 from moe_jax.model import transformer
 from tests.hf import golden
@@ -32,6 +33,9 @@ def test_logits_routing_and_greedy_tokens_with_a_cache(dispatch, family):
     engine = golden.engine(family, dispatch)
     generation = engine.generate([text.prompt for text in texts], 64, golden.GREEDY)
     routed = record.routed_tokens([generation], 8)
+    model = golden.config(family).model
+    trace = record.trace([generation], golden.config(family), "")
+    assert trace.layer_ids == tuple(range(model.num_dense_layers, model.num_layers))
     logits_BSV = np.asarray(generation.logits_BSV)
     start = 0
     for number, text in enumerate(texts):
@@ -43,6 +47,12 @@ def test_logits_routing_and_greedy_tokens_with_a_cache(dispatch, family):
         start += length
         prompt = len(text.prompt)
         assert golden.deviation(logits_BSV[number, :prompt], text.logits_RV[:prompt]) <= BOUND
+
+
+@pytest.mark.parametrize("dispatch", ["shuffled", "coherent"])
+def test_latent_attention_is_refused_where_layers_are_written_apart(dispatch):
+    with pytest.raises(Refused, match=rf"is not made for model.dispatch = '{dispatch}'"):
+        golden.config("deepseek_v3", 4, dispatch)
 
 
 @pytest.mark.parametrize(

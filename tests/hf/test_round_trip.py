@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from moe_jax import checkpoint
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf import config_json, folder, layout, load, safetensors, save
 from moe_jax.model.parameter import logical_axes
@@ -122,6 +124,54 @@ def test_a_device_reads_its_own_experts_only(monkeypatch):
     assert touched == expected
     for (layer, slot), name in zip(np.ndindex(2, 2), expected, strict=True):
         np.testing.assert_array_equal(part[layer, slot], array(read, name).astype(np.float32).T)
+
+
+def test_a_part_that_is_not_run_is_named_and_not_written(tmp_path, capsys):
+    """DeepSeek-V3's layer behind the last one predicts one more token ahead."""
+    family = "deepseek_v3"
+    shutil.copytree(golden.ROOT / family, tmp_path / "with")
+    read = golden.tensors(family)
+    values = {name: read.array(name) for name in read.file_of}
+    extra = {f"model.layers.4.{name}": np.ones(3, np.float32) for name in ("enorm", "hnorm")}
+    kinds = {name: (read.dtype(name), read.shape(name)) for name in values}
+    kinds |= dict.fromkeys(extra, ("F32", (3,)))
+    safetensors.write(tmp_path / "with" / folder.SINGLE, kinds, lambda name: (values | extra)[name])
+    published = config_json.read(tmp_path / "with")
+    tensors = folder.tensors(tmp_path / "with")
+    found = layout.find(published.family, published.config.model, tensors)
+    assert found.beside == tuple(extra)
+    assert hf_main.main(["check", str(tmp_path / "with")]) == 0
+    assert "2 more of a part that is not run" in capsys.readouterr().out
+    placement = golden.contiguous(family)
+    model = golden.model(family, placement, mesh(expert=4))
+    export(family, model, placement, tmp_path / "out", found)
+    assert_same_bytes(folder.tensors(tmp_path / "out"), read)
+
+    extra = {"model.layers.40.enorm": np.ones(3, np.float32)}  # of no part that is known
+    kinds = {name: (read.dtype(name), read.shape(name)) for name in values}
+    kinds |= dict.fromkeys(extra, ("F32", (3,)))
+    safetensors.write(tmp_path / "with" / folder.SINGLE, kinds, lambda name: (values | extra)[name])
+    with pytest.raises(Refused, match=r"'model\.layers\.40\.enorm': 1 is not a part"):
+        layout.find(published.family, published.config.model, folder.tensors(tmp_path / "with"))
+
+
+def test_latent_parameters_are_the_tensors_by_their_published_meaning():
+    """Keys and values of a head stand one after the other, heads in order; stacks by layer."""
+    family = "deepseek_v3"
+    model = golden.model(family, golden.contiguous(family), mesh(expert=4))
+    read = lambda name: golden.tensors(family).array(name).astype(np.float32)  # noqa: E731
+    for layer in range(4):
+        stack = model.dense_blocks if layer < 2 else model.blocks
+        stored = read(f"model.layers.{layer}.self_attn.kv_b_proj.weight")
+        expand_RHY = np.asarray(stack.attention.expand_RHY[...])[layer % 2]
+        for head in range(4):
+            key, value = np.split(stored[14 * head : 14 * head + 14], [6])
+            np.testing.assert_array_equal(expand_RHY[:, head, :6], key.T)
+            np.testing.assert_array_equal(expand_RHY[:, head, 6:], value.T)
+    correction = read("model.layers.3.mlp.gate.e_score_correction_bias")
+    np.testing.assert_array_equal(model.blocks.moe.correction_E[...][1], correction)
+    up = read("model.layers.1.mlp.up_proj.weight")
+    np.testing.assert_array_equal(model.dense_blocks.mlp.up_DF[...][1], up.T)
 
 
 def test_parameters_are_the_tensors_by_their_published_meaning():

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import checkpoint
 from moe_jax import config as config_lib
+from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.model import latent, transformer
+from moe_jax.model import latent, parameter, transformer
+from moe_jax.train import step as step_lib
 from tests import tiny
 from tests.model.test_parts import shaken
 
@@ -134,9 +137,6 @@ def trained():
 
 
 def placed(config):
-    from moe_jax import mesh as mesh_lib
-    from moe_jax.model import parameter
-
     mesh = tiny.mesh(config)
     model = jax.tree.map(
         lambda a, names: jax.device_put(a, mesh_lib.sharding(mesh, *names)),
@@ -268,6 +268,29 @@ def plain_loss(config, setting, chosen_LTK, model):
             rows = norm(x, block.moe_norm_D).reshape(-1, 16)
             x = x + experts(rows, block.moe, chosen_LTK[n]).reshape(x.shape)
         return ((norm(x, plain.final_norm_D) @ plain.output_DV) * WEIGHT_BSV).sum()
+
+
+def test_training_moves_all_parameters_but_the_correction():
+    config = whole_config()
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.5)
+    )
+    mesh = tiny.mesh(config)
+    state = step_lib.initial_state(config, mesh)
+    state = dataclasses.replace(state, model=shaken(state.model))
+    before = jax.tree.map(np.asarray, state.model)
+    table = jax.tree.map(jnp.asarray, transformer.identity_table(tiny.LAYERS, tiny.EXPERTS))
+    step = step_lib.build_step(config, mesh)
+    losses = []
+    with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+        for _ in range(4):
+            state, metrics = step(state, jnp.asarray(tiny.tokens(8, 17)), table)
+            losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.05
+    assert int(metrics.bad_steps) == 0
+    named, after = checkpoint.flatten(before), checkpoint.flatten(state.model)
+    same = [n for n in named if np.array_equal(named[n], np.asarray(after[n]))]
+    assert same == ["blocks.moe.correction_E"]
 
 
 def test_counts_of_parameters_and_flops():
