@@ -87,7 +87,12 @@ def resolve(
         if dispatch == "hierarchical" and config.mesh.node == 1:
             reasons.append("hierarchical: the mesh has one node (mesh.node = 1)")
             continue
-        options.append(judge(dispatch, config, ids_TLK, placement, topology))
+        option = judge(
+            *(dispatch, ids_TLK, placement, topology),
+            work=work_of(config),
+            combine=config.model.combine,
+        )
+        options.append(option)
     best = min(options, key=lambda option: option.seconds)  # the first of equal ones
     return config_lib.with_dispatch(config, best.dispatch), _text(
         config, topology, routing, options, best, reasons
@@ -143,25 +148,28 @@ def work_of(config: Config) -> Work:
 
 
 def judge(
-    dispatch: str, config: Config, ids_TLK: np.ndarray, placement: Placement, topology: Topology
+    dispatch: str,
+    ids_TLK: np.ndarray,
+    placement: Placement,
+    topology: Topology,
+    *,
+    work: Work,
+    combine: str,
 ) -> Option:
     """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform.
 
     Args:
       dispatch: of CANDIDATES, not "local".
-      config: sizes and combine mode.
       ids_TLK: experts of T tokens in every layer.
       placement: of as many devices as the topology has.
       topology: links and device speed.
+      work: sizes of a layer and a step.
+      combine: where rows are summed.
     """
     nodes = topology.devices_per_node
-    rows = cost.rows(
-        ids_TLK, placement, dispatch, combine=config.model.combine, devices_per_node=nodes
-    )
+    rows = cost.rows(ids_TLK, placement, dispatch, combine=combine, devices_per_node=nodes)
     computed_LM = cost.computed_LM(ids_TLK, placement, dispatch, devices_per_node=nodes)
-    spent = seconds_lib.seconds(
-        rows, computed_LM, topology, work_of(config), dispatch, len(ids_TLK)
-    )
+    spent = seconds_lib.seconds(rows, computed_LM, topology, work, dispatch, len(ids_TLK))
     each = ids_TLK.shape[0] * ids_TLK.shape[1]
     return Option(
         dispatch,

@@ -90,7 +90,11 @@ def test_rows_without_a_trace_are_those_of_uniform_choice(top_k):
     sized = config(top_k=top_k)
     contiguous = Placement.contiguous(tiny.LAYERS, 32, 8)
     ids_TLK, _ = auto._routing(sized, contiguous)
-    option = auto.judge("exchange", sized, ids_TLK, contiguous, topology_lib.flat(8))
+    option = auto.judge(
+        *("exchange", ids_TLK, contiguous, topology_lib.flat(8)),
+        work=auto.work_of(sized),
+        combine=sized.model.combine,
+    )
     touched = 8 * (1 - comb(32 - 4, top_k) / comb(32, top_k))
     assert option.rows_out == pytest.approx(touched * 7 / 8, rel=0.02)
     assert option.rows_back == pytest.approx(top_k * 7 / 8, rel=0.02)

@@ -31,6 +31,7 @@ from moe_jax.config.fields import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ReplanConfig,
     RopeConfig,
     TrainConfig,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ReplanConfig",
     "RopeConfig",
     "TrainConfig",
     "check_devices",

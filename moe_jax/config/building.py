@@ -54,7 +54,9 @@ def from_json(text: str) -> Config:
 def digest(config: Config) -> str:
     """SHA-256 of what makes two runs the same run: all but where and for how long it runs."""
     plain = dataclasses.asdict(config)
-    for field in ("mesh", "platform", "virtual_devices", "placement", "topology", "trace"):
+    for field in (
+        *("mesh", "platform", "virtual_devices", "placement", "topology", "trace", "replan"),
+    ):
         del plain[field]
     for field in (
         *("num_steps", "log_every", "checkpoint_every", "checkpoints_kept", "remat"),

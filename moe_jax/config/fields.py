@@ -216,6 +216,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReplanConfig:
+    """Where experts live, decided again while the model trains; outputs do not change."""
+
+    every: int = 0  # steps from one plan to the next; 0 = the plan that the run began with stays
+    record_steps: int = 8  # the last so many steps before it: half of them plan, half judge
+    seconds: float = 10.0  # of search, in the background
+    min_gain: float = 0.0  # share of a MoE layer's predicted time that has to be saved at least
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str
     model: ModelConfig
@@ -223,10 +233,12 @@ class Config:
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    replan: ReplanConfig = ReplanConfig()
     platform: str = ""  # "cpu", "gpu", "tpu"; "" = what JAX finds
     virtual_devices: int = 0  # > 0: that many virtual CPU devices a process (platform "cpu" only)
     placement: str = ""  # plan file to train under; "" = contiguous
-    # What dispatch "auto" goes by: a name in configs/topology/ or a .json ("" = common links of the
-    # platform), and a recorded trace ("" = experts chosen uniformly).
+    # What dispatch "auto" and plans made while training go by: a name in configs/topology/ or a
+    # .json ("" = common links of the platform), and for "auto" a recorded trace ("" = experts
+    # chosen uniformly).
     topology: str = ""
     trace: str = ""

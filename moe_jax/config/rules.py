@@ -37,6 +37,7 @@ def validate(config: Config) -> None:
     _validate_mesh(config)
     _validate_data(config)
     _validate_training(config)
+    _validate_replanning(config)
 
 
 def _positive(group: Any, prefix: str, names: tuple[str, ...]) -> None:
@@ -345,6 +346,32 @@ def _validate_training(config: Config) -> None:
             raise Refused(
                 f"optimizer.{name}", getattr(optimizer, name), "must be at least 0", "use 0"
             )
+
+
+def _validate_replanning(config: Config) -> None:
+    replan = config.replan
+    for name in ("every", "seconds", "min_gain"):
+        if getattr(replan, name) < 0:
+            raise Refused(f"replan.{name}", getattr(replan, name), "must be at least 0", "use 0")
+    if replan.min_gain >= 1:
+        rule = "is a share of a layer's time, below 1"
+        raise Refused("replan.min_gain", replan.min_gain, rule, "use 0.02 for 2 %")
+    if replan.record_steps < 4:
+        rule = "must be at least 4: two steps plan and two judge"
+        raise Refused("replan.record_steps", replan.record_steps, rule, "use 8")
+    if not replan.every:
+        return
+    if replan.every < replan.record_steps:
+        raise Refused(
+            "replan.every",
+            replan.every,
+            f"must be at least replan.record_steps = {replan.record_steps}",
+            f"use {replan.record_steps} or more; 0 = never",
+        )
+    if config.model.dispatch == "shuffled" or config.mesh.expert_devices == 1:
+        one = config.mesh.expert_devices == 1
+        why = "experts are on one device" if one else "shuffled dispatch has no planner of its own"
+        raise Refused("replan.every", replan.every, f"must be 0 here: {why}", "use 0")
 
 
 def _nearest_divisors(value: int, of: int) -> str:

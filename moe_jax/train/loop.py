@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import auto, data, files, metrics, permute
+from moe_jax import auto, data, files, metrics
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
@@ -28,6 +28,7 @@ from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import preemption, resume, watchdog
 from moe_jax.train import step as step_lib
+from moe_jax.train.replanner import Replanner
 from moe_jax.train.reporter import Reporter
 
 
@@ -116,7 +117,9 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
         mesh = mesh_lib.of_config(config.mesh)
         train_step = step_lib.build_step(config, mesh)
         run, plan = resume.start_or_resume(config, mesh, workdir, corpus, plan)
-        table = put_table(mesh, plan)
+        replanning = Replanner(config, mesh, workdir, run, plan)
+        stack.callback(replanning.close)
+        table = replanning.table()
         if jax.process_index() == 0:
             with files.atomic_write(workdir / "config.json", "w") as file:
                 file.write(config_lib.to_json(config))
@@ -130,19 +133,25 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
             train_config.hang_seconds, workdir, exit_after=train_config.hang_exit
         )
         stack.enter_context(hang)
-        agree = preemption.Agreement(mesh, ("stop", "save_failed"))
+        agree = preemption.Agreement(mesh, ("stop", "save_failed", "new_plan"))
         pending: tuple[int, Any, jax.Array | None, np.ndarray] | None = None
         while run.step < train_config.num_steps:
-            agreed = agree(stop=notice.given, save_failed=checkpoints.failed)
+            agreed = agree(
+                stop=notice.given, save_failed=checkpoints.failed, new_plan=replanning.found()
+            )
             if agreed["save_failed"]:
                 checkpoints.wait()
             if agreed["stop"]:
                 break
+            if agreed["new_plan"]:
+                reporter.beside(run.step + 1, replanning.adopt(run))
+                checkpoints.plan, table = replanning.plan, replanning.table()
             window_BS1 = next(run.batches)
             run.state, step_metrics = train_step(
                 run.state, mesh_lib.put_batch(mesh, window_BS1), table
             )
             run.step += 1
+            replanning.record(run.step, step_metrics)
             at_end = run.step == train_config.num_steps
             evaluate = run.step % train_config.eval_every == 0 or at_end
             loss = held_out_loss(run.state.model, table) if evaluate else None
@@ -158,12 +167,6 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
         checkpoints.save_last(run, pending[2] if pending else None)
         if run.step < train_config.num_steps:
             metrics.say(f"stopped by SIGTERM after step {run.step}: the same command goes on there")
-
-
-def put_table(mesh: Mesh, plan: plan_lib.Plan) -> Table:
-    """The plan as the model takes it, on every device."""
-    table = permute.table(plan.placement)
-    return jax.tree.map(lambda array: mesh_lib.put_replicated(mesh, array), table)
 
 
 class _HeldOut:

@@ -17,7 +17,7 @@ from moe_jax.placement import plan as plan_lib
 from moe_jax.train import resume
 from moe_jax.train import step as step_lib
 from moe_jax.train.bad_batch import BadBatch
-from moe_jax.train.loop import put_table
+from moe_jax.train.resume import put_table
 
 
 def read(config: Config, path: pathlib.Path) -> BadBatch:

@@ -3,6 +3,7 @@
 The batch of a bad step is kept in bad_steps/STEP.npz, for `train.py --replay=FILE`.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -36,6 +37,7 @@ class Reporter:
         self._peak = metrics.measured_matmul_rate(mesh, dtype=config.model.dtype)
         self._progress = metrics.Progress(first_step, config.train.num_steps)
         self._held_out: float | None = None
+        self._beside: dict[int, dict[str, float]] = {}
         header = {"unigram_loss": self._unigram, "corpus": corpus.name, "config": config.name}
         first = jax.process_index() == 0
         self._writer: Any = (
@@ -50,6 +52,10 @@ class Reporter:
             + (f"; resuming after step {first_step}" if first_step else "")
         )
 
+    def beside(self, step: int, values: dict[str, float]) -> None:
+        """Has these values written with those of a step that is still to come."""
+        self._beside[step] = values
+
     def report(
         self,
         step: int,
@@ -58,7 +64,7 @@ class Reporter:
         window_BS1: np.ndarray,
     ) -> str:
         """Writes one step's line; returns the gist. Raises `Refused` after too many bad steps."""
-        step_metrics = jax.device_get(step_metrics)
+        step_metrics = jax.device_get(dataclasses.replace(step_metrics, expert_LBSK=None))
         traffic = step_metrics.traffic
         rows = int(traffic.dispatch_MM.sum()) + int(traffic.combine_MM.sum())
         names = ("loss", "load_balance", "z", "grad_norm", "bad_steps")
@@ -69,6 +75,7 @@ class Reporter:
         values["rows_padding"] = float(traffic.padding_MM.sum())
         if self._config.model.capacity_factor:
             values["assignments_dropped"] = float(traffic.dropped_ME.sum())
+        values |= self._beside.pop(step, {})
         if held_out is not None:
             self._held_out = values["heldout_loss"] = float(held_out)
         last = step == self._config.train.num_steps

@@ -24,6 +24,7 @@ from moe_jax.checkpoint import integrity, preservation, saver
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.model import parameter
+from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
@@ -56,8 +57,8 @@ def start_or_resume(
       mesh: to train on.
       workdir: with checkpoints or without.
       corpus: text.
-      plan: that of the config. Where the config names none, experts stay in the order that the
-        checkpoint has them in, if this mesh allows it.
+      plan: that of the config. Where the config names none, or wants new ones made on the way,
+        experts stay in the order that the checkpoint has them in, if this mesh allows it.
       before: only look at checkpoints of earlier steps, and move nothing; None = the newest.
     """
     batches = data.batches(corpus, config.data)
@@ -73,7 +74,7 @@ def start_or_resume(
             state = permute.apply(state, logical, plan.placement)
         return Run(state, batches, 0), plan
     folder, contents = found
-    if not config.placement:
+    if not config.placement or config.replan.every:
         plan = _in_order(contents.plan, plan, config.mesh.node)
     state = _restored(config, mesh, folder, contents, plan.placement)
     seconds = (verified - started, time.perf_counter() - verified)
@@ -84,6 +85,12 @@ def start_or_resume(
         rule = f"holds no position in this data ({error!r})"
         raise integrity.damaged(folder / "meta.json", rule) from None
     return Run(state, batches, contents.step), plan
+
+
+def put_table(mesh: Mesh, plan: plan_lib.Plan) -> Table:
+    """The plan as the model takes it, on every device."""
+    table = permute.table(plan.placement)
+    return jax.tree.map(lambda array: mesh_lib.put_replicated(mesh, array), table)
 
 
 def _in_order(stored: plan_lib.Plan, contiguous: plan_lib.Plan, nodes: int) -> plan_lib.Plan:
@@ -195,6 +202,7 @@ class Checkpoints:
 
     Attributes:
       failed: the step that is being written could not be; the next call will say so.
+      plan: where the experts are.
     """
 
     def __init__(self, config: Config, workdir: pathlib.Path, run: Run, plan: plan_lib.Plan):
@@ -202,7 +210,7 @@ class Checkpoints:
         kept = preservation.Kept(
             train.checkpoints_kept, train.checkpoints_kept_every, train.checkpoints_kept_best
         )
-        self._config, self._plan = config, plan
+        self._config, self.plan = config, plan
         self._saver = saver.Saver(workdir / "checkpoints", kept.prune)
         self._saver.check()
         self._saved = run.step  # after step 0 there is nothing that could be lost
@@ -230,7 +238,7 @@ class Checkpoints:
     def _start(self, run: Run, held_out_loss: Any) -> None:
         start = time.perf_counter()
         loss = None if held_out_loss is None else float(held_out_loss)
-        arrays, contents = saved_arrays(run, self._plan, self._config, loss)
+        arrays, contents = saved_arrays(run, self.plan, self._config, loss)
         checkpoint.start_save(self._saver, arrays, contents)
         self._saved = run.step
         seconds = time.perf_counter() - start

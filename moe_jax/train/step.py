@@ -45,7 +45,8 @@ class TrainState:
 class StepMetrics:
     """Scalars of one step, and its traffic by layer [L, ...]. `loss` is cross-entropy in nats.
 
-    `loss_limit`: a loss above it makes a step bad.
+    `loss_limit`: a loss above it makes a step bad. `expert_LBSK`: where the config asks for new
+    plans, the logical experts of the batch, split over it; else None.
     """
 
     loss: Leaf
@@ -56,6 +57,7 @@ class StepMetrics:
     bad_steps: Leaf
     bad_in_row: Leaf
     traffic: Traffic
+    expert_LBSK: Leaf | None = None
 
 
 def abstract_state(config: Config, mesh: Mesh, num_slots: int | None = None) -> TrainState:
@@ -111,11 +113,13 @@ def build_step(
     """
     optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
     clip, replicated = config.optimizer.clip_norm, mesh_lib.sharding(mesh)
+    recorded = config.replan.every > 0
+    by_batch = mesh_lib.sharding(mesh, None, "batch", None, None)
     loss_and_gradients = _loss_and_gradients(config, mesh)
 
     def step(state, window_BS1, table):
         (total, parts), grads = loss_and_gradients(state.model, window_BS1, table)
-        loss, load_balance, z, traffic = parts
+        loss, load_balance, z, traffic, expert_LBSK = parts
         slot_LE = table.logical_to_physical_ER[:, :, 0]
         norm = optimizer_lib.global_norm(grads, slot_LE, replicated)
         limit = state.recent.limit(config.train.spike_sigma)
@@ -138,11 +142,21 @@ def build_step(
             bad_in_row,
             recent,
         )
-        metrics = StepMetrics(loss, limit, load_balance, z, norm, bad_steps, bad_in_row, traffic)
+        metrics = StepMetrics(
+            *(loss, limit, load_balance, z, norm, bad_steps, bad_in_row, traffic),
+            expert_LBSK if recorded else None,
+        )
         return state, metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+    names = {field.name for field in dataclasses.fields(StepMetrics)}
+    scalars: dict[str, Any] = dict.fromkeys(names - {"traffic", "expert_LBSK"}, replicated)
+    of_metrics = StepMetrics(
+        **scalars,
+        traffic=Traffic(*[replicated] * len(dataclasses.fields(Traffic))),
+        expert_LBSK=by_batch if recorded else None,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, of_metrics))
 
 
 def build_blame(config: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Table], Any]:
@@ -157,7 +171,8 @@ def build_blame(config: Config, mesh: Mesh) -> Callable[[Any, jax.Array, Table],
 
 
 def _loss_and_gradients(config: Config, mesh: Mesh) -> Callable[..., Any]:
-    """`(model, window_BS1, table) -> ((total, (loss, load_balance, z, traffic)), gradients)`."""
+    """`(model, window_BS1, table) -> ((total, parts), gradients)`; `parts` are loss, load_balance,
+    z, traffic and expert_LBSK."""
     forward = transformer.build_forward(
         config.model,
         mesh,
@@ -171,7 +186,7 @@ def _loss_and_gradients(config: Config, mesh: Mesh) -> Callable[..., Any]:
         loss = cross_entropy(output.logits_BSV, window_BS1[:, 1:])
         load_balance, z = output.record.load_balance.mean(), output.record.z.mean()
         total = loss + coefs[0] * load_balance + coefs[1] * z
-        return total, (loss, load_balance, z, output.record.traffic)
+        return total, (loss, load_balance, z, output.record.traffic, output.record.expert_BSK)
 
     def loss_and_gradients(model, window_BS1, table):
         values, grads = jax.value_and_grad(loss_fn, has_aux=True)(model, window_BS1, table)

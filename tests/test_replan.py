@@ -1,0 +1,156 @@
+"""Adopt or not: planted routing whose answer is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moe_jax import replan
+from moe_jax.errors import Refused
+from moe_jax.placement import replication
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.plan import Placement
+from moe_jax.placement.seconds import Work
+
+LAYERS, EXPERTS, DEVICES, K = 3, 16, 4, 4
+HERE = Placement.contiguous(LAYERS, EXPERTS, DEVICES)
+
+
+def setting(**changes):
+    plain = replan.Setting(
+        topology=topology_lib.flat(DEVICES),
+        work=Work(d_model=256, d_ff=64, batch_tokens=4096),
+        dispatch="exchange",
+        combine="partial",
+        passes=2,
+        interval=1000,
+        expert_bytes=1000,
+        time_limit=1.0,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def planted(seed, tokens=512, noise=0.1):
+    """Tokens whose experts are one residue class modulo 4: each class fits one device."""
+    rng = np.random.default_rng(seed)
+    group_TL1 = rng.integers(0, DEVICES, (tokens, LAYERS, 1))
+    ids_TLK = group_TL1 + DEVICES * np.arange(K)
+    ids_TLK = np.where(rng.random((tokens, LAYERS, 1)) < noise, _uniform(rng, tokens), ids_TLK)
+    return _trace(ids_TLK)
+
+
+def uniform(seed, tokens=512):
+    return _trace(_uniform(np.random.default_rng(seed), tokens))
+
+
+def _uniform(rng, tokens):
+    return np.argsort(rng.random((tokens, LAYERS, EXPERTS)), axis=-1)[..., :K]
+
+
+def _trace(ids_TLK):
+    # layers, sequences of 64, experts
+    expert_LBSK = ids_TLK.reshape(-1, 64, LAYERS, K).transpose(2, 0, 1, 3).astype(np.int16)
+    return replan.trace_of(expert_LBSK, EXPERTS)
+
+
+def test_the_trace_of_a_step_is_its_tokens_in_order():
+    expert_LBSK = np.arange(2 * 3 * 4 * 1).reshape(2, 3, 4, 1).astype(np.int16)
+    expert_LBSK[:, 1, 2] = -1
+    trace = replan.trace_of(expert_LBSK, 24)
+    assert trace.seq_len.tolist() == [4, 4, 4]
+    for b in range(3):
+        for s in range(4):
+            wanted = expert_LBSK[:, b, s]
+            found = trace.expert_ids_TLK[4 * b + s]
+            assert (found == np.where(wanted < 0, trace.no_expert, wanted)).all()
+
+
+def test_a_planted_placement_is_found_and_adopted():
+    decision = replan.decide(setting(), HERE, [planted(seed) for seed in range(6)])
+    assert decision.adopt, decision.reason
+    # one device of 4 in place of all 4, homes uniform: 2 x 3/4 against 2 x 3
+    assert decision.rows_before > 2 * decision.rows_after
+    assert decision.seconds_after < decision.seconds_before
+    assert decision.plan.provenance["moved_bytes"] == decision.move.bytes > 0
+
+
+def test_the_same_again_moves_nothing():
+    steps = [planted(seed) for seed in range(6)]
+    first = replan.decide(setting(time_limit=0.0), HERE, steps)
+    again = replan.decide(setting(time_limit=0.0), first.plan.placement, steps)
+    assert not again.adopt
+    assert again.move.experts == 0
+    assert "best one found" in again.reason
+
+
+def test_a_little_better_is_not_worth_a_move():
+    steps = [planted(seed) for seed in range(6)]
+    first = replan.decide(setting(), HERE, steps)
+    again = replan.decide(setting(expert_bytes=10**12), first.plan.placement, steps)
+    assert not again.adopt
+
+
+def test_no_structure_is_not_worth_a_move():
+    for seed in range(3):
+        steps = [uniform(10 * seed + n) for n in range(8)]
+        decision = replan.decide(setting(expert_bytes=10**8), HERE, steps)
+        assert not decision.adopt, decision.reason
+
+
+@pytest.mark.parametrize("change", [{"interval": 1}, {"expert_bytes": 10**12}])
+def test_a_move_that_does_not_pay_is_not_made(change):
+    steps = [planted(seed) for seed in range(6)]
+    decision = replan.decide(setting(**{"expert_bytes": 10**9} | change), HERE, steps)
+    assert not decision.adopt
+    assert "no more than the move" in decision.reason
+    assert decision.saved_low > 0
+
+
+def test_a_least_gain_can_be_asked_for():
+    steps = [planted(seed) for seed in range(6)]
+    assert not replan.decide(setting(min_gain=0.99), HERE, steps).adopt
+
+
+def test_routing_that_has_changed_is_judged_on_the_newer_steps():
+    """Planned on structure that is gone: the plan would not help the steps that judge."""
+    steps = [planted(seed) for seed in range(3)] + [uniform(seed) for seed in range(3)]
+    decision = replan.decide(setting(expert_bytes=10**8), HERE, steps)
+    assert decision.move.experts > 0
+    assert not decision.adopt, decision.reason
+
+
+def test_copies_keep_their_number():
+    load_LE = np.random.default_rng(0).random((LAYERS, EXPERTS))
+    before = replication.balanced_slots(load_LE, 20, DEVICES)
+    decision = replan.decide(setting(), before, [planted(seed) for seed in range(4)])
+    assert decision.plan.placement.num_slots == 20
+
+
+def test_too_few_steps_are_refused():
+    with pytest.raises(Refused, match="two steps plan and two judge"):
+        replan.decide(setting(), HERE, [planted(0)] * 3)
+
+
+def test_a_search_in_the_background_comes_out_once():
+    background = replan.Background()
+    assert background.take() is None
+    background.start(setting(), HERE, [planted(seed) for seed in range(4)])
+    assert background.running
+    background._thread.join()
+    assert isinstance(background.take(), replan.Decision)
+    assert background.take() is None
+    assert not background.running
+
+
+def test_a_search_that_fails_is_a_result():
+    background = replan.Background()
+    background.start(setting(), HERE, [planted(0)])
+    background._thread.join()
+    assert isinstance(background.take(), Refused)
+
+
+def test_a_search_can_be_ended():
+    background = replan.Background()
+    background.start(setting(time_limit=1000.0), HERE, [planted(seed) for seed in range(8)])
+    background.close()
+    assert not background._thread.is_alive()
