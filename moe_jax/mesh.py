@@ -40,10 +40,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "replica": (DATA, FSDP),
     "expert": EXPERT,
     "embed": (FSDP,),
+    "rank": (FSDP,),  # of a matrix in two factors, where it stands in the place of "embed"
     "head": (TENSOR,),
     "mlp": (TENSOR,),
     "vocab": (TENSOR,),
 }
+_GATHERED = ("embed", "rank")
 
 
 def initialize(platform: str, virtual_devices: int, multi_process: str = "auto") -> None:
@@ -179,7 +181,7 @@ def sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
 
 def gather(array: jax.Array, mesh: Mesh, *logical_axes: str | None) -> jax.Array:
     """A parameter as a layer computes with it: whole over `fsdp`, split as before otherwise."""
-    whole = sharding(mesh, *(None if axis == "embed" else axis for axis in logical_axes))
+    whole = sharding(mesh, *(None if axis in _GATHERED else axis for axis in logical_axes))
     return _gather(whole, sharding(mesh, *logical_axes), array)
 
 

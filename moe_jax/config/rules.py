@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import operator
 from typing import Any
 
 from moe_jax.config import layer_rules, rope_rules
@@ -173,7 +174,7 @@ def _validate_windows(model: ModelConfig) -> None:
 
 # (mesh axis, what it splits besides tokens and experts)
 _SPLIT_BY = (
-    ("fsdp", "d_model"),
+    *(("fsdp", split) for split in ("d_model", "latent.kv_rank", "latent.query_rank")),
     *(
         ("tensor", split)
         for split in (
@@ -188,7 +189,7 @@ def _validate_mesh(config: Config) -> None:
     _positive(mesh, "mesh", MESH_AXES)
     _one_of("mesh.attention", mesh.attention, ATTENTIONS)
     for axis, split in _SPLIT_BY:
-        devices, value = getattr(mesh, axis), getattr(model, split)
+        devices, value = getattr(mesh, axis), operator.attrgetter(split)(model)
         if value % devices:
             raise Refused(
                 f"mesh.{axis}",

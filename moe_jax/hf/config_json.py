@@ -11,12 +11,16 @@ from moe_jax import config as config_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
-from moe_jax.hf import rope_json, window_json
+from moe_jax.hf import fp8, rope_json, window_json
 from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES, REQUIRED, Family, Key
 
 NAME = "config.json"
 # Weights of 16 bits other than bfloat16 are computed with in float32, which holds them exactly.
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32", None: "float32"}
+# What else must be said of quantised weights, by `quant_method`.
+_CODED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "fp8": {"weight_block_size": ([fp8.BLOCK, fp8.BLOCK],), "fmt": ("e4m3", None)}
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,11 @@ def _code(path: pathlib.Path, plain: dict[str, Any], family: Family) -> str:
         rule = f"asks for quantised weights that are not supported here: {known}"
         fix = "convert the checkpoint, or use another model of this family"
         raise Refused(f"{path}: quantization_config.quant_method", method, rule, fix)
+    for key, values in _CODED.get(method, {}).items():
+        if (value := said.get(key)) not in values:
+            rule = f"is not how {method} weights are read: must be {values[0]!r}"
+            fix = "convert the checkpoint, or use another model of this family"
+            raise Refused(f"{path}: quantization_config.{key}", value, rule, fix)
     return method
 
 

@@ -29,7 +29,7 @@ class Row:
       stored: the tensor's dimensions, each a group of letters. "E" in front is the expert, "1" a
         dimension of size 1, "2F" two parts of F one after the other, "F2" two that take turns.
       part: which of the two parts.
-      code: "" = numbers, or "mxfp4": the tensor is two of codes and scales, see mxfp4.py.
+      code: "" = numbers; "mxfp4" or "fp8": the tensor is two, see mxfp4.py and fp8.py.
     """
 
     parameter: str
@@ -342,6 +342,11 @@ _DEEPSEEK = (
     Row("blocks.moe.correction_E", "E", _BLOCK + "mlp.gate.e_score_correction_bias", "E"),
 )
 _DEEPSEEK_LAYOUTS = {"per expert": (*_DEEPSEEK, *_MLP), "fused": (*_DEEPSEEK, *_FUSED)}
+_PROJECTIONS = ("_proj.weight", "_with_mqa.weight")  # all but ends, norms and the router
+_FP8 = tuple(
+    dataclasses.replace(row, code="fp8") if row.tensor.endswith(_PROJECTIONS) else row
+    for row in (*_DEEPSEEK, *_MLP)
+)
 _DEEPSEEK_KEYS = (
     Key("d_ff", ("moe_intermediate_size",)),
     Key("num_experts", ("n_routed_experts", "num_experts", "num_local_experts")),
@@ -395,7 +400,8 @@ DEEPSEEK_V3 = Family(
         ("scoring_func", ("sigmoid", None), "other scores of experts"),
         ("topk_method", ("noaux_tc", None), "another choice of experts"),
     ),
-    layouts=_DEEPSEEK_LAYOUTS,
+    layouts={**_DEEPSEEK_LAYOUTS, "fp8": _FP8},
+    codes=("fp8",),
     beside=("model.layers.{layers}.",),  # predicts one more token ahead
 )
 

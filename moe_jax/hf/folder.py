@@ -41,7 +41,7 @@ class Tensors:
         return self.file_of[name].array(name)
 
     def codes(self, name: str) -> np.ndarray:
-        """Of quantised weights: bytes, read-only, still in the file."""
+        """Of quantised weights: bytes or scales, read-only, still in the file."""
         return self.file_of[name].codes(name)
 
     def shape(self, name: str) -> tuple[int, ...]:

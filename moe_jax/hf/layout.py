@@ -5,7 +5,7 @@ Axes: L layers, P physical experts, E experts; letters of rows as in families.py
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,14 @@ import numpy as np
 from moe_jax import checkpoint
 from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
-from moe_jax.hf import mxfp4
+from moe_jax.hf import fp8, mxfp4
 from moe_jax.hf.families import Family, Row
 from moe_jax.hf.folder import Tensors
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes
 
+# Ways to write quantised weights, by `Row.code`.
+CODES: Mapping[str, Any] = {"mxfp4": mxfp4, "fp8": fp8}
 # (parameter, layer, logical expert), one layer's, one expert's array; None: it has no such axis
 Key = tuple[str, int | None, int | None]
 
@@ -35,14 +37,14 @@ class Layout:
       beside: tensors of a part of the model that is not run: they are not read, and not written.
       pieces: the tensor that holds each piece of each parameter, and the row that says how; of one
         in codes the beginning of both names. Plain tuples: there are tens of thousands.
-      codes: the tensors of quantised weights: bytes that are no numbers by themselves.
+      codes: the tensors of quantised weights, and the dtypes that each may have.
     """
 
     name: str
     sizes: dict[str, dict[str, int]]
     shapes: dict[str, tuple[int, ...]]
     pieces: dict[Key, tuple[str, Row]]
-    codes: set[str]
+    codes: dict[str, tuple[str, ...]]
     beside: tuple[str, ...] = ()
 
     def view(self, stored: np.ndarray, row: Row, expert: int | None) -> np.ndarray:
@@ -55,10 +57,12 @@ class Layout:
         name, row = self.pieces[key]
         if not row.code:
             return self.view(tensors.array(name), row, key[2])
-        # Codes stand along the last axis alone, so a part of the others is a part of both tensors.
-        blocks, letters = self._part(tensors.codes(name + mxfp4.BLOCKS), row, key[2])
-        scales, _ = self._part(tensors.codes(name + mxfp4.SCALES), row, key[2])
-        return self._arranged(mxfp4.decode(blocks, scales), row, letters)
+        # Rows of codes ask for a part of a tensor only along axes that have no blocks.
+        code, parts, letters = CODES[row.code], [], ""
+        for end in code.PARTS:
+            part, letters = self._part(tensors.codes(name + end), row, key[2])
+            parts.append(part)
+        return self._arranged(code.decode(*parts), row, letters)
 
     def _part(self, stored: np.ndarray, row: Row, expert: int | None) -> tuple[np.ndarray, str]:
         """The part of a tensor that a row speaks of, and the letters of its axes in order."""
@@ -100,7 +104,7 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
         for row in rows
     }
     shape_of = {row: _shape(row, {"E": config.num_experts, **sizes[row.parameter]}) for row in rows}
-    layout = Layout(name, sizes, {}, {}, set())
+    layout = Layout(name, sizes, {}, {}, {})
 
     def count_out(of_layer: list[Row], layer: int | None, number: int | None) -> None:
         """`layer` is counted in its stack, `number` in the whole model."""
@@ -109,9 +113,10 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
             for expert in range(config.num_experts) if of_expert else (None,):
                 tensor = row.tensor.format(layer=number, expert=expert)
                 if row.code:
-                    parts = mxfp4.shapes(shape_of[row])
+                    code = CODES[row.code]
+                    parts = code.shapes(shape_of[row])
                     named = {tensor + end: shape for end, shape in parts.items()}
-                    layout.codes.update(named)
+                    layout.codes.update({tensor + end: code.PARTS[end] for end in parts})
                 else:
                     named = {tensor: shape_of[row]}
                 layout.shapes.update(named)
@@ -169,7 +174,8 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
         raise Refused(source, _first(wrong), rule, "use the config.json of this checkpoint")
     for name in layout.shapes:
         file = tensors.file_of[name]
-        file.check_codes(name) if name in layout.codes else file.check_weight(name)
+        dtypes = layout.codes.get(name)
+        file.check_codes(name, dtypes) if dtypes else file.check_weight(name)
     return dataclasses.replace(layout, beside=tuple(sorted(beside)))
 
 

@@ -14,6 +14,8 @@ from jaxtyping import Float, UInt8
 
 GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"
+# The tensors of a weight by the ends of their names, and the dtypes that each may have.
+PARTS = {BLOCKS: ("U8",), SCALES: ("U8", "F8_E8M0")}
 NO_NUMBER = 255  # the scale that means NaN
 
 _MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)

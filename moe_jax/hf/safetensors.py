@@ -36,7 +36,6 @@ WEIGHTS: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-CODES = ("U8", "F8_E8M0")  # bytes that say what other bytes mean
 _REPAIR = "download the file again, or write it again"
 
 
@@ -66,15 +65,16 @@ class File:
         return raw.view(WEIGHTS[tensor.dtype]).reshape(tensor.shape)
 
     def codes(self, name: str) -> np.ndarray:
-        """The array of a tensor of codes, read-only, still in the file. Raises `Refused`."""
-        self.check_codes(name)
+        """A part of a quantised weight, read-only, still in the file: bytes, or numbers."""
         tensor = self.tensors[name]
+        if tensor.dtype in WEIGHTS:
+            return self.array(name)
         return self.bytes_[tensor.start : tensor.stop].reshape(tensor.shape)
 
-    def check_codes(self, name: str) -> None:
-        """Raises `Refused` where the array is not of bytes."""
-        if (dtype := self.tensors[name].dtype) not in CODES:
-            rule = f"is not read as codes of quantised weights; those that are: {', '.join(CODES)}"
+    def check_codes(self, name: str, dtypes: tuple[str, ...]) -> None:
+        """Raises `Refused` where the array is not of one of these dtypes."""
+        if (dtype := self.tensors[name].dtype) not in dtypes:
+            rule = f"is not read as codes of quantised weights here: must be {' or '.join(dtypes)}"
             refuse(self.path, name, dtype, rule, _REPAIR)
 
     def check_weight(self, name: str) -> None:

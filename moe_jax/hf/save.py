@@ -61,8 +61,8 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused("OUT", str(out), "exists already", "name a new folder")
     if layout.codes:
-        rule = "has weights of 4 bits, which are read but not written: a weight has many codes"
-        fix = "export like a folder of the same model in bfloat16, which holds them exactly"
+        rule = "has quantised weights, which are read but not written: a weight has many codes"
+        fix = "export like a folder of the same model in bfloat16"
         raise Refused("--like", str(like), rule, fix)
     named = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in layout.shapes}
     shards = _shards(layout, named, shard_bytes)

@@ -71,7 +71,7 @@ class LatentAttention(nnx.Module):
         width, heads, latent = config.d_model, config.num_heads, config.latent
         rank, query_rank = latent.kv_rank, latent.query_rank
         d_query, d_expanded = config.d_head + latent.d_rope, config.d_head + latent.d_value
-        from_rank, of_head = ("latent", "head", "d_head"), ("embed", "head", "d_head")
+        from_rank, of_head = ("rank", "head", "d_head"), ("embed", "head", "d_head")
         if query_rank:
             u = jax.random.fold_in(q, 0)
             down, up = (width, query_rank), (query_rank, heads, d_query)

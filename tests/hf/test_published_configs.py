@@ -270,5 +270,6 @@ def test_config_json_is_the_config_and_tensors_hold_every_parameter(name, tmp_pa
 def _values(found: layout.Layout) -> dict[str, int]:
     """Numbers that every tensor says: two a byte of codes, none by scales."""
     sizes = {name: math.prod(shape) for name, shape in found.shapes.items()}
-    coded = {name: 2 * sizes[name] if name.endswith("_blocks") else 0 for name in found.codes}
-    return sizes | coded
+    times = {"_blocks": 2, "_scales": 0, "_scale_inv": 0}
+    ends = {name: next((end for end in times if name.endswith(end)), "") for name in found.codes}
+    return sizes | {name: times.get(end, 1) * sizes[name] for name, end in ends.items()}

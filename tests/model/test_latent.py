@@ -17,14 +17,14 @@ from moe_jax.train import step as step_lib
 from tests import tiny
 from tests.model.test_parts import shaken
 
-LATENT = {"kv_rank": 6, "d_rope": 4, "d_value": 3, "query_rank": 5}
+LATENT = {"kv_rank": 6, "d_rope": 4, "d_value": 3, "query_rank": 8}
 ROPE = {
     **{"kind": "yarn", "factor": 4.0, "original_seq_len": 16, "interleaved": True},
     **{"mscale": 1.0, "mscale_all_dim": 0.7},
 }
 
 
-def config_with(query_rank=5, rope=ROPE, **overrides):
+def config_with(query_rank=8, rope=ROPE, **overrides):
     return tiny.config(
         model__latent={**LATENT, "query_rank": query_rank},
         model__num_kv_heads=4,
@@ -82,7 +82,7 @@ def by_hand(x_BSD, weights, setting):
     return result
 
 
-@pytest.mark.parametrize("query_rank", [0, 5])
+@pytest.mark.parametrize("query_rank", [0, 8])
 def test_attention_equals_loops_with_and_without_a_cache(query_rank):
     config = config_with(query_rank)
     setting, weights = latent.setting_of(config.model), weights_of(config)
@@ -107,9 +107,9 @@ def test_attention_equals_loops_with_and_without_a_cache(query_rank):
 
 
 def test_what_is_not_there_is_none():
-    with_rank, without = weights_of(config_with(5)), weights_of(config_with(0))
+    with_rank, without = weights_of(config_with(8)), weights_of(config_with(0))
     assert with_rank.query_DHX is None
-    assert with_rank.query_up_UHX.shape == (5, 4, 9)
+    assert with_rank.query_up_UHX.shape == (8, 4, 9)
     assert without.query_DHX.shape == (16, 4, 9)
     assert without.query_down_DU is without.query_norm_U is without.query_up_UHX is None
 
@@ -295,7 +295,7 @@ def test_training_moves_all_parameters_but_the_correction():
 
 def test_counts_of_parameters_and_flops():
     config = whole_config().model
-    attention = 16 * 5 + 5 + 5 * 4 * 9 + 16 * 10 + 6 + 6 * 4 * 8 + 4 * 3 * 16
+    attention = 16 * 8 + 8 + 8 * 4 * 9 + 16 * 10 + 6 + 6 * 4 * 8 + 4 * 3 * 16
     outside = 2 * 256 * 16 + 16
     dense = attention + 32 + 3 * 16 * 20
     moe = attention + 32 + 16 * 8 + 8 + 8 * 3 * 16 * 24 + 3 * 16 * 12
@@ -303,7 +303,7 @@ def test_counts_of_parameters_and_flops():
     idle = 2 * 6 * 3 * 16 * 24
     assert transformer.num_active_parameters(config) == outside + 2 * dense + 2 * moe - idle
     # Those that are multiplied with rows, and 3 S H (X + W) for each layer's attention.
-    norms = 2 * (attention - 11)
+    norms = 2 * (attention - 14)
     multiplied = 256 * 16 + 2 * norms + 2 * 3 * 16 * 20 + 2 * (16 * 8 + 3 * 16 * (2 * 24 + 12))
     assert transformer.flops_per_token(config, 10) == 6 * multiplied + 4 * 3 * 10 * 4 * (9 + 3)
 
@@ -331,6 +331,19 @@ def test_refusals(fields, match):
             "model__num_kv_heads": 4,
             **{f"model__{name}": value for name, value in fields.items()},
         })  # fmt: skip
+
+
+def test_ranks_are_split_over_fsdp():
+    with pytest.raises(Refused, match=r"mesh.fsdp = 4: must divide model.latent.kv_rank = 6"):
+        config_with(mesh={"fsdp": 4}, query_rank=8)
+    config = whole_config("exchange", fsdp=2, expert=2)
+    shapes = step_lib.abstract_state(config, tiny.mesh(config)).model
+    whole = [
+        name
+        for name, leaf in checkpoint.flatten(shapes).items()
+        if leaf.size > 200 and leaf.sharding.is_fully_replicated
+    ]
+    assert not whole  # what is large is held in parts
 
 
 def test_dense_layers_alone_are_refused_where_layers_are_written_apart():

@@ -1,0 +1,46 @@
+"""Weights in 8 bits with a scale for each block of 128 x 128, as DeepSeek-V3 publishes them.
+
+    NAME            float8 E4M3 [O, I]
+    NAME_scale_inv  float32 [ceil(O / 128), ceil(I / 128)], what a block's values are times
+
+(arXiv 2412.19437, section 3.3.) A product is rounded to float32 here, and to bfloat16 where a model
+computes in it: the same numbers that the published conversion makes. That activations are
+rounded to 8 bits as well, where a reference computes in them, is left out.
+
+Axes: O, I out and in of a projection; P, J blocks of each.
+"""
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+BLOCK = 128
+SCALES = "_scale_inv"
+# The tensors of a weight by the ends of their names, and the dtypes that each may have.
+PARTS = {"": ("F8_E4M3",), SCALES: ("F32",)}
+
+_BYTE = np.arange(128)
+_EXPONENT, _MANTISSA = _BYTE >> 3, _BYTE & 7
+_MAGNITUDES = np.where(
+    _EXPONENT > 0,
+    np.ldexp(1 + _MANTISSA / 8, _EXPONENT - 7),
+    np.ldexp(_MANTISSA / 8, -6),
+)
+_MAGNITUDES[127] = np.nan  # there is no infinity
+_VALUES = np.concatenate([_MAGNITUDES, -_MAGNITUDES]).astype(np.float32)
+
+
+def shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of the two tensors that hold a weight of this shape."""
+    return {"": shape, SCALES: tuple(-(-size // BLOCK) for size in shape)}
+
+
+def decode(
+    weights_OI: UInt8[np.ndarray, "O I"], scales_PJ: Float32[np.ndarray, "P J"]
+) -> Float[np.ndarray, "O I"]:
+    """float32 values; NaN where a byte says so, infinity beyond float32."""
+    values_OI = _VALUES[weights_OI]
+    with np.errstate(over="ignore"):  # it becomes infinity, and the reader refuses that
+        for number, scales_J in enumerate(scales_PJ):
+            scales_I = np.repeat(scales_J, BLOCK)[: weights_OI.shape[1]]
+            values_OI[number * BLOCK : (number + 1) * BLOCK] *= scales_I[None]
+    return values_OI
