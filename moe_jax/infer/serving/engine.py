@@ -11,6 +11,7 @@ Axes: as in packing.py; L layers, P slots of experts, M devices that hold expert
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
+from moe_jax import migrate, permute
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer.serving import packing, paged, program, supported
@@ -30,6 +32,7 @@ from moe_jax.infer.serving.scheduler import Job, Limits, Scheduler, Step
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.model import transformer
 from moe_jax.model.dispatch.table import Table
+from moe_jax.placement.plan import Placement
 from moe_jax.routing.trace import Trace
 
 _READ_COUNTERS_EVERY = 256  # steps: int32 holds far more
@@ -83,7 +86,7 @@ class Engine:
         self._mesh, self._text, self._clock = mesh, text, clock
         self._requests: dict[Job, Request] = {}
         self._slots = model.blocks.moe.gate_PDF[...].shape[1]
-        self._leaves, structure = jax.tree.flatten(model)
+        self._leaves, self._structure = jax.tree.flatten(model)
         self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
         self._packed_sharding = mesh_lib.sharding(mesh, "batch", None)
         self._state = self._empty_state()
@@ -91,7 +94,7 @@ class Engine:
         self._programs = {}
         for with_chunks in (False, True):
             layout = packing.Layout(limits, width, with_chunks)
-            self._programs[with_chunks] = layout, self._compiled(layout, structure)
+            self._programs[with_chunks] = layout, self._compiled(layout)
 
     def _empty_state(self) -> program.State:
         limits, model, mesh = self.limits, self.config.model, self._mesh
@@ -113,7 +116,8 @@ class Engine:
             put(self._mesh, pairs), put(self._mesh, pairs.copy()), put(self._mesh, zeros)
         )
 
-    def _compiled(self, layout: packing.Layout, structure: Any) -> Any:
+    def _compiled(self, layout: packing.Layout) -> Any:
+        structure = self._structure
         step = program.build(self.config.model, self._mesh, layout)
 
         def of_leaves(leaves, table, state, packed):
@@ -254,6 +258,42 @@ class Engine:
     def _meet(self, recorder: Recorder, job: Job, position: int) -> None:
         if position == job.reused:  # its first token since it was admitted
             recorder.admit(job, position)
+
+    # --- where its experts are ------------------------------------------------------------
+
+    @functools.cached_property
+    def mover(self) -> migrate.Mover:
+        """Of this model's experts; its program is compiled when it is first prepared."""
+        return migrate.Mover(self._mesh, jax.tree.unflatten(self._structure, self._leaves))
+
+    def adopt(self, way: migrate.Route, first: int, last: int, placement: Placement) -> float:
+        """Between two steps, moves the experts of MoE layers `first` to `last` (not included).
+
+        Args:
+          way: from the placement that was in use to the one that is to be.
+          placement: where all experts are afterwards (`migrate.between`).
+
+        Returns:
+          Seconds that it took. Answers do not change: a request that runs goes on.
+
+        Raises:
+          Refused: more copies of one expert than the compiled steps have room for.
+        """
+        table = permute.table(placement)
+        room = self._table.logical_to_physical_ER.shape[-1]
+        if table.logical_to_physical_ER.shape[-1] != room:
+            raise Refused(
+                "placement",
+                f"up to {table.logical_to_physical_ER.shape[-1]} copies of an expert",
+                f"the steps of this engine were compiled for {room}",
+                "start the server with this plan",
+            )
+        started = self._clock()
+        model = jax.tree.unflatten(self._structure, self._leaves)
+        self._leaves = jax.tree.leaves(jax.block_until_ready(self.mover(model, way, first, last)))
+        self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(self._mesh, t), table)
+        self.plan_digest = placement.digest
+        return self._clock() - started
 
     # --- what it did ----------------------------------------------------------------------
 

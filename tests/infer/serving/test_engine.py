@@ -1,13 +1,14 @@
 """Batch invariance, against one request at a time; refusals; counted compilations and rows."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
 from jax import monitoring
 
-from moe_jax import permute
+from moe_jax import migrate, permute
 from moe_jax.errors import Refused
 from moe_jax.infer import record, sampling
 from moe_jax.infer.engine import Engine as StaticEngine
@@ -118,6 +119,20 @@ def engine(shared):
     return shared
 
 
+@pytest.fixture
+def compiled():
+    """What was compiled since."""
+    names = []
+
+    def listen(name, *_, **__):
+        if "compile" in name:
+            names.append(name)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="module")
 def alone(shared):
     """Requests, and an engine that was empty before each: nobody is there, no prefix is found."""
@@ -166,6 +181,41 @@ def test_alone_equals_the_static_engine(alone, static):
         assert served.tokens(number) == generation.tokens[0]
         logits_V = np.asarray(generation.logits_BSV)[0, len(prompt) - 1]
         np.testing.assert_allclose(served.logits[number][0], logits_V, rtol=0, atol=1e-5)
+
+
+def test_answers_do_not_change_while_experts_move(alone, engine, compiled):
+    """A layer moves before every step, from plan to plan; nothing is dropped or compiled."""
+    requests, expected = alone
+    here = tiny.contiguous(2)
+    engine.mover.prepare(migrate.route(here, here))
+    compiled.clear()
+    steps, plain = itertools.count(), engine.step
+    old, new = here, here
+    moved = set()
+
+    def step():
+        nonlocal old, new
+        number, layer = divmod(next(steps), tiny.LAYERS)
+        if layer == 0:
+            old, new = new, tiny.random_placement(number, 2)
+        way = migrate.route(old, new)
+        engine.adopt(way, layer, layer + 1, migrate.between(old, new, layer + 1))
+        moved.add(engine.plan_digest)
+        return plain()
+
+    engine.step = step
+    try:
+        assert_same_bits(serve_together(engine, requests), expected)
+    finally:
+        del engine.step
+        now = migrate.between(old, new, (next(steps) - 1) % tiny.LAYERS + 1)
+        assert engine.plan_digest == now.digest
+        engine.adopt(migrate.route(now, here), 0, tiny.LAYERS, here)
+    assert len(moved) > 20
+    assert not compiled
+    copies = tiny.replicated_placement(0, devices=2)
+    with pytest.raises(Refused, match="compiled for 1"):
+        engine.adopt(migrate.route(copies, copies), 0, tiny.LAYERS, copies)
 
 
 MESHES = {
@@ -230,25 +280,15 @@ def test_a_placement_changes_no_bit(alone, seed):
     assert_same_bits(serve_together(engine, requests), expected)
 
 
-def test_nothing_is_compiled_in_service(engine):
-    compiled = []
-
-    def listen(name, *_, **__):
-        if "compile" in name:
-            compiled.append(name)
-
-    monitoring.register_event_duration_secs_listener(listen)
-    try:
-        serve_together(engine, list(traffic(1, 6)))
-        engine.read_counters()
-        served = Served(engine)
-        served.submit([1, 2, 3], Options(max_tokens=3, temperature=1.0, top_k=3, logprobs=2))
-        served.run()
-        assert compiled == []
-        jax.jit(lambda x: x + 1)(np.float32(1))
-        assert compiled, "the listener hears what is compiled"
-    finally:
-        monitoring.unregister_event_duration_listener(listen)
+def test_nothing_is_compiled_in_service(engine, compiled):
+    serve_together(engine, list(traffic(1, 6)))
+    engine.read_counters()
+    served = Served(engine)
+    served.submit([1, 2, 3], Options(max_tokens=3, temperature=1.0, top_k=3, logprobs=2))
+    served.run()
+    assert compiled == []
+    jax.jit(lambda x: x + 1)(np.float32(1))
+    assert compiled, "the listener hears what is compiled"
 
 
 def test_routing_is_recorded_and_rows_are_counted(alone, engine, static):
