@@ -193,11 +193,13 @@ def decide(
 
 
 def joined(traces: Sequence[Trace]) -> Trace:
-    """Their sequences, one trace after the other."""
-    return dataclasses.replace(
-        traces[0],
-        expert_ids_TLK=np.concatenate([trace.expert_ids_TLK for trace in traces]),
-        seq_len=np.concatenate([trace.seq_len for trace in traces]),
+    """Their sequences, one trace after the other; names, weights and homes are left out."""
+    return Trace(
+        np.concatenate([trace.expert_ids_TLK for trace in traces]),
+        traces[0].num_experts,
+        np.concatenate([trace.seq_len for trace in traces]),
+        layer_ids=traces[0].layer_ids,
+        model=traces[0].model,
     )
 
 

@@ -65,6 +65,15 @@ def test_the_trace_of_a_step_is_its_tokens_in_order():
             assert (found == np.where(wanted < 0, trace.no_expert, wanted)).all()
 
 
+def test_traces_with_homes_are_joined():
+    one, other = (dataclasses.replace(planted(n), seq_home=np.full(8, n, np.int32)) for n in (0, 1))
+    both = replan.joined([one, other])
+    assert both.num_sequences == 16
+    for trace, start in ((one, 0), (other, one.num_tokens)):
+        part = both.expert_ids_TLK[start : start + trace.num_tokens]
+        np.testing.assert_array_equal(part, trace.expert_ids_TLK)
+
+
 def test_a_planted_placement_is_found_and_adopted():
     decision = replan.decide(setting(), HERE, [planted(seed) for seed in range(6)])
     assert decision.adopt, decision.reason

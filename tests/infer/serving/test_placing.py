@@ -1,0 +1,184 @@
+"""Plans from served traffic: adopted, proven by counted rows, withdrawn; answers stay the same."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from moe_jax import replan
+from moe_jax.errors import Refused
+from moe_jax.infer.serving import placing
+from moe_jax.infer.serving.recorder import Recorder
+from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.scheduler import Limits
+from moe_jax.infer.serving.stats import Stats
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.plan import Plan
+from tests import tiny
+from tests.infer.serving import test_engine
+
+HERE = tiny.contiguous(4)
+ROOMY = Limits(
+    shards=4, seats=4, blocks=16, block_size=16, chunk=16, chunk_rows=2, budget=40, max_len=64
+)
+RULES = placing.Rules(tokens=1500, pays_within=10**9, time_limit=0.3, most_pause=0.0)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return test_engine.make(
+        ROOMY,
+        Recorder(4, 64, 64),
+        mesh={"data": 1, "expert": 4},
+        model__combine="reproducible",
+    )
+
+
+@pytest.fixture
+def engine(shared):
+    shared.recorder = Recorder(4, 64, 64)
+    shared.read_counters()
+    shared.stats = Stats()
+    yield shared
+    # experts go back, for the next test
+    shared.adopt(placing.migrate.route(_where(shared), HERE), 0, tiny.LAYERS, HERE)
+
+
+def _where(engine):
+    return engine.placed.plan.placement
+
+
+def start(engine, rules=RULES, said=None):
+    placed = placing.Placing(
+        engine,
+        Plan(HERE),
+        rules,
+        topology=topology_lib.flat(4),
+        say=(said if said is not None else []).append,
+    )
+    engine.placed = placed
+    return placed
+
+
+def prompts(seed, count):
+    """Texts of a quarter of the bytes each: what a request asks for, few experts answer."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield (64 * rng.integers(0, 4) + rng.integers(0, 64, 40)).tolist()
+
+
+def serve(engine, count, placed=None, seed=0, until=lambda: False):
+    """Tokens of every answer; stops early where `until` holds."""
+    answers = []
+    for prompt in prompts(seed, count):
+        parts = []
+        answers.append(parts)
+        engine.submit(prompt, Options(max_tokens=8), parts.append)
+    while engine.step():
+        if placed:
+            placed.between_steps()
+            if placed.report.state == placing.PLANNING:
+                placed._background._thread.join()
+    return [[part.token for part in parts] for parts in answers]
+
+
+def test_a_plan_is_made_adopted_and_proven(engine):
+    expected = serve(engine, 160)
+    said = []
+    placed = start(engine, said=said)
+    assert serve(engine, 160, placed) == expected
+    report = placed.report
+    assert report.adopted == report.proven == 1, said
+    assert engine.plan_digest == placed.plan.digest != HERE.digest
+    assert report.rows_counted < report.rows_before
+    assert report.rows_counted == pytest.approx(report.rows_predicted, rel=0.05)
+    moved = placing.migrate.route(HERE, placed.plan.placement).moved_L.sum()
+    assert report.moved_experts == moved
+    assert report.moved_bytes == moved * engine.mover.expert_bytes
+    assert 0 < report.pause <= report.total_pause
+    assert any("is proven" in line for line in said)
+
+
+def planted(monkeypatch, rows_after, digest_seed=7):
+    """Every search finds one plan, and promises these rows."""
+    decide = replan.decide
+    plan = Plan(tiny.random_placement(digest_seed, 4))
+
+    def found(setting, before, recorded, seed=0, progress=None):
+        real = decide(setting, before, recorded, seed, progress)
+        return dataclasses.replace(real, adopt=True, plan=plan, rows_after=rows_after)
+
+    monkeypatch.setattr(replan, "decide", found)
+    return plan
+
+
+def test_a_plan_that_breaks_its_promise_is_withdrawn(engine, monkeypatch):
+    expected = serve(engine, 200)
+    plan, said = planted(monkeypatch, rows_after=0.01), []
+    placed = start(engine, said=said)
+    assert serve(engine, 200, placed) == expected
+    report = placed.report
+    assert (report.adopted, report.proven, report.withdrawn) == (1, 0, 1), said
+    assert engine.plan_digest == HERE.digest  # and back
+    assert placed.plan.placement == HERE
+    assert any(f"plan {plan.digest[:12]} is withdrawn" in line for line in said)
+    # found again, it is not adopted again
+    serve(engine, 200, placed, seed=1)
+    assert report.adopted == 1
+    assert any("withdrawn before" in line for line in said)
+
+
+def test_layers_move_one_by_one_where_no_pause_is_allowed(engine, monkeypatch):
+    planted(monkeypatch, rows_after=99.0)
+    groups = []
+    adopt = engine.adopt
+
+    def counted(way, first, last, placement):
+        groups.append((first, last))
+        return adopt(way, first, last, placement)
+
+    monkeypatch.setattr(engine, "adopt", counted)
+    placed = start(engine)
+    serve(engine, 100, placed)
+    assert groups == [(layer, layer + 1) for layer in range(tiny.LAYERS)]
+
+
+def test_a_plan_that_is_not_worth_it_moves_nothing(engine):
+    said = []
+    placed = start(engine, dataclasses.replace(RULES, min_gain=0.99), said)
+    serve(engine, 160, placed)
+    assert placed.report.plans >= 1
+    assert placed.report.adopted == placed.report.moved_experts == 0
+    assert placed.plan.placement == HERE
+    assert any("experts stay" in line for line in said)
+
+
+def test_a_search_that_fails_stops_nothing(engine, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(replan, "decide", broken)
+    expected, said = serve(engine, 100), []
+    placed = start(engine, said=said)
+    assert serve(engine, 100, placed) == expected
+    assert "no new plan: planted" in said
+
+
+def test_few_requests_make_no_plan(engine):
+    placed = start(engine, dataclasses.replace(RULES, tokens=10))
+    serve(engine, 6, placed)
+    assert placed.report.plans == 0
+
+
+def test_what_cannot_be_planned_is_refused(engine):
+    start(engine)
+    recorder, engine.recorder = engine.recorder, None
+    try:
+        with pytest.raises(Refused, match="nothing is recorded"):
+            start(engine)
+    finally:
+        engine.recorder = recorder
+    with pytest.raises(Refused, match=r"replan\.tokens"):
+        placing.Rules(tokens=0)
+    with pytest.raises(Refused, match=r"replan\.margin"):
+        placing.Rules(margin=float("nan"))
