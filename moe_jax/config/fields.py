@@ -13,7 +13,8 @@ MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
 ATTENTIONS = ("split", "replicated")
 REMATS = ("none", "layer")
 FAILED_SAVES = ("stop", "go_on")
-ROUTER_WEIGHTS = ("normalised", "softmax")
+ROUTER_WEIGHTS = ("normalised", "softmax", "sparse_mixer")
+NORMS = ("rms", "layer")
 ROUTER_SCORES = ("softmax", "sigmoid")
 GROUP_SCORES = ("", "max", "top2")
 QK_NORMS = ("", "head", "all")
@@ -84,7 +85,8 @@ class ModelConfig:
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.001
     # What published families differ in (moe_jax/hf); names in `PARTS`.
-    router_weights: str = "normalised"  # of the chosen: scaled to sum 1; "softmax": as they are
+    # Of the chosen: scaled to sum 1; "softmax": as they are; "sparse_mixer": each among its equals.
+    router_weights: str = "normalised"
     router_scores: str = "softmax"  # over all experts, or the "sigmoid" of each
     router_scale: float = 1.0  # of the weights
     router_groups: int = 1  # of E / groups neighbours each, of which a token chooses among the
@@ -104,6 +106,12 @@ class ModelConfig:
     router_bias: bool = False
     expert_bias: bool = False  # of gate, up and down of each expert
     activation: str = "swiglu"  # of experts; "clamped_swiglu": (up + 1) gate sigmoid(1.702 gate)
+    embedding_scale: float = 1.0  # rows of the embedding times this,
+    residual_scale: float = 1.0  # what attention and experts add to the residual,
+    attention_scale: float = 0.0  # and queries times keys: 0 = 1 / sqrt(d_head);
+    logits_divisor: float = 1.0  # logits by this
+    norm: str = "rms"  # of layers; "layer": mean and variance, with biases
+    output_bias: bool = False  # of logits
     latent: LatentConfig = LatentConfig()
     num_dense_layers: int = 0  # of num_layers, the first ones: without experts
     d_ff_dense: int = 0  # their width
@@ -125,6 +133,8 @@ PARTS = (
     *("rope", "router_scores", "router_scale", "router_groups", "router_top_groups"),
     *("router_group_scores", "router_correction", "router_bias", "expert_bias", "activation"),
     *("windows", "attention_sinks", "latent", "num_dense_layers", "d_ff_dense"),
+    *("embedding_scale", "residual_scale", "attention_scale", "logits_divisor", "norm"),
+    "output_bias",
 )
 
 

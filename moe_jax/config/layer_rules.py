@@ -1,9 +1,11 @@
-"""What must hold for latent attention and for dense layers."""
+"""What must hold for latent attention, dense layers, norms and multipliers."""
 
 from moe_jax.config.fields import LatentConfig, ModelConfig
 from moe_jax.errors import Refused
 
-_APART = ("shuffled", "coherent")  # dispatches with layers of their own
+_APART = ("shuffled", "coherent")  # dispatches with layers of their own,
+# and what those do not know
+_NOT_APART = ("embedding_scale", "residual_scale", "logits_divisor", "norm", "output_bias")
 
 
 def validate(model: ModelConfig) -> None:
@@ -24,6 +26,22 @@ def validate(model: ModelConfig) -> None:
         raise Refused("model.d_ff_dense", model.d_ff_dense, rule, "set both, or none")
     if model.num_dense_layers and model.dispatch in _APART:
         _refuse_apart("model.num_dense_layers", model.num_dense_layers, model)
+    for name in _NOT_APART:
+        value = getattr(model, name)
+        if value != getattr(ModelConfig, name) and model.dispatch in _APART:
+            _refuse_apart(f"model.{name}", value, model)
+    if model.rope.kind == "longrope" and model.dispatch == "coherent":
+        rule = "goes by the length of each text, whose tokens are elsewhere in coherent dispatch"
+        raise Refused("model.rope.kind", "longrope", rule, "use another dispatch")
+    for name in ("embedding_scale", "residual_scale", "logits_divisor"):
+        if not (value := getattr(model, name)) > 0:
+            raise Refused(f"model.{name}", value, "must be above 0", "use 1 where there is none")
+    if model.attention_scale < 0:
+        rule = "must be at least 0"
+        raise Refused("model.attention_scale", model.attention_scale, rule, "use 0 for 1/sqrt(Q)")
+    if model.norm != "rms" and model.num_dense_layers:
+        rule = "is not there in dense layers (model.num_dense_layers)"
+        raise Refused("model.norm", model.norm, rule, "use 'rms'")
 
 
 def _validate_latent(model: ModelConfig) -> None:
@@ -39,7 +57,7 @@ def _validate_latent(model: ModelConfig) -> None:
         rule = "has a key and a value for each head: must be model.num_heads"
         fix = f"set it to {model.num_heads}"
         raise Refused("model.num_kv_heads", model.num_kv_heads, f"latent attention {rule}", fix)
-    for name in ("qk_norm", "attention_bias", "attention_sinks"):
+    for name in ("qk_norm", "attention_bias", "attention_sinks", "attention_scale"):
         if value := getattr(model, name):
             rule = "is not there in latent attention (model.latent.kv_rank > 0)"
             raise Refused(f"model.{name}", value, rule, "leave it out")
@@ -47,6 +65,6 @@ def _validate_latent(model: ModelConfig) -> None:
         _refuse_apart("model.latent.kv_rank", latent.kv_rank, model)
 
 
-def _refuse_apart(field: str, value: int, model: ModelConfig) -> None:
+def _refuse_apart(field: str, value: object, model: ModelConfig) -> None:
     rule = f"is not made for model.dispatch = {model.dispatch!r}, whose layers are written apart"
     raise Refused(field, value, rule, "use 'exchange', 'hierarchical', 'gathered' or 'local'")

@@ -18,6 +18,7 @@ from moe_jax.config.fields import (
     GROUP_SCORES,
     INFERENCE_ONLY,
     MESH_AXES,
+    NORMS,
     OVERLAP_DEGREES,
     QK_NORMS,
     REMATS,
@@ -96,6 +97,12 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.router_scores", model.router_scores, ROUTER_SCORES)
     _one_of("model.router_group_scores", model.router_group_scores, GROUP_SCORES)
     _validate_groups(model)
+    if model.router_weights == "sparse_mixer":
+        for name in ("router_scores", "router_group_scores", "router_correction"):
+            if (value := getattr(model, name)) != getattr(ModelConfig, name):
+                rule = "does not go with model.router_weights = 'sparse_mixer'"
+                raise Refused(f"model.{name}", value, rule, "leave it out")
+    _one_of("model.norm", model.norm, NORMS)
     _one_of("model.qk_norm", model.qk_norm, QK_NORMS)
     _one_of("model.attention_bias", model.attention_bias, ATTENTION_BIASES)
     if model.shared_gate and not model.d_ff_shared:
@@ -259,7 +266,15 @@ def with_dispatch(config: Config, dispatch: str) -> Config:
 
 
 def check_trainable(config: Config) -> None:
-    """Refuses a dispatch that has no backward pass."""
+    """Refuses what has no backward pass."""
+    if config.model.router_weights == "sparse_mixer":
+        raise Refused(
+            "model.router_weights",
+            "sparse_mixer",
+            "serves only: its training samples experts and estimates their gradients another way "
+            "(arXiv 2409.12136), which is not here",
+            "train with 'normalised' or 'softmax'",
+        )
     if config.model.dispatch in INFERENCE_ONLY:
         raise Refused(
             "model.dispatch",

@@ -27,10 +27,12 @@ PUBLISHED = {
     "deepseek_v3": (671.0, 37.0),
     "gpt_oss_20b": (20.91, 3.61),
     "gpt_oss_120b": (116.83, 5.13),
+    "granite_3_0_3b_a800m": (3.3, 0.8),
+    "phi_3_5_moe": (41.9, 6.6),
 }
 # Of which the active ones are published without the embedding, of which a token meets one row.
 WITHOUT_EMBEDDING = (
-    *("gpt_oss_20b", "gpt_oss_120b"),
+    *("gpt_oss_20b", "gpt_oss_120b", "granite_3_0_3b_a800m"),
     *("deepseek_v2_lite", "deepseek_v2", "deepseek_v3"),
 )
 

@@ -191,6 +191,7 @@ def _layouts(*parts: Row, experts: tuple[Row, ...] = _MLP) -> dict[str, tuple[Ro
     return {"per expert": (*_TRUNK, *parts, *experts), "fused": (*_TRUNK, *parts, *_FUSED)}
 
 
+_ROUTER = _BLOCK + "mlp.router.weight"
 _GPT_OSS = _BLOCK + "mlp.experts."
 
 
@@ -291,7 +292,7 @@ GPT_OSS = Family(
         name: (
             *_TRUNK,
             Row("blocks.attention.sink_H", "H", _ATTENTION + "sinks", "H"),
-            Row("blocks.moe.router_DE", "DE", _BLOCK + "mlp.router.weight", "E D"),
+            Row("blocks.moe.router_DE", "DE", _ROUTER, "E D"),
             Row("blocks.moe.router_bias_E", "E", _BLOCK + "mlp.router.bias", "E"),
             *experts,
         )
@@ -405,7 +406,69 @@ DEEPSEEK_V3 = Family(
     beside=("model.layers.{layers}.",),  # predicts one more token ahead
 )
 
+_MULTIPLIERS = (
+    Key("embedding_scale", ("embedding_multiplier",), 1.0),
+    Key("residual_scale", ("residual_multiplier",), 1.0),
+    Key("attention_scale", ("attention_multiplier",), 1.0),
+    Key("logits_divisor", ("logits_scaling",), 1.0),
+)
+GRANITE_MOE = Family(
+    "granitemoe",
+    keys=(
+        Key("d_ff", ("intermediate_size",)),
+        Key("num_experts", ("num_local_experts",)),
+        Key("attention_bias", ("attention_bias",), "", {False: "", True: "qkvo"}),
+        *_MULTIPLIERS,
+    ),
+    fixed={"router_weights": "normalised"},
+    only=(),
+    layouts={
+        name: (
+            *_TRUNK,
+            Row("blocks.moe.router_DE", "DE", f"{_BLOCK}block_sparse_moe.{router}.weight", "E D"),
+            Row("blocks.moe.gate_PDF", "DF", _BLOCK + "block_sparse_moe." + up, "E 2F D", part=0),
+            Row("blocks.moe.up_PDF", "DF", _BLOCK + "block_sparse_moe." + up, "E 2F D", part=1),
+            Row("blocks.moe.down_PFD", "FD", _BLOCK + "block_sparse_moe." + down, "E D F"),
+        )
+        for name, router, up, down in (
+            ("per matrix", "router.layer", "input_linear.weight", "output_linear.weight"),
+            ("fused", "router", "experts.gate_up_proj", "experts.down_proj"),
+        )
+    },
+)
+PHIMOE = Family(
+    "phimoe",
+    keys=(
+        Key("d_ff", ("intermediate_size",)),
+        Key("num_experts", ("num_local_experts",)),
+        Key("attention_bias", ("attention_bias",), "", {False: "", True: "qkvo"}),
+        Key("output_bias", ("lm_head_bias",), False),
+    ),
+    fixed={"router_weights": "sparse_mixer", "norm": "layer"},
+    only=(
+        ("router_jitter_noise", (0.01, None), "another width of its routing"),
+        ("num_experts_per_tok", (2, None), "another number of experts a token than its routing"),
+    ),
+    layouts={
+        name: (
+            *_TRUNK,
+            Row("blocks.attention_norm_bias_D", "D", _BLOCK + "input_layernorm.bias", "D"),
+            Row("blocks.moe_norm_bias_D", "D", _BLOCK + "post_attention_layernorm.bias", "D"),
+            Row("final_norm_bias_D", "D", "model.norm.bias", "D"),
+            Row("output_bias_V", "V", "lm_head.bias", "V"),
+            *experts,
+        )
+        for name, experts in (
+            ("per expert", _experts("block_sparse_moe.", "w1", "w3", "w2")),
+            ("fused", (dataclasses.replace(_FUSED[0], tensor=_ROUTER), *_FUSED[1:])),
+        )
+    },
+    windows=WindowKeys(),
+)
 FAMILIES = {
     family.model_type: family
-    for family in (MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3)
+    for family in (
+        *(MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GPT_OSS),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, GRANITE_MOE, PHIMOE),
+    )
 }

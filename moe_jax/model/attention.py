@@ -40,11 +40,13 @@ class Setting:
       rope: how queries and keys are turned by their positions.
       norm_eps: of the norm of queries and keys.
       heads_over: mesh axes that heads are split over by `shard_map`; () = all are here.
+      divisor: of `mix`; None = sqrt(Q).
     """
 
     rope: rope_lib.Rope
     norm_eps: float = 1e-6
     heads_over: tuple[str, ...] = ()
+    divisor: float | None = None
 
 
 class Attention(nnx.Module):
@@ -155,7 +157,9 @@ def attend(
     if cache is None or x_BSD.shape[1] > 1:
         position_S = jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
         seen_1SC = seen(position_S[None], len(position_S), window)
-        mixed_BSHQ = mix(query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC, weights.sink_H)
+        mixed_BSHQ = mix(
+            query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC, weights.sink_H, setting.divisor
+        )
         cache = cache and LayerCache(
             write_prefix(cache.key_BCGQ, key_BSGQ), write_prefix(cache.value_BCGQ, value_BSGQ)
         )
@@ -166,7 +170,8 @@ def attend(
             write_one(cache.value_BCGQ, value_BSGQ, position_B),
         )
         seen_B1C = seen(position_BS, cache.key_BCGQ.shape[1], window)
-        mixed_BSHQ = mix(query_BSHQ, cache.key_BCGQ, cache.value_BCGQ, seen_B1C, weights.sink_H)
+        cached = cache.key_BCGQ, cache.value_BCGQ
+        mixed_BSHQ = mix(query_BSHQ, *cached, seen_B1C, weights.sink_H, setting.divisor)
     return project_out(mixed_BSHQ, weights), cache
 
 
@@ -212,7 +217,9 @@ def seen(
 def setting_of(config: ModelConfig) -> Setting:
     """That of a model's attention, all heads together."""
     return Setting(
-        rope_lib.of_config(config.rope, config.rope_theta, config.d_head), config.norm_eps
+        rope_lib.of_config(config.rope, config.rope_theta, config.d_head),
+        config.norm_eps,
+        divisor=1 / config.attention_scale if config.attention_scale else None,
     )
 
 

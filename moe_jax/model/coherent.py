@@ -299,7 +299,8 @@ class _Group:
             if self._decoding:  # a token a sequence
                 key_WCGQ, value_WCGQ = keys.key_BCGQ[token_W], keys.value_BCGQ[token_W]
                 mixed_W1HQ = attention.mix(
-                    query_WHQ[:, None], key_WCGQ, value_WCGQ, seen_1WC.swapaxes(0, 1), sink_H
+                    *(query_WHQ[:, None], key_WCGQ, value_WCGQ, seen_1WC.swapaxes(0, 1)),
+                    *(sink_H, self._attention.divisor),
                 )
                 mixed_1WHQ = mixed_W1HQ.swapaxes(0, 1)
             else:
@@ -312,6 +313,7 @@ class _Group:
                     of_sequence(keys.value_BCGQ),
                     seen_1WC,
                     sink_H,
+                    self._attention.divisor,
                 )
             x_WD = cut(x_RD) + attention.project_out(mixed_1WHQ, block.attention)[0]
             normed_WD = self._norm_of(block.moe_norm_D)(x_WD)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.pytree import Leaf
@@ -43,6 +43,30 @@ def unchanged(top_TK: Float[Array, "T K"]) -> Float[Array, "T K"]:
 
 
 WEIGHTS = {"normalised": normalised, "softmax": unchanged}
+SPARSE_MIXER = "sparse_mixer"  # of logits: `sparse_mixer`
+_NEAR = 0.02  # twice the noise that its training adds, as a part of the logit
+
+
+def sparse_mixer(
+    logits_TE: Float[Array, "T E"], expert_TK: Int[Array, "T K"]
+) -> Float[Array, "T K"]:
+    """The share of each chosen expert among those whose logits are near its own (Phi-3.5-MoE,
+    GRIN, arXiv 2409.12136, in inference).
+
+    Those chosen before it are left out, the next one is chosen of the rest. Weights do not sum to
+    1, and need not descend.
+    """
+    chosen_TKE = jax.nn.one_hot(expert_TK, logits_TE.shape[1], dtype=jnp.bool_)
+    left_TE, weights = jnp.ones(logits_TE.shape, bool), []
+    for k in range(expert_TK.shape[1]):
+        own_T1 = jnp.where(chosen_TKE[:, k], logits_TE, 0).sum(axis=1, keepdims=True)
+        far_TE = (own_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), own_T1) > _NEAR
+        power_TE = jnp.where(left_TE & ~far_TE, jnp.exp(logits_TE - own_T1), 0)
+        weights.append(1 / power_TE.sum(axis=1))
+        left_TE = left_TE & ~chosen_TKE[:, k]
+    return jnp.stack(weights, axis=1)
+
+
 # What logits become, and what its shares are: the probabilities of the load-balance loss.
 SCORES = {"softmax": (jax.nn.softmax, unchanged), "sigmoid": (jax.nn.sigmoid, normalised)}
 # Of a group of experts: its best one (DeepSeek-V2, arXiv 2405.04434), or the sum of its best two
@@ -59,7 +83,7 @@ class Scheme:
 
     Attributes:
       top_k: experts of a token.
-      weights: of the chosen: a name in `WEIGHTS`.
+      weights: of the chosen: a name in `WEIGHTS`, or `SPARSE_MIXER`.
       scores: of all experts: a name in `SCORES`.
       scale: of the weights.
       group_scores: a name in `GROUP_SCORES`, or "": a token chooses among all experts.
@@ -149,7 +173,10 @@ def route(
         logits_TE = logits_TE + bias_E.astype(jnp.float32)[None]
     score_TE = score(logits_TE)
     top_TK, expert_TK = (choose or chooser(scheme))(score_TE, correction_E)
-    weight_TK = WEIGHTS[scheme.weights](top_TK)
+    if scheme.weights == SPARSE_MIXER:
+        weight_TK = sparse_mixer(logits_TE, expert_TK)
+    else:
+        weight_TK = WEIGHTS[scheme.weights](top_TK)
     weight_TK = weight_TK if scheme.scale == 1 else scheme.scale * weight_TK
 
     real_T1 = real_T[:, None]

@@ -40,6 +40,10 @@ def _attention(key: jax.Array, config: ModelConfig) -> attention.Attention | lat
     )
 
 
+def _norm_bias(config: ModelConfig) -> nnx.Param | None:
+    return parameter.zeros(("embed",), (config.d_model,)) if config.norm == "layer" else None
+
+
 class DenseBlock(nnx.Module):
     """Pre-norm attention, pre-norm feed-forward layer: a layer without experts."""
 
@@ -59,8 +63,10 @@ class Block(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         a, m = jax.random.split(key)
         self.attention_norm_D = parameter.ones(("embed",), (config.d_model,))
+        self.attention_norm_bias_D = _norm_bias(config)
         self.attention = _attention(a, config)
         self.moe_norm_D = parameter.ones(("embed",), (config.d_model,))
+        self.moe_norm_bias_D = _norm_bias(config)
         self.moe = moe.MoE(
             m,
             d_model=config.d_model,
@@ -92,10 +98,14 @@ class Transformer(nnx.Module):
         )
         self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(b, moe_layers))
         self.final_norm_D = parameter.ones(("embed",), (width,))
+        self.final_norm_bias_D = _norm_bias(config)
         self.output_DV = (
             None
             if config.tied_output
             else parameter.normal(u, ("embed", "vocab"), (width, vocabulary), width)
+        )
+        self.output_bias_V = (
+            parameter.zeros(("vocab",), (vocabulary,)) if config.output_bias else None
         )
 
 
@@ -136,6 +146,20 @@ def rms_norm(x_BSD: Float[Array, "B S D"], scale_D: Float[Array, "D"], eps: floa
     x32_BSD = x_BSD.astype(jnp.float32)
     inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
     return (x32_BSD * inverse_BS1 * scale_D[None, None]).astype(x_BSD.dtype)
+
+
+def layer_norm(
+    x_BSD: Float[Array, "B S D"],
+    scale_D: Float[Array, "D"],
+    bias_D: Float[Array, "D"],
+    eps: float,
+):
+    """(x - mean) / deviation * scale + bias, computed in float32 (arXiv 1607.06450)."""
+    x32_BSD = x_BSD.astype(jnp.float32)
+    x32_BSD = x32_BSD - jnp.mean(x32_BSD, axis=-1, keepdims=True)
+    inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
+    y_BSD = x32_BSD * inverse_BS1 * scale_D[None, None] + bias_D[None, None]
+    return y_BSD.astype(x_BSD.dtype)
 
 
 def logits(x_BSD: Float[Array, "B S D"], embedding_VD: jax.Array, output_DV: jax.Array | None):
@@ -196,6 +220,14 @@ def build_forward(
 
     whole = functools.partial(parameter.gathered, mesh=mesh)
 
+    def normed(x_BSD, scale_D, bias_D=None):
+        if bias_D is None:
+            return rms_norm(x_BSD, whole(scale_D)[...], eps)
+        return layer_norm(x_BSD, whole(scale_D)[...], whole(bias_D)[...], eps)
+
+    def times(scale, x_BSD):
+        return x_BSD if scale == 1 else scale * x_BSD
+
     def forward(
         model: Transformer,
         token_BS: Int[Array, "B S"],
@@ -210,10 +242,12 @@ def build_forward(
         if real_BS is None:
             real_BS = jnp.ones(token_BS.shape, bool)
         turn_BS = rule_position(position_BS)
+        if config.rope.long_factor:  # the length of a text, which padding is no part of
+            position_BS = jnp.where(real_BS, position_BS, 0)
 
-        def attended(x_BSD, block, cache_of_layer, window):
+        def attended(x_BSD, block, cache_of_layer, window, bias_D=None):
             with jax.named_scope("attention"):
-                normed_BSD = rms_norm(x_BSD, whole(block.attention_norm_D)[...], eps)
+                normed_BSD = normed(x_BSD, block.attention_norm_D, bias_D)
                 mixed_BSD, cache_of_layer = attend(
                     place(normed_BSD, attention_split),
                     whole(block.attention, dtype=dtype),
@@ -222,27 +256,31 @@ def build_forward(
                     cache_of_layer,
                     window,
                 )
-            return place(x_BSD + place(mixed_BSD, split), split), cache_of_layer
+            mixed_BSD = times(config.residual_scale, place(mixed_BSD, split))
+            return place(x_BSD + mixed_BSD, split), cache_of_layer
 
         def dense_layer(x_BSD, inputs):
             block, cache_of_layer, window = inputs
             x_BSD, cache_of_layer = attended(x_BSD, block, cache_of_layer, window)
             with jax.named_scope("dense"):
-                normed_BSD = rms_norm(x_BSD, whole(block.mlp_norm_D)[...], eps)
+                normed_BSD = normed(x_BSD, block.mlp_norm_D)
                 normed_TD = normed_BSD.reshape(-1, x_BSD.shape[-1])
                 y_TD = shared.compute(normed_TD, whole(block.mlp, dtype=dtype))
-            return place(x_BSD + y_TD.reshape(x_BSD.shape), split), cache_of_layer
+            y_BSD = times(config.residual_scale, y_TD.reshape(x_BSD.shape))
+            return place(x_BSD + y_BSD, split), cache_of_layer
 
         def layer(x_BSD, inputs):
             block, table_of_layer, cache_of_layer, window = inputs
-            x_BSD, cache_of_layer = attended(x_BSD, block, cache_of_layer, window)
-            normed_BSD = rms_norm(x_BSD, whole(block.moe_norm_D)[...], eps)
+            x_BSD, cache_of_layer = attended(
+                x_BSD, block, cache_of_layer, window, block.attention_norm_bias_D
+            )
+            normed_BSD = normed(x_BSD, block.moe_norm_D, block.moe_norm_bias_D)
             y_BSD, record = moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table_of_layer)
-            return x_BSD + y_BSD, (cache_of_layer, record)
+            return x_BSD + times(config.residual_scale, y_BSD), (cache_of_layer, record)
 
         again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
         embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
-        x_BSD = place(embedding_VD[token_BS], split)
+        x_BSD = place(times(config.embedding_scale, embedding_VD[token_BS]), split)
         of_stacks = cache if isinstance(cache, StackedCache) else StackedCache(None, cache)
         of_dense, of_moe = of_stacks.dense, of_stacks.moe
         if model.dense_blocks is not None:
@@ -257,9 +295,14 @@ def build_forward(
         else:
             x_BSD, (of_moe, record) = jax.lax.scan(again(layer), x_BSD, inputs)
         cache = of_moe if of_dense is None else StackedCache(of_dense, of_moe)
-        x_BSD = rms_norm(x_BSD, whole(model.final_norm_D)[...], eps)
+        x_BSD = normed(x_BSD, model.final_norm_D, model.final_norm_bias_D)
         output_DV = None if model.output_DV is None else whole(model.output_DV, dtype=dtype)[...]
-        return Output(logits(x_BSD, embedding_VD, output_DV), cache, record)
+        logits_BSV = logits(x_BSD, embedding_VD, output_DV)
+        if model.output_bias_V is not None:
+            logits_BSV += whole(model.output_bias_V)[...][None, None]
+        if config.logits_divisor != 1:
+            logits_BSV /= config.logits_divisor
+        return Output(logits_BSV, cache, record)
 
     return forward
 

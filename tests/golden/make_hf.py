@@ -128,6 +128,36 @@ FAMILIES = {
         "norm_topk_prob": True,
         "num_nextn_predict_layers": 0,
     },
+    "granitemoe": {
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 6.0,
+    },
+    # Texts stay below the positions of pre-training: beyond them this class of transformers 5.24
+    # goes on with the short factors, unlike the published code and its own functions of LongRoPE.
+    "phimoe": {
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "sliding_window": 40,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+            "short_mscale": 1.25,
+            "long_mscale": 1.25,
+            "original_max_position_embeddings": 100,
+        },
+    },
     # Both widths are multiples of 32, as MXFP4 wants them; texts are longer than the window and
     # than the positions that YaRN starts from.
     "gpt_oss": {

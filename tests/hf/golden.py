@@ -17,7 +17,17 @@ from moe_jax.placement.plan import Placement
 
 ROOT = pathlib.Path(__file__).parents[1] / "golden" / "hf"
 LATENT = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3")
-FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "gpt_oss", *LATENT)
+FAMILIES = (
+    "mixtral",
+    "olmoe",
+    "qwen3_moe",
+    "qwen2_moe",
+    "gpt_oss",
+    *LATENT,
+    "granitemoe",
+    "phimoe",
+)
+NOT_APART = (*LATENT, "granitemoe", "phimoe")  # refused by name in shuffled and coherent dispatch
 WINDOWS = ("mixtral_window", "qwen3_moe_window", "qwen2_moe_window")  # families again, with windows
 GREEDY = Sampling()
 

@@ -22,7 +22,7 @@ CASES = [  # most are slow; tests/model/test_parts.py has every part in every di
     pytest.param(dispatch, family, marks=() if usual else pytest.mark.slow)
     for dispatch in ("local", "exchange", "gathered", "hierarchical", "shuffled", "coherent")
     for family in (*golden.FAMILIES, *golden.WINDOWS)
-    if family not in golden.LATENT or dispatch not in ("shuffled", "coherent")  # refused by name
+    if family not in golden.NOT_APART or dispatch not in ("shuffled", "coherent")
     for usual in [dispatch == "local" and family not in golden.WINDOWS[1:]]
 ]
 
@@ -81,6 +81,21 @@ def test_logits_and_routing_without_a_cache(family):
         assert golden.deviation(logits_SV[text.rows], text.logits_RV) <= BOUND
         continued = logits_SV[len(text.prompt) - 1 : len(whole)].argmax(-1)
         assert continued.tolist() == text.tokens
+
+
+def test_padding_is_no_part_of_the_length_of_a_text():
+    """LongRoPE goes by it: 70 tokens, padded to 128, are fewer than the 100 of pre-training."""
+    family = "phimoe"
+    prompt = golden.texts(family)[0].prompt[:1] + list(range(69))
+    padded = golden.engine(family, "local").generate([prompt], 1, golden.GREEDY).logits_BSV
+    config, mesh = golden.config(family, 1, "local"), mesh_lib.make()
+    assert padded.shape[1] > config.model.rope.original_seq_len > len(prompt)
+    placement = golden.contiguous(family, 1)
+    forward = jax.jit(transformer.build_forward(config.model, mesh))
+    token_BS = np.array([prompt], np.int32)
+    alone = forward(golden.model(family, placement, mesh), token_BS, permute.table(placement))
+    deviation = golden.deviation(np.asarray(padded)[0, : len(prompt)], alone.logits_BSV[0])
+    assert deviation <= BOUND
 
 
 @pytest.mark.slow

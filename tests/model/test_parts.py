@@ -111,6 +111,37 @@ def test_weights_of_the_chosen_equal_numpy(name):
     np.testing.assert_allclose(routing.weight_TK, expected_TK, rtol=0, atol=1e-6)
 
 
+def by_the_sparse_mixer(logits_E):
+    """Two experts and their weights, as the paper has them in inference, one row."""
+    chosen, weights = [], []
+    for _ in range(2):
+        left = [e for e in range(len(logits_E)) if e not in chosen]
+        best = max(left, key=lambda e: logits_E[e])
+        near = [
+            e
+            for e in left
+            if (logits_E[best] - logits_E[e]) / max(abs(logits_E[e]), logits_E[best]) <= 0.02
+        ]
+        power = {e: np.exp(logits_E[e] - logits_E[best]) for e in near}
+        chosen.append(best)
+        weights.append(1 / sum(power.values()))
+    return chosen, weights
+
+
+def test_the_sparse_mixer_equals_a_loop():
+    """Most logits near one another, so that shares are neither 0 nor 1; of both signs."""
+    rng = np.random.default_rng(0)
+    logits_TE = (rng.choice([5.0, -5.0], (200, 1)) + 0.1 * rng.normal(size=(200, 7))).astype("f4")
+    scheme = router.Scheme(2, weights="sparse_mixer")
+    one_DE = jnp.eye(7)
+    routing = router.route(jnp.asarray(logits_TE), one_DE, jnp.ones(200, bool), scheme)
+    assert len(np.unique(np.round(routing.weight_TK, 3))) > 20
+    for t, logits_E in enumerate(logits_TE.astype(np.float64)):
+        chosen, weights = by_the_sparse_mixer(logits_E)
+        assert routing.expert_TK[t].tolist() == chosen
+        np.testing.assert_allclose(routing.weight_TK[t], weights, rtol=1e-4)
+
+
 def test_a_bias_of_the_router_is_one_of_its_logits():
     rng = np.random.default_rng(0)
     x_TD, router_DE, bias_E = (rng.normal(size=s).astype(np.float32) for s in ((20, 5), (5, 7), 7))
@@ -252,6 +283,9 @@ def test_parts_at_their_defaults_leave_a_digest_as_it_was():
         ("windows", (4, 0.5), r"windows\[1\] = 0.5: must be of type int"),
         ("windows", 4, r"must be a list of numbers. write it as \[1, 2\]"),
         ("activation", "swigl", "did you mean 'swiglu'"),
+        ("norm", "layr", "did you mean 'layer'"),
+        ("logits_divisor", 0.0, "must be above 0"),
+        ("attention_scale", -1.0, "at least 0"),
     ],
 )
 def test_refusals(field, value, match):
