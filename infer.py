@@ -27,6 +27,15 @@ MEASURE = flags.DEFINE_string(
 BENCHMARK = flags.DEFINE_bool("benchmark", False, "Print tokens/s and rows moved per token.")
 HELD_OUT = flags.DEFINE_integer("held_out", 64, "Held-out sequences, where no prompt is given.")
 HELD_OUT_START = flags.DEFINE_integer("held_out_start", 0, "Number of the first of them.")
+SERVE = flags.DEFINE_bool("serve", False, "Answer over HTTP, as OpenAI's API does.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "With --serve: where to listen.")
+PORT = flags.DEFINE_integer("port", 8000, "With --serve: 0 = any free one.")
+CONTEXT = flags.DEFINE_integer("context", None, "With --serve: tokens of prompt and answer.")
+SEATS = flags.DEFINE_integer("seats", None, "With --serve: requests that run at once.")
+CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", None, "With --serve: of keys and values.")
+MAX_QUEUE = flags.DEFINE_integer("max_queue", 1024, "With --serve: requests that may wait.")
+BEARER_TOKEN_FILE = flags.DEFINE_string("bearer_token_file", None, "With --serve: a secret.")
+SERVE_LOAD = flags.DEFINE_bool("serve_load", False, "With --benchmark: requests that arrive.")
 
 
 def main() -> None:
@@ -34,6 +43,7 @@ def main() -> None:
     entry.check_output("--measure", MEASURE.value, suffix=".npz")
     from moe_jax.infer import run
     from moe_jax.infer.sampling import Sampling
+    from moe_jax.infer.server import settings
 
     run.run(
         run.Request(
@@ -52,6 +62,19 @@ def main() -> None:
             record=RECORD.value,
             measure=MEASURE.value,
             benchmark=BENCHMARK.value,
+            serve_load=SERVE_LOAD.value,
+            serve=settings.Settings(
+                host=HOST.value,
+                port=PORT.value,
+                context=CONTEXT.value,
+                seats=SEATS.value,
+                cache_tokens=CACHE_TOKENS.value,
+                max_queue=MAX_QUEUE.value,
+                bearer_token_file=BEARER_TOKEN_FILE.value,
+                record=RECORD.value,
+            )
+            if SERVE.value
+            else None,
         )
     )
 

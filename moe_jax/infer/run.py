@@ -14,6 +14,8 @@ from moe_jax.errors import Refused
 from moe_jax.infer import load, published, record
 from moe_jax.infer.engine import Engine, Generation, check_prompts
 from moe_jax.infer.sampling import Sampling
+from moe_jax.infer.server.settings import Settings
+from moe_jax.infer.serving import serve_load, supported
 from moe_jax.infer.text import Text
 from moe_jax.routing import trace as trace_lib
 
@@ -39,6 +41,8 @@ class Request:
     record: str | None
     measure: str | None
     benchmark: bool
+    serve_load: bool = False
+    serve: Settings | None = None
 
 
 def run(request: Request) -> None:
@@ -57,6 +61,9 @@ def run(request: Request) -> None:
         training=False,
     )
     source = dataclasses.replace(source, config=config)
+    if request.serve or request.serve_load:
+        _serve(source, request, note)
+        return
     if request.measure and config.model.capacity_factor:
         raise Refused(
             "--measure",
@@ -102,6 +109,23 @@ def run(request: Request) -> None:
         _benchmark(engine, prompts[:BATCH], request)
 
 
+def _serve(source: load.Source | published.Source, request: Request, note: str) -> None:
+    config = source.config
+    supported.check_model(config)
+    if request.serve:
+        request.serve.check()
+    mesh_lib.initialize(config.platform, source.virtual_devices, "off")
+    config_lib.check_devices(config, mesh_lib.num_devices())
+    if note:
+        metrics.say(note)
+    if request.serve:
+        from moe_jax.infer.server import run as server_run  # its packages are an extra
+
+        server_run.serve(source, request.serve)
+    else:
+        serve_load.run(source)
+
+
 def _check_flags(request: Request) -> None:
     """Rules between flags, before a checkpoint is read (and its files compared with their sums)."""
     if request.workdir and request.hf is not None:
@@ -116,7 +140,12 @@ def _check_flags(request: Request) -> None:
     of_held_out = request.record or request.measure or request.benchmark
     if request.prompts and request.measure:
         raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
-    if not request.prompts and not of_held_out:
+    if request.serve_load and not request.benchmark:
+        raise Refused("--serve_load", True, "is a kind of --benchmark", "give --benchmark, too")
+    if request.serve and (request.prompts or request.measure or request.benchmark):
+        rule = "answers requests, and excludes --prompt, --measure and --benchmark"
+        raise Refused("--serve", True, rule, "leave them out")
+    if not request.prompts and not of_held_out and not request.serve:
         raise Refused(
             "--prompt", None, "is required", "give --prompt, --prompts, --record or --benchmark"
         )

@@ -68,6 +68,7 @@ class Engine:
         limits: Limits,
         text: Writes,
         recorder: Recorder | None = None,
+        plan_digest: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ):
         """Args:
@@ -77,10 +78,11 @@ class Engine:
         limits: sizes, see sizes.py.
         text: what tokens mean.
         recorder: of routing; None = nothing is recorded.
+        plan_digest: of the placement, for people.
         """
         supported.check(config, mesh, limits)
         self.config, self.limits, self.recorder = config, limits, recorder
-        self.stats = Stats()
+        self.stats, self.plan_digest = Stats(), plan_digest
         self.watch: Callable[[Job, np.ndarray], None] | None = None  # logits of every new token
         self.scheduler = Scheduler(limits)
         self._mesh, self._text, self._clock = mesh, text, clock
@@ -137,17 +139,20 @@ class Engine:
 
     # --- requests -------------------------------------------------------------------------
 
-    def submit(
-        self, prompt: Sequence[int], options: Options, deliver: Deliver, text: Writes | None = None
-    ) -> Request:
-        """A request arrives. Raises `Refused`; `deliver` is called from `step` and `cancel`."""
+    def check(self, prompt: Sequence[int], options: Options) -> None:
+        """Refuses what could never be answered; reads nothing that a step changes."""
+        self.scheduler.check(len(prompt), options.max_tokens)
         vocabulary = self.config.model.vocab_size
         wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
         if wrong is not None:
             rule = f"tokens lie in [0, {vocabulary}), the vocabulary of this model"
             raise Refused("prompt", wrong, rule, "use the model's own tokens")
+
+    def submit(self, prompt: Sequence[int], options: Options, deliver: Deliver) -> Request:
+        """A request arrives. Raises `Refused`; `deliver` is called from `step` and `cancel`."""
+        self.check(prompt, options)
         job = self.scheduler.add(prompt, options.max_tokens)
-        answer = Answer(text or self._text, prompt, options)
+        answer = Answer(self._text, prompt, options)
         request = Request(job, options, answer, deliver, self._clock())
         self._requests[job] = request
         self.stats.arrived(len(prompt))

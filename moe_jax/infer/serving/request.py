@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -41,7 +40,7 @@ class Options:
     def __post_init__(self):
         def within(field: str, low: float, high: float, fix: str) -> None:
             value = getattr(self, field)
-            if not (math.isfinite(value) and low <= value <= high):
+            if not low <= value <= high:  # nor is NaN
                 raise Refused(field, value, f"must lie in [{low:g}, {high:g}]", fix)
 
         if self.max_tokens < 1:

@@ -25,8 +25,8 @@ KNOWN = {
 }
 
 
-def check(config: Config, mesh: Mesh, limits: Limits) -> None:
-    """Refuses what the engine cannot serve, before anything is compiled."""
+def check_model(config: Config) -> None:
+    """Refuses models that the engine cannot serve, before any device work."""
     model = config.model
     if model.dispatch not in DISPATCHES:
         raise Refused(
@@ -59,6 +59,12 @@ def check(config: Config, mesh: Mesh, limits: Limits) -> None:
                 "is not served yet: the cache in blocks does not know it",
                 "answer with infer.py --prompt instead",
             )
+
+
+def check(config: Config, mesh: Mesh, limits: Limits) -> None:
+    """Refuses what the engine cannot serve, before anything is compiled."""
+    check_model(config)
+    model = config.model
     if jax.process_count() > 1:
         raise Refused("--distributed", jax.process_count(), "serving is one process", "use one")
     if limits.max_len > model.max_seq_len:

@@ -1,0 +1,128 @@
+"""The command `infer.py --serve`: load, compile, listen, drain on SIGTERM.
+
+On SIGTERM or SIGINT no more requests are taken (503), those that were are answered, and the process
+ends with exit code 0. A second signal cancels what is left.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+
+from moe_jax import mesh as mesh_lib
+from moe_jax import metrics
+from moe_jax.infer import load, published
+from moe_jax.infer.server import app
+from moe_jax.infer.server.settings import Settings, listen
+from moe_jax.infer.serving import sizes
+from moe_jax.infer.serving.engine import Engine
+from moe_jax.infer.serving.recorder import Recorder
+from moe_jax.infer.serving.service import Service
+from moe_jax.permute import table
+from moe_jax.routing import trace as trace_lib
+
+_RECORDED = 1 << 16  # tokens that the reservoir holds, over all shards
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SPAN = 512  # tokens of one request that it holds, at most
+
+
+def serve(source: load.Source | published.Source, settings: Settings) -> None:
+    """Serves until a signal; the mesh's devices must be there."""
+    bearer = settings.check()
+    config = source.config
+    mesh = mesh_lib.of_config(config.mesh)
+    limits = sizes.limits(
+        config.model,
+        mesh,
+        context=settings.context,
+        seats=settings.seats,
+        cache_tokens=settings.cache_tokens,
+    )
+    recorder = None
+    if settings.record:
+        span = min(_SPAN, limits.max_len)
+        recorder = Recorder(limits.shards, max(1, _RECORDED // limits.shards // span), span)
+    plan = source.plan
+    engine = Engine(
+        *(config, mesh, source.model(mesh), table(plan.placement), limits, source.text, recorder),
+        plan_digest=plan.digest,
+    )
+    service = Service(engine, settings.max_queue)
+    server = app.Server(service, engine, source.text, config.name, app.Policy(bearer=bearer))
+    with contextlib.closing(listen(settings.host, settings.port)) as bound:
+        host, port = bound.getsockname()[:2]
+        if not bearer and host not in ("127.0.0.1", "::1"):
+            metrics.fail(f"{host} is not loopback and no --bearer_token_file is given: anybody")
+        metrics.say(
+            f"serving {config.name} on http://{host}:{port}, plan {plan.digest[:12]}: "
+            f"{limits.shards} shard(s) x {limits.seats} requests, context {limits.max_len}, "
+            f"cache {limits.shards * limits.blocks * limits.block_size:,} tokens"
+        )
+        asyncio.run(until_drained(server, bound))
+    trace = service.call(lambda engine: engine.trace()).result() if settings.record else None
+    service.stop()
+    if trace is not None:
+        assert settings.record is not None
+        trace_lib.save(trace, settings.record)
+        metrics.say(f"{settings.record}: {trace.num_tokens:,} tokens, {trace.num_sequences} texts")
+    if service.failure:
+        print(service.failure, file=sys.stderr)
+        sys.exit(1)
+    metrics.say(f"served {engine.stats.num_arrived:,} requests: {dict(engine.stats.requests)}")
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are ours: the server listens on while it drains."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def http_server(server: app.Server) -> uvicorn.Server:
+    """The application, to be served on a socket that listens."""
+    config = uvicorn.Config(
+        app.make(server),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+    )
+    return _Uvicorn(config)
+
+
+async def until_drained(server: app.Server, bound: socket.socket) -> None:
+    """Serves until a signal, and then until everything that was taken is answered."""
+    http = http_server(server)
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+
+    def stop() -> None:
+        if asked.is_set():
+            http.should_exit = http.force_exit = True
+        else:
+            metrics.say(f"draining {server.service.num_open} requests")
+        server.service.drain()
+        asked.set()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop)
+
+    async def watch() -> None:
+        while not (asked.is_set() and not server.service.num_open and not server.num_open):
+            if server.service.failure:
+                break
+            await asyncio.sleep(0.05)
+        http.should_exit = True
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        await http.serve(sockets=[bound])
+    finally:
+        watching.cancel()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,64 @@
+"""What --serve is asked to be, checked before a model is read."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import socket
+
+from moe_jax.errors import Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of the flags of infer.py."""
+
+    host: str
+    port: int
+    context: int | None
+    seats: int | None
+    cache_tokens: int | None
+    max_queue: int
+    bearer_token_file: str | None
+    record: str | None
+
+    def check(self) -> str:
+        """Refuses what can be refused before a model is read; returns the bearer token."""
+        for package in ("starlette", "uvicorn"):
+            if importlib.util.find_spec(package) is None:
+                fix = "install the extra: pip install 'moe_jax[serve]'"
+                raise Refused("--serve", True, f"needs the package {package}", fix)
+        if not 0 <= self.port < 65536:
+            raise Refused("--port", self.port, "must lie in [0, 65535]", "use 8000")
+        if self.max_queue < 0:
+            raise Refused("--max_queue", self.max_queue, "must be at least 0", "use 1024")
+        listen(self.host, self.port).close()
+        if self.bearer_token_file is None:
+            return ""
+        flag, path = "--bearer_token_file", pathlib.Path(self.bearer_token_file)
+        try:
+            token = path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refused(flag, str(path), f"must be readable ({error})", "correct it") from None
+        if not token or not token.isprintable() or " " in token:
+            raise Refused(flag, str(path), "must hold one word", "write a token into it")
+        return token
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; refused where another server does."""
+    bound = None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(2048)
+    except OSError as error:
+        if bound is not None:
+            bound.close()
+        fix = "use another port, or end the server that has it"
+        where = f"{host}:{port}"
+        raise Refused("--host, --port", where, f"cannot be listened on ({error})", fix) from None
+    return bound

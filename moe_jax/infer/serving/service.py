@@ -1,0 +1,176 @@
+"""A thread that runs an engine: requests, cancellations and calls reach it between steps.
+
+What waits for the engine waits in an inbox, so nobody waits for a step to end but the engine's own
+thread. Nothing is lost: what was accepted is answered, with a last part that says how it ended,
+even where the engine itself fails.
+"""
+
+import concurrent.futures
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_jax.errors import Refused
+from moe_jax.infer.serving.engine import Engine, Request
+from moe_jax.infer.serving.request import Deliver, Options, Part
+
+
+class Unavailable(Exception):
+    """Nothing is wrong with a request, but it is not taken now.
+
+    Attributes:
+      status: of HTTP: 429 = the queue is full, 503 = no more requests are taken.
+      refused: why, for people.
+    """
+
+    def __init__(self, status: int, refused: Refused):
+        super().__init__(str(refused))
+        self.status, self.refused = status, refused
+
+
+class Ticket:
+    """A request on its way to, through and out of the engine."""
+
+    def __init__(self, deliver: Deliver):
+        self.deliver = deliver
+        self.request: Request | None = None
+        self.wanted = True
+
+
+class Service:
+    """Args:
+    engine: from now on only this object calls it.
+    max_queue: requests that wait, beyond those that run.
+    """
+
+    def __init__(self, engine: Engine, max_queue: int = 1024):
+        self._engine, self._max_queue = engine, max_queue
+        self._inbox: list[Callable[[], Any]] = []
+        self._tickets: set[Ticket] = set()
+        self._changed = threading.Condition()
+        self._draining = self._stopped = False
+        self.failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were taken and are not answered to the end."""
+        return len(self._tickets)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def submit(self, prompt: Sequence[int], options: Options, deliver: Deliver) -> Ticket:
+        """Takes a request; `deliver` is called from the engine's thread.
+
+        Raises:
+          Refused: it could never be answered.
+          Unavailable: not now.
+        """
+        self._engine.check(prompt, options)
+        ticket = Ticket(deliver)
+        with self._changed:
+            self._check_open(1)
+            self._tickets.add(ticket)
+            self._put(lambda: self._admit(ticket, prompt, options))
+        return ticket
+
+    def check_open(self, count: int = 1) -> None:
+        """Raises `Unavailable` where so many requests would not be taken now."""
+        with self._changed:
+            self._check_open(count)
+
+    def _check_open(self, count: int) -> None:
+        if self.failure:
+            why = Refused("server", "failed", "the engine has stopped", "see the server's log")
+            raise Unavailable(503, why)
+        if self._draining:
+            why = Refused("server", "draining", "no more requests are taken", "ask another server")
+            raise Unavailable(503, why)
+        seats = self._engine.limits.seats * self._engine.limits.shards
+        if len(self._tickets) + count > seats + self._max_queue:
+            rule = f"at most {self._max_queue} requests wait"
+            raise Unavailable(429, Refused("queue", "full", rule, "try again later"))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants this answer any more."""
+        with self._changed:
+            ticket.wanted = False
+            self._put(lambda: self._drop(ticket))
+
+    def call(self, function: Callable[[Engine], Any]) -> concurrent.futures.Future[Any]:
+        """Runs `function(engine)` between two steps."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self._engine))
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._stopped:
+                future.set_exception(RuntimeError("the engine has stopped"))
+            else:
+                self._put(run)
+        return future
+
+    def drain(self) -> None:
+        """No more requests are taken; those that were are answered."""
+        with self._changed:
+            self._draining = True
+
+    def stop(self) -> None:
+        """Cancels what is left and ends the thread."""
+        with self._changed:
+            self._draining = self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # --- on the engine's thread -----------------------------------------------------------
+
+    def _put(self, what: Callable[[], Any]) -> None:
+        self._inbox.append(what)
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped:
+                with self._changed:
+                    while not (self._inbox or self._engine.busy or self._stopped):
+                        self._changed.wait()
+                    inbox, self._inbox = self._inbox, []
+                for what in inbox:
+                    what()
+                self._engine.step()
+        except BaseException:
+            self.failure = traceback.format_exc()
+        finally:
+            with self._changed:
+                self._stopped = True
+                left, inbox = list(self._tickets), self._inbox
+                self._tickets.clear()
+            for ticket in left:
+                finish = "failed" if self.failure else "cancelled"
+                ticket.deliver(Part(None, "", None, finish))
+            for what in inbox:  # calls that somebody waits for
+                if not self.failure:
+                    what()
+
+    def _admit(self, ticket: Ticket, prompt: Sequence[int], options: Options) -> None:
+        def deliver(part: Part) -> None:
+            if part.finish:
+                self._tickets.discard(ticket)
+            ticket.deliver(part)
+
+        if not ticket.wanted:
+            deliver(Part(None, "", None, "cancelled"))
+        elif ticket in self._tickets:
+            ticket.request = self._engine.submit(prompt, options, deliver)
+
+    def _drop(self, ticket: Ticket) -> None:
+        if ticket.request is not None:
+            self._engine.cancel(ticket.request)

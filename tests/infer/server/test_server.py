@@ -1,0 +1,510 @@
+"""The server over real sockets: answers, streams, bad input, clients that go away, draining."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from moe_jax.errors import Refused
+from moe_jax.infer.server import app, run, settings
+from moe_jax.infer.serving.engine import Engine
+from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.service import Service
+from moe_jax.infer.text import Bytes
+from moe_jax.routing import trace as trace_lib
+from tests.infer.serving.test_engine import make
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+NAME = "tiny"
+POLICY = app.Policy(max_body=20_000, body_seconds=1.0)
+
+
+@contextlib.contextmanager
+def serving(engine, policy=POLICY, max_queue=100):
+    """(port, server) of a server on a thread of its own."""
+    service = Service(engine, max_queue)
+    server = app.Server(service, engine, Bytes(), NAME, policy)
+    bound = settings.listen("127.0.0.1", 0)
+    http_server = run.http_server(server)
+    thread = threading.Thread(target=lambda: asyncio.run(http_server.serve(sockets=[bound])))
+    thread.start()
+    try:
+        yield bound.getsockname()[1], server
+    finally:
+        http_server.should_exit = True
+        thread.join()
+        service.stop()
+        bound.close()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def started(engine):
+    with serving(engine) as (port, server):
+        yield port, server
+
+
+@pytest.fixture
+def port(started):
+    return started[0]
+
+
+@pytest.fixture
+def server(started):
+    yield started[1]
+    wait_until(lambda: not started[1].num_open and not started[1].service.num_open)
+
+
+def wait_until(true, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def ask(port, body, path="/v1/completions", headers=None, method="POST"):
+    """(status, object or text)"""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    payload = body if isinstance(body, bytes | None) else json.dumps(body)
+    connection.request(method, path, payload, headers or {})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    is_json = response.headers["content-type"] == "application/json"
+    return response.status, json.loads(text) if is_json else text.decode()
+
+
+def events(text):
+    lines = [line for line in text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def answer(prompt, tokens=8, **more):
+    return {"model": NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **more}
+
+
+def said(found):
+    return found["choices"][0]["text"]
+
+
+def test_streams_and_crowds_say_what_one_request_says_alone(port):
+    prompts = [f"text {n}" for n in range(6)]
+    alone = [ask(port, answer(prompt)) for prompt in prompts]
+    assert [status for status, _ in alone] == [200] * 6
+    for _, found in alone:
+        assert found["usage"] == {"prompt_tokens": 6, "completion_tokens": 8, "total_tokens": 14}
+        assert found["choices"][0]["finish_reason"] == "length"
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda p: ask(port, answer(p, stream=True)), prompts * 2))
+    for number, (_, text) in enumerate(together):
+        parts = events(text)
+        assert "".join(map(said, parts)) == said(alone[number % 6][1])
+        assert [part["choices"][0]["finish_reason"] for part in parts][-1] == "length"
+
+
+def test_several_prompts_choices_and_a_seed(port):
+    body = answer(["ab", "cd"], temperature=1.0, seed=3, n=2)
+    status, found = ask(port, body)
+    assert status == 200
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+    texts = [choice["text"] for choice in found["choices"]]
+    assert texts[0] != texts[1]
+    again = ask(port, {**body, "prompt": [[97, 98], [99, 100]]})[1]
+    assert [choice["text"] for choice in again["choices"]] == texts
+
+
+def test_chat_with_logprobs_and_usage(port):
+    messages = [
+        {"role": "system", "content": "Be."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
+    body = {"model": NAME, "messages": messages, "max_tokens": 4, "temperature": 0}
+    status, found = ask(port, {**body, "logprobs": True, "top_logprobs": 2}, "/v1/chat/completions")
+    assert status == 200
+    plain = ask(port, answer("system: Be.\n\nuser: Hi\n\nassistant:", 4, logprobs=2))[1]
+    choice = found["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": said(plain)}
+    tops = [len(one["top_logprobs"]) for one in choice["logprobs"]["content"]]
+    assert tops == [2] * 4
+    logprobs = [one["logprob"] for one in choice["logprobs"]["content"]]
+    assert logprobs == plain["choices"][0]["logprobs"]["token_logprobs"]
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    parts = events(ask(port, streamed, "/v1/chat/completions")[1])
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert parts[-1]["usage"]["completion_tokens"] == 4
+    deltas = [part["choices"][0]["delta"].get("content", "") for part in parts[:-1]]
+    assert "".join(deltas) == said(plain)
+
+
+def test_the_openai_client(port):
+    openai = pytest.importorskip("openai", reason="pip install openai: a client that people have")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == [NAME]
+    expected = said(ask(port, answer("client"))[1])
+    plain = {"model": NAME, "max_tokens": 8, "temperature": 0}
+    found = client.completions.create(prompt="client", **plain)
+    assert found.choices[0].text == expected
+    stream = client.completions.create(prompt="client", stream=True, **plain)
+    assert "".join(part.choices[0].text for part in stream) == expected
+    messages = [{"role": "user", "content": "Hi"}]
+    whole = client.chat.completions.create(messages=messages, **plain)
+    stream = client.chat.completions.create(messages=messages, stream=True, **plain)
+    parts = [part.choices[0].delta.content or "" for part in stream]
+    assert "".join(parts) == whole.choices[0].message.content
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        client.completions.create(model="gpt-4", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="top_p"):
+        client.completions.create(model=NAME, prompt="x", top_p=-1)
+
+
+# kind -> (field, what makes the n-th body of it)
+BAD = {
+    "too long": ("prompt + max_tokens", lambda r: answer("x" * r.randint(57, 999), 8)),
+    "too many tokens": ("prompt + max_tokens", lambda r: answer("x", r.randint(64, 10**9))),
+    "unknown model": ("model", lambda r: {**answer("x"), "model": "m" * r.randint(0, 3)}),
+    "temperature": ("temperature", lambda r: answer("x", temperature=r.choice([-1, -1e-9, 1e9]))),
+    "top_p": ("top_p", lambda r: answer("x", top_p=r.choice([0, -0.1, 1.1, 10**400]))),
+    "top_k": ("top_k", lambda r: answer("x", top_k=r.choice([-2, 2**31, 10**30, 1.5, True]))),
+    "seed": ("seed", lambda r: answer("x", seed=r.choice([-1, 2**31, 10**400, "a"]))),
+    "no answer": ("max_tokens", lambda r: answer("x", r.randint(-(10**9), 0))),
+    "n": ("n", lambda r: answer("x", n=r.choice([0, -1, 17, 10**9, "2"]))),
+    "stop": ("stop", lambda r: answer("x", stop=r.choice([[""], ["a"] * 17, 3, ["x" * 257], [1]]))),
+    "logprobs": ("logprobs", lambda r: answer("x", logprobs=r.choice([-1, 21, True, "a"]))),
+    "empty": ("prompt", lambda r: answer(r.choice(["", [], [[]], None, ["a", ""]]))),
+    "vocabulary": ("prompt", lambda r: answer([1, r.choice([-1, 256, 10**30])])),
+    "wrong prompt": ("prompt", lambda r: answer(r.choice([{}, 3, [1, "a"], [[1], 2], [None]]))),
+    "surrogate": ("prompt", lambda r: answer("a\ud800" * r.randint(1, 9))),
+    "unknown field": ("temprature", lambda r: answer("x", temprature=r.random())),
+    "unsupported": ("tools", lambda r: answer("x", tools=[r.random()])),
+    "not JSON": ("body", lambda r: json.dumps(answer("x")).encode()[: r.randint(0, 50)]),
+    "NaN": ("body", lambda r: b'{"temperature": ' + r.choice([b"NaN", b"-Infinity"]) + b"}"),
+    "deep": ("body", lambda r: b'{"a":' + b"[" * r.randint(9000, 15000)),
+    "digits": ("body", lambda r: b'{"n": ' + b"9" * r.randint(5000, 9000) + b"}"),
+    "no object": ("body", lambda r: json.dumps(r.choice([[], 3, "x", None, True])).encode()),
+    "no UTF-8": ("body", lambda r: b'{"prompt": "' + bytes([r.randint(128, 191)]) + b'"}'),
+    "too large": ("body", lambda r: b"x" * r.randint(20_001, 200_000)),
+}
+
+
+def check_bad(port, kind, count):
+    field, body_of = BAD[kind]
+    rng = random.Random(0)
+    for _ in range(count):
+        status, found = ask(port, body_of(rng))
+        assert status == {"unknown model": 404, "too large": 413}.get(kind, 400), found
+        error = found["error"]
+        assert error["param"] == field, error
+        assert error["rule"], error
+        assert error["fix"], error
+        assert error["code"] == status
+        assert error["message"].startswith(f"{field} = ")
+    assert ask(port, answer("still there"))[0] == 200
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_requests(port, kind):
+    check_bad(port, kind, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BAD)
+def test_fifty_bad_requests_of_each_kind(port, kind):
+    check_bad(port, kind, 50)
+
+
+@pytest.mark.parametrize(
+    ("field", "messages"),
+    [
+        ("messages", None),
+        ("messages", []),
+        ("messages[0]", ["hi"]),
+        ("messages[1].role", [{"role": "user", "content": "a"}, {"role": "robot"}]),
+        ("messages[0].content", [{"role": "user", "content": None}]),
+        ("messages[0].content", [{"role": "user", "content": [{"type": "image_url"}]}]),
+    ],
+)
+def test_bad_messages(port, field, messages):
+    status, found = ask(port, {"model": NAME, "messages": messages}, "/v1/chat/completions")
+    assert (status, found["error"]["param"]) == (400, field)
+
+
+def test_wrong_paths_and_methods(port):
+    assert ask(port, None, "/v2", method="GET")[0] == 404
+    assert ask(port, None, "/v1/completions", method="GET")[0] == 405
+    assert ask(port, None, "/v1/models/other", method="GET")[0] == 404
+    assert ask(port, None, f"/v1/models/{NAME}", method="GET")[1]["id"] == NAME
+    assert ask(port, None, "/health", method="GET") == (200, {"status": "ok"})
+
+
+def test_a_body_that_does_not_come(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 99\r\n\r\n{")
+        assert b"408" in client.recv(4000).split(b"\r\n")[0]
+    assert ask(port, answer("still there"))[0] == 200
+
+
+def test_clients_that_go_away_are_cancelled(port, server, engine):
+    before = engine.stats.requests["cancelled"]
+    for number in range(4):
+        body = json.dumps(answer(f"{number}", 60, stream=number % 2 == 0)).encode()
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}"
+            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            if number % 2 == 0:
+                assert b"200" in client.recv(100)
+            else:
+                wait_until(lambda: server.num_open)
+    wait_until(lambda: engine.stats.requests["cancelled"] >= before + 3)
+    wait_until(lambda: not engine.busy)
+    assert all(pool.num_held == 0 for pool in engine.scheduler.blocks)
+    assert ask(port, answer("still there"))[0] == 200
+
+
+def test_a_client_that_does_not_read(server, engine):
+    """What is sent to it does not get away: after a while its request is cancelled."""
+    server.policy = app.Policy(send_seconds=0.2)
+
+    async def stalled():
+        async def receive():
+            await asyncio.sleep(60)
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(60)
+
+        jobs = [([1, 2], Options(max_tokens=60))]
+        answers = app._Answers(server.service, jobs)
+        made = app.reply.Reply(chat=False, model=NAME, prompt_tokens=2, show=str)
+        asked = app.fields.Asked([[1, 2]], [jobs[0][1]], stream=True, usage=False)
+        await app._Sent(server, answers, made, asked)({}, receive, send)
+
+    asyncio.run(stalled())
+    wait_until(lambda: not engine.busy)
+    server.policy = POLICY
+
+
+def test_metrics(port):
+    ask(port, answer("metrics"))
+    status, text = ask(port, None, "/metrics", method="GET")
+    assert status == 200
+    values = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            assert name not in values
+            values[name] = float(value)
+    assert values['moe_jax_requests_total{finish="length"}'] >= 1
+    assert values["moe_jax_time_to_first_token_seconds_count"] >= 1
+    assert values['moe_jax_cache_blocks{shard="1"}'] == 4
+    assert values['moe_jax_rows_out_total{source="0",destination="1"}'] > 0
+    for layer in range(2):
+        load = [
+            values[f'moe_jax_computed_rows_total{{layer="{layer}",device="{m}"}}'] for m in (0, 1)
+        ]
+        assert sum(load) % 2 == 0
+        worst = values[f'moe_jax_load_max_over_mean{{layer="{layer}"}}']
+        assert worst == pytest.approx(max(load) / (sum(load) / 2))
+    kinds = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_a_bearer_token(engine, server):
+    server.policy = app.Policy(bearer="secret")
+    with serving_as(server) as port:
+        for header, status in ((None, 401), ("Bearer wrong", 401), ("Bearer secret", 200)):
+            headers = {"Authorization": header} if header else {}
+            assert ask(port, answer("x"), headers=headers)[0] == status
+            assert ask(port, None, "/v1/models", headers, "GET")[0] == status
+            assert ask(port, None, "/metrics", headers, "GET")[0] == status
+        assert ask(port, None, "/health", method="GET")[0] == 200
+    server.policy = POLICY
+
+
+@contextlib.contextmanager
+def serving_as(server):
+    """Another socket of a server that is there."""
+    bound = settings.listen("127.0.0.1", 0)
+    http_server = run.http_server(server)
+    thread = threading.Thread(target=lambda: asyncio.run(http_server.serve(sockets=[bound])))
+    thread.start()
+    yield bound.getsockname()[1]
+    http_server.should_exit = True
+    thread.join()
+    bound.close()
+
+
+@pytest.fixture
+def go(engine, server, monkeypatch):
+    """Until this event is set, the engine's steps do not end."""
+    event, step = threading.Event(), engine.step
+
+    def wait_and_step():
+        event.wait()
+        return step()
+
+    monkeypatch.setattr(engine, "step", wait_and_step)
+    yield event
+    event.set()
+
+
+def test_a_full_queue(engine, go):
+    with (
+        serving(engine, max_queue=2) as (port, full),
+        concurrent.futures.ThreadPoolExecutor(20) as pool,
+    ):
+        found = [pool.submit(ask, port, answer("x", 2)) for _ in range(10)]  # 8 seats, 2 wait
+        wait_until(lambda: full.service.num_open == 10)
+        assert ask(port, answer("x", 2))[0] == 429
+        go.set()
+        assert [one.result()[0] for one in found] == [200] * 10
+        assert ask(port, answer("x", 2))[0] == 200
+        assert ask(port, answer("x", 2, n=16))[0] == 429
+
+
+def test_sigterm_drains(engine, go):
+    """Accepted requests finish, new ones get 503, and serving ends."""
+    found = {}
+    service = Service(engine)
+    other = app.Server(service, engine, Bytes(), NAME, POLICY)
+    bound = settings.listen("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+
+    def clients():
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            accepted = [
+                pool.submit(ask, port, answer("x", 20, stream=n % 2 > 0)) for n in range(12)
+            ]
+            wait_until(lambda: service.num_open == 12)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: service.draining)
+            found["new"] = [ask(port, answer("x")) for _ in range(3)]
+            found["health"] = ask(port, None, "/health", method="GET")
+            go.set()
+            found["accepted"] = [one.result() for one in accepted]
+
+    thread = threading.Thread(target=clients)
+    thread.start()
+    asyncio.run(run.until_drained(other, bound))
+    thread.join()
+    service.stop()
+    bound.close()
+    assert [status for status, _ in found["new"]] == [503] * 3
+    assert found["health"] == (503, {"status": "draining"})
+    assert [status for status, _ in found["accepted"]] == [200] * 12
+    assert all("length" in str(body) for _, body in found["accepted"])
+
+
+def test_an_engine_that_fails_answers_everybody(engine, server, monkeypatch):
+    go = threading.Event()
+
+    def fail():
+        go.wait()
+        raise RuntimeError("a device is gone")
+
+    monkeypatch.setattr(engine, "step", fail)
+    with serving(engine) as (port, failed), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(ask, port, answer("x", stream=n > 0)) for n in range(2)]
+        wait_until(lambda: failed.service.num_open == 2)
+        go.set()
+        assert found[0].result()[0] == 500
+        assert "the engine has stopped" in found[1].result()[1]
+        assert ask(port, answer("x"))[0] == 503
+        assert ask(port, None, "/health", method="GET")[0] == 500
+        assert "a device is gone" in failed.service.failure
+    for request in list(engine._requests.values()):
+        request.deliver = lambda part: None
+        engine.cancel(request)
+
+
+PROCESS = """
+import sys, types
+from moe_jax import mesh as mesh_lib
+mesh_lib.initialize("cpu", 2, "off")
+from moe_jax.infer.server import run, settings
+from moe_jax.infer.text import Bytes
+from moe_jax.placement.plan import Plan
+from tests import tiny
+from tests.infer.serving.test_engine import TWO, on_mesh
+config = tiny.config(mesh=TWO)
+source = types.SimpleNamespace(
+    config=config, plan=Plan(tiny.contiguous(2)), text=Bytes(), model=lambda mesh: on_mesh(config)
+)
+rest = dict.fromkeys(("context", "seats", "cache_tokens", "bearer_token_file"))
+run.serve(source, settings.Settings("127.0.0.1", 0, max_queue=99, record=sys.argv[1], **rest))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_code_0_on_sigterm_under_load(tmp_path):
+    recorded = tmp_path / "r.npz"
+    command = [sys.executable, "-c", PROCESS, str(recorded)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        port = int(process.stdout.readline().partition("127.0.0.1:")[2].split(",")[0])
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            found = [pool.submit(ask, port, answer(f"{n}", 40)) for n in range(40)]
+            waiting = "moe_jax_requests_arrived_total 40"
+            wait_until(lambda: waiting in ask(port, None, "/metrics", method="GET")[1])
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: ask(port, None, "/health", method="GET")[0] == 503)
+            assert ask(port, answer("late"))[0] == 503
+            assert [one.result()[0] for one in found] == [200] * 40
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert "{'length': 40}" in said
+    assert trace_lib.load(recorded).num_tokens > 0
+
+
+def test_two_servers_on_one_port():
+    with contextlib.closing(settings.listen("127.0.0.1", 0)) as bound:
+        port = bound.getsockname()[1]
+        with pytest.raises(Refused, match=f"127.0.0.1:{port}.*cannot be listened on"):
+            settings.listen("127.0.0.1", port)
+
+
+def plain_settings(**fields):
+    names = ("context", "seats", "cache_tokens", "bearer_token_file", "record")
+    plain = {"host": "127.0.0.1", "port": 0, "max_queue": 9, **dict.fromkeys(names), **fields}
+    return settings.Settings(**plain)
+
+
+def test_settings(tmp_path):
+    assert plain_settings().check() == ""
+    (tmp_path / "token").write_text("secret\n")
+    assert plain_settings(bearer_token_file=str(tmp_path / "token")).check() == "secret"
+    (tmp_path / "empty").write_text(" \n")
+    for fields, match in (
+        ({"port": 70000}, "--port"),
+        ({"max_queue": -1}, "--max_queue"),
+        ({"host": "no.such.host.invalid"}, "--host"),
+        ({"bearer_token_file": str(tmp_path / "empty")}, "one word"),
+        ({"bearer_token_file": str(tmp_path / "missing")}, "readable"),
+    ):
+        with pytest.raises(Refused, match=match):
+            plain_settings(**fields).check()
+
+
+def test_engine_is_only_called_by_its_thread(engine, server):
+    assert isinstance(engine, Engine)
+    names = {server.service.call(lambda _: threading.current_thread().name).result()}
+    assert names == {"engine"}
