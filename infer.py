@@ -35,7 +35,7 @@ SEATS = flags.DEFINE_integer("seats", None, "With --serve: requests that run at 
 CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", None, "With --serve: of keys and values.")
 MAX_QUEUE = flags.DEFINE_integer("max_queue", 1024, "With --serve: requests that may wait.")
 BEARER_TOKEN_FILE = flags.DEFINE_string("bearer_token_file", None, "With --serve: a secret.")
-SERVE_LOAD = flags.DEFINE_bool("serve_load", False, "With --benchmark: requests that arrive.")
+SERVE_LOAD = flags.DEFINE_bool("serve-load", False, "With --benchmark: requests that arrive.")
 
 
 def main() -> None:

@@ -141,6 +141,13 @@ class Engine:
         put = functools.partial(mesh_lib.put_batch, self._mesh)
         return self._decode(self._model, self._table, put(token_B), put(position_B), cache)
 
+    def choose(
+        self, logits_BV: jax.Array, position_B: np.ndarray, how: sampling_lib.Sampling
+    ) -> np.ndarray:
+        """The next token of every sequence, on the host; positions are those of these tokens."""
+        put = functools.partial(mesh_lib.put_batch, self._mesh)
+        return fetch(self._choose(logits_BV, put(position_B), how))
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -160,7 +167,6 @@ class Engine:
         token_BS, length_B = _pad(prompts, mesh_lib.size(self._mesh, mesh_lib.BATCH))
         batch, padded = token_BS.shape
         capacity = _power_of_two(padded + max_new_tokens)
-        put = functools.partial(mesh_lib.put_batch, self._mesh)
         cache = self.empty_cache(batch, capacity)
 
         start = time.perf_counter()
@@ -172,7 +178,7 @@ class Engine:
             # The token at position `length + i`, decided from the logits before it.
             position_B = length_B + i
             start = time.perf_counter()
-            chosen_B = fetch(self._choose(logits_BV, put(position_B), sampling))
+            chosen_B = self.choose(logits_BV, position_B, sampling)
             generated.append(chosen_B)
             for sequence in range(len(prompts)):
                 on_token(sequence, int(chosen_B[sequence]))

@@ -141,7 +141,7 @@ def _check_flags(request: Request) -> None:
     if request.prompts and request.measure:
         raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
     if request.serve_load and not request.benchmark:
-        raise Refused("--serve_load", True, "is a kind of --benchmark", "give --benchmark, too")
+        raise Refused("--serve-load", True, "is a kind of --benchmark", "give --benchmark, too")
     if request.serve and (request.prompts or request.measure or request.benchmark):
         rule = "answers requests, and excludes --prompt, --measure and --benchmark"
         raise Refused("--serve", True, rule, "leave them out")

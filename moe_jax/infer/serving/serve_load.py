@@ -1,6 +1,230 @@
-"""stub"""
+"""The benchmark `infer.py --benchmark --serve-load`: requests that arrive, two ways to serve them.
 
-from typing import Any
+Both ways get the same requests at the same times: held-out text in mixed lengths, answers of mixed
+lengths, Poisson arrivals. *Static batching* takes all that wait (as many as the serving engine has
+seats), pads them to one shape, and takes nobody in until the longest answer is there; its program
+is the one of engine.py. Rounds alternate between the two, and the median round counts.
+
+Then, by itself: what the host does in a step of 16 requests, and what the recorder costs in it.
+"""
+
+import collections
+import dataclasses
+import time
+
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import data, metrics, permute
+from moe_jax import mesh as mesh_lib
+from moe_jax.infer import engine as static_lib
+from moe_jax.infer import load, published, sampling
+from moe_jax.infer.serving import sizes
+from moe_jax.infer.serving.engine import Engine
+from moe_jax.infer.serving.recorder import Recorder
+from moe_jax.infer.serving.request import Options, Part
+
+REQUESTS, ROUNDS = 96, 3
+_PROMPT, _ANSWER = (16, 128), (8, 120)  # tokens, uniformly
+_CONTEXT = 256
+_AT_ONCE = 16
+_STEPS = 60
 
 
-def run(source: Any) -> None: ...
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Attributes:
+    arrival: seconds from the start, ascending.
+    prompts: tokens. answers: numbers of tokens.
+    """
+
+    arrival: np.ndarray
+    prompts: list[list[int]]
+    answers: list[int]
+
+    @property
+    def num_new(self) -> int:
+        return sum(self.answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    seconds: until the last answer.
+    first: seconds from each arrival to its first token.
+    """
+
+    seconds: float
+    first: np.ndarray
+
+
+def make_load(text: np.ndarray, per_second: float, seed: int) -> Load:
+    """Args:
+    text: tokens to cut prompts from.
+    per_second: requests, on average.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(*_PROMPT, REQUESTS, endpoint=True)
+    starts = rng.integers(0, len(text) - _PROMPT[1], REQUESTS)
+    return Load(
+        np.cumsum(rng.exponential(1 / per_second, REQUESTS)),
+        [text[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)],
+        rng.integers(*_ANSWER, REQUESTS, endpoint=True).tolist(),
+    )
+
+
+def continuous(engine: Engine, traffic: Load) -> Outcome:
+    """Requests join as they arrive."""
+    for pool in engine.scheduler.blocks:
+        pool.forget()
+    first = np.full(REQUESTS, np.nan)
+    start, arrived = time.perf_counter(), 0
+
+    def listen(number: int) -> None:
+        def deliver(_: Part) -> None:
+            if np.isnan(first[number]):
+                first[number] = time.perf_counter() - start - traffic.arrival[number]
+
+        options = Options(max_tokens=traffic.answers[number], ignore_end=True)
+        engine.submit(traffic.prompts[number], options, deliver)
+
+    while True:
+        now = time.perf_counter() - start
+        while arrived < REQUESTS and traffic.arrival[arrived] <= now:
+            listen(arrived)
+            arrived += 1
+        if not engine.step():
+            if arrived == REQUESTS:
+                return Outcome(time.perf_counter() - start, first)
+            time.sleep(max(0.0, traffic.arrival[arrived] - (time.perf_counter() - start)))
+
+
+def static(engine: static_lib.Engine, traffic: Load, batch: int) -> Outcome:
+    """Whole batches, one after the other, in one shape."""
+    first = np.full(REQUESTS, np.nan)
+    start, arrived = time.perf_counter(), 0
+    waiting: collections.deque[int] = collections.deque()
+    greedy = sampling.Sampling()
+    while arrived < REQUESTS or waiting:
+        now = time.perf_counter() - start
+        while arrived < REQUESTS and traffic.arrival[arrived] <= now:
+            waiting.append(arrived)
+            arrived += 1
+        if not waiting:
+            time.sleep(max(0.0, traffic.arrival[arrived] - now))
+            continue
+        taken = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
+        token_BS, length_B = np.zeros((batch, _PROMPT[1]), np.int32), np.zeros(batch, np.int32)
+        for row, number in enumerate(taken):
+            prompt = traffic.prompts[number]
+            token_BS[row, : len(prompt)], length_B[row] = prompt, len(prompt)
+        cache = engine.empty_cache(batch, _CONTEXT)
+        _, logits_BV, cache, _ = engine.prefill(token_BS, length_B, cache)
+        for i in range(max(traffic.answers[number] for number in taken)):
+            position_B = (length_B + i).astype(np.int32)
+            chosen_B = engine.choose(logits_BV, position_B, greedy)
+            if i == 0:
+                first[taken] = time.perf_counter() - start - traffic.arrival[taken]
+            going = [i + 1 < traffic.answers[number] for number in taken]
+            fed_B = np.full(batch, -1, np.int32)
+            fed_B[: len(taken)] = np.where(going, chosen_B[: len(taken)], -1)
+            if any(going):
+                logits_BV, cache, _ = engine.decode(fed_B, position_B, cache)
+    return Outcome(time.perf_counter() - start, first)
+
+
+def run(source: load.Source | published.Source) -> None:
+    """Prints the comparison; see the head of this file."""
+    config = source.config
+    mesh = mesh_lib.of_config(config.mesh)
+    model, table = source.model(mesh), permute.table(source.plan.placement)
+    context = min(_CONTEXT, config.model.max_seq_len)
+    limits = sizes.limits(config.model, mesh, context=context)
+    batch = limits.shards * limits.seats
+    engine = Engine(config, mesh, model, table, limits, source.text)
+    static_engine = static_lib.Engine(config, mesh, model, table)
+    corpus = source.text.corpus(data.load_corpus(config.data).held_out)
+
+    flood = make_load(corpus, 1e6, seed=0)  # all at once: compiles, and says what rate is high
+    continuous(engine, flood)
+    static(static_engine, flood, batch)
+    peak = REQUESTS / continuous(engine, flood).seconds
+    metrics.say(f"{REQUESTS} requests, {batch} at once, mesh {config.mesh}; greedy, float32")
+    for name, share in (("all at once", 0.0), ("0.9 of the peak", 0.9), ("0.5 of the peak", 0.5)):
+        _compare(engine, static_engine, corpus, batch, share * peak or 1e6, name)
+    _host_share(engine, corpus)
+    _recorder_cost(source, mesh, engine, corpus)
+
+
+def _compare(
+    engine: Engine,
+    static_engine: static_lib.Engine,
+    corpus: np.ndarray,
+    batch: int,
+    per_second: float,
+    name: str,
+) -> None:
+    rates: dict[str, list[float]] = {"continuous": [], "static": []}
+    firsts: dict[str, list[np.ndarray]] = {"continuous": [], "static": []}
+    for round_ in range(ROUNDS):
+        traffic = make_load(corpus, per_second, seed=round_ + 1)
+        for way, outcome in (
+            ("continuous", continuous(engine, traffic)),
+            ("static", static(static_engine, traffic, batch)),
+        ):
+            rates[way].append(traffic.num_new / outcome.seconds)
+            firsts[way].append(outcome.first)
+        metrics.progress(f"{name}: round {round_ + 1}/{ROUNDS}")
+    for way in rates:
+        first = np.concatenate(firsts[way])
+        p50, p99 = np.percentile(first, (50, 99))
+        metrics.say(
+            f"arrivals {name}, {way}: {np.median(rates[way]):,.0f} tokens/s; "
+            f"first token p50 {p50:.2f} s, p99 {p99:.2f} s"
+        )
+    ratios = np.divide(rates["continuous"], rates["static"])
+    metrics.say(f"arrivals {name}: continuous / static {np.median(ratios):.2f} in tokens/s")
+
+
+def _decode_steps(engine: Engine, corpus: np.ndarray) -> np.ndarray:
+    """(host, device) seconds of steps in which 16 requests each get a token."""
+    for pool in engine.scheduler.blocks:
+        pool.forget()
+    options = Options(max_tokens=_STEPS + 8, ignore_end=True)
+    for n in range(_AT_ONCE):
+        engine.submit(corpus[n * 32 : n * 32 + 24].tolist(), options, lambda part: None)
+    seconds: list[tuple[float, float]] = []
+    while True:
+        before = engine.stats.host_seconds, engine.stats.device_seconds, engine.stats.tokens
+        if not engine.step():
+            return np.array(seconds)
+        if engine.stats.tokens - before[2] == _AT_ONCE:
+            after = engine.stats.host_seconds, engine.stats.device_seconds
+            seconds.append((after[0] - before[0], after[1] - before[1]))
+
+
+def _host_share(engine: Engine, corpus: np.ndarray) -> None:
+    host, device = np.median(_decode_steps(engine, corpus), axis=0)
+    metrics.say(
+        f"a step of {_AT_ONCE} requests: {1e3 * (host + device):.1f} ms, of it on the host "
+        f"(plan, pack, deliver) {1e3 * host:.2f} ms = {host / (host + device):.1%}"
+    )
+
+
+def _recorder_cost(
+    source: load.Source | published.Source, mesh: Mesh, engine: Engine, corpus: np.ndarray
+) -> None:
+    limits = engine.limits
+    recorder = Recorder(limits.shards, 64, limits.max_len)
+    table = permute.table(source.plan.placement)
+    recording = Engine(
+        source.config, mesh, source.model(mesh), table, limits, source.text, recorder
+    )
+    pairs = []
+    for _ in range(7):
+        pairs.append([_decode_steps(e, corpus).sum(axis=1) for e in (engine, recording)])
+    ratios = [np.median(with_) / np.median(without) for without, with_ in pairs]
+    metrics.say(
+        f"the recorder: a step takes {np.median(ratios):.3f} x as long "
+        f"({min(ratios):.3f} to {max(ratios):.3f} in 7 rounds)"
+    )

@@ -1,0 +1,122 @@
+"""10,000 requests over loopback: none lost, memory flat, 200 cancelled in the middle, 24 x 4 bad.
+
+    python -m pytest -m slow tests/infer/server/test_soak.py
+
+Stops by itself: after so many requests, or so many seconds (and then says how far it came).
+"""
+
+import concurrent.futures
+import http.client
+import json
+import pathlib
+import random
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.infer.server.test_server import BAD, NAME, answer, serving, wait_until
+from tests.infer.serving.test_engine import make
+
+REQUESTS, CANCELLED, CLIENTS, SECONDS = 10_000, 200, 24, 480
+PROMPTS = [f"{n} " * (n % 5 + 1) for n in range(40)]
+
+
+def resident():
+    """MiB of this process in memory."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+
+
+class Soak:
+    """What all clients share."""
+
+    def __init__(self, port):
+        self.port, self.lock = port, threading.Lock()
+        self.left = list(range(REQUESTS))
+        self.said = {}
+        self.answered = self.cancelled = self.refused = 0
+        self.end = time.monotonic() + SECONDS
+
+    def client(self, seed):
+        rng = random.Random(seed)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        while time.monotonic() < self.end:
+            with self.lock:
+                if not self.left:
+                    break
+                number = self.left.pop()
+            if number % (REQUESTS // CANCELLED) == 0:
+                self.go_away(number)
+            elif number % 100 == 7:
+                self.bad(connection, list(BAD)[number // 100 % len(BAD)], rng)
+            else:
+                self.ask(connection, number)
+        connection.close()
+
+    def ask(self, connection, number):
+        prompt, stream = number % len(PROMPTS), number % 3 == 0
+        body = answer(PROMPTS[prompt], prompt % 4 + 1, stream=stream)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        response = connection.getresponse()
+        text = response.read().decode()
+        assert response.status == 200, text
+        if stream:
+            lines = [line[6:] for line in text.split("\n\n") if line]
+            assert lines[-1] == "[DONE]"
+            parts = [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
+            found = "".join(parts)
+        else:
+            found = json.loads(text)["choices"][0]["text"]
+        with self.lock:
+            self.answered += 1
+            assert self.said.setdefault(prompt, found) == found
+
+    def go_away(self, number):
+        body = json.dumps(answer(f"away {number}", 40, stream=True)).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as client:
+            client.sendall(head.encode() + body)
+            assert b"200" in client.recv(100)
+        with self.lock:
+            self.cancelled += 1
+
+    def bad(self, connection, kind, rng):
+        body = BAD[kind][1](rng)
+        payload = body if isinstance(body, bytes) else json.dumps(body)
+        connection.request("POST", "/v1/completions", payload)
+        response = connection.getresponse()
+        response.read()
+        assert 400 <= response.status < 500
+        with self.lock:
+            self.refused += 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_soak():
+    engine = make()
+    sizes = []
+    with serving(engine) as (port, server):
+        soak = Soak(port)
+        with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+            clients = [pool.submit(soak.client, seed) for seed in range(CLIENTS)]
+            while not all(client.done() for client in clients):
+                done = REQUESTS - len(soak.left)
+                if done >= (len(sizes) + 1) * REQUESTS // 5:
+                    sizes.append(resident())
+                time.sleep(0.05)
+            for client in clients:
+                client.result()
+        wait_until(lambda: not server.service.num_open and not engine.busy)
+    done = REQUESTS - len(soak.left)
+    print(f"{NAME}: {done:,} requests, {dict(engine.stats.requests)}, memory {sizes} MiB")
+    assert soak.answered + soak.cancelled + soak.refused == done
+    assert engine.stats.requests["length"] >= soak.answered
+    assert engine.stats.requests["cancelled"] + engine.stats.requests["length"] == (
+        soak.answered + soak.cancelled
+    )
+    assert all(pool.num_held == 0 for pool in engine.scheduler.blocks)
+    assert sizes[-1] - sizes[0] < 32, "memory grows"
+    if done < REQUESTS:
+        pytest.skip(f"{done:,} of {REQUESTS:,} requests in {SECONDS} s; none of them was lost")
