@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_jax import replan
+from moe_jax import auto, replan
 from moe_jax.errors import Refused
 from moe_jax.placement import replication
 from moe_jax.placement import topology as topology_lib
@@ -81,6 +81,27 @@ def test_a_planted_placement_is_found_and_adopted():
     assert decision.rows_before > 2 * decision.rows_after
     assert decision.seconds_after < decision.seconds_before
     assert decision.plan.provenance["moved_bytes"] == decision.move.bytes > 0
+
+
+def test_the_older_half_plans_and_the_newer_judges():
+    steps = [planted(0), planted(1), planted(2), planted(3, noise=0.5)]
+    chosen = setting()
+    decision = replan.decide(chosen, HERE, steps)
+    assert decision.plan.provenance["trace_digest"] == replan.joined(steps[:2]).digest
+
+    def seconds(trace, placement):
+        option = auto.judge(
+            *("exchange", trace.expert_ids_TLK, placement, chosen.topology),
+            work=chosen.work,
+            combine="partial",
+        )
+        return option.seconds
+
+    saved = [seconds(t, HERE) - seconds(t, decision.plan.placement) for t in steps[2:]]
+    mean, half = sum(saved) / 2, abs(saved[0] - saved[1]) / 2
+    assert half > 0.01 * mean
+    # the standard error of two values is half their difference; all layers, both passes
+    assert decision.saved_low == pytest.approx((mean - 2 * half) * LAYERS * 2, rel=1e-9)
 
 
 def test_the_same_again_moves_nothing():
