@@ -1,4 +1,7 @@
-"""The first command of the README, at toy size: every line of it, in processes of their own."""
+"""The first command of the README, at toy size: every line of it, in processes of their own.
+
+Slow, as .ci/run runs the command at its real size and reads what it says.
+"""
 
 import json
 import os
@@ -13,6 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_quickstart_smoke(tmp_path):
     run = tmp_path / "run"
