@@ -12,7 +12,8 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
 from moe_jax.hf import fp8, rope_json, window_json
-from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES, REQUIRED, Family, Key
+from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES
+from moe_jax.hf.tables import REQUIRED, Family, Key
 
 NAME = "config.json"
 # Weights of 16 bits other than bfloat16 are computed with in float32, which holds them exactly.

@@ -1,6 +1,6 @@
 """Which tensor of a checkpoint holds which part of which parameter: a family's rows, counted out.
 
-Axes: L layers, P physical experts, E experts; letters of rows as in families.py.
+Axes: L layers, P physical experts, E experts; letters of rows as in tables.py.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from moe_jax import checkpoint
 from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
 from moe_jax.hf import fp8, mxfp4
-from moe_jax.hf.families import Family, Row
 from moe_jax.hf.folder import Tensors
+from moe_jax.hf.tables import Family, Row
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes
 

@@ -22,8 +22,8 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
 from moe_jax.hf import safetensors
-from moe_jax.hf.families import Row
 from moe_jax.hf.layout import Key, Layout
+from moe_jax.hf.tables import Row
 from moe_jax.placement.plan import Placement
 
 SHARD_BYTES = 5_000_000_000  # of a file, at most, unless one tensor is larger

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.errors import Refused
-from moe_jax.hf.families import WindowKeys
+from moe_jax.hf.tables import WindowKeys
 
 _KINDS = {"sliding_attention": True, "full_attention": False}
 
