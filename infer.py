@@ -3,80 +3,16 @@
 from absl import flags
 
 from moe_jax import entry
+from moe_jax.infer import flags as of_infer
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
-HF = flags.DEFINE_string("hf", None, "Folder of a published model, in place of --workdir.")
-DEVICES = flags.DEFINE_integer("devices", None, "With --hf: split experts over so many devices.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
-PROMPTS = flags.DEFINE_string("prompts", None, "File with one prompt a line.")
-PLACEMENT = flags.DEFINE_string(
-    "placement", None, "Plan to compute under; the experts are moved there as they are loaded. "
-    "Default: the plan stored with the checkpoint."
-)  # fmt: skip
-DISPATCH = flags.DEFINE_string("dispatch", None, "As model.dispatch. Default: as in training.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "Machine that 'auto' goes by, in configs/topology/.")
-TRACE = flags.DEFINE_string("trace", "", "Recorded routing that 'auto' counts rows on.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens after each prompt.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = greedy.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus: the smallest set of tokens of this mass.")
-SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
-RECORD = flags.DEFINE_string("record", None, "Write the routing of all tokens to this .npz trace.")
-MEASURE = flags.DEFINE_string(
-    "measure", None, "Write outputs and counted rows on held-out text to this .npz."
-)
-BENCHMARK = flags.DEFINE_bool("benchmark", False, "Print tokens/s and rows moved per token.")
-HELD_OUT = flags.DEFINE_integer("held_out", 64, "Held-out sequences, where no prompt is given.")
-HELD_OUT_START = flags.DEFINE_integer("held_out_start", 0, "Number of the first of them.")
-SERVE = flags.DEFINE_bool("serve", False, "Answer over HTTP, as OpenAI's API does.")
-HOST = flags.DEFINE_string("host", "127.0.0.1", "With --serve: where to listen.")
-PORT = flags.DEFINE_integer("port", 8000, "With --serve: 0 = any free one.")
-CONTEXT = flags.DEFINE_integer("context", None, "With --serve: tokens of prompt and answer.")
-SEATS = flags.DEFINE_integer("seats", None, "With --serve: requests that run at once.")
-CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", None, "With --serve: of keys and values.")
-MAX_QUEUE = flags.DEFINE_integer("max_queue", 1024, "With --serve: requests that may wait.")
-BEARER_TOKEN_FILE = flags.DEFINE_string("bearer_token_file", None, "With --serve: a secret.")
-SERVE_LOAD = flags.DEFINE_bool("serve-load", False, "With --benchmark: requests that arrive.")
+flags.adopt_module_key_flags(of_infer)  # shown by --help
 
 
 def main() -> None:
-    entry.check_output("--record", RECORD.value, suffix=".npz")
-    entry.check_output("--measure", MEASURE.value, suffix=".npz")
+    request = of_infer.request()
     from moe_jax.infer import run
-    from moe_jax.infer.sampling import Sampling
-    from moe_jax.infer.server import settings
 
-    run.run(
-        run.Request(
-            workdir=WORKDIR.value,
-            hf=HF.value,
-            devices=DEVICES.value,
-            placement=PLACEMENT.value,
-            dispatch=DISPATCH.value,
-            topology=TOPOLOGY.value,
-            trace=TRACE.value,
-            prompts=run.read_prompts(PROMPT.value, PROMPTS.value),
-            held_out=HELD_OUT.value,
-            held_out_start=HELD_OUT_START.value,
-            max_new_tokens=MAX_NEW_TOKENS.value,
-            sampling=Sampling(TEMPERATURE.value, TOP_P.value, SEED.value),
-            record=RECORD.value,
-            measure=MEASURE.value,
-            benchmark=BENCHMARK.value,
-            serve_load=SERVE_LOAD.value,
-            serve=settings.Settings(
-                host=HOST.value,
-                port=PORT.value,
-                context=CONTEXT.value,
-                seats=SEATS.value,
-                cache_tokens=CACHE_TOKENS.value,
-                max_queue=MAX_QUEUE.value,
-                bearer_token_file=BEARER_TOKEN_FILE.value,
-                record=RECORD.value,
-            )
-            if SERVE.value
-            else None,
-        )
-    )
+    run.run(request)
 
 
 if __name__ == "__main__":

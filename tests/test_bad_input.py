@@ -23,6 +23,7 @@ from absl import flags
 
 from moe_jax import checkpoint, data
 from moe_jax import config as config_lib
+from moe_jax import infer as infer_package
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.infer import run as _infer  # noqa: F401 the clock below starts after imports
@@ -57,6 +58,8 @@ class Ended:
 def call(program: str, arguments: list[str], capfd) -> Ended:
     """Runs train.py, infer.py or the placement command in this process."""
     before, argv = set(flags.FLAGS), sys.argv
+    sys.modules.pop("moe_jax.infer.flags", None)  # defines its flags once, as the program runs once
+    vars(infer_package).pop("flags", None)
     capfd.readouterr()
     gc.disable()  # the garbage of a thousand other tests
     start = time.thread_time()

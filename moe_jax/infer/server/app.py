@@ -119,8 +119,9 @@ class Server:
         def read(engine: Engine) -> str:
             waiting = max(0, self.service.num_open - len(engine.scheduler.running))
             rate = self._rate.look(engine.stats.new_tokens)
-            digest, draining = engine.plan_digest, self.service.draining
-            return prometheus.page(engine, digest, waiting, draining, rate)
+            return prometheus.page(
+                engine, self.service.placing, waiting, self.service.draining, rate
+            )
 
         try:
             page = await asyncio.wrap_future(self.service.call(read))

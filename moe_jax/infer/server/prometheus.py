@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.infer.serving.engine import Engine
+from moe_jax.infer.serving.placing import STATES, Placing, Report
 from moe_jax.infer.serving.stats import BOUNDS, Histogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -44,11 +45,11 @@ def _labels(labels: dict[str, Any]) -> str:
     return f"{{{shown}}}"
 
 
-def page(engine: Engine, plan_digest: str, waiting: int, draining: bool, rate: float) -> str:
+def page(engine: Engine, placing: Placing | None, waiting: int, draining: bool, rate: float) -> str:
     """All metrics; call it between two steps.
 
     Args:
-      plan_digest: of the placement that is computed under.
+      placing: moves its experts, or None.
       waiting: requests that were taken and do not run yet, in the inbox or the queue.
       rate: new tokens a second, lately.
     """
@@ -78,10 +79,39 @@ def page(engine: Engine, plan_digest: str, waiting: int, draining: bool, rate: f
                   stats.first_token)  # fmt: skip
     out.histogram("time_between_tokens_seconds", "Between tokens of one answer.", stats.next_token)
     out.one("draining", "gauge", "1 = no more requests are taken.", draining)
-    out.add("plan_info", "gauge", "The placement of experts.", [({"digest": plan_digest}, 1)])
+    out.add(
+        "plan_info", "gauge", "The placement of experts.", [({"digest": engine.plan_digest}, 1)]
+    )
+    if placing:
+        _placing(out, placing.report, engine.stats.tokens)
     if stats.computed_LP is not None:
         _rows(out, engine)
     return "\n".join(out.lines) + "\n"
+
+
+def _placing(out: _Page, report: Report, tokens: int) -> None:
+    states = [({"state": state}, state == report.state) for state in STATES]
+    out.add("placing_state", "gauge", "1 = what placement in the loop is at.", states)
+    for name, text in (
+        ("plans", "Plans made from traffic."),
+        ("adopted", "Plans that experts moved to."),
+        ("proven", "Plans whose counted rows were as predicted."),
+        ("withdrawn", "Plans whose counted rows were more, and that were taken back."),
+        ("moved_experts", "Experts that crossed from a device to another."),
+        ("moved_bytes", "What they weigh."),
+    ):
+        out.one(f"placing_{name}_total", "counter", text, getattr(report, name))
+    for name, text in (
+        ("rows_before", "Counted before the newest plan, per token and layer."),
+        ("rows_predicted", "Predicted for it."),
+        ("rows_counted", "Counted under it; 0 = not yet."),
+    ):
+        out.one(f"placing_{name}", "gauge", text, getattr(report, name))
+    pause = "Seconds that the longest group of layers held up a step."
+    out.one("placing_longest_pause_seconds", "gauge", pause, report.pause)
+    out.one("placing_pause_seconds_total", "counter", "All groups.", report.total_pause)
+    age = tokens - report.adopted_at if report.adopted else 0
+    out.one("placing_plan_age_tokens", "gauge", "Served since the newest plan.", age)
 
 
 def _rows(out: _Page, engine: Engine) -> None:

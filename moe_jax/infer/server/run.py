@@ -20,6 +20,7 @@ from moe_jax.infer.server import app
 from moe_jax.infer.server.settings import Settings, listen
 from moe_jax.infer.serving import sizes
 from moe_jax.infer.serving.engine import Engine
+from moe_jax.infer.serving.placing import Placing, Rules
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.service import Service
 from moe_jax.permute import table
@@ -43,7 +44,7 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         cache_tokens=settings.cache_tokens,
     )
     recorder = None
-    if settings.record:
+    if settings.record or settings.replan_tokens:
         span = min(_SPAN, limits.max_len)
         recorder = Recorder(limits.shards, max(1, _RECORDED // limits.shards // span), span)
     plan = source.plan
@@ -51,7 +52,11 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         *(config, mesh, source.model(mesh), table(plan.placement), limits, source.text, recorder),
         plan_digest=plan.digest,
     )
-    service = Service(engine, settings.max_queue)
+    placing = None
+    if settings.replan_tokens:
+        rules = Rules(tokens=settings.replan_tokens, most_pause=settings.replan_pause)
+        placing = Placing(engine, plan, rules, say=metrics.say)
+    service = Service(engine, settings.max_queue, placing)
     server = app.Server(service, engine, source.text, config.name, app.Policy(bearer=bearer))
     with contextlib.closing(listen(settings.host, settings.port)) as bound:
         host, port = bound.getsockname()[:2]

@@ -20,6 +20,8 @@ class Settings:
     max_queue: int
     bearer_token_file: str | None
     record: str | None
+    replan_tokens: int = 0
+    replan_pause: float = 0.05
 
     def check(self) -> str:
         """Refuses what can be refused before a model is read; returns the bearer token."""
@@ -31,6 +33,12 @@ class Settings:
             raise Refused("--port", self.port, "must lie in [0, 65535]", "use 8000")
         if self.max_queue < 0:
             raise Refused("--max_queue", self.max_queue, "must be at least 0", "use 1024")
+        if self.replan_tokens < 0:
+            rule = "must be at least 0 tokens; 0 = experts stay"
+            raise Refused("--replan_tokens", self.replan_tokens, rule, "use 50000")
+        if not 0 <= self.replan_pause < float("inf"):
+            rule = "must be seconds, at least 0"
+            raise Refused("--replan_pause", self.replan_pause, rule, "use 0.05")
         listen(self.host, self.port).close()
         if self.bearer_token_file is None:
             return ""

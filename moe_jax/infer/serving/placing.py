@@ -30,7 +30,7 @@ from moe_jax.routing.trace import Trace
 PARTS = 4  # of a window: each plans or judges as a step does in training
 LEAST_SEQUENCES = 8 * PARTS  # requests of a window, or it is made longer
 
-RECORDING, PLANNING, MOVING, PROVING = "recording", "planning", "moving", "proving"
+STATES = RECORDING, PLANNING, MOVING, PROVING = "recording", "planning", "moving", "proving"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_jax.errors import Refused
 from moe_jax.infer.serving.engine import Engine, Request
+from moe_jax.infer.serving.placing import Placing
 from moe_jax.infer.serving.request import Deliver, Options, Part
 
 
@@ -42,10 +43,11 @@ class Service:
     """Args:
     engine: from now on only this object calls it.
     max_queue: requests that wait, beyond those that run.
+    placing: moves the experts of this engine between its steps; None = they stay.
     """
 
-    def __init__(self, engine: Engine, max_queue: int = 1024):
-        self._engine, self._max_queue = engine, max_queue
+    def __init__(self, engine: Engine, max_queue: int = 1024, placing: Placing | None = None):
+        self._engine, self._max_queue, self.placing = engine, max_queue, placing
         self._inbox: list[Callable[[], Any]] = []
         self._tickets: set[Ticket] = set()
         self._changed = threading.Condition()
@@ -145,10 +147,13 @@ class Service:
                     inbox, self._inbox = self._inbox, []
                 for what in inbox:
                     what()
-                self._engine.step()
+                if self._engine.step() and self.placing:
+                    self.placing.between_steps()
         except BaseException:
             self.failure = traceback.format_exc()
         finally:
+            if self.placing:
+                self.placing.close()
             with self._changed:
                 self._stopped = True
                 left, inbox = list(self._tickets), self._inbox

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -17,13 +18,19 @@ import time
 
 import pytest
 
+from moe_jax import migrate, replan
 from moe_jax.errors import Refused
 from moe_jax.infer.server import app, run, settings
+from moe_jax.infer.serving import placing
 from moe_jax.infer.serving.engine import Engine
+from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
 from moe_jax.infer.serving.service import Service
 from moe_jax.infer.text import Bytes
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.plan import Plan
 from moe_jax.routing import trace as trace_lib
+from tests import tiny
 from tests.infer.serving.test_engine import make
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -32,9 +39,9 @@ POLICY = app.Policy(max_body=20_000, body_seconds=1.0)
 
 
 @contextlib.contextmanager
-def serving(engine, policy=POLICY, max_queue=100):
+def serving(engine, policy=POLICY, max_queue=100, moves=None):
     """(port, server) of a server on a thread of its own."""
-    service = Service(engine, max_queue)
+    service = Service(engine, max_queue, moves)
     server = app.Server(service, engine, Bytes(), NAME, policy)
     bound = settings.listen("127.0.0.1", 0)
     http_server = run.http_server(server)
@@ -51,7 +58,7 @@ def serving(engine, policy=POLICY, max_queue=100):
 
 @pytest.fixture(scope="module")
 def engine():
-    return make()
+    return make(recorder=Recorder(2, 64, 64))
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +333,38 @@ def test_metrics(port):
     assert len(kinds) == len(set(kinds))
 
 
+def test_experts_move_under_traffic(engine, monkeypatch):
+    """Clients get the same answers while every plan is adopted, and the metrics say so."""
+    here, decide = tiny.contiguous(2), replan.decide
+
+    def adopted(setting, before, recorded, seed=0, progress=None):
+        found = decide(setting, before, recorded, seed, progress)
+        plan = Plan(tiny.random_placement(seed, 2))
+        return dataclasses.replace(found, adopt=True, plan=plan, rows_after=99.0)
+
+    monkeypatch.setattr(replan, "decide", adopted)
+    expected = {}
+    with serving(engine) as (port, _):
+        for n in range(40):
+            expected[n] = said(ask(port, answer(f"{n} moves"))[1])
+    rules = placing.Rules(tokens=400, time_limit=0.05, most_pause=0.0)
+    moving = placing.Placing(engine, Plan(here), rules, topology=topology_lib.flat(2))
+    with serving(engine, moves=moving) as (port, _):
+        for _ in range(6):
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                found = pool.map(lambda n: said(ask(port, answer(f"{n} moves"))[1]), range(40))
+                assert dict(enumerate(found)) == expected
+        text = ask(port, None, "/metrics", method="GET")[1]
+    values = dict(line.rpartition(" ")[::2] for line in text.splitlines() if line[0] != "#")
+    assert float(values["moe_jax_placing_adopted_total"]) >= 1
+    assert float(values["moe_jax_placing_moved_experts_total"]) >= 1
+    assert sum(float(values[f'moe_jax_placing_state{{state="{s}"}}']) for s in placing.STATES) == 1
+    assert f'moe_jax_plan_info{{digest="{engine.plan_digest}"}} 1' in text
+    now = migrate.between(moving._before.placement, moving.plan.placement, moving._moved_layers)
+    now = now if moving.report.state == placing.MOVING else moving.plan.placement
+    engine.adopt(migrate.route(now, here), 0, tiny.LAYERS, here)
+
+
 def test_a_bearer_token(engine, server):
     server.policy = app.Policy(bearer="secret")
     with serving_as(server) as port:
@@ -496,6 +535,8 @@ def test_settings(tmp_path):
     for fields, match in (
         ({"port": 70000}, "--port"),
         ({"max_queue": -1}, "--max_queue"),
+        ({"replan_tokens": -1}, "--replan_tokens"),
+        ({"replan_pause": float("nan")}, "--replan_pause"),
         ({"host": "no.such.host.invalid"}, "--host"),
         ({"bearer_token_file": str(tmp_path / "empty")}, "one word"),
         ({"bearer_token_file": str(tmp_path / "missing")}, "readable"),
