@@ -52,8 +52,12 @@ class Layout:
         stored, letters = self._part(stored, row, expert)
         return self._arranged(stored, row, letters)
 
-    def read(self, tensors: Tensors, key: Key) -> np.ndarray:
-        """A piece as the parameter has it: a view of the file, or decoded from its codes."""
+    def read(self, tensors: Tensors, key: Key, dtype: np.dtype) -> np.ndarray:
+        """A piece as the parameter has it: a view of the file, or decoded from its codes.
+
+        Args:
+          dtype: of what is decoded: narrow values are transposed faster.
+        """
         name, row = self.pieces[key]
         if not row.code:
             return self.view(tensors.array(name), row, key[2])
@@ -62,7 +66,7 @@ class Layout:
         for end in code.PARTS:
             part, letters = self._part(tensors.codes(name + end), row, key[2])
             parts.append(part)
-        return self._arranged(code.decode(*parts), row, letters)
+        return self._arranged(code.decode(*parts).astype(dtype, copy=False), row, letters)
 
     def _part(self, stored: np.ndarray, row: Row, expert: int | None) -> tuple[np.ndarray, str]:
         """The part of a tensor that a row speaks of, and the letters of its axes in order."""

@@ -76,7 +76,7 @@ class Reader:
                 expert = int(self.placement.physical_to_logical_LP[layer, number[1]])
             key = (parameter, layer, expert)
             tensor, _ = self.layout.pieces[key]
-            out[place] = self.layout.read(self.tensors, key)[inner]
+            out[place] = self.layout.read(self.tensors, key, dtype)[inner]
             if not finite(out[place]):
                 tensor = tensor if tensor in self.layout.shapes else f"{tensor}{mxfp4.SCALES}"
                 file = self.tensors.file_of[tensor].path
