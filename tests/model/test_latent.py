@@ -106,6 +106,24 @@ def test_attention_equals_loops_with_and_without_a_cache(query_rank):
         np.testing.assert_allclose(one_B1D, expected_BSD[:, s : s + 1], rtol=0, atol=5e-6)
 
 
+def test_bfloat16_with_a_cache():
+    """Within its roundings, 2^-8 each, of the same weights and rows in float64."""
+    config = config_with()
+    setting = latent.setting_of(config.model)
+    weights = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights_of(config))
+    x_BSD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 16)), jnp.bfloat16)
+    position_BS = jnp.broadcast_to(jnp.arange(5)[None], (2, 5))
+    cache = latent.LatentCache(jnp.zeros((2, 8, 10), jnp.bfloat16))
+    _, cache = latent.attend(x_BSD[:, :4], weights, position_BS[:, :4], setting, cache)
+    last_B1D, cache = latent.attend(x_BSD[:, 4:], weights, position_BS[:, 4:], setting, cache)
+    assert last_B1D.dtype == cache.row_BCZ.dtype == jnp.bfloat16
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), weights)
+    expected_BSD = by_hand(np.asarray(x_BSD, np.float64), wide, setting)
+    np.testing.assert_allclose(
+        np.asarray(last_B1D, np.float32), expected_BSD[:, 4:], rtol=0, atol=0.03
+    )
+
+
 def test_what_is_not_there_is_none():
     with_rank, without = weights_of(config_with(8)), weights_of(config_with(0))
     assert with_rank.query_DHX is None
