@@ -116,8 +116,7 @@ def attend(
         cache = LatentCache(attention.write_one(cache.row_BCZ, row_BSZ, position_B))
         seen_B1C = attention.seen(position_BS, cache.row_BCZ.shape[1], window)
         mixed_BSHW = mix_absorbed(query_BSHX, cache.row_BCZ, weights, setting, seen_B1C)
-    output_HWD = weights.output_HWD[...].astype(x_BSD.dtype)
-    return jnp.einsum("bshw,hwd->bsd", mixed_BSHW, output_HWD), cache
+    return project_out(mixed_BSHW, weights), cache
 
 
 def queries(
@@ -185,17 +184,39 @@ def mix_absorbed(
     seen_BSC: Bool[Array, "#B S C"],
 ) -> Float[Array, "B S H W"]:
     """The same over the rows as they are: one key of Z values and one value of R for all heads."""
-    expand_RHY = weights.expand_RHY[...].astype(row_BCZ.dtype)
-    rank = expand_RHY.shape[0]
-    to_key_RHQ, to_value_RHW = jnp.split(expand_RHY, [setting.d_head], axis=-1)
-    still_BSHQ, turned_BSHN = jnp.split(query_BSHX, [setting.d_head], axis=-1)
-    latent_BSHR = jnp.einsum("bshq,rhq->bshr", still_BSHQ, to_key_RHQ)
-    query_BSHZ = jnp.concatenate([latent_BSHR, turned_BSHN], axis=-1)
+    rank = weights.expand_RHY.shape[0]
+    query_BSHZ = absorbed(query_BSHX, weights, setting)
     row_BC1Z = row_BCZ[:, :, None]
     found_BSHR = attention.mix(
         query_BSHZ, row_BC1Z, row_BC1Z[..., :rank], seen_BSC, divisor=setting.divisor
     )
+    return values(found_BSHR, weights, setting)
+
+
+def absorbed(
+    query_BSHX: Float[Array, "B S H X"], weights: LatentAttention, setting: Setting
+) -> Float[Array, "B S H Z"]:
+    """Queries that meet rows as they are."""
+    to_key_RHQ = weights.expand_RHY[...].astype(query_BSHX.dtype)[..., : setting.d_head]
+    still_BSHQ, turned_BSHN = jnp.split(query_BSHX, [setting.d_head], axis=-1)
+    latent_BSHR = jnp.einsum("bshq,rhq->bshr", still_BSHQ, to_key_RHQ)
+    return jnp.concatenate([latent_BSHR, turned_BSHN], axis=-1)
+
+
+def values(
+    found_BSHR: Float[Array, "B S H R"], weights: LatentAttention, setting: Setting
+) -> Float[Array, "B S H W"]:
+    """The values of what heads found among latents."""
+    to_value_RHW = weights.expand_RHY[...].astype(found_BSHR.dtype)[..., setting.d_head :]
     return jnp.einsum("bshr,rhw->bshw", found_BSHR, to_value_RHW)
+
+
+def project_out(
+    mixed_BSHW: Float[Array, "B S H W"], weights: LatentAttention
+) -> Float[Array, "B S D"]:
+    """What the heads found, as one row a token."""
+    output_HWD = weights.output_HWD[...].astype(mixed_BSHW.dtype)
+    return jnp.einsum("bshw,hwd->bsd", mixed_BSHW, output_HWD)
 
 
 def _norm(x_BSR: jax.Array, scale_R: nnx.Param | None) -> jax.Array:

@@ -102,7 +102,7 @@ class Engine:
         limits, model, mesh = self.limits, self.config.model, self._mesh
         recorded = None
         if self.recorder is not None:
-            shape = (limits.shards * self.recorder.places, model.num_layers, model.top_k)
+            shape = (limits.shards * self.recorder.places, model.num_moe_layers, model.top_k)
             dtype = np.uint8 if model.num_experts < 255 else np.uint16
             placed = mesh_lib.sharding(mesh, "batch", None, None)
             recorded = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)()
@@ -110,7 +110,7 @@ class Engine:
         return program.State(pages, self._zero_counters(), recorded)
 
     def _zero_counters(self) -> program.Counters:
-        layers, devices = self.config.model.num_layers, self.config.mesh.expert_devices
+        layers, devices = self.config.model.num_moe_layers, self.config.mesh.expert_devices
         pairs = np.zeros((layers, devices, devices), np.int32)
         put = mesh_lib.put_replicated
         zeros = np.zeros((layers, self._slots), np.int32)
@@ -322,6 +322,9 @@ class Engine:
         holders = self.config.mesh.expert_devices
         homes = [shard % holders for shard in range(self.limits.shards)]
         recorded_XLK = np.asarray(self._state.recorded_XLK)
-        return self.recorder.trace(
+        trace = self.recorder.trace(
             recorded_XLK, self.config.model.num_experts, homes, self.config.name
         )
+        model = self.config.model
+        layer_ids = tuple(range(model.num_dense_layers, model.num_layers))
+        return trace and dataclasses.replace(trace, layer_ids=layer_ids)

@@ -23,12 +23,12 @@ Y = 64 positions of a tile.
 """
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moe_jax import mesh as mesh_lib
@@ -38,44 +38,57 @@ from moe_jax.pytree import Leaf
 TILE = 64  # positions
 _COLUMNS = 16  # float32 lanes of the widest CPU registers
 
-SPEC = mesh_lib.spec(None, "batch", "head", None, None)  # of a `Pages` leaf
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Keys and values of all layers: [L, shards N, G, C, Q] each."""
+    """Keys and values of all layers: [L, shards N, G, C, Q] each.
+
+    Of latent attention the key is the row of model/latent.py, one for all heads, and the value is
+    the beginning of the same row: there is no second array.
+    """
 
     key_LNGCQ: Leaf
-    value_LNGCQ: Leaf
+    value_LNGCQ: Leaf | None
+
+
+def spec(config: ModelConfig) -> PartitionSpec:
+    """How the arrays of `Pages` are split."""
+    head = None if config.latent.kv_rank else "head"
+    return mesh_lib.spec(None, "batch", head, None, None)
 
 
 def empty(config: ModelConfig, mesh: Mesh, blocks: int, block_size: int) -> Pages:
     """Zeros for `blocks` blocks on every shard."""
-    shards = mesh_lib.size(mesh, mesh_lib.BATCH)
+    shards, ranks = mesh_lib.size(mesh, mesh_lib.BATCH), config.latent
     heads, width = config.num_kv_heads, config.d_head
+    if ranks.kv_rank:
+        heads, width = 1, ranks.kv_rank + ranks.d_rope
     shape = (config.num_layers, shards * blocks, heads, block_size, width)
-    placed = NamedSharding(mesh, SPEC)
+    placed = NamedSharding(mesh, spec(config))
     zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
-    return Pages(zeros(), zeros())
+    return Pages(zeros(), None if ranks.kv_rank else zeros())
 
 
 def tokens_in_row(config: ModelConfig) -> int:
     """J: so many tokens of one request share a row of queries."""
-    return max(1, _COLUMNS // (config.num_heads // config.num_kv_heads))
+    groups = 1 if config.latent.kv_rank else config.num_kv_heads
+    return max(1, _COLUMNS // (config.num_heads // groups))
 
 
 def write(
     pages: Pages,
     layer: Array,
     key_TGQ: Float[Array, "T G Q"],
-    value_TGQ: Float[Array, "T G Q"],
+    value_TGQ: Float[Array, "T G Q"] | None,
     block_T: Int[Array, "T"],
     offset_T: Int[Array, "T"],
 ) -> Pages:
     """The cache with these tokens; block N is nowhere. Inside `shard_map`."""
 
-    def put(cached_LNGCQ: Array, new_TGQ: Array) -> Array:
+    def put(cached_LNGCQ: Any, new_TGQ: Array | None) -> Array | None:
+        if new_TGQ is None:
+            return None
         return cached_LNGCQ.at[layer, block_T, :, offset_T].set(new_TGQ, mode="drop")
 
     return Pages(put(pages.key_LNGCQ, key_TGQ), put(pages.value_LNGCQ, value_TGQ))
@@ -87,12 +100,14 @@ def mix(
     pages: Pages,
     layer: Array,
     table_AW: Int[Array, "A W"],
+    divisor: float,
     window: Int[Array, ""] | None = None,
     sink_H: Float[Array, "H"] | None = None,
 ) -> Float[Array, "A J H Q"]:
-    """softmax(q k / sqrt(Q)) v over positions 0..p; zeros where p is -1. Inside `shard_map`.
+    """softmax(q k / divisor) v over positions 0..p; zeros where p is -1. Inside `shard_map`.
 
-    Softmax in float32. The loop ends with the last tile that a row of this shard needs.
+    Where there are no values, keys stand for them. Softmax in float32. The loop ends with the last
+    tile that a row of this shard needs.
 
     Args:
       window: positions that a token attends to, itself included; None or 0 = all.
@@ -107,7 +122,7 @@ def mix(
     query_AGQX = query_AJHQ.reshape(rows, per_row, groups, per_group, width)
     query_AGQX = query_AGQX.transpose(0, 2, 4, 3, 1).reshape(rows, groups, width, columns)
     limit_A11X = jnp.tile(position_AJ, (1, per_group))[:, None, None, :]
-    scale = np.float32(1 / math.sqrt(width))
+    scale = np.float32(1 / divisor)
 
     def tile_of(cached_LNGCQ: Array, tile: Array) -> Array:
         block_AB = jax.lax.dynamic_slice_in_dim(table_AW, tile * per_tile, per_tile, axis=1)
@@ -117,7 +132,9 @@ def mix(
     def step(state):
         tile, most_AG1X, sum_AG1X, mixed_AGQX = state
         key_AGYQ = tile_of(pages.key_LNGCQ, tile)
-        value_AGYQ = tile_of(pages.value_LNGCQ, tile)
+        value_AGYQ = key_AGYQ
+        if pages.value_LNGCQ is not None:
+            value_AGYQ = tile_of(pages.value_LNGCQ, tile)
         logits_AGYX = _dot("agyq,agqx->agyx", key_AGYQ, query_AGQX) * scale
         here_11Y1 = (tile * TILE + jnp.arange(TILE, dtype=jnp.int32))[None, None, :, None]
         back_A1YX = limit_A11X - here_11Y1

@@ -17,19 +17,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.infer.serving import paged, rows
+from moe_jax.infer.serving import attending, paged, rows
 from moe_jax.infer.serving.packing import FLOATS, Layout
-from moe_jax.model import attention, moe, parameter, router, transformer
+from moe_jax.model import attention, moe, parameter, router, shared, transformer
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
 _LEAST_ROWS = {"cpu": 64}  # on a shard; elsewhere as many as the hardware's tiles
 _BATCH = mesh_lib.spec("batch")
-_HEADS = mesh_lib.spec("batch", "head", None)
 
 
 @jax.tree_util.register_dataclass
@@ -79,19 +78,12 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
     least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, 8)
     num_rows = max(least, layout.num_tokens)
     eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
-    setting, window_L = attention.setting_of(config), attention.windows(config)
+    window_L = attention.windows(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=split)
     whole = functools.partial(parameter.gathered, mesh=mesh)
     on_shards = functools.partial(jax.shard_map, mesh=mesh)
-    attend = on_shards(
-        functools.partial(_attend, layout=layout, per_row=paged.tokens_in_row(config)),
-        in_specs=(
-            *(_HEADS, _HEADS, _HEADS, paged.SPEC, PartitionSpec(), _BATCH),
-            *(PartitionSpec(), mesh_lib.spec("head")),
-        ),
-        out_specs=(_HEADS, paged.SPEC),
-    )
+    attend = attending.build(config, mesh, layout)
     pick = on_shards(
         functools.partial(_pick, num_rows=max(least, limits.seats)),
         in_specs=(_BATCH, _BATCH),
@@ -110,6 +102,14 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         missing = ((0, 0), (0, num_rows - layout.num_tokens))
         return jnp.pad(field_SF, missing, constant_values=filler).reshape(-1, 1)
 
+    def normed(x_T1D: jax.Array, scale_D: Any, bias_D: Any = None) -> jax.Array:
+        if bias_D is None:
+            return transformer.rms_norm(x_T1D, whole(scale_D)[...], eps)
+        return transformer.layer_norm(x_T1D, whole(scale_D)[...], whole(bias_D)[...], eps)
+
+    def times(scale: float, x_T1D: jax.Array) -> jax.Array:
+        return x_T1D if scale == 1 else scale * x_T1D
+
     def step(model: transformer.Transformer, table: Table, state: State, packed: jax.Array):
         fields = layout.unpack(packed)
         position_T1 = rows_of(fields["position"], -1)
@@ -117,30 +117,48 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         at_T1 = jnp.maximum(position_T1, 0)
         turn_T1 = rule_position(at_T1)
 
-        def layer(carry, inputs):
+        def attended(carry, block, number, window, bias_D=None):
             x_T1D, pages = carry
-            block, table_of_layer, number, window = inputs
             with jax.named_scope("attention"):
-                normed_T1D = transformer.rms_norm(x_T1D, whole(block.attention_norm_D)[...], eps)
+                normed_T1D = place(normed(x_T1D, block.attention_norm_D, bias_D))
                 weights = whole(block.attention, dtype=dtype)
-                heads = attention.project(place(normed_T1D), weights, at_T1, setting)
-                sink_H = None if weights.sink_H is None else weights.sink_H[...]
-                own = (rows[:, 0] for rows in heads)
-                mixed_THQ, pages = attend(*own, pages, number, fields, window, sink_H)
-                x_T1D = place(x_T1D + place(attention.project_out(mixed_THQ[:, None], weights)))
-            normed_T1D = transformer.rms_norm(x_T1D, whole(block.moe_norm_D)[...], eps)
+                mixed_T1D, pages = attend(normed_T1D, weights, at_T1, pages, number, fields, window)
+            return place(x_T1D + times(config.residual_scale, place(mixed_T1D))), pages
+
+        def dense_layer(carry, inputs):
+            block, number, window = inputs
+            x_T1D, pages = attended(carry, block, number, window)
+            with jax.named_scope("dense"):
+                normed_TD = normed(x_T1D, block.mlp_norm_D)[:, 0]
+                y_TD = shared.compute(normed_TD, whole(block.mlp, dtype=dtype))
+            return (place(x_T1D + times(config.residual_scale, y_TD[:, None])), pages), None
+
+        def layer(carry, inputs):
+            block, table_of_layer, number, window = inputs
+            x_T1D, pages = attended(carry, block, number, window, block.attention_norm_bias_D)
+            normed_T1D = normed(x_T1D, block.moe_norm_D, block.moe_norm_bias_D)
             y_T1D, record = moe_layer(normed_T1D, block.moe, turn_T1, real_T1, table_of_layer)
-            return (x_T1D + y_T1D, pages), record
+            return (x_T1D + times(config.residual_scale, y_T1D), pages), record
 
         embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
-        x_T1D = place(embedding_VD[rows_of(fields["token"], 0)])
-        layers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        inputs = (model.blocks, table, layers, window_L)
-        (x_T1D, pages), records = jax.lax.scan(layer, (x_T1D, state.pages), inputs)
+        x_T1D = times(config.embedding_scale, embedding_VD[rows_of(fields["token"], 0)])
+        carry, dense = (place(x_T1D), state.pages), config.num_dense_layers
+        number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
+        if model.dense_blocks is not None:
+            dense_window_L = None if window_L is None else window_L[:dense]
+            of_dense = (model.dense_blocks, number_L[:dense], dense_window_L)
+            carry, _ = jax.lax.scan(dense_layer, carry, of_dense)
+        of_moe_L = None if window_L is None else window_L[dense:]
+        inputs = (model.blocks, table, number_L[dense:], of_moe_L)
+        (x_T1D, pages), records = jax.lax.scan(layer, carry, inputs)
         x_R1D = place(pick(x_T1D, fields["sample"]))
-        x_R1D = transformer.rms_norm(x_R1D, whole(model.final_norm_D)[...], eps)
+        x_R1D = normed(x_R1D, model.final_norm_D, model.final_norm_bias_D)
         output_DV = None if model.output_DV is None else whole(model.output_DV, dtype=dtype)[...]
         logits_RV = place(transformer.logits(x_R1D, embedding_VD, output_DV))[:, 0]
+        if model.output_bias_V is not None:
+            logits_RV += whole(model.output_bias_V)[...][None]
+        if config.logits_divisor != 1:
+            logits_RV /= config.logits_divisor
         out, logits_RV = sample(logits_RV, fields)
         recorded_XLK = state.recorded_XLK
         if recorded_XLK is not None:
@@ -156,51 +174,6 @@ def _added(counters: Counters, traffic: Any) -> Counters:
         counters.combine_LMM + traffic.combine_MM,
         counters.computed_LP + traffic.computed_P,
     )
-
-
-def _attend(
-    query_THQ: jax.Array,
-    key_TGQ: jax.Array,
-    value_TGQ: jax.Array,
-    pages: paged.Pages,
-    layer: jax.Array,
-    fields: dict[str, jax.Array],
-    window: jax.Array | None,
-    sink_H: jax.Array | None,
-    *,
-    layout: Layout,
-    per_row: int,
-) -> tuple[jax.Array, paged.Pages]:
-    """Writes this shard's keys and values, then lets every token attend to its own text."""
-    limits, count = layout.limits, layout.num_tokens
-    position_F, table_RW, seat_P = (fields[name][0] for name in ("position", "table", "seat"))
-    seat_R = jnp.arange(limits.seats, dtype=jnp.int32)
-    seat_F = jnp.concatenate([seat_R, jnp.repeat(seat_P, limits.chunk)])
-    at_F = jnp.maximum(position_F, 0)
-    block_F = table_RW[seat_F, at_F // limits.block_size]
-    nowhere = pages.key_LNGCQ.shape[1]
-    block_F = jnp.where(position_F >= 0, block_F, nowhere)
-    new = (key_TGQ[:count], value_TGQ[:count])
-    pages = paged.write(pages, layer, *new, block_F, at_F % limits.block_size)
-
-    alone, chunks = query_THQ[: limits.seats], query_THQ[limits.seats : count]
-    rest = ((0, 0), (0, per_row - 1))
-    query_AJHQ = jnp.pad(alone[:, None], (*rest, (0, 0), (0, 0)))
-    position_AJ = jnp.pad(position_F[: limits.seats, None], rest, constant_values=-1)
-    table_AW = table_RW
-    if layout.chunk_rows:
-        query_AJHQ = jnp.concatenate([query_AJHQ, chunks.reshape(-1, per_row, *chunks.shape[1:])])
-        chunk_AJ = position_F[limits.seats :].reshape(-1, per_row)
-        position_AJ = jnp.concatenate([position_AJ, chunk_AJ])
-        rows_of_chunk = limits.chunk // per_row
-        table_AW = jnp.concatenate([table_RW, table_RW[jnp.repeat(seat_P, rows_of_chunk)]])
-    mixed_AJHQ = paged.mix(query_AJHQ, position_AJ, pages, layer, table_AW, window, sink_H)
-    mixed_THQ = mixed_AJHQ[: limits.seats, 0]
-    if layout.chunk_rows:
-        of_chunks = mixed_AJHQ[limits.seats :].reshape(-1, *query_THQ.shape[1:])
-        mixed_THQ = jnp.concatenate([mixed_THQ, of_chunks])
-    missing = ((0, query_THQ.shape[0] - count), (0, 0), (0, 0))
-    return jnp.pad(mixed_THQ, missing), pages
 
 
 def _pick(x_T1D: jax.Array, sample_1R: jax.Array, *, num_rows: int) -> jax.Array:

@@ -21,7 +21,9 @@ KNOWN = {
     *("router_weights", "qk_norm", "attention_bias", "tied_output", "d_ff_shared", "shared_gate"),
     *("rope", "router_scores", "router_scale", "router_groups", "router_top_groups"),
     *("router_group_scores", "router_correction", "router_bias", "expert_bias", "activation"),
-    *("windows", "attention_sinks"),
+    *("windows", "attention_sinks", "latent", "num_dense_layers", "d_ff_dense"),
+    *("embedding_scale", "residual_scale", "attention_scale", "logits_divisor", "norm"),
+    "output_bias",
 }
 
 

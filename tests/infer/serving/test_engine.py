@@ -255,12 +255,38 @@ def test_widths_at_which_few_rows_round_otherwise():
     assert_same_bits(serve_together(engines[1], requests), alone)
 
 
-def test_parts_of_published_families_equal_the_static_engine():
-    """Windows, sinks, biases, a shared expert: texts longer than the window, in chunks."""
-    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local", **PARTS)
+LATENT = {
+    "model__latent": {"kv_rank": 6, "d_rope": 4, "d_value": 5, "query_rank": 8},
+    "model__num_layers": 3,
+    "model__num_dense_layers": 1,
+    "model__d_ff_dense": 20,
+    "model__num_kv_heads": 4,
+}
+SCALED = {
+    "model__embedding_scale": 3.0,
+    "model__residual_scale": 0.4,
+    "model__attention_scale": 0.3,
+    "model__logits_divisor": 2.0,
+    "model__norm": "layer",
+    "model__output_bias": True,
+}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        PARTS,
+        LATENT,
+        pytest.param(SCALED, marks=pytest.mark.slow),
+    ],
+    ids=["windows_sinks_biases", "latent_dense", "scales_layer_norm"],
+)
+def test_parts_of_published_families_equal_the_static_engine(parts):
+    """Texts longer than the window, in chunks."""
+    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local", **parts)
     model, table = shaken(on_mesh(config)), tiny.table(tiny.contiguous(1))
     static = StaticEngine(config, tiny.mesh(config), model, table)
-    served = Served(make(model=model, mesh={"data": 1, "expert": 1}, **PARTS))
+    served = Served(make(model=model, mesh={"data": 1, "expert": 1}, **parts))
     prompts = tiny.tokens(3, 30).tolist()
     for prompt in prompts:
         served.submit(prompt, Options(max_tokens=20))
@@ -270,6 +296,19 @@ def test_parts_of_published_families_equal_the_static_engine():
         assert served.tokens(number) == expected.tokens[number]
         logits_V = np.asarray(expected.logits_BSV)[number, 29]
         np.testing.assert_allclose(served.logits[number][0], logits_V, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_latent_attention_changes_no_bit():
+    requests, engines = list(traffic(4, 16)), [make(**LATENT) for _ in range(2)]
+    alone = Served(engines[0])
+    for _, prompt, options in requests:
+        alone.submit(prompt, options)
+        alone.run()
+        for pool in engines[0].scheduler.blocks:
+            pool.forget()
+    assert_same_bits(serve_together(engines[1], requests), alone)
+    assert engines[1].stats.preempted > 0
 
 
 @pytest.mark.slow

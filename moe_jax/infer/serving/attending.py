@@ -1,0 +1,112 @@
+"""Attention of a step's tokens over the cache in blocks: grouped-query, or latent and absorbed.
+
+The model's own functions project; what they make is written to the blocks, and read there by
+paged.py. Latent attention is absorbed always: a chunk of a prompt then has the bits of tokens that
+ran alone.
+
+Axes: as in program.py and paged.py.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
+from moe_jax.infer.serving import paged
+from moe_jax.infer.serving.packing import Layout
+from moe_jax.model import attention, latent
+
+_BATCH = mesh_lib.spec("batch")
+_HEADS = mesh_lib.spec("batch", "head", None)
+
+
+def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]:
+    """`attend(normed_T1D, weights, at_T1, pages, layer, fields, window) -> (mixed_T1D, pages)`."""
+    is_latent = config.latent.kv_rank > 0
+    setting: Any = latent.setting_of(config) if is_latent else attention.setting_of(config)
+    divisor = setting.divisor or math.sqrt(config.d_head)
+    own = _BATCH if is_latent else _HEADS  # one row for all heads, or keys and values of each
+    in_place = paged.spec(config)
+    on_shard = jax.shard_map(
+        functools.partial(
+            _on_shard, layout=layout, per_row=paged.tokens_in_row(config), divisor=divisor
+        ),
+        mesh=mesh,
+        in_specs=(
+            *(_HEADS, own, own, in_place, PartitionSpec(), _BATCH),
+            *(PartitionSpec(), mesh_lib.spec("head")),
+        ),
+        out_specs=(_HEADS, in_place),
+    )
+
+    def grouped(normed_T1D, weights, at_T1, pages, layer, fields, window):
+        heads = attention.project(normed_T1D, weights, at_T1, setting)
+        sink_H = None if weights.sink_H is None else weights.sink_H[...]
+        query_THQ, key_TGQ, value_TGQ = (rows_T1HQ[:, 0] for rows_T1HQ in heads)
+        mixed_THQ, pages = on_shard(
+            query_THQ, key_TGQ, value_TGQ, pages, layer, fields, window, sink_H
+        )
+        return attention.project_out(mixed_THQ[:, None], weights), pages
+
+    def absorbed(normed_T1D, weights, at_T1, pages, layer, fields, window):
+        query_T1HX = latent.queries(normed_T1D, weights, at_T1, setting)
+        query_THZ = latent.absorbed(query_T1HX, weights, setting)[:, 0]
+        row_T1Z = latent.rows(normed_T1D, weights, at_T1, setting)
+        found_THZ, pages = on_shard(query_THZ, row_T1Z, None, pages, layer, fields, window, None)
+        found_T1HR = found_THZ[:, None, :, : config.latent.kv_rank]
+        mixed_T1HW = latent.values(found_T1HR, weights, setting)
+        return latent.project_out(mixed_T1HW, weights), pages
+
+    return absorbed if is_latent else grouped
+
+
+def _on_shard(
+    query_THQ: jax.Array,
+    key_TGQ: jax.Array,
+    value_TGQ: jax.Array | None,
+    pages: paged.Pages,
+    layer: jax.Array,
+    fields: dict[str, jax.Array],
+    window: jax.Array | None,
+    sink_H: jax.Array | None,
+    *,
+    layout: Layout,
+    per_row: int,
+    divisor: float,
+) -> tuple[jax.Array, paged.Pages]:
+    """Writes this shard's keys and values, then lets every token attend to its own text."""
+    limits, count = layout.limits, layout.num_tokens
+    position_F, table_RW, seat_P = (fields[name][0] for name in ("position", "table", "seat"))
+    seat_R = jnp.arange(limits.seats, dtype=jnp.int32)
+    seat_F = jnp.concatenate([seat_R, jnp.repeat(seat_P, limits.chunk)])
+    at_F = jnp.maximum(position_F, 0)
+    block_F = table_RW[seat_F, at_F // limits.block_size]
+    nowhere = pages.key_LNGCQ.shape[1]
+    block_F = jnp.where(position_F >= 0, block_F, nowhere)
+    new = (key_TGQ[:count], None if value_TGQ is None else value_TGQ[:count])
+    pages = paged.write(pages, layer, *new, block_F, at_F % limits.block_size)
+
+    alone, chunks = query_THQ[: limits.seats], query_THQ[limits.seats : count]
+    rest = ((0, 0), (0, per_row - 1))
+    query_AJHQ = jnp.pad(alone[:, None], (*rest, (0, 0), (0, 0)))
+    position_AJ = jnp.pad(position_F[: limits.seats, None], rest, constant_values=-1)
+    table_AW = table_RW
+    if layout.chunk_rows:
+        query_AJHQ = jnp.concatenate([query_AJHQ, chunks.reshape(-1, per_row, *chunks.shape[1:])])
+        chunk_AJ = position_F[limits.seats :].reshape(-1, per_row)
+        position_AJ = jnp.concatenate([position_AJ, chunk_AJ])
+        rows_of_chunk = limits.chunk // per_row
+        table_AW = jnp.concatenate([table_RW, table_RW[jnp.repeat(seat_P, rows_of_chunk)]])
+    mixed_AJHQ = paged.mix(query_AJHQ, position_AJ, pages, layer, table_AW, divisor, window, sink_H)
+    mixed_THQ = mixed_AJHQ[: limits.seats, 0]
+    if layout.chunk_rows:
+        of_chunks = mixed_AJHQ[limits.seats :].reshape(-1, *query_THQ.shape[1:])
+        mixed_THQ = jnp.concatenate([mixed_THQ, of_chunks])
+    missing = ((0, query_THQ.shape[0] - count), (0, 0), (0, 0))
+    return jnp.pad(mixed_THQ, missing), pages
