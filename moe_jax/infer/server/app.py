@@ -143,11 +143,12 @@ class Server:
         self.service.check_open()
         body = fields.parse(await self._body(request))
         self._check_model(body.get("model", self.name))
+        encode, context = self._text.encode, self._engine.limits.max_len
+        # On a thread: a long text takes its time, and others' streams go on.
         if is_chat:
-            context = self._engine.limits.max_len
-            asked = fields.chat(body, self._text.encode, chat.plain, context)
+            asked = await asyncio.to_thread(fields.chat, body, encode, chat.plain, context)
         else:
-            asked = fields.completion(body, self._text.encode)
+            asked = await asyncio.to_thread(fields.completion, body, encode)
         jobs = [(prompt, options) for prompt in asked.prompts for options in asked.options]
         answers = _Answers(self.service, jobs)
         made = reply.Reply(

@@ -68,7 +68,9 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
             f"cache {limits.shards * limits.blocks * limits.block_size:,} tokens"
         )
         asyncio.run(until_drained(server, bound))
-    trace = service.call(lambda engine: engine.trace()).result() if settings.record else None
+    trace = None
+    if settings.record and not service.failure:
+        trace = service.call(lambda engine: engine.trace()).result()
     service.stop()
     if trace is not None:
         assert settings.record is not None
