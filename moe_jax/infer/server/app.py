@@ -17,12 +17,12 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from moe_jax.errors import Refused
-from moe_jax.infer.server import chat, fields, prometheus, reply
+from moe_jax.infer.server import chat, fields, live, prometheus, reply
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.request import Options, Part
 from moe_jax.infer.serving.service import Service, Ticket, Unavailable
@@ -123,12 +123,26 @@ class Server:
                 engine, self.service.placing, waiting, self.service.draining, rate
             )
 
+        page = await self._between_steps(read)
+        return PlainTextResponse(page, media_type=prometheus.CONTENT_TYPE)
+
+    async def live(self, request: Request) -> Response:
+        self._check_bearer(request)
+        service = self.service
+
+        def read(engine: Engine) -> str:
+            waiting = max(0, service.num_open - len(engine.scheduler.running))
+            rate = self._rate.look(engine.stats.new_tokens)
+            return live.html(engine, service.placing, self.name, waiting, rate)
+
+        return HTMLResponse(await self._between_steps(read))
+
+    async def _between_steps(self, read: Callable[[Engine], str]) -> str:
         try:
-            page = await asyncio.wrap_future(self.service.call(read))
+            return await asyncio.wrap_future(self.service.call(read))
         except RuntimeError:
             why = Refused("server", "stopped", "the engine has stopped", "start it again")
             raise Stopped(503, why) from None
-        return PlainTextResponse(page, media_type=prometheus.CONTENT_TYPE)
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, is_chat=False)
@@ -334,6 +348,7 @@ def make(server: Server) -> Starlette:
 
     return Starlette(
         routes=[
+            Route("/", server.live),
             Route("/health", server.health),
             Route("/metrics", server.metrics),
             Route("/v1/models", server.models),

@@ -75,6 +75,7 @@ class Report:
       pause, total_pause: longest group of layers so far, and all of them, in seconds.
       moved_experts, moved_bytes: over links, so far.
       adopted_at: tokens that had been served when the newest plan was complete.
+      said: the newest line that people were told.
     """
 
     state: str = RECORDING
@@ -90,6 +91,7 @@ class Report:
     moved_experts: int = 0
     moved_bytes: int = 0
     adopted_at: int = 0
+    said: str = ""
 
 
 class Placing:
@@ -123,7 +125,7 @@ class Placing:
             fix = "serve on several devices" if devices == 1 else "give the engine a recorder"
             raise Refused("placement in the loop", devices, f"has nothing to plan: {why}", fix)
         self.plan, self.report = plan, Report()
-        self._engine, self._rules, self._say = engine, rules, say
+        self._engine, self._rules, self._tell = engine, rules, say
         self._topology = topology or auto.topology_of(engine.config)
         self._background = replan.Background()
         self._windows: list[Trace] = []
@@ -149,6 +151,10 @@ class Placing:
     def close(self) -> None:
         """Ends a search that is running."""
         self._background.close()
+
+    def _say(self, line: str) -> None:
+        self.report.said = line
+        self._tell(line)
 
     # --- recording ------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ class Page:
       tone: one of TONES.
       sections: figures, in order.
       origin: where it comes from: names and values.
+      again: seconds after which a browser asks for it again; 0 = never.
     """
 
     setting: str
@@ -35,6 +36,7 @@ class Page:
     tone: str
     sections: tuple[Section, ...]
     origin: tuple[tuple[str, str], ...]
+    again: int = 0
 
 
 def html(page: Page) -> str:
@@ -43,6 +45,7 @@ def html(page: Page) -> str:
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        *([element("meta", http_equiv="refresh", content=page.again)] if page.again else []),
         element("title", f"Placement: {page.headline}"),
         element("style", STYLE),
     ]

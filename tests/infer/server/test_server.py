@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from moe_jax.placement.plan import Plan
 from moe_jax.routing import trace as trace_lib
 from tests import tiny
 from tests.infer.serving.test_engine import make
+from tests.placement import test_report_browser
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 NAME = "tiny"
@@ -333,6 +335,32 @@ def test_metrics(port):
     assert len(kinds) == len(set(kinds))
 
 
+def test_the_page(port, tmp_path):
+    """Numbers of the metrics, pictures, no script; it asks for itself again."""
+    ask(port, answer("page"))
+    status, text = ask(port, None, "/", method="GET")
+    assert status == 200
+    assert text.startswith("<!doctype html>")
+    assert 'http-equiv="refresh" content="3"' in text
+    assert "<script" not in text
+    metrics = ask(port, None, "/metrics", method="GET")[1]
+    taken = re.search(r"moe_jax_requests_arrived_total (\d+)", metrics)[1]
+    assert re.search(rf"requests taken</th><td>{int(taken):,}</td>", text)
+    moved = re.search(r'rows_out_total{source="0",destination="1"} (\d+)', metrics)[1]
+    home = re.search(r'rows_home_total{source="0",destination="1"} (\d+)', metrics)[1]
+    assert f"0 to 1: {int(moved) + int(home):,} rows" in text
+    assert text.count("<svg") > 4
+    assert "Experts stay where they are" in text
+    if test_report_browser.BROWSER is None:
+        return  # what follows is seen where a browser is installed
+    (tmp_path / "page.html").write_text(text.replace('http-equiv="refresh"', ""), "utf-8")
+    for width in (400, 1400):
+        found = test_report_browser.measured(tmp_path / "page.html", tmp_path, width)
+        assert found["scroll"] <= found["inner"] == width
+        assert min(found["sizes"].values()) >= test_report_browser.SMALLEST
+        assert found["outside"] == []
+
+
 def test_experts_move_under_traffic(engine, monkeypatch):
     """Clients get the same answers while every plan is adopted, and the metrics say so."""
     here, decide = tiny.contiguous(2), replan.decide
@@ -355,11 +383,14 @@ def test_experts_move_under_traffic(engine, monkeypatch):
                 found = pool.map(lambda n: said(ask(port, answer(f"{n} moves"))[1]), range(40))
                 assert dict(enumerate(found)) == expected
         text = ask(port, None, "/metrics", method="GET")[1]
+        live = ask(port, None, "/", method="GET")[1]
     values = dict(line.rpartition(" ")[::2] for line in text.splitlines() if line[0] != "#")
     assert float(values["moe_jax_placing_adopted_total"]) >= 1
     assert float(values["moe_jax_placing_moved_experts_total"]) >= 1
     assert sum(float(values[f'moe_jax_placing_state{{state="{s}"}}']) for s in placing.STATES) == 1
     assert f'moe_jax_plan_info{{digest="{engine.plan_digest}"}} 1' in text
+    assert f"{moving.report.adopted} adopted" in live
+    assert "Placement in the loop is" in live
     now = migrate.between(moving._before.placement, moving.plan.placement, moving._moved_layers)
     now = now if moving.report.state == placing.MOVING else moving.plan.placement
     engine.adopt(migrate.route(now, here), 0, tiny.LAYERS, here)
