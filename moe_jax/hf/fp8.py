@@ -18,6 +18,7 @@ SCALES = "_scale_inv"
 # The tensors of a weight by the ends of their names, and the dtypes that each may have.
 PARTS = {"": ("F8_E4M3",), SCALES: ("F32",)}
 
+_FLOAT32 = np.dtype(np.float32)
 _BYTE = np.arange(128)
 _EXPONENT, _MANTISSA = _BYTE >> 3, _BYTE & 7
 _MAGNITUDES = np.where(
@@ -35,12 +36,18 @@ def shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def decode(
-    weights_OI: UInt8[np.ndarray, "O I"], scales_PJ: Float32[np.ndarray, "P J"]
+    weights_OI: UInt8[np.ndarray, "O I"],
+    scales_PJ: Float32[np.ndarray, "P J"],
+    dtype: np.dtype = _FLOAT32,
 ) -> Float[np.ndarray, "O I"]:
-    """float32 values; NaN where a byte says so, infinity beyond float32."""
-    values_OI = _VALUES[weights_OI]
+    """Values, computed in float32 a row of blocks at a time, so that little is held beside them.
+
+    NaN where a byte says so, infinity beyond the dtype.
+    """
+    values_OI = np.empty(weights_OI.shape, dtype)
     with np.errstate(over="ignore"):  # it becomes infinity, and the reader refuses that
         for number, scales_J in enumerate(scales_PJ):
+            rows = slice(number * BLOCK, (number + 1) * BLOCK)
             scales_I = np.repeat(scales_J, BLOCK)[: weights_OI.shape[1]]
-            values_OI[number * BLOCK : (number + 1) * BLOCK] *= scales_I[None]
+            values_OI[rows] = _VALUES[weights_OI[rows]] * scales_I[None]
     return values_OI

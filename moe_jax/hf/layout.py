@@ -66,7 +66,7 @@ class Layout:
         for end in code.PARTS:
             part, letters = self._part(tensors.codes(name + end), row, key[2])
             parts.append(part)
-        return self._arranged(code.decode(*parts).astype(dtype, copy=False), row, letters)
+        return self._arranged(code.decode(*parts, dtype), row, letters)
 
     def _part(self, stored: np.ndarray, row: Row, expert: int | None) -> tuple[np.ndarray, str]:
         """The part of a tensor that a row speaks of, and the letters of its axes in order."""

@@ -18,6 +18,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 PARTS = {BLOCKS: ("U8",), SCALES: ("U8", "F8_E8M0")}
 NO_NUMBER = 255  # the scale that means NaN
 
+_FLOAT32 = np.dtype(np.float32)
 _MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _VALUES = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 _BYTE = np.arange(256)
@@ -38,10 +39,12 @@ def shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 def decode(
-    blocks_ZGX: UInt8[np.ndarray, "*Z G 16"], scales_ZG: UInt8[np.ndarray, "*Z G"]
+    blocks_ZGX: UInt8[np.ndarray, "*Z G 16"],
+    scales_ZG: UInt8[np.ndarray, "*Z G"],
+    dtype: np.dtype = _FLOAT32,
 ) -> Float[np.ndarray, "*Z V"]:
-    """float32 values, V = 32 G; NaN where a scale says so, infinity beyond float32."""
+    """Values, V = 32 G; NaN where a scale says so, infinity beyond float32."""
     values_ZGV = np.take(_PAIRS, blocks_ZGX).view(np.float32)
     with np.errstate(over="ignore"):  # it becomes infinity, and the reader refuses that
         values_ZGV *= _POWERS[scales_ZG][..., None]
-    return values_ZGV.reshape(*scales_ZG.shape[:-1], -1)
+    return values_ZGV.reshape(*scales_ZG.shape[:-1], -1).astype(dtype, copy=False)
