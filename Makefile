@@ -1,4 +1,4 @@
-# make quickstart | test | venv | lint | bench | faults          PYTHON=python3.12 chooses the interpreter
+# make quickstart | test | venv | lint | bench | faults | notebooks | docs          PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ export JAX_PLATFORMS = cpu
 export TPU_SKIP_MDS_QUERY = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: quickstart quickstart-commands test venv lint bench faults clean
+.PHONY: quickstart quickstart-commands test venv lint bench faults notebooks notebooks-write docs clean
 
 quickstart: $(VENV)/.installed quickstart-commands
 
@@ -45,7 +45,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,dev,notebooks,docs]'
 	@touch $@
 
 bench: $(VENV)/.installed
@@ -55,5 +55,16 @@ bench: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(BIN)/python -m tests.faults.campaign
 
+# Runs every notebook on the CPU; each .ipynb has to say what the .py beside it says.
+notebooks: $(VENV)/.installed
+	$(BIN)/python colab/run.py
+
+notebooks-write: $(VENV)/.installed
+	$(BIN)/python colab/run.py --write
+
+# A warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/zensical build --strict --clean
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
