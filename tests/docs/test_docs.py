@@ -1,5 +1,6 @@
 """The site: commands that it names run on small files, and it builds without a warning."""
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement.formats import counts as counts_lib
 from moe_jax.placement.formats.hints import Hints
@@ -88,6 +90,28 @@ def test_files_and_programs_that_pages_name_exist(page):
         ):
             parts.pop()
         assert len(parts) > 1, module
+
+
+def test_flags_of_train_and_infer_exist():
+    sources = {
+        "infer": ROOT / "moe_jax" / "infer" / "flags.py",
+        "train": ROOT / "train.py",
+    }
+    seen = 0
+    for path in DOCS.glob("*.md"):
+        for line in commands(path.name):
+            program = re.match(r"python (infer|train)\.py ", line)
+            for flag in re.findall(r"--([\w.-]+)", line) if program else ():
+                top, _, field = flag.partition(".")
+                if top == "config":
+                    holder = config_lib.Config
+                    for name in field.split(".") if field else ():
+                        types = {one.name: one.type for one in dataclasses.fields(holder)}
+                        holder = types[name]
+                else:
+                    assert f'"{top}"' in sources[program[1]].read_text("utf-8"), flag
+                seen += 1
+    assert seen > 10
 
 
 def test_every_page_of_the_api_is_on_the_map():
