@@ -1,6 +1,7 @@
 """The sizes of gpt-oss-20b (arXiv 2508.10925), 20.9 G parameters, 3.6 G active, for 64 chips.
 
     python -m moe_jax.hf counts configs/gpt_oss_20b.py
+    python -m moe_jax.train.compile --config=configs/gpt_oss_20b.py --topology=v5p:4x4x4
 
 As published: layers, widths, heads (of 64, wider together than the model), experts and their
 biases, top_k (softmax over the chosen), the clamped SwiGLU, sinks, a window of 128 positions on

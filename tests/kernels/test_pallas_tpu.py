@@ -12,6 +12,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax.errors import Refused
@@ -33,20 +34,30 @@ def test_compiles_for_tpu_v5e_inside_shard_map():
     assert list(report.values()) == [{"kernels": 9, "transposes": 0}] * 2
 
 
-def test_shapes_the_hardware_cannot_tile_are_refused():
-    sizes_G = jnp.array([8], jnp.int32)
-
-    def lower(d_model, dtype):
-        x_ND = jax.ShapeDtypeStruct((8, d_model), dtype)
-        w_GDF = jax.ShapeDtypeStruct((1, d_model, 128), dtype)
-        run = jax.jit(lambda x, w: gm.grouped_matmul(x, w, sizes_G, implementation="pallas_tpu"))
-        return run.trace(x_ND, w_GDF)
-
-    lower(1000, jnp.float32)
-    lower(1280, jnp.float32)
-    with pytest.raises(
-        Refused, match=r"D must be a multiple of 128 or at most 1024. Pad D to 1152"
-    ):
-        lower(1100, jnp.float32)
+def test_types_the_hardware_has_not_are_refused():
+    x_ND, w_GDF = jnp.zeros((8, 128), jnp.float16), jnp.zeros((1, 128, 128), jnp.float16)
     with pytest.raises(Refused, match=r"pallas_tpu implementation takes float32 and bfloat16"):
-        lower(128, jnp.float16)
+        gm.grouped_matmul(x_ND, w_GDF, jnp.array([8], jnp.int32), implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    ("d_model", "d_ff"), [(1100, 48), pytest.param(48, 1100, marks=pytest.mark.slow)]
+)
+def test_widths_that_are_no_tiles_are_filled_up(d_model, d_ff):
+    """Too long for one block, no multiple of 128: y, dx and dw as of the oracle."""
+    rng = np.random.default_rng(0)
+    x_ND, w_GDF, dy_NF = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((20, d_model), (2, d_model, d_ff), (20, d_ff))
+    )
+    sizes_G = jnp.array([7, 9], jnp.int32)
+
+    def results(implementation):
+        run = lambda x, w: gm.grouped_matmul(x, w, sizes_G, implementation=implementation)  # noqa: E731
+        y_NF, vjp = jax.vjp(run, x_ND, w_GDF)
+        return [np.asarray(a) for a in (y_NF, *vjp(dy_NF))]
+
+    found, expected = results("pallas_tpu_interpret"), results("reference")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+    assert (found[0][16:] == 0).all()
