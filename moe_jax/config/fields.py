@@ -218,6 +218,7 @@ class TrainConfig:
     spike_sigma: float = 0.0
     spike_window: int = 64
     hang_seconds: float = 600.0  # without a finished step: say where all threads are; 0 = never
+    probe_every: int = 0  # steps; several processes time each other for slow hosts; 0 = never
     hang_exit: bool = False  # and end, with exit code 75, to be started again
     # "layer": the backward pass computes each layer again from its input, and gathers its weights
     # again; "none": everything is kept, the weights that `fsdp` gathered included.

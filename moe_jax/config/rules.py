@@ -343,7 +343,10 @@ def _validate_training(config: Config) -> None:
             *("checkpoint_every", "checkpoints_kept", "max_bad_steps", "spike_window"),
         ),
     )
-    for name in ("checkpoints_kept_every", "checkpoints_kept_best", "spike_sigma", "hang_seconds"):
+    for name in (
+        *("checkpoints_kept_every", "checkpoints_kept_best", "spike_sigma", "hang_seconds"),
+        "probe_every",
+    ):
         if getattr(train, name) < 0:
             raise Refused(f"train.{name}", getattr(train, name), "must be at least 0", "use 0")
     _one_of("train.remat", train.remat, REMATS)

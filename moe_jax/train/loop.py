@@ -30,6 +30,7 @@ from moe_jax.train import preemption, resume, watchdog
 from moe_jax.train import step as step_lib
 from moe_jax.train.replanner import Replanner
 from moe_jax.train.reporter import Reporter
+from moe_jax.train.stragglers import Stragglers
 
 
 def choose_dispatch(config: Config, workdir: pathlib.Path) -> tuple[Config, str]:
@@ -133,6 +134,7 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
             train_config.hang_seconds, workdir, exit_after=train_config.hang_exit
         )
         stack.enter_context(hang)
+        stragglers = Stragglers(config, mesh)
         agree = preemption.Agreement(mesh, ("stop", "save_failed", "new_plan"))
         pending: tuple[int, Any, jax.Array | None, np.ndarray] | None = None
         while run.step < train_config.num_steps:
@@ -152,6 +154,7 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
             )
             run.step += 1
             replanning.record(run.step, step_metrics)
+            stragglers.look(run.step, run.state)
             at_end = run.step == train_config.num_steps
             evaluate = run.step % train_config.eval_every == 0 or at_end
             loss = held_out_loss(run.state.model, table) if evaluate else None
