@@ -10,7 +10,7 @@ from moe_jax.infer.serving.scheduler import Limits
 
 BLOCK_SIZE, CHUNK = 16, 64
 _CONTEXT = 4096  # where nothing is said, at most
-_SEATS = 32  # over all shards, at least
+_SEATS = 64  # over all shards, at least
 _CHUNK_ROWS = 4  # over all shards, at least
 
 
