@@ -171,10 +171,10 @@ class Service:
                 self._tickets.discard(ticket)
             ticket.deliver(part)
 
-        if not ticket.wanted:
-            deliver(Part(None, "", None, "cancelled"))
-        elif ticket in self._tickets:
+        if ticket in self._tickets:
             ticket.request = self._engine.submit(prompt, options, deliver)
+            if not ticket.wanted:  # it was called off on its way here
+                self._engine.cancel(ticket.request)
 
     def _drop(self, ticket: Ticket) -> None:
         if ticket.request is not None:
