@@ -227,6 +227,8 @@ class _Answers:
 
         try:
             service.check_open(len(jobs))
+            for job in jobs:
+                service.check(*job)
             for index, (prompt, options) in enumerate(jobs):
                 self._tickets.append(service.submit(prompt, options, deliver_of(index)))
         except (Refused, Unavailable):

@@ -65,6 +65,10 @@ class Service:
     def draining(self) -> bool:
         return self._draining
 
+    def check(self, prompt: Sequence[int], options: Options) -> None:
+        """Raises `Refused` for a request that could never be answered."""
+        self._engine.check(prompt, options)
+
     def submit(self, prompt: Sequence[int], options: Options, deliver: Deliver) -> Ticket:
         """Takes a request; `deliver` is called from the engine's thread.
 
@@ -72,7 +76,7 @@ class Service:
           Refused: it could never be answered.
           Unavailable: not now.
         """
-        self._engine.check(prompt, options)
+        self.check(prompt, options)
         ticket = Ticket(deliver)
         with self._changed:
             self._check_open(1)

@@ -255,6 +255,12 @@ def test_bad_messages(port, field, messages):
     assert (status, found["error"]["param"]) == (400, field)
 
 
+def test_a_request_is_refused_as_a_whole(port, server, engine):
+    before = engine.stats.num_arrived
+    assert ask(port, answer(["fine", ""]))[0] == 400
+    assert server.service.call(lambda engine: engine.stats.num_arrived).result() == before
+
+
 def test_wrong_paths_and_methods(port):
     assert ask(port, None, "/v2", method="GET")[0] == 404
     assert ask(port, None, "/v1/completions", method="GET")[0] == 405
