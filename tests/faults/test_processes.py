@@ -42,6 +42,7 @@ def told_to_go(start, workdir, num_steps, number, logs):
     return harness.newest_step(workdir) != harness.last_step(workdir)
 
 
+@pytest.mark.slow
 def test_term_of_one_process_of_two(start, tmp_path):
     """The step is agreed on, exit code 0 for both; one process alone goes on from there."""
     workdir, num_steps = tmp_path / "run", 200

@@ -23,7 +23,7 @@ def generate(dispatch, placement, prompts):
 @pytest.mark.parametrize(
     "placement",
     [
-        tiny.random_placement(1),
+        pytest.param(tiny.random_placement(1), marks=pytest.mark.slow),
         pytest.param(tiny.replicated_placement(1, stay_on_nodes=1), marks=pytest.mark.slow),
         pytest.param(tiny.replicated_placement(2), marks=pytest.mark.slow),
     ],

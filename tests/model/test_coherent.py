@@ -50,7 +50,7 @@ LOCAL = Case(data=1, expert=1)
 MAIN = Case()
 CASES = [
     MAIN,
-    Case(data=1, node=2, expert=2, top_k=1),
+    pytest.param(Case(data=1, node=2, expert=2, top_k=1), marks=pytest.mark.slow),
     pytest.param(Case(data=1, expert=8, top_k=8, combine="partial"), marks=pytest.mark.slow),
     pytest.param(Case(data=1, expert=8, top_k=2), marks=pytest.mark.slow),
     pytest.param(Case(data=2, node=2, expert=2, top_k=2), marks=pytest.mark.slow),

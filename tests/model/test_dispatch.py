@@ -109,14 +109,24 @@ CASES = [
     ("local", "partial", (8, 1), 2),
     *(("gathered", "partial", shape, 2) for shape in [(1, 8), (2, 4), (8, 1)]),
     *(("exchange", "exact", shape, 2) for shape in [(1, 8), (2, 4), (4, 2), (8, 1), (1, 1)]),
-    *(("exchange", "partial", shape, 2) for shape in [(1, 8), (2, 4)]),
+    ("exchange", "partial", (2, 4), 2),
     ("local", "reproducible", (8, 1), 2),
-    *((dispatch, "reproducible", (1, 8), 2) for dispatch in BOTH),
-    *(("exchange", combine, (2, 4), top_k) for combine in schemes.COMBINES for top_k in (1, 8)),
+    ("exchange", "reproducible", (1, 8), 2),
+    *(("exchange", "exact", (2, 4), top_k) for top_k in (1, 8)),
+    ("exchange", "partial", (2, 4), 8),
     *(
-        pytest.param("gathered", combine, (2, 4), top_k, marks=pytest.mark.slow)
-        for combine in schemes.COMBINES
-        for top_k in (1, 8)
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("exchange", "partial", (1, 8), 2),
+            ("gathered", "reproducible", (1, 8), 2),
+            ("exchange", "partial", (2, 4), 1),
+            *(("exchange", "reproducible", (2, 4), top_k) for top_k in (1, 8)),
+            *(
+                ("gathered", combine, (2, 4), top_k)
+                for combine in schemes.COMBINES
+                for top_k in (1, 8)
+            ),
+        )
     ),
 ]
 

@@ -288,6 +288,7 @@ def plain_loss(config, setting, chosen_LTK, model):
         return ((norm(x, plain.final_norm_D) @ plain.output_DV) * WEIGHT_BSV).sum()
 
 
+@pytest.mark.slow
 def test_training_moves_all_parameters_but_the_correction():
     config = whole_config()
     config = dataclasses.replace(

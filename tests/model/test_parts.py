@@ -223,7 +223,7 @@ def gradients(config):
 SLOW = pytest.mark.slow
 CASES = [
     pytest.param("shuffled", {"expert": 2}, marks=SLOW),
-    ("coherent", {"expert": 2}),
+    pytest.param("coherent", {"expert": 2}, marks=SLOW),
     pytest.param("exchange", {"data": 2, "expert": 4}, marks=SLOW),
     pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=SLOW),
     pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=SLOW),

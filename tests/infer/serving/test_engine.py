@@ -276,7 +276,7 @@ SCALED = {
     "parts",
     [
         PARTS,
-        LATENT,
+        pytest.param(LATENT, marks=pytest.mark.slow),
         pytest.param(SCALED, marks=pytest.mark.slow),
     ],
     ids=["windows_sinks_biases", "latent_dense", "scales_layer_norm"],
