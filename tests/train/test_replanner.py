@@ -12,6 +12,8 @@ from tests import tiny
 from tests.train import test_loop
 
 STEPS = 14
+DEVICES = 2
+HERE = tiny.contiguous(DEVICES)
 OFTEN = {"every": 4, "record_steps": 4, "seconds": 0.05}
 
 
@@ -21,6 +23,7 @@ def config(combine="reproducible", replan=None, **more):
         train__num_steps=STEPS,
         train__checkpoint_every=7,
         train__eval_every=7,
+        mesh={"data": 2, "expert": DEVICES},
         **({"replan": replan} if replan else {}),
         **more,
     )
@@ -69,7 +72,7 @@ def test_the_curve_keeps_every_bit(stays, tmp_path, at_once, capsys):
     assert [step for step, _ in moves(workdir)] == [6, 10, 14]
     assert capsys.readouterr().out.count("training stood still for") >= 3
 
-    before, rows = tiny.contiguous(), metrics.read(workdir / "metrics.jsonl")[1]
+    before, rows = HERE, metrics.read(workdir / "metrics.jsonl")[1]
     for step in (5, 9, 13):
         after = Plan.read(workdir / "plans" / f"{step}.json").placement
         moved = int((before.device_LE != after.device_LE).sum())
@@ -83,12 +86,12 @@ def _same_model(stays, workdir, last):
     """What is saved last is under the last plan, and holds the same parameters and moments."""
     folders = [folder / "checkpoints" / str(STEPS) for folder in (stays, workdir)]
     contents = [checkpoint.read_contents(folder) for folder in folders]
-    assert contents[1].plan.placement == last != tiny.contiguous()
+    assert contents[1].plan.placement == last != HERE
     arrays, moved = (
         checkpoint.restore_numpy(folder, held)
         for folder, held in zip(folders, contents, strict=True)
     )
-    back = permute.apply_to_arrays(moved, contents[1].arrays, last, tiny.contiguous())
+    back = permute.apply_to_arrays(moved, contents[1].arrays, last, HERE)
     assert back.keys() == arrays.keys()
     for name, array in back.items():
         np.testing.assert_array_equal(array, arrays[name])
@@ -117,7 +120,7 @@ def test_a_run_that_dies_after_a_move_goes_on_from_its_checkpoint(
 
     It goes on under the plan that was stored, not under the one that its config began with.
     """
-    Plan(tiny.random_placement(77)).write(tmp_path / "plan.json")
+    Plan(tiny.random_placement(77, DEVICES)).write(tmp_path / "plan.json")
     named = config(replan=OFTEN, placement=str(tmp_path / "plan.json"))
     adopt = replanner.Replanner.adopt
 
@@ -169,7 +172,9 @@ def test_plans_are_made_from_what_the_model_chose(tmp_path, monkeypatch, capsys)
     for step, trace in enumerate(recorded, start=seed - 4):
         assert trace.num_tokens == 8 * 16
         device_TLK = before.device_LE[np.arange(2)[:, None], trace.expert_ids_TLK]
-        load_LM = np.stack([np.bincount(d.ravel(), minlength=4) for d in device_TLK.swapaxes(0, 1)])
+        load_LM = np.stack(
+            [np.bincount(d.ravel(), minlength=DEVICES) for d in device_TLK.swapaxes(0, 1)]
+        )
         imbalance = float((load_LM.max(1) / load_LM.mean(1)).mean())
         assert rows[step - 1]["load_imbalance"] == pytest.approx(imbalance, rel=1e-6)
 
@@ -189,7 +194,7 @@ def test_copies_move_too(tmp_path, at_once, monkeypatch):
 
 
 def _copies(seed) -> Placement:
-    return tiny.replicated_placement(seed, slots=12)
+    return tiny.replicated_placement(seed, DEVICES, slots=12)
 
 
 @pytest.mark.parametrize(
