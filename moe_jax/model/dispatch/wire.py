@@ -124,7 +124,10 @@ def _chunks_by_shift(send_counts_M: jax.Array, chunk: int, axis: mesh_lib.Axis) 
     destination_M = (me + jnp.arange(size, dtype=jnp.int32)) % size
     chunks_M = -(-send_counts_M[destination_M] // chunk)
     mine_G = jnp.arange(_num_groups(size)) == me % _num_groups(size)
-    return jax.lax.pmax(jnp.where(mine_G[None], chunks_M[:, None], 0), mesh_lib.BATCH)
+    chunks_MG = jnp.where(mine_G[None], chunks_M[:, None], 0)
+    # Counts that come from a table do not vary over all axes of the maximum, as it demands.
+    chunks_MG = chunks_MG + 0 * jax.lax.axis_index(mesh_lib.BATCH)
+    return jax.lax.pmax(chunks_MG, mesh_lib.BATCH)
 
 
 def _messages(
