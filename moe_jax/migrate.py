@@ -105,7 +105,13 @@ def between(old: Placement, new: Placement, moved: int) -> Placement:
     """Where experts are when the first so many layers have moved."""
     layer_L1 = np.arange(old.num_layers)[:, None] < moved
     slots_LP = np.where(layer_L1, new.physical_to_logical_LP, old.physical_to_logical_LP)
-    return Placement(slots_LP.astype(np.int32), old.num_experts, old.num_devices)
+    shares_LNP = [placement.share_LNP for placement in (new, old)]
+    share_LNP = None
+    if any(share is not None for share in shares_LNP):  # of a layer without shares: zeros
+        zeros_LNP = np.zeros_like(next(share for share in shares_LNP if share is not None))
+        of_new, of_old = (zeros_LNP if share is None else share for share in shares_LNP)
+        share_LNP = np.where(layer_L1[:, :, None], of_new, of_old)
+    return Placement(slots_LP.astype(np.int32), old.num_experts, old.num_devices, share_LNP)
 
 
 class Mover:

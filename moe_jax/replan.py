@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import auto
+from moe_jax import auto, migrate
+from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
 from moe_jax.placement import solve
@@ -93,13 +94,53 @@ class Decision:
     planning_seconds: float
 
 
-def trace_of(expert_LBSK: np.ndarray, num_experts: int, model: str = "") -> Trace:
-    """One step's routing as a trace; ids out of range (-1) mean no expert."""
+def setting_of(
+    config: Config,
+    mover: migrate.Mover,
+    *,
+    topology: Topology | None = None,
+    batch_tokens: int | None = None,
+    passes: int,
+    interval: int,
+    time_limit: float,
+    min_gain: float,
+) -> Setting:
+    """That of a model which trains or serves.
+
+    Args:
+      mover: of everything that moves with its experts.
+      topology: None = what the config names.
+      batch_tokens: of a step; None = as the config says.
+    """
+    work = auto.work_of(config)
+    if batch_tokens is not None:
+        work = dataclasses.replace(work, batch_tokens=batch_tokens)
+    split = config.mesh.fsdp * config.mesh.tensor  # devices that an expert is cut over
+    return Setting(
+        topology=topology or auto.topology_of(config),
+        work=work,
+        dispatch=config.model.dispatch,
+        combine=config.model.combine,
+        passes=passes,
+        interval=interval,
+        expert_bytes=-(-mover.expert_bytes // split),
+        time_limit=time_limit,
+        min_gain=min_gain,
+    )
+
+
+def trace_of(expert_LBSK: np.ndarray, config: Config) -> Trace:
+    """One step's routing as a trace; ids below 0 mean no expert."""
+    num_experts = config.model.num_experts
     layers, batch, sequence, top_k = expert_LBSK.shape
     dtype, none = (np.uint8, 255) if num_experts < 255 else (np.uint16, 65535)
     ids_TLK = expert_LBSK.transpose(1, 2, 0, 3).reshape(-1, layers, top_k)
     ids_TLK = np.where(ids_TLK < 0, none, ids_TLK).astype(dtype)
-    return Trace(ids_TLK, num_experts, np.full(batch, sequence, np.int32), model=model)
+    return Trace(
+        *(ids_TLK, num_experts, np.full(batch, sequence, np.int32)),
+        layer_ids=config.model.moe_layer_ids,
+        model=config.name,
+    )
 
 
 def decide(
@@ -181,7 +222,7 @@ def decide(
     return Decision(
         adopt,
         reason,
-        Plan(after, topology=setting.topology.to_json(), provenance=provenance),
+        Plan(after, problem.trace.layer_ids, setting.topology.to_json(), provenance),
         rows_before,
         rows_after,
         float(before_N.mean()),

@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_jax import auto, replan
+from moe_jax import auto, migrate, replan
 from moe_jax.errors import Refused
 from moe_jax.placement import replication
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.seconds import Work
+from moe_jax.train import step as step_lib
+from tests import tiny
 
 LAYERS, EXPERTS, DEVICES, K = 3, 16, 4, 4
 HERE = Placement.contiguous(LAYERS, EXPERTS, DEVICES)
@@ -50,13 +52,24 @@ def _uniform(rng, tokens):
 def _trace(ids_TLK):
     # layers, sequences of 64, experts
     expert_LBSK = ids_TLK.reshape(-1, 64, LAYERS, K).transpose(2, 0, 1, 3).astype(np.int16)
-    return replan.trace_of(expert_LBSK, EXPERTS)
+    return replan.trace_of(expert_LBSK, sized(LAYERS, EXPERTS))
+
+
+def sized(num_layers, num_experts, dense=0):
+    return tiny.config(
+        model__num_layers=dense + num_layers,
+        model__num_dense_layers=dense,
+        model__d_ff_dense=8 * (dense > 0),
+        model__num_experts=num_experts,
+        mesh={"data": 1, "expert": 1},
+    )
 
 
 def test_the_trace_of_a_step_is_its_tokens_in_order():
     expert_LBSK = np.arange(2 * 3 * 4 * 1).reshape(2, 3, 4, 1).astype(np.int16)
     expert_LBSK[:, 1, 2] = -1
-    trace = replan.trace_of(expert_LBSK, 24)
+    trace = replan.trace_of(expert_LBSK, sized(2, 24, dense=3))
+    assert list(trace.layer_ids) == [3, 4]
     assert trace.seq_len.tolist() == [4, 4, 4]
     for b in range(3):
         for s in range(4):
@@ -80,6 +93,7 @@ def test_a_planted_placement_is_found_and_adopted():
     # one device of 4 in place of all 4, homes uniform: 2 x 3/4 against 2 x 3
     assert decision.rows_before > 2 * decision.rows_after
     assert decision.seconds_after < decision.seconds_before
+    assert list(decision.plan.layer_ids) == list(range(LAYERS))
     assert decision.plan.provenance["moved_bytes"] == decision.move.bytes > 0
 
 
@@ -102,6 +116,23 @@ def test_the_older_half_plans_and_the_newer_judges():
     assert half > 0.01 * mean
     # the standard error of two values is half their difference; all layers, both passes
     assert decision.saved_low == pytest.approx((mean - 2 * half) * LAYERS * 2, rel=1e-9)
+
+
+def test_layers_keep_their_numbers():
+    steps = [dataclasses.replace(planted(seed), layer_ids=(2, 3, 4)) for seed in range(4)]
+    assert list(replan.decide(setting(), HERE, steps).plan.layer_ids) == [2, 3, 4]
+
+
+def test_what_a_model_asks_for():
+    """An expert that is cut over fsdp and tensor moves in parts, each over a link of its own."""
+    config = tiny.config(mesh={"fsdp": 2, "expert": 2, "tensor": 2}, model__combine="partial")
+    mover = migrate.Mover(tiny.mesh(config), step_lib.abstract_state(config, tiny.mesh(config)))
+    made = replan.setting_of(
+        config, mover, batch_tokens=77, passes=2, interval=9, time_limit=1.0, min_gain=0.0
+    )
+    assert (made.work.batch_tokens, made.dispatch, made.combine) == (77, "exchange", "partial")
+    assert made.expert_bytes == 3 * 3 * config.model.d_model * config.model.d_ff * 4 // 4
+    assert made.topology.num_devices == 2
 
 
 def test_the_same_again_moves_nothing():

@@ -122,6 +122,11 @@ class ModelConfig:
         return self.num_layers - self.num_dense_layers
 
     @property
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        """Their numbers in the model."""
+        return tuple(range(self.num_dense_layers, self.num_layers))
+
+    @property
     def d_rotated(self) -> int:
         """Values of a head that are turned by positions."""
         return self.latent.d_rope if self.latent.kv_rank else self.d_head

@@ -79,7 +79,7 @@ def find(
         config = config_lib.with_dispatch(config, dispatch)
     sizes = (config.model.num_moe_layers, config.model.num_experts, devices)
     if plan is None:
-        plan = plan_lib.Plan(plan_lib.Placement.contiguous(*sizes))
+        plan = plan_lib.Plan(plan_lib.Placement.contiguous(*sizes), config.model.moe_layer_ids)
     plan_lib.check_fits(plan, num_layers=sizes[0], num_experts=sizes[1], num_devices=devices)
     copies.check_nodes(plan.placement, config.mesh.node)
     tensors = folder.tensors(path)

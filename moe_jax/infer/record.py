@@ -75,7 +75,7 @@ def trace(generations: list[Generation], config: Config, corpus: str) -> Trace:
         num_experts=config.model.num_experts,
         seq_len=tokens.seq_len,
         seq_home=tokens.home_T[start],
-        layer_ids=tuple(range(config.model.num_dense_layers, config.model.num_layers)),
+        layer_ids=config.model.moe_layer_ids,
         model=config.name,
         corpus=corpus,
     )

@@ -15,7 +15,7 @@ from moe_jax.infer import load, published, record
 from moe_jax.infer.engine import Engine, Generation, check_prompts
 from moe_jax.infer.sampling import Sampling
 from moe_jax.infer.server.settings import Settings
-from moe_jax.infer.serving import serve_load, supported
+from moe_jax.infer.serving import placing, serve_load, supported
 from moe_jax.infer.text import Text
 from moe_jax.routing import trace as trace_lib
 
@@ -114,6 +114,8 @@ def _serve(source: load.Source | published.Source, request: Request, note: str) 
     supported.check_model(config)
     if request.serve:
         request.serve.check()
+        if request.serve.replan_tokens:
+            placing.check(config)
     mesh_lib.initialize(config.platform, source.virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
     if note:

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moe_jax import auto, metrics, migrate, replan
 from moe_jax import mesh as mesh_lib
+from moe_jax import metrics, migrate, replan
 from moe_jax.config import Config
 from moe_jax.model.dispatch.table import Table
 from moe_jax.placement.plan import Placement, Plan
@@ -54,15 +54,11 @@ class Replanner:
         # compiled beside the first steps, so that the first move does not wait for it
         threading.Thread(target=self._mover.prepare, args=(here,), daemon=True).start()
         self._sampled = _sampler(config, mesh)
-        split = config.mesh.fsdp * config.mesh.tensor
-        self._setting = replan.Setting(
-            topology=auto.topology_of(config),
-            work=auto.work_of(config),
-            dispatch=config.model.dispatch,
-            combine=config.model.combine,
+        self._setting = replan.setting_of(
+            config,
+            self._mover,
             passes=PASSES[config.model.combine],
             interval=config.replan.every,
-            expert_bytes=-(-self._mover.expert_bytes // split),
             time_limit=config.replan.seconds,
             min_gain=config.replan.min_gain,
         )
@@ -87,8 +83,7 @@ class Replanner:
         recorded, self._recorded = self._recorded, []
         if jax.process_index() or self._background.running or len(recorded) < replan.LEAST_STEPS:
             return  # others plan; the last plan is not ready yet; the run has just begun
-        experts, name = self._config.model.num_experts, self._config.name
-        traces = [replan.trace_of(expert_LBSK, experts, name) for expert_LBSK in recorded]
+        traces = [replan.trace_of(expert_LBSK, self._config) for expert_LBSK in recorded]
         self._background.start(self._setting, self.plan.placement, traces, seed=step)
 
     def found(self) -> bool:
@@ -117,7 +112,7 @@ class Replanner:
         started = time.perf_counter()
         run.state = jax.block_until_ready(self._mover(run.state, way))
         pause, moved = time.perf_counter() - started, int(way.moved_L.sum())
-        self.plan = Plan(placement)
+        self.plan = Plan(placement, self.plan.layer_ids)
         num_bytes = moved * self._mover.expert_bytes
         if decision:
             self.plan, self._decision = decision.plan, None

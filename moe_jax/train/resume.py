@@ -106,7 +106,9 @@ def _in_order(stored: plan_lib.Plan, contiguous: plan_lib.Plan, nodes: int) -> p
         copies.check_nodes(placement, nodes)
     except Refused:
         return contiguous
-    return stored if placement == stored.placement else plan_lib.Plan(placement)
+    if placement == stored.placement:
+        return stored
+    return plan_lib.Plan(placement, stored.layer_ids)
 
 
 def _restored(

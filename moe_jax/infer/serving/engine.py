@@ -271,6 +271,33 @@ class Engine:
         """Of this model's experts; its program is compiled when it is first prepared."""
         return migrate.Mover(self._mesh, jax.tree.unflatten(self._structure, self._leaves))
 
+    def table_of(self, placement: Placement) -> Table:
+        """The placement as the compiled steps take it.
+
+        Raises:
+          Refused: more copies of one expert than they have room for, or shares of copies where
+            they know of none.
+        """
+        table, mine = permute.table(placement), self._table
+        copies, room = (t.logical_to_physical_ER.shape[-1] for t in (table, mine))
+        ends_LXER = table.share_end_XER
+        if copies > room or (ends_LXER is not None and mine.share_end_XER is None):
+            shares = "" if ends_LXER is None else ", taken by shares"
+            raise Refused(
+                "placement",
+                f"up to {copies} copies of an expert{shares}",
+                f"the steps of this engine were compiled for {room}"
+                + ("" if mine.share_end_XER is None else ", taken by shares"),
+                "start the server with this plan",
+            )
+        missing = ((0, 0), (0, 0), (0, room - copies))
+        slot_LER = np.pad(table.logical_to_physical_ER, missing, constant_values=-1)
+        if ends_LXER is not None:  # nothing is added behind the last copy
+            ends_LXER = np.pad(ends_LXER, ((0, 0), *missing), mode="edge")
+        elif mine.share_end_XER is not None:  # zeros: copies are taken by the other rule
+            ends_LXER = np.zeros(mine.share_end_XER.shape, np.int32)
+        return Table(slot_LER, table.num_replicas_E, ends_LXER)
+
     def adopt(self, way: migrate.Route, first: int, last: int, placement: Placement) -> float:
         """Between two steps, moves the experts of MoE layers `first` to `last` (not included).
 
@@ -282,17 +309,9 @@ class Engine:
           Seconds that it took. Answers do not change: a request that runs goes on.
 
         Raises:
-          Refused: more copies of one expert than the compiled steps have room for.
+          Refused: see `table_of`.
         """
-        table = permute.table(placement)
-        room = self._table.logical_to_physical_ER.shape[-1]
-        if table.logical_to_physical_ER.shape[-1] != room:
-            raise Refused(
-                "placement",
-                f"up to {table.logical_to_physical_ER.shape[-1]} copies of an expert",
-                f"the steps of this engine were compiled for {room}",
-                "start the server with this plan",
-            )
+        table = self.table_of(placement)
         started = self._clock()
         model = jax.tree.unflatten(self._structure, self._leaves)
         self._leaves = jax.tree.leaves(jax.block_until_ready(self.mover(model, way, first, last)))
@@ -325,6 +344,4 @@ class Engine:
         trace = self.recorder.trace(
             recorded_XLK, self.config.model.num_experts, homes, self.config.name
         )
-        model = self.config.model
-        layer_ids = tuple(range(model.num_dense_layers, model.num_layers))
-        return trace and dataclasses.replace(trace, layer_ids=layer_ids)
+        return trace and dataclasses.replace(trace, layer_ids=self.config.model.moe_layer_ids)

@@ -20,10 +20,11 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_jax import auto, migrate, replan
+from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
-from moe_jax.placement.plan import Placement, Plan
+from moe_jax.placement.plan import Plan
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -94,6 +95,14 @@ class Report:
     said: str = ""
 
 
+def check(config: Config) -> None:
+    """Refuses models whose experts cannot move, and topologies of other sizes than the mesh."""
+    if config.mesh.expert_devices == 1:
+        rule = "must be 0: experts are on one device, and there is nothing to plan"
+        raise Refused("--replan_tokens", "given", rule, "leave it out, or serve on several devices")
+    auto.topology_of(config)
+
+
 class Placing:
     """Keeps the experts of one engine where its traffic wants them.
 
@@ -117,13 +126,12 @@ class Placing:
         say: is told what happens, a line each time.
 
         Raises:
-          Refused: an engine without a recorder, or with its experts on one device.
+          Refused: an engine without a recorder, or see `check`.
         """
-        devices = engine.config.mesh.expert_devices
-        if engine.recorder is None or devices == 1:
-            why = "experts are on one device" if devices == 1 else "nothing is recorded"
-            fix = "serve on several devices" if devices == 1 else "give the engine a recorder"
-            raise Refused("placement in the loop", devices, f"has nothing to plan: {why}", fix)
+        check(engine.config)
+        if engine.recorder is None:
+            fix = "give the engine a recorder"
+            raise Refused("recorder", None, "nothing is recorded to plan from", fix)
         self.plan, self.report = plan, Report()
         self._engine, self._rules, self._tell = engine, rules, say
         self._topology = topology or auto.topology_of(engine.config)
@@ -197,16 +205,14 @@ class Placing:
             self.report.state = PLANNING
 
     def _setting(self, tokens_per_step: int) -> replan.Setting:
-        config, rules = self._engine.config, self._rules
-        split = config.mesh.fsdp * config.mesh.tensor
-        return replan.Setting(
+        rules = self._rules
+        return replan.setting_of(
+            self._engine.config,
+            self._engine.mover,
             topology=self._topology,
-            work=dataclasses.replace(auto.work_of(config), batch_tokens=tokens_per_step),
-            dispatch=config.model.dispatch,
-            combine=config.model.combine,
+            batch_tokens=tokens_per_step,
             passes=1,
             interval=max(rules.pays_within // tokens_per_step, 1),
-            expert_bytes=-(-self._engine.mover.expert_bytes // split),
             time_limit=rules.time_limit,
             min_gain=rules.min_gain,
         )
@@ -223,7 +229,9 @@ class Placing:
             return
         self.report.plans += 1
         made = f"plan made in {found.planning_seconds:.1f} s: {found.reason}"
-        if found.adopt and found.plan.digest in self._withdrawn:
+        if found.adopt and (refused := self._refused(found.plan)):
+            self._say(f"{made}; experts stay: {refused}")
+        elif found.adopt and found.plan.digest in self._withdrawn:
             self._say(f"{made}; it was withdrawn before, experts stay")
         elif not found.adopt:
             self._say(f"{made}; experts stay")
@@ -231,6 +239,14 @@ class Placing:
             self._say(f"{made}; {found.move.experts} experts move")
             self._decision = found
             self._begin(found.plan)
+
+    def _refused(self, plan: Plan) -> Refused | None:
+        """Why the engine cannot take a plan."""
+        try:
+            self._engine.table_of(plan.placement)
+        except Refused as refused:
+            return refused
+        return None
 
     def _begin(self, plan: Plan) -> None:
         self._before, self.plan = self.plan, plan
@@ -245,9 +261,7 @@ class Placing:
             count = max(1, int(self._rules.most_pause / self._layer_seconds))
         first, last = self._moved_layers, min(self._moved_layers + count, layers)
         here = migrate.between(self._before.placement, self.plan.placement, last)
-        # a plan may say more than its slots do: which copy takes what share
-        placement: Placement = self.plan.placement if last == layers else here
-        seconds = self._engine.adopt(self._way, first, last, placement)
+        seconds = self._engine.adopt(self._way, first, last, here)
         self._layer_seconds = max(self._layer_seconds, seconds / (last - first))
         moved = int(self._way.moved_L[first:last].sum())
         report.pause, report.total_pause = max(report.pause, seconds), report.total_pause + seconds

@@ -82,9 +82,6 @@ def report(logits_RV: jax.Array, token_R: jax.Array, settings: Settings) -> jax.
         return jnp.concatenate([bits[:, :1], id_RX.astype(jnp.int32), bits[:, 1:]], axis=1)
 
     def nothing(logits_RV):
-        return likely_zeros(logits_RV)
-
-    def likely_zeros(logits_RV):
         # Zeros of the same mesh axes as the logits.
         zero_R1 = jax.lax.bitcast_convert_type(logits_RV[:, :1] * 0, jnp.int32) * 0
         return jnp.broadcast_to(zero_R1, (zero_R1.shape[0], OUT_WORDS - 1))

@@ -17,7 +17,7 @@ checked on arrival), every request ends.
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from moe_jax.errors import Refused
 from moe_jax.infer.serving.blocks import Blocks, keys_of
@@ -135,18 +135,12 @@ class Step:
 class Scheduler:
     """Waiting and running requests, and the blocks of every shard."""
 
-    def __init__(self, limits: Limits, prefer: Callable[[Job, int], int] = lambda job, shard: 0):
-        """Args:
-        limits: sizes.
-        prefer: (job, shard) -> a number; of shards that a request fits on, it goes to the
-          one with most blocks of its prompt, then the largest of this number, then most room.
-        """
+    def __init__(self, limits: Limits):
         self.limits = limits
         self.blocks = [Blocks(limits.blocks) for _ in range(limits.shards)]
         self.waiting: list[Job] = []  # by arrival
         self.running: list[Job] = []  # by arrival
         self._seats: list[list[int]] = [list(range(limits.seats)) for _ in range(limits.shards)]
-        self._prefer = prefer
         self.found = 0  # positions that were found and not computed, over all admissions
         self._arrivals = 0
 
@@ -247,7 +241,7 @@ class Scheduler:
             job.keys = keys_of(job.tokens, limits.block_size, job.keys)
             # The last token always runs: its logits are wanted.
             findable = job.keys[: (len(job.tokens) - 1) // limits.block_size]
-            best: tuple[tuple[int, int, int, int], list[int]] | None = None
+            best: tuple[tuple[int, int, int], list[int]] | None = None
             for shard, pool in enumerate(self.blocks):
                 if not self._seats[shard]:
                     continue
@@ -257,12 +251,12 @@ class Scheduler:
                 # One block more where others run, or they would preempt it in the next steps.
                 if room < (len(self._seats[shard]) < limits.seats):
                     continue
-                rank = (len(found), self._prefer(job, shard), room, -shard)
+                rank = (len(found), room, -shard)  # what is there already, then most room
                 if best is None or rank > best[0]:
                     best = rank, found
             if best is None:
                 return
-            (_, _, _, minus_shard), found = best
+            (_, _, minus_shard), found = best
             shard, pool = -minus_shard, self.blocks[-minus_shard]
             pool.hold(found)
             job.blocks = found + pool.take(limits.blocks_of(len(job.tokens)) - len(found))

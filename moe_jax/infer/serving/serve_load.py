@@ -154,7 +154,8 @@ def run(source: load.Source | published.Source) -> None:
     peak = REQUESTS / continuous(engine, flood).seconds
     metrics.say(
         f"{REQUESTS} requests on mesh {config.mesh}, cache of {positions:,} positions: "
-        f"{limits.shards * limits.seats} seats, or {batch} at full length; greedy, float32"
+        f"{limits.shards * limits.seats} seats, or {batch} at full length; greedy, "
+        f"{config.model.dtype}"
     )
     _host_share(engine, corpus)
     _recorder_cost(source, mesh, engine, corpus)

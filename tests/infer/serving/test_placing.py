@@ -170,6 +170,42 @@ def test_few_requests_make_no_plan(engine):
     assert placed.report.plans == 0
 
 
+def test_copies_follow_too():
+    """Fewer copies of an expert, and shares of them or none; more than there is room for stay."""
+    old = tiny.replicated_placement(0, slots=12, stay_on_nodes=1)
+    fewer, same, more = (tiny.replicated_placement(seed, slots=12) for seed in (1, 6, 2))
+    room, *others = (p.logical_to_physical_LER.shape[-1] for p in (old, fewer, same, more))
+    assert (room, others) == (3, [2, 3, 4])
+    engine = test_engine.make(
+        ROOMY, Recorder(4, 64, 64), old, mesh={"data": 1, "expert": 4}, model__combine="exact"
+    )
+    expected = serve(engine, 20)
+    for before, new in ((old, fewer), (fewer, old), (old, same)):
+        way = placing.migrate.route(before, new)
+        for layer in range(tiny.LAYERS):
+            here = placing.migrate.between(before, new, layer + 1)
+            engine.adopt(way, layer, layer + 1, here)
+            assert serve(engine, 20) == expected
+        assert engine.plan_digest == new.digest
+    with pytest.raises(Refused, match=f"compiled for {room}"):
+        engine.table_of(more)
+
+
+def test_a_plan_that_the_engine_cannot_take_ends_nothing(engine, monkeypatch):
+    plan, said = planted(monkeypatch, rows_after=0.01), []
+
+    def refuse(placement):
+        raise Refused("placement", 2, "compiled for 1", "start again")
+
+    monkeypatch.setattr(engine, "table_of", refuse)
+    placed = start(engine, said=said)
+    serve(engine, 100, placed)
+    monkeypatch.undo()
+    assert placed.report.adopted == placed.report.moved_experts == 0
+    assert placed.plan.placement == HERE != plan.placement
+    assert any("experts stay: placement = 2: compiled for 1" in line for line in said)
+
+
 def test_what_cannot_be_planned_is_refused(engine):
     start(engine)
     recorder, engine.recorder = engine.recorder, None
@@ -178,6 +214,8 @@ def test_what_cannot_be_planned_is_refused(engine):
             start(engine)
     finally:
         engine.recorder = recorder
+    with pytest.raises(Refused, match="on one device"):
+        placing.check(tiny.config(mesh={"data": 4, "expert": 1}))
     with pytest.raises(Refused, match=r"replan\.tokens"):
         placing.Rules(tokens=0)
     with pytest.raises(Refused, match=r"replan\.margin"):

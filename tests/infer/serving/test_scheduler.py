@@ -196,13 +196,6 @@ def test_keys_stand_for_all_tokens_before():
     assert keys_of([1, 2, 3, 4, 5, 6], 2, first)[:2] == first
 
 
-def test_prefer_decides_between_shards():
-    scheduler = Scheduler(LIMITS, prefer=lambda job, shard: shard)
-    job = scheduler.add([1, 2], 1)
-    scheduler.plan()
-    assert job.shard == 1
-
-
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "match"),
     [(0, 1, "must not be empty"), (1, 0, "at least 1"), (30, 3, "at most 32 together")],
