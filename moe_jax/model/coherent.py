@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Int
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.kernels import grouped_matmul
-from moe_jax.model import attention, moe, parameter, router, shared, transformer
+from moe_jax.model import attention, layers, moe, parameter, router, shared, transformer
 from moe_jax.model.dispatch import onward, schemes, sorting, stay, wire
 from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.table import Home, Table, experts_of, rule_position, slots_of
@@ -90,9 +90,9 @@ def build_forward(
         embedding_VD = model.embedding_VD[...].astype(dtype)
         x_BSD = embedding_VD[token_BS]
         x_BSD, cache, record = stack(x_BSD, model.blocks, table, position_BS, real_BS, cache)
-        x_BSD = transformer.rms_norm(x_BSD, model.final_norm_D[...], eps)
+        x_BSD = layers.rms_norm(x_BSD, model.final_norm_D[...], eps)
         output_DV = None if model.output_DV is None else model.output_DV[...].astype(dtype)
-        return transformer.Output(transformer.logits(x_BSD, embedding_VD, output_DV), cache, record)
+        return transformer.Output(layers.logits(x_BSD, embedding_VD, output_DV), cache, record)
 
     return forward
 
@@ -359,7 +359,7 @@ class _Group:
     def _norm_of(self, scale_D: nnx.Param) -> Callable[[jax.Array], jax.Array]:
         """[N, D] -> [N, D]"""
         eps = self._config.norm_eps
-        return lambda x_ND: transformer.rms_norm(x_ND[None], scale_D[...], eps)[0]
+        return lambda x_ND: layers.rms_norm(x_ND[None], scale_D[...], eps)[0]
 
     def _experts_of(self, weights: moe.MoE) -> schemes.ExpertsFn:
         def experts_fn(rows_AD, group_sizes_e):

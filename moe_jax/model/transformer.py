@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.model import attention, latent, moe, parameter, router, shared, shuffled
+from moe_jax.model import attention, latent, moe, parameter, shared, shuffled
+from moe_jax.model import layers as layers_lib
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
@@ -141,37 +142,6 @@ class Output:
 Forward = Callable[..., Output]
 
 
-def rms_norm(x_BSD: Float[Array, "B S D"], scale_D: Float[Array, "D"], eps: float):
-    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
-    x32_BSD = x_BSD.astype(jnp.float32)
-    inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
-    return (x32_BSD * inverse_BS1 * scale_D[None, None]).astype(x_BSD.dtype)
-
-
-def layer_norm(
-    x_BSD: Float[Array, "B S D"],
-    scale_D: Float[Array, "D"],
-    bias_D: Float[Array, "D"],
-    eps: float,
-):
-    """(x - mean) / deviation * scale + bias, computed in float32 (arXiv 1607.06450)."""
-    x32_BSD = x_BSD.astype(jnp.float32)
-    x32_BSD = x32_BSD - jnp.mean(x32_BSD, axis=-1, keepdims=True)
-    inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
-    y_BSD = x32_BSD * inverse_BS1 * scale_D[None, None] + bias_D[None, None]
-    return y_BSD.astype(x_BSD.dtype)
-
-
-def logits(x_BSD: Float[Array, "B S D"], embedding_VD: jax.Array, output_DV: jax.Array | None):
-    """float32 [B, S, V] of normed rows, by the output projection or, where it is None, the
-    embedding."""
-    if output_DV is None:
-        logits_BSV = jnp.einsum("bsd,vd->bsv", x_BSD, embedding_VD)
-    else:
-        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, output_DV)
-    return logits_BSV.astype(jnp.float32)
-
-
 def build_forward(
     config: ModelConfig,
     mesh: Mesh,
@@ -191,18 +161,7 @@ def build_forward(
       `forward(model, token_BS, table, *, position_BS=None, real_BS=None, cache=None) -> Output`;
       `table` is stacked over layers. Positions default to 0..S-1, all real.
     """
-    moe_layer = moe.build(
-        mesh,
-        dispatch=config.dispatch,
-        combine=config.combine,
-        capacity_factor=config.capacity_factor,
-        overlap_degree=config.overlap_degree,
-        wire_dtype=config.wire_dtype,
-        scheme=router.scheme_of(config),
-        activation=config.activation,
-        implementation=implementation,
-    )
-    eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
+    layers = layers_lib.Layers(config, mesh, implementation, attention_batch)
     setting: Any = attention.setting_of(config)
     attend: Any = attention.attend
     if config.latent.kv_rank:
@@ -210,23 +169,12 @@ def build_forward(
     window_L = attention.windows(config)
     dense_window_L = None if window_L is None else window_L[: config.num_dense_layers]
     window_L = None if window_L is None else window_L[config.num_dense_layers :]
-    split = mesh_lib.sharding(mesh, "batch", None, None)
-    norm = functools.partial(rms_norm, eps=eps)
     steps = None
     if config.dispatch == "shuffled":
-        steps = shuffled.Steps(mesh, moe_layer, norm, config.num_kv_heads, setting, config.top_k)
-    attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
-    place = jax.lax.with_sharding_constraint
-
-    whole = functools.partial(parameter.gathered, mesh=mesh)
-
-    def normed(x_BSD, scale_D, bias_D=None):
-        if bias_D is None:
-            return rms_norm(x_BSD, whole(scale_D)[...], eps)
-        return layer_norm(x_BSD, whole(scale_D)[...], whole(bias_D)[...], eps)
-
-    def times(scale, x_BSD):
-        return x_BSD if scale == 1 else scale * x_BSD
+        norm = functools.partial(layers_lib.rms_norm, eps=config.norm_eps)
+        steps = shuffled.Steps(
+            *(mesh, layers.moe_layer, norm, config.num_kv_heads, setting, config.top_k)
+        )
 
     def forward(
         model: Transformer,
@@ -245,42 +193,25 @@ def build_forward(
         if config.rope.long_factor:  # the length of a text, which padding is no part of
             position_BS = jnp.where(real_BS, position_BS, 0)
 
-        def attended(x_BSD, block, cache_of_layer, window, bias_D=None):
-            with jax.named_scope("attention"):
-                normed_BSD = normed(x_BSD, block.attention_norm_D, bias_D)
-                mixed_BSD, cache_of_layer = attend(
-                    place(normed_BSD, attention_split),
-                    whole(block.attention, dtype=dtype),
-                    position_BS,
-                    setting,
-                    cache_of_layer,
-                    window,
-                )
-            mixed_BSD = times(config.residual_scale, place(mixed_BSD, split))
-            return place(x_BSD + mixed_BSD, split), cache_of_layer
+        def attend_over(cache_of_layer, window):
+            return lambda normed_BSD, weights: attend(
+                normed_BSD, weights, position_BS, setting, cache_of_layer, window
+            )
 
         def dense_layer(x_BSD, inputs):
             block, cache_of_layer, window = inputs
-            x_BSD, cache_of_layer = attended(x_BSD, block, cache_of_layer, window)
-            with jax.named_scope("dense"):
-                normed_BSD = normed(x_BSD, block.mlp_norm_D)
-                normed_TD = normed_BSD.reshape(-1, x_BSD.shape[-1])
-                y_TD = shared.compute(normed_TD, whole(block.mlp, dtype=dtype))
-            y_BSD = times(config.residual_scale, y_TD.reshape(x_BSD.shape))
-            return place(x_BSD + y_BSD, split), cache_of_layer
+            return layers.dense(x_BSD, block, attend_over(cache_of_layer, window))
 
         def layer(x_BSD, inputs):
             block, table_of_layer, cache_of_layer, window = inputs
-            x_BSD, cache_of_layer = attended(
-                x_BSD, block, cache_of_layer, window, block.attention_norm_bias_D
+            attend = attend_over(cache_of_layer, window)
+            x_BSD, cache_of_layer, record = layers.moe(
+                x_BSD, block, attend, turn_BS, real_BS, table_of_layer
             )
-            normed_BSD = normed(x_BSD, block.moe_norm_D, block.moe_norm_bias_D)
-            y_BSD, record = moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table_of_layer)
-            return x_BSD + times(config.residual_scale, y_BSD), (cache_of_layer, record)
+            return x_BSD, (cache_of_layer, record)
 
         again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
-        embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
-        x_BSD = place(times(config.embedding_scale, embedding_VD[token_BS]), split)
+        x_BSD, embedding_VD = layers.embed(model, token_BS)
         of_stacks = cache if isinstance(cache, StackedCache) else StackedCache(None, cache)
         of_dense, of_moe = of_stacks.dense, of_stacks.moe
         if model.dense_blocks is not None:
@@ -295,14 +226,7 @@ def build_forward(
         else:
             x_BSD, (of_moe, record) = jax.lax.scan(again(layer), x_BSD, inputs)
         cache = of_moe if of_dense is None else StackedCache(of_dense, of_moe)
-        x_BSD = normed(x_BSD, model.final_norm_D, model.final_norm_bias_D)
-        output_DV = None if model.output_DV is None else whole(model.output_DV, dtype=dtype)[...]
-        logits_BSV = logits(x_BSD, embedding_VD, output_DV)
-        if model.output_bias_V is not None:
-            logits_BSV += whole(model.output_bias_V)[...][None, None]
-        if config.logits_divisor != 1:
-            logits_BSV /= config.logits_divisor
-        return Output(logits_BSV, cache, record)
+        return Output(layers.logits(model, x_BSD, embedding_VD), cache, record)
 
     return forward
 

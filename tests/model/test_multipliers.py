@@ -10,7 +10,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.model import parameter, transformer
+from moe_jax.model import layers, parameter, transformer
 from tests import tiny
 from tests.model.test_parts import shaken
 
@@ -69,7 +69,7 @@ def test_layer_norm_equals_numpy():
     x_BSD, scale_D, bias_D = (rng.normal(size=s) for s in ((2, 3, 8), 8, 8))
     x_BSD += 5
     arrays = (jnp.asarray(a, jnp.float32) for a in (x_BSD, scale_D, bias_D))
-    actual_BSD = transformer.layer_norm(*arrays, 0.1)
+    actual_BSD = layers.layer_norm(*arrays, 0.1)
     away_BSD = x_BSD - x_BSD.mean(-1, keepdims=True)
     expected_BSD = away_BSD / np.sqrt(x_BSD.var(-1, keepdims=True) + 0.1) * scale_D + bias_D
     np.testing.assert_allclose(actual_BSD, expected_BSD, rtol=0, atol=3e-6)

@@ -23,7 +23,8 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.infer.serving import attending, paged, rows
 from moe_jax.infer.serving.packing import FLOATS, Layout
-from moe_jax.model import attention, moe, parameter, router, shared, transformer
+from moe_jax.model import attention, transformer
+from moe_jax.model import layers as layers_lib
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
@@ -65,23 +66,13 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
 
     `out` is int32 [shards R, OUT_WORDS], see packing.py; `logits_RV` float32 of the same rows.
     """
-    moe_layer = moe.build(
-        mesh,
-        dispatch=config.dispatch,
-        combine=config.combine,
-        overlap_degree=config.overlap_degree,
-        wire_dtype=config.wire_dtype,
-        scheme=router.scheme_of(config),
-        activation=config.activation,
-    )
     limits = layout.limits
     least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, 8)
     num_rows = max(least, layout.num_tokens)
-    eps, dtype = config.norm_eps, jnp.dtype(config.dtype)
     window_L = attention.windows(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=split)
-    whole = functools.partial(parameter.gathered, mesh=mesh)
+    layers = layers_lib.Layers(config, mesh)
     on_shards = functools.partial(jax.shard_map, mesh=mesh)
     attend = attending.build(config, mesh, layout)
     pick = on_shards(
@@ -102,14 +93,6 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         missing = ((0, 0), (0, num_rows - layout.num_tokens))
         return jnp.pad(field_SF, missing, constant_values=filler).reshape(-1, 1)
 
-    def normed(x_T1D: jax.Array, scale_D: Any, bias_D: Any = None) -> jax.Array:
-        if bias_D is None:
-            return transformer.rms_norm(x_T1D, whole(scale_D)[...], eps)
-        return transformer.layer_norm(x_T1D, whole(scale_D)[...], whole(bias_D)[...], eps)
-
-    def times(scale: float, x_T1D: jax.Array) -> jax.Array:
-        return x_T1D if scale == 1 else scale * x_T1D
-
     def step(model: transformer.Transformer, table: Table, state: State, packed: jax.Array):
         fields = layout.unpack(packed)
         position_T1 = rows_of(fields["position"], -1)
@@ -117,32 +100,25 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         at_T1 = jnp.maximum(position_T1, 0)
         turn_T1 = rule_position(at_T1)
 
-        def attended(carry, block, number, window, bias_D=None):
-            x_T1D, pages = carry
-            with jax.named_scope("attention"):
-                normed_T1D = place(normed(x_T1D, block.attention_norm_D, bias_D))
-                weights = whole(block.attention, dtype=dtype)
-                mixed_T1D, pages = attend(normed_T1D, weights, at_T1, pages, number, fields, window)
-            return place(x_T1D + times(config.residual_scale, place(mixed_T1D))), pages
+        def attend_over(pages, number, window):
+            return lambda normed_T1D, weights: attend(
+                normed_T1D, weights, at_T1, pages, number, fields, window
+            )
 
         def dense_layer(carry, inputs):
-            block, number, window = inputs
-            x_T1D, pages = attended(carry, block, number, window)
-            with jax.named_scope("dense"):
-                normed_TD = normed(x_T1D, block.mlp_norm_D)[:, 0]
-                y_TD = shared.compute(normed_TD, whole(block.mlp, dtype=dtype))
-            return (place(x_T1D + times(config.residual_scale, y_TD[:, None])), pages), None
+            (x_T1D, pages), (block, number, window) = carry, inputs
+            return layers.dense(x_T1D, block, attend_over(pages, number, window)), None
 
         def layer(carry, inputs):
-            block, table_of_layer, number, window = inputs
-            x_T1D, pages = attended(carry, block, number, window, block.attention_norm_bias_D)
-            normed_T1D = normed(x_T1D, block.moe_norm_D, block.moe_norm_bias_D)
-            y_T1D, record = moe_layer(normed_T1D, block.moe, turn_T1, real_T1, table_of_layer)
-            return (x_T1D + times(config.residual_scale, y_T1D), pages), record
+            (x_T1D, pages), (block, table_of_layer, number, window) = carry, inputs
+            attend = attend_over(pages, number, window)
+            x_T1D, pages, record = layers.moe(
+                x_T1D, block, attend, turn_T1, real_T1, table_of_layer
+            )
+            return (x_T1D, pages), record
 
-        embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
-        x_T1D = times(config.embedding_scale, embedding_VD[rows_of(fields["token"], 0)])
-        carry, dense = (place(x_T1D), state.pages), config.num_dense_layers
+        x_T1D, embedding_VD = layers.embed(model, rows_of(fields["token"], 0))
+        carry, dense = (x_T1D, state.pages), config.num_dense_layers
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         if model.dense_blocks is not None:
             dense_window_L = None if window_L is None else window_L[:dense]
@@ -152,13 +128,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         inputs = (model.blocks, table, number_L[dense:], of_moe_L)
         (x_T1D, pages), records = jax.lax.scan(layer, carry, inputs)
         x_R1D = place(pick(x_T1D, fields["sample"]))
-        x_R1D = normed(x_R1D, model.final_norm_D, model.final_norm_bias_D)
-        output_DV = None if model.output_DV is None else whole(model.output_DV, dtype=dtype)[...]
-        logits_RV = place(transformer.logits(x_R1D, embedding_VD, output_DV))[:, 0]
-        if model.output_bias_V is not None:
-            logits_RV += whole(model.output_bias_V)[...][None]
-        if config.logits_divisor != 1:
-            logits_RV /= config.logits_divisor
+        logits_RV = place(layers.logits(model, x_R1D, embedding_VD))[:, 0]
         out, logits_RV = sample(logits_RV, fields)
         recorded_XLK = state.recorded_XLK
         if recorded_XLK is not None:

@@ -1,0 +1,157 @@
+"""Norms, embedding, residuals and logits: what every forward pass does around its attention.
+
+A part that a model does not have is a parameter that is None, or a number that changes nothing.
+
+Axes: B batch, S tokens at hand, T = B S, D d_model, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
+from moe_jax.model import moe, parameter, router, shared
+from moe_jax.model.dispatch.table import Table
+
+
+def rms_norm(x_BSD: Float[Array, "B S D"], scale_D: Float[Array, "D"], eps: float):
+    """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
+    x32_BSD = x_BSD.astype(jnp.float32)
+    inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
+    return (x32_BSD * inverse_BS1 * scale_D[None, None]).astype(x_BSD.dtype)
+
+
+def layer_norm(
+    x_BSD: Float[Array, "B S D"],
+    scale_D: Float[Array, "D"],
+    bias_D: Float[Array, "D"],
+    eps: float,
+):
+    """(x - mean) / deviation * scale + bias, computed in float32 (arXiv 1607.06450)."""
+    x32_BSD = x_BSD.astype(jnp.float32)
+    x32_BSD = x32_BSD - jnp.mean(x32_BSD, axis=-1, keepdims=True)
+    inverse_BS1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BSD), axis=-1, keepdims=True) + eps)
+    y_BSD = x32_BSD * inverse_BS1 * scale_D[None, None] + bias_D[None, None]
+    return y_BSD.astype(x_BSD.dtype)
+
+
+def logits(x_BSD: Float[Array, "B S D"], embedding_VD: jax.Array, output_DV: jax.Array | None):
+    """float32 [B, S, V] of normed rows, by the output projection or, where it is None, the
+    embedding."""
+    if output_DV is None:
+        logits_BSV = jnp.einsum("bsd,vd->bsv", x_BSD, embedding_VD)
+    else:
+        logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, output_DV)
+    return logits_BSV.astype(jnp.float32)
+
+
+# (normed rows, attention weights as they are computed with) -> (what attention adds, what it keeps)
+Attend = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class Layers:
+    """The math of layers around their attention, for every forward pass; chosen once.
+
+    Args:
+      implementation: of the grouped matmul; None = by platform.
+      attention_batch: logical axis of the batch in attention, "batch" or "replica".
+
+    Attributes:
+      moe_layer: see moe.py.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        implementation: str | None = None,
+        attention_batch: str = "batch",
+    ):
+        self.moe_layer = moe.build(
+            mesh,
+            dispatch=config.dispatch,
+            combine=config.combine,
+            capacity_factor=config.capacity_factor,
+            overlap_degree=config.overlap_degree,
+            wire_dtype=config.wire_dtype,
+            scheme=router.scheme_of(config),
+            activation=config.activation,
+            implementation=implementation,
+        )
+        self._config, self._dtype = config, jnp.dtype(config.dtype)
+        self._split = mesh_lib.sharding(mesh, "batch", None, None)
+        self._attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
+        self._whole = functools.partial(parameter.gathered, mesh=mesh)
+
+    def embed(self, model: Any, token_BS: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array]:
+        """Rows of the embedding, [B, S, D], and the embedding as it is computed with, [V, D]."""
+        embedding_VD = self._whole(model.embedding_VD, dtype=self._dtype)[...]
+        x_BSD = self._place(_times(self._config.embedding_scale, embedding_VD[token_BS]))
+        return x_BSD, embedding_VD
+
+    def dense(self, x_BSD: jax.Array, block: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """A layer without experts: (rows, what attention keeps)."""
+        x_BSD, kept = self._attended(x_BSD, block, attend)
+        with jax.named_scope("dense"):
+            normed_TD = self._normed(x_BSD, block.mlp_norm_D).reshape(-1, x_BSD.shape[-1])
+            y_TD = shared.compute(normed_TD, self._whole(block.mlp, dtype=self._dtype))
+        return self._place(self._added(x_BSD, y_TD.reshape(x_BSD.shape))), kept
+
+    def moe(
+        self,
+        x_BSD: jax.Array,
+        block: Any,
+        attend: Attend,
+        turn_BS: jax.Array,
+        real_BS: jax.Array,
+        table: Table,
+    ) -> tuple[jax.Array, Any, moe.LayerRecord]:
+        """A layer with experts: (rows, what attention keeps, record)."""
+        x_BSD, kept = self._attended(x_BSD, block, attend, block.attention_norm_bias_D)
+        normed_BSD = self._normed(x_BSD, block.moe_norm_D, block.moe_norm_bias_D)
+        y_BSD, record = self.moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table)
+        return self._added(x_BSD, y_BSD), kept, record
+
+    def logits(self, model: Any, x_BSD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+        """float32 [B, S, V] of rows that are not normed yet."""
+        x_BSD = self._normed(x_BSD, model.final_norm_D, model.final_norm_bias_D)
+        output_DV = None
+        if model.output_DV is not None:
+            output_DV = self._whole(model.output_DV, dtype=self._dtype)[...]
+        logits_BSV = logits(x_BSD, embedding_VD, output_DV)
+        if model.output_bias_V is not None:
+            logits_BSV += self._whole(model.output_bias_V)[...][None, None]
+        if self._config.logits_divisor != 1:
+            logits_BSV /= self._config.logits_divisor
+        return logits_BSV
+
+    def _attended(
+        self, x_BSD: jax.Array, block: Any, attend: Attend, bias_D: Any = None
+    ) -> tuple[jax.Array, Any]:
+        with jax.named_scope("attention"):
+            normed_BSD = self._normed(x_BSD, block.attention_norm_D, bias_D)
+            normed_BSD = jax.lax.with_sharding_constraint(normed_BSD, self._attention_split)
+            mixed_BSD, kept = attend(normed_BSD, self._whole(block.attention, dtype=self._dtype))
+        return self._place(self._added(x_BSD, self._place(mixed_BSD))), kept
+
+    def _normed(self, x_BSD: jax.Array, scale_D: Any, bias_D: Any = None) -> jax.Array:
+        eps = self._config.norm_eps
+        if bias_D is None:
+            return rms_norm(x_BSD, self._whole(scale_D)[...], eps)
+        return layer_norm(x_BSD, self._whole(scale_D)[...], self._whole(bias_D)[...], eps)
+
+    def _added(self, x_BSD: jax.Array, y_BSD: jax.Array) -> jax.Array:
+        return x_BSD + _times(self._config.residual_scale, y_BSD)
+
+    def _place(self, x_BSD: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x_BSD, self._split)
+
+
+def _times(scale: float, x_BSD: jax.Array) -> jax.Array:
+    return x_BSD if scale == 1 else scale * x_BSD
