@@ -102,7 +102,7 @@ def resolve(
 def resolve_unplanned(config: Config) -> tuple[Config, str]:
     """`resolve` for training under the contiguous placement."""
     model, devices = config.model, config.mesh.expert_devices
-    contiguous = Placement.contiguous(model.num_moe_layers, model.num_experts, devices)
+    contiguous = Placement.contiguous(model.num_plan_layers, model.num_experts, devices)
     return resolve(config, contiguous, training=True)
 
 
@@ -185,8 +185,8 @@ def _routing(config: Config, placement: Placement) -> tuple[np.ndarray, str]:
     model = config.model
     if not config.trace:
         rng = np.random.default_rng(0)
-        shape = (min(SAMPLE, 2**24 // (model.num_moe_layers * model.num_experts)) or 1,)
-        score_TLE = rng.random((*shape, model.num_moe_layers, model.num_experts), np.float32)
+        shape = (min(SAMPLE, 2**24 // (model.num_plan_layers * model.num_experts)) or 1,)
+        score_TLE = rng.random((*shape, model.num_plan_layers, model.num_experts), np.float32)
         ids_TLK = np.argpartition(score_TLE, model.top_k - 1, axis=-1)[..., : model.top_k]
         return ids_TLK, "experts chosen uniformly (config.trace = '')"
     trace = trace_lib.load(config.trace, model.num_experts)

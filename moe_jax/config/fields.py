@@ -113,13 +113,19 @@ class ModelConfig:
     norm: str = "rms"  # of layers; "layer": mean and variance, with biases
     output_bias: bool = False  # of logits
     latent: LatentConfig = LatentConfig()
-    num_dense_layers: int = 0  # of num_layers, the first ones: without experts
+    # Of num_layers, the first ones: without experts; where all are, num_experts = top_k = 1.
+    num_dense_layers: int = 0
     d_ff_dense: int = 0  # their width
 
     @property
     def num_moe_layers(self) -> int:
         """Those that plans, traces and records are about."""
         return self.num_layers - self.num_dense_layers
+
+    @property
+    def num_plan_layers(self) -> int:
+        """Those of its plan: a model without MoE layers has a plan of one, which nothing reads."""
+        return max(1, self.num_moe_layers)
 
     @property
     def moe_layer_ids(self) -> tuple[int, ...]:

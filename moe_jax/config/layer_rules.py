@@ -17,10 +17,12 @@ def validate(model: ModelConfig) -> None:
             if value := getattr(model.latent, name):
                 rule = "is of latent attention, and model.latent.kv_rank = 0: there is none"
                 raise Refused(f"model.latent.{name}", value, rule, "set kv_rank, or use 0")
-    if not 0 <= model.num_dense_layers < model.num_layers:
-        rule = f"must leave a MoE layer of model.num_layers = {model.num_layers}"
-        fix = f"choose 0 to {model.num_layers - 1}"
+    if not 0 <= model.num_dense_layers <= model.num_layers:
+        rule = f"must be at most model.num_layers = {model.num_layers}"
+        fix = f"choose 0 to {model.num_layers}"
         raise Refused("model.num_dense_layers", model.num_dense_layers, rule, fix)
+    if not model.num_moe_layers:
+        _validate_dense(model)
     if (model.d_ff_dense > 0) != (model.num_dense_layers > 0) or model.d_ff_dense < 0:
         rule = f"is the width of model.num_dense_layers = {model.num_dense_layers} dense layers"
         raise Refused("model.d_ff_dense", model.d_ff_dense, rule, "set both, or none")
@@ -42,6 +44,17 @@ def validate(model: ModelConfig) -> None:
     if model.norm != "rms" and model.num_dense_layers:
         rule = "is not there in dense layers (model.num_dense_layers)"
         raise Refused("model.norm", model.norm, rule, "use 'rms'")
+
+
+def _validate_dense(model: ModelConfig) -> None:
+    """Of a model without MoE layers; what is of experts says nothing, and may say nothing else."""
+    for name in ("num_experts", "top_k"):
+        if (value := getattr(model, name)) != 1:
+            rule = "must be 1 where all layers are dense (model.num_dense_layers): none has experts"
+            raise Refused(f"model.{name}", value, rule, "use 1, or fewer dense layers")
+    if model.d_ff != model.d_ff_dense:
+        rule = f"must be model.d_ff_dense = {model.d_ff_dense} where all layers are dense"
+        raise Refused("model.d_ff", model.d_ff, rule, f"use {model.d_ff_dense}")
 
 
 def _validate_latent(model: ModelConfig) -> None:

@@ -205,6 +205,9 @@ def _validate_mesh(config: Config) -> None:
                 f"nearest: {_nearest_divisors(devices, value)}",
             )
     devices = mesh.expert_devices
+    if devices > 1 and not model.num_moe_layers:
+        rule = f"splits experts ({mesh}), and all layers are dense: there are none"
+        raise Refused("mesh.expert", devices, rule, "use mesh.data or mesh.fsdp")
     if model.num_experts % devices:
         what = "mesh.expert" if mesh.node == 1 else "mesh.node x mesh.expert"
         raise Refused(
@@ -380,6 +383,9 @@ def _validate_replanning(config: Config) -> None:
         raise Refused("replan.record_steps", replan.record_steps, rule, "use 8")
     if not replan.every:
         return
+    if not config.model.num_moe_layers:
+        rule = "moves experts, and all layers are dense: there are none"
+        raise Refused("replan.every", replan.every, rule, "use 0")
     if replan.every < replan.record_steps:
         raise Refused(
             "replan.every",

@@ -43,7 +43,7 @@ def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
     """Reads FOLDER/config.json.
 
     Args:
-      devices: over which its experts are split (`mesh.expert`).
+      devices: over which its experts are split (`mesh.expert`), or only tokens where it has none.
 
     Raises:
       Refused: naming the key, its value, and what is supported.
@@ -60,12 +60,13 @@ def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
         raise Refused(f"{path}: model_type", model_type, rule, fix)
     family = FAMILIES[model_type]
     model = _model(path, plain, family)
+    has_experts = model["num_layers"] != model.get("num_dense_layers", 0)
     return Published(
         config_lib.from_config_dict(
             {
                 "name": model_type,
                 "model": model,
-                "mesh": {"expert": devices},
+                "mesh": {"expert" if has_experts else "data": devices},
                 # of held-out text, with room for what follows; this config is not trained with
                 "data": {"seq_len": _sequence(model["max_seq_len"]), "global_batch": devices},
                 "train": {"num_steps": 1, "eval_sequences": devices},
@@ -99,6 +100,8 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
             raise Refused(f"{path}: {key}", plain[key], rule, "use another model of this family")
     model: dict[str, Any] = {}
     for asked in (*COMMON, *family.keys):
+        if asked.field in family.fixed:
+            continue
         group, _, field = asked.field.rpartition(".")
         fields = model.setdefault(group, {}) if group else model
         fields[field] = 0 if asked.needs and not model[asked.needs] else _value(path, plain, asked)

@@ -47,14 +47,13 @@ _NORMS = (
     Row("blocks.attention_norm_D", "D", _BLOCK + "input_layernorm.weight", "D"),
     Row("blocks.moe_norm_D", "D", _BLOCK + "post_attention_layernorm.weight", "D"),
 )
-_TRUNK = (
-    *_ENDS,
-    *_NORMS,
+_PLAIN_ATTENTION = (
     *_linear("query", "DHQ", "q_proj", "HQ D"),
     *_linear("key", "DGQ", "k_proj", "GQ D"),
     *_linear("value", "DGQ", "v_proj", "GQ D"),
     *_linear("output", "HQD", "o_proj", "D HQ"),
 )
+_TRUNK = (*_ENDS, *_NORMS, *_PLAIN_ATTENTION)
 _NORM_HEADS = (
     Row("blocks.attention.query_norm_Z", "Q", _ATTENTION + "q_norm.weight", "Q"),
     Row("blocks.attention.key_norm_Z", "Q", _ATTENTION + "k_norm.weight", "Q"),
@@ -230,18 +229,21 @@ def _swiglu(parameter: str, mlp: str) -> tuple[Row, ...]:
     )
 
 
-_DENSE = (  # the same attention, in the stack of dense layers
-    *(
+def _dense(*rows: Row) -> tuple[Row, ...]:
+    """Rows of norms and attention, in the stack of dense layers."""
+    return tuple(
         dataclasses.replace(
             row,
             parameter=row.parameter.replace("blocks", "dense_blocks").replace(
                 "moe_norm", "mlp_norm"
             ),
         )
-        for row in (*_NORMS, *_LATENT)
-    ),
-    *_swiglu("dense_blocks.mlp", "mlp."),
-)
+        for row in rows
+    )
+
+
+_DENSE_MLP = _swiglu("dense_blocks.mlp", "mlp.")
+_DENSE = (*_dense(*_NORMS, *_LATENT), *_DENSE_MLP)
 _DEEPSEEK = (
     *(*_ENDS, *_NORMS, *_LATENT, *_DENSE),
     *_swiglu("blocks.moe.shared", "mlp.shared_experts."),
@@ -311,6 +313,19 @@ DEEPSEEK_V3 = Family(
     beside=("model.layers.{layers}.",),  # predicts one more token ahead
 )
 
+LLAMA = Family(
+    "llama",
+    keys=(
+        Key("num_dense_layers", ("num_hidden_layers",)),
+        Key("d_ff_dense", ("intermediate_size",)),
+        Key("d_ff", ("intermediate_size",)),  # there are no experts to have another
+        Key("attention_bias", ("attention_bias",), "", {False: "", True: "qkvo"}),
+    ),
+    fixed={"num_experts": 1, "top_k": 1},
+    only=(("mlp_bias", (False, None), "biases of dense layers"),),
+    layouts={"per matrix": (*_ENDS, *_dense(*_NORMS, *_PLAIN_ATTENTION), *_DENSE_MLP)},
+)
+
 _MULTIPLIERS = (
     Key("embedding_scale", ("embedding_multiplier",), 1.0),
     Key("residual_scale", ("residual_multiplier",), 1.0),
@@ -374,6 +389,6 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GPT_OSS),
-        *(DEEPSEEK_V2, DEEPSEEK_V3, GRANITE_MOE, PHIMOE),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, LLAMA, GRANITE_MOE, PHIMOE),
     )
 }

@@ -90,7 +90,7 @@ def find(workdir: str, placement: str | None, dispatch: str | None = None) -> So
     plan = plan_lib.Plan.read(placement) if placement else contents.plan
     plan_lib.check_fits(
         plan,
-        num_layers=config.model.num_moe_layers,
+        num_layers=config.model.num_plan_layers,
         num_experts=config.model.num_experts,
         num_devices=config.mesh.expert_devices,
     )

@@ -77,10 +77,11 @@ def find(
     config = published.config
     if dispatch is not None:
         config = config_lib.with_dispatch(config, dispatch)
-    sizes = (config.model.num_moe_layers, config.model.num_experts, devices)
+    expert_devices = config.mesh.expert_devices
+    sizes = (config.model.num_plan_layers, config.model.num_experts, expert_devices)
     if plan is None:
         plan = plan_lib.Plan(plan_lib.Placement.contiguous(*sizes), config.model.moe_layer_ids)
-    plan_lib.check_fits(plan, num_layers=sizes[0], num_experts=sizes[1], num_devices=devices)
+    plan_lib.check_fits(plan, num_layers=sizes[0], num_experts=sizes[1], num_devices=sizes[2])
     copies.check_nodes(plan.placement, config.mesh.node)
     tensors = folder.tensors(path)
     found = layout.find(published.family, config.model, tensors)

@@ -15,11 +15,20 @@ import numpy as np
 
 from moe_jax import files
 from moe_jax.config import Config
+from moe_jax.errors import Refused
 from moe_jax.infer.engine import Generation, StepRecord, fetch
 from moe_jax.placement.plan import Plan
 from moe_jax.routing.trace import Trace
 
 MEASUREMENT_FORMAT, MEASUREMENT_VERSION = "moe_jax.measurement", 2
+
+
+def check(config: Config, flag: str, value: object) -> None:
+    """Refuses what asks for the routing of a model that routes nothing."""
+    if not config.model.num_moe_layers:
+        rule = "needs layers with experts, and all layers of this model are dense"
+        fix = "leave it out; python -m moe_jax.upcycle makes experts of dense layers"
+        raise Refused(flag, value, rule, fix)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,7 @@ def run(request: Request) -> None:
         training=False,
     )
     source = dataclasses.replace(source, config=config)
+    _check_routing(config, request)
     if request.serve or request.serve_load:
         _serve(source, request, note)
         return
@@ -158,6 +159,17 @@ def _check_flags(request: Request) -> None:
     ):
         if value < least:
             raise Refused(flag, value, f"must be at least {least}", fix)
+
+
+def _check_routing(config: config_lib.Config, request: Request) -> None:
+    serve = request.serve
+    for flag, value in (
+        ("--record", request.record),
+        ("--measure", request.measure),
+        ("--replan_tokens", serve.replan_tokens if serve else 0),
+    ):
+        if value:
+            record.check(config, flag, value)
 
 
 def _new_tokens(request: Request) -> int:

@@ -127,6 +127,24 @@ class LayerRecord:
     apart: Leaf | None = None
 
 
+def idle_record(shape: tuple[int, ...], num_slots: int, devices: int) -> LayerRecord:
+    """Of one layer that routes nothing, with the axis of layers in front.
+
+    Args:
+      shape: B, S, K.
+      num_slots: P.
+      devices: M.
+    """
+    pairs_LMM = jnp.zeros((1, devices, devices), jnp.int32)
+    traffic = Traffic(
+        *(pairs_LMM, pairs_LMM, pairs_LMM, pairs_LMM),
+        computed_P=jnp.zeros((1, num_slots), jnp.int32),
+        dropped_ME=jnp.zeros((1, devices, num_slots), jnp.int32),
+    )
+    expert_LBSK = jnp.full((1, *shape), -1, jnp.int32)
+    return LayerRecord(expert_LBSK, traffic, load_balance=jnp.zeros(1), z=jnp.zeros(1))
+
+
 MoELayer = Callable[[jax.Array, MoE, jax.Array, jax.Array, Table], tuple[jax.Array, LayerRecord]]
 
 

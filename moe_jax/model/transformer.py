@@ -84,8 +84,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Embedding [V, D], stacked blocks, final norm, output projection [D, V].
 
-    `dense_blocks`, the first layers of some models, are a stack before the other, or None. Where
-    both ends are tied, the embedding projects the output as well, and `output_DV` is None.
+    `dense_blocks`, the first layers of some models, are a stack before the other, or None; so is
+    `blocks` in a model whose layers are all dense. Where both ends are tied, the embedding projects
+    the output as well, and `output_DV` is None.
     """
 
     def __init__(self, key: jax.Array, config: ModelConfig):
@@ -97,7 +98,11 @@ class Transformer(nnx.Module):
         self.dense_blocks = (
             jax.vmap(lambda k: DenseBlock(k, config))(jax.random.split(d, dense)) if dense else None
         )
-        self.blocks = jax.vmap(lambda k: Block(k, config))(jax.random.split(b, moe_layers))
+        self.blocks = (
+            jax.vmap(lambda k: Block(k, config))(jax.random.split(b, moe_layers))
+            if moe_layers
+            else None
+        )
         self.final_norm_D = parameter.ones(("embed",), (width,))
         self.final_norm_bias_D = _norm_bias(config)
         self.output_DV = (
@@ -131,7 +136,8 @@ class Output:
     """Attributes:
     logits_BSV: float32.
     cache: of all layers (see README.md, Cache), or None.
-    record: `LayerRecord` of all MoE layers, stacked: expert_LBSK, traffic [L, ...], losses [L].
+    record: `LayerRecord` of all MoE layers, stacked: expert_LBSK, traffic [L, ...], losses [L];
+      of a model without any, that of one layer that routes nothing.
     """
 
     logits_BSV: Leaf
@@ -219,7 +225,9 @@ def build_forward(
                 again(dense_layer), x_BSD, (model.dense_blocks, of_dense, dense_window_L)
             )
         inputs = (model.blocks, table, of_moe, window_L)
-        if steps is not None:
+        if model.blocks is None:
+            record = idle_record(config, token_BS.shape, table, mesh)
+        elif steps is not None:
             x_BSD, of_moe, record = shuffled.layers(
                 steps, inputs, x_BSD, position_BS, turn_BS, real_BS
             )
@@ -229,6 +237,15 @@ def build_forward(
         return Output(layers.logits(model, x_BSD, embedding_VD), cache, record)
 
     return forward
+
+
+def idle_record(
+    config: ModelConfig, shape: tuple[int, ...], table: Table, mesh: Mesh
+) -> moe.LayerRecord:
+    """What a model without MoE layers reports of tokens [B, S] in the place of their records."""
+    num_slots = table.logical_to_physical_ER.shape[1]
+    devices = mesh_lib.size(mesh, mesh_lib.EXPERT)
+    return moe.idle_record((*shape, config.top_k), num_slots, devices)
 
 
 def empty_cache(
@@ -245,7 +262,8 @@ def empty_cache(
         return _empty_layers(config, num_layers, (batch, capacity), mesh, attention_batch)
 
     if config.num_dense_layers:
-        return StackedCache(of_layers(config.num_dense_layers), of_layers(config.num_moe_layers))
+        of_moe = of_layers(config.num_moe_layers) if config.num_moe_layers else None
+        return StackedCache(of_layers(config.num_dense_layers), of_moe)
     return of_layers(config.num_layers)
 
 

@@ -136,7 +136,7 @@ def step_lines(config: Config, ways: list[str], seconds: float) -> list[Line]:
     rng = np.random.default_rng(0)
     shape = (config.data.global_batch, config.data.seq_len + 1)
     window_BS1 = mesh_lib.put_batch(mesh, rng.integers(0, 256, shape).astype(np.int32))
-    table = transformer.identity_table(config.model.num_moe_layers, config.model.num_experts)
+    table = transformer.identity_table(config.model.num_plan_layers, config.model.num_experts)
     table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
     calls: dict[str, Callable[[], Any]] = {}
     compiling, moved = {}, {}

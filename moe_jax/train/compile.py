@@ -153,7 +153,7 @@ def _programs(config: Config, topology: str) -> tuple[Any, Any, Any, tuple[Any, 
     devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     mesh = mesh_lib.of_config(config.mesh, devices)
     replicated = mesh_lib.sharding(mesh)
-    shape_LE = (config.model.num_moe_layers, config.model.num_experts)
+    shape_LE = (config.model.num_plan_layers, config.model.num_experts)
     table = Table(
         jax.ShapeDtypeStruct((*shape_LE, 1), jnp.int32, sharding=replicated),
         jax.ShapeDtypeStruct(shape_LE, jnp.int32, sharding=replicated),

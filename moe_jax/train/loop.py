@@ -73,11 +73,11 @@ def load_plan(config: Config) -> plan_lib.Plan:
     """The plan named in the config, checked against the model; contiguous if there is none."""
     model, devices = config.model, config.mesh.expert_devices
     if not config.placement:
-        sizes = (model.num_moe_layers, model.num_experts, devices)
+        sizes = (model.num_plan_layers, model.num_experts, devices)
         return plan_lib.Plan(plan_lib.Placement.contiguous(*sizes), model.moe_layer_ids)
     plan = plan_lib.Plan.read(config.placement)
     plan_lib.check_fits(
-        plan, num_layers=model.num_moe_layers, num_experts=model.num_experts, num_devices=devices
+        plan, num_layers=model.num_plan_layers, num_experts=model.num_experts, num_devices=devices
     )
     copies.check_nodes(plan.placement, config.mesh.node)
     return plan

@@ -9,7 +9,7 @@ model.safetensors (bfloat16 values, computed with in float32) and tokenizer.json
 
     prompt_N     int32 [S]         a prompt
     text_N       int32 [S + 64]    with its greedy continuation, cached
-    experts_N    uint8 [S + 63, L, K]  experts of every token that was fed, best first
+    experts_N    uint8 [S + 63, L, K]  experts of every token that was fed, best first; not of Llama
     rows_N       int32 [R]         positions of `logits_N`: the prompt's, and the last ones
     logits_N     float32 [R, V]
 
@@ -127,6 +127,12 @@ FAMILIES = {
         "routed_scaling_factor": 2.5,
         "norm_topk_prob": True,
         "num_nextn_predict_layers": 0,
+    },
+    "llama": {
+        "intermediate_size": 40,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
     },
     "granitemoe": {
         "intermediate_size": 24,
@@ -345,7 +351,8 @@ def run(model: torch.nn.Module, prompt: list[int]) -> tuple[dict[str, np.ndarray
             for name, module in model.named_modules()
             if name.endswith("mlp.gate") and model.config.model_type.startswith("deepseek")
         ]
-        whole = model(torch.tensor([text[:-1]]), use_cache=False, output_router_logits=True)
+        routes = {} if model.config.model_type == "llama" else {"output_router_logits": True}
+        whole = model(torch.tensor([text[:-1]]), use_cache=False, **routes)
         for hook in hooks:
             hook.remove()
     chosen = []
@@ -354,7 +361,7 @@ def run(model: torch.nn.Module, prompt: list[int]) -> tuple[dict[str, np.ndarray
         experts = torch.gather(experts, 1, order)
         chosen.append(experts.numpy().astype(np.uint8))
         margin = min(margin, steadiness(gate, logits, experts))
-    for scores in () if choices else whole.router_logits:
+    for scores in () if choices or not routes else whole.router_logits:
         top = torch.topk(scores, model.config.num_experts_per_tok + 1)
         gaps = -np.diff(top.values.numpy(), axis=-1)
         margin = min(margin, float(gaps.min() / np.ptp(scores.numpy())) / 1e-4)
@@ -366,7 +373,7 @@ def run(model: torch.nn.Module, prompt: list[int]) -> tuple[dict[str, np.ndarray
     return {
         "prompt": np.array(prompt, np.int32),
         "text": np.array(text, np.int32),
-        "experts": np.stack(chosen, axis=1),
+        **({"experts": np.stack(chosen, axis=1)} if chosen else {}),
         "rows": rows,
         "logits": logits[rows],
     }, margin

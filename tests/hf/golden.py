@@ -30,6 +30,7 @@ FAMILIES = (
 NOT_APART = (*LATENT, "granitemoe", "phimoe")  # refused by name in shuffled and coherent dispatch
 WINDOWS = ("mixtral_window", "qwen3_moe_window", "qwen2_moe_window")  # families again, with windows
 GREEDY = Sampling()
+_NONE = np.zeros((0, 0, 0))  # of a model without experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def texts(family: str) -> tuple[Text, ...]:
         Text(
             found[f"prompt_{n}"].tolist(),
             found[f"text_{n}"].tolist()[len(found[f"prompt_{n}"]) :],
-            found[f"experts_{n}"].astype(np.int32),
+            found.get(f"experts_{n}", _NONE).astype(np.int32),
             found[f"rows_{n}"],
             found[f"logits_{n}"],
         )
@@ -64,8 +65,9 @@ def config(family: str, devices: int = 4, dispatch: str = "exchange") -> config_
 
 
 def contiguous(family: str, devices: int = 4) -> Placement:
-    model = config(family, devices).model
-    return Placement.contiguous(model.num_moe_layers, model.num_experts, devices)
+    made = config(family, devices)
+    sizes = (made.model.num_plan_layers, made.model.num_experts, made.mesh.expert_devices)
+    return Placement.contiguous(*sizes)
 
 
 def random_placement(family: str, seed: int, devices: int = 4) -> Placement:

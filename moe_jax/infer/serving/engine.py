@@ -87,7 +87,8 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self._mesh, self._text, self._clock = mesh, text, clock
         self._requests: dict[Job, Request] = {}
-        self._slots = model.blocks.moe.gate_PDF[...].shape[1]
+        blocks = model.blocks
+        self._slots = 1 if blocks is None else blocks.moe.gate_PDF[...].shape[1]
         self._leaves, self._structure = jax.tree.flatten(model)
         self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
         self._packed_sharding = mesh_lib.sharding(mesh, "batch", None)
@@ -110,7 +111,7 @@ class Engine:
         return program.State(pages, self._zero_counters(), recorded)
 
     def _zero_counters(self) -> program.Counters:
-        layers, devices = self.config.model.num_moe_layers, self.config.mesh.expert_devices
+        layers, devices = self.config.model.num_plan_layers, self.config.mesh.expert_devices
         pairs = np.zeros((layers, devices, devices), np.int32)
         put = mesh_lib.put_replicated
         zeros = np.zeros((layers, self._slots), np.int32)

@@ -125,8 +125,12 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
             of_dense = (model.dense_blocks, number_L[:dense], dense_window_L)
             carry, _ = jax.lax.scan(dense_layer, carry, of_dense)
         of_moe_L = None if window_L is None else window_L[dense:]
-        inputs = (model.blocks, table, number_L[dense:], of_moe_L)
-        (x_T1D, pages), records = jax.lax.scan(layer, carry, inputs)
+        if model.blocks is None:
+            records = transformer.idle_record(config, real_T1.shape, table, mesh)
+        else:
+            inputs = (model.blocks, table, number_L[dense:], of_moe_L)
+            carry, records = jax.lax.scan(layer, carry, inputs)
+        x_T1D, pages = carry
         x_R1D = place(pick(x_T1D, fields["sample"]))
         logits_RV = place(layers.logits(model, x_R1D, embedding_VD))[:, 0]
         out, logits_RV = sample(logits_RV, fields)
