@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -201,15 +203,174 @@ def test_newest_good_step(saved, tmp_path):
     checkpoint.save(folder.parent, arrays, newer)
     (folder.parent / ".12.tmp").mkdir()  # what a kill in the middle of a save leaves
     said: list[str] = []
-    assert checkpoint.newest_good_step(folder.parent, said.append).name == "9"
+    assert checkpoint.newest_good(folder.parent, said.append)[0].name == "9"
     (folder.parent / "9" / "meta.json").write_text("{}")
-    assert checkpoint.newest_good_step(folder.parent, said.append).name == "4"
+    assert checkpoint.newest_good(folder.parent, said.append)[0].name == "4"
     assert len(said) == 1
     assert "meta.json" in said[0]
     (folder / "meta.json").write_text("{}")
     with pytest.raises(Refused, match="every step is damaged"):
-        checkpoint.newest_good_step(folder.parent, said.append)
-    assert checkpoint.newest_good_step(tmp_path / "none", said.append) is None
+        checkpoint.newest_good(folder.parent, said.append)
+    assert checkpoint.newest_good(tmp_path / "none", said.append) is None
+
+
+@pytest.fixture
+def three(saved):
+    """Steps 4, 5 and 6, read into the host by a `read` that notes what it is asked for."""
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    for step in (5, 6):
+        newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
+        checkpoint.save(folder.parent, arrays, newer)
+    asked = []
+
+    def read(folder, contents):
+        asked.append(int(folder.name))
+        return checkpoint.restore_numpy(folder, contents)
+
+    return folder.parent, read, asked
+
+
+def _largest(folder):
+    return max(_every_file(folder / "state"), key=lambda path: path.stat().st_size)
+
+
+def _flip(path):
+    good = path.read_bytes()
+    path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+
+
+@pytest.mark.parametrize("small", [0, 2**16], ids=["while it is read", "before"])
+def test_what_was_read_of_a_damaged_step_is_not_given_out(small, three, monkeypatch):
+    """Whatever came of reading it, the file that is not what was saved is to blame."""
+    monkeypatch.setattr(integrity, "SMALL_BYTES", small)
+    directory, read, asked = three
+    damaged = _largest(directory / "6")
+    _flip(damaged)
+    said: list[str] = []
+    found = checkpoint.restore_newest(directory, read, said.append, move_bad=True)
+    assert (found.contents.step, found.folder.name) == (5, "5")
+    assert asked == ([5] if small else [6, 5])
+    assert str(damaged) in said[0]
+    assert "SHA-256" in said[0]
+    assert said[1].startswith("moved checkpoint 6")
+    assert checkpoint.steps(directory) == [4, 5]
+
+
+def test_what_reading_refuses_of_a_good_step_is_refused(three):
+    """Arrays of another model do not make a step a bad one."""
+    directory, _, asked = three
+
+    def read(folder, contents):
+        asked.append(int(folder.name))
+        raise Refused("checkpoint arrays", "a", "differ", "use another config")
+
+    with pytest.raises(Refused, match="use another config"):
+        checkpoint.restore_newest(directory, read, [].append, move_bad=True)
+    assert asked == [6]
+    assert checkpoint.steps(directory) == [4, 5, 6]
+
+
+def test_a_step_that_does_not_hold_what_it_says_is_a_bad_one(three):
+    """Its digests are right: made by somebody, or by a program that was wrong."""
+    directory, read, asked = three
+    meta = json.loads((directory / "6" / "meta.json").read_text())
+    meta["arrays"]["a.w"]["shape"] = [2, 9]
+    (directory / "6" / "meta.json").write_text(json.dumps(meta))
+    integrity.write(directory / "6")
+    said: list[str] = []
+    found = checkpoint.restore_newest(directory, read, said.append)
+    assert found.contents.step == 5
+    assert "float32[2, 8], but meta.json says float32[2, 9]" in said[0]
+    assert asked == [6, 5]
+
+
+def test_bytes_that_cannot_be_read_leave_one_line(three, monkeypatch):
+    """Orbax and tensorstore say more, each read for itself, when nobody listens any more."""
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
+    directory, read, asked = three
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    for path in (directory / "6" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(bytes(path.stat().st_size))
+    said: list[str] = []
+    assert checkpoint.restore_newest(directory, read, said.append).contents.step == 5
+    assert asked == [6, 5]
+    assert len(said) == 1
+    assert not printed
+    other = types.SimpleNamespace(object=None, exc_type=ValueError, exc_traceback=None)
+    sys.unraisablehook(other)
+    assert printed == [other]
+
+
+def test_digests_may_be_skipped_but_nothing_else(three, monkeypatch):
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
+    directory, _, _ = three
+    listed = json.loads((directory / "6" / integrity.MANIFEST).read_text())
+    for entry in listed.values():
+        entry["sha256"] = "0" * 64
+    (directory / "6" / integrity.MANIFEST).write_text(json.dumps(listed))
+    said: list[str] = []
+
+    def step(verify):
+        found = checkpoint.restore_newest(
+            directory, checkpoint.restore_numpy, said.append, verify=verify
+        )
+        assert checkpoint.newest_good(directory, [].append, verify=verify)[0] == found.folder
+        return found.contents.step
+
+    assert (step(False), said) == (6, [])
+    assert step(True) == 5
+    said.clear()
+    path = _largest(directory / "6")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert step(False) == 5
+    assert "must be a file of" in said[0]
+
+
+def test_bytes_that_nobody_verified_and_nothing_can_read_are_a_bad_step(three):
+    directory, read, asked = three
+
+    def unreadable(folder, contents):
+        if folder.name == "6":
+            raise ValueError("DATA_LOSS")
+        return read(folder, contents)
+
+    said: list[str] = []
+    assert checkpoint.restore_newest(directory, unreadable, said.append, verify=False)
+    assert asked == [5]
+    assert "cannot be read (DATA_LOSS)" in said[0]
+    with pytest.raises(ValueError, match="DATA_LOSS"):  # verified: not a matter of the files
+        checkpoint.restore_newest(directory, unreadable, said.append)
+
+
+def test_all_damaged_or_none_at_all(three, tmp_path):
+    directory, read, asked = three
+    assert checkpoint.restore_newest(tmp_path / "none", read, [].append) is None
+    for step in (4, 5, 6):
+        _flip(_largest(directory / str(step)))
+    with pytest.raises(Refused, match="every step is damaged"):
+        checkpoint.restore_newest(directory, read, [].append, move_bad=True)
+    assert checkpoint.restore_newest(directory, read, [].append, before=4) is None
+    assert checkpoint.steps(directory) == [4, 5, 6]
+    assert not asked
+
+
+def test_shares_of_digests_cover_every_file_once(saved, monkeypatch):
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
+    folder, _ = saved
+    names = [path.relative_to(folder).as_posix() for path in _every_file(folder)]
+    names = sorted(set(names) - {integrity.MANIFEST})
+    for count in (1, 2, 3):
+        for wrong, name in enumerate(names):
+            _flip(folder / name)
+            digests = [integrity.Digests(folder, (index, count)) for index in range(count)]
+            found = [share.first_wrong() for share in digests]
+            assert found[wrong % count] == wrong
+            assert found.count(None) == count - 1
+            assert all(name in str(share.refusal(wrong)) for share in digests)
+            _flip(folder / name)
 
 
 def test_old_steps_are_removed(saved):

@@ -187,9 +187,9 @@ def spread(run: str, hosts: int, devices_per_host: int) -> tuple[Config, load.So
     config = config_lib.from_json((root / "config.json").read_text(encoding="utf-8"))
     mesh = MeshConfig(node=hosts, expert=devices_per_host)
     config = dataclasses.replace(config, mesh=mesh, virtual_devices=0)
-    folder = checkpoint.newest_good_step(root / "checkpoints", warn=print)
-    assert folder is not None, f"{run} has no checkpoint"
-    contents = checkpoint.read_contents(folder)
+    found = checkpoint.newest_good(root / "checkpoints", warn=print)
+    assert found is not None, f"{run} has no checkpoint"
+    folder, contents = found
     return config, load.Source(config, folder, contents, contents.plan)
 
 

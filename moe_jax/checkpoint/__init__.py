@@ -7,7 +7,7 @@
     bad/STEP-TIME/       steps that were found damaged, moved aside, with the reason in why.txt
 
 A step is written under a temporary name and renamed when the manifest is inside, so a directory
-that is named like a step is complete. Restore checks the manifest, then names, shapes and dtypes
+that is named XX, shapes and dtypes
 (Orbax casts silently and does not checksum), then the plan's digest. Arrays travel as a flat dict
 of names like "model.blocks.moe.gate_PDF". A directory is untrusted: see integrity.py.
 
@@ -16,6 +16,8 @@ of names like "model.blocks.moe.gate_PDF". A directory is untrusted: see integri
     integrity.py     a folder whose manifest says what each of its files must be
     folders.py       the steps of a directory, and what a kill leaves there
     newest.py        the newest good step; damaged ones moved aside
+    restored.py      the same, read while it is verified, by one process or several
+    late.py          no tracebacks of reads and writes that had begun when another failed
     saver.py         a step in the background, whole or absent
     preservation.py  which steps stay
 """
@@ -23,20 +25,22 @@ of names like "model.blocks.moe.gate_PDF". A directory is untrusted: see integri
 from moe_jax.checkpoint.arrays import flatten, restore, restore_numpy, unflatten
 from moe_jax.checkpoint.contents import ArrayInfo, Contents, describe, read_contents
 from moe_jax.checkpoint.folders import clean, remove, steps
-from moe_jax.checkpoint.newest import newest_good, newest_good_step
+from moe_jax.checkpoint.newest import newest_good
+from moe_jax.checkpoint.restored import Restored, restore_newest
 from moe_jax.checkpoint.saver import save, start_save
 
 __all__ = [
     "ArrayInfo",
     "Contents",
+    "Restored",
     "clean",
     "describe",
     "flatten",
     "newest_good",
-    "newest_good_step",
     "read_contents",
     "remove",
     "restore",
+    "restore_newest",
     "restore_numpy",
     "save",
     "start_save",

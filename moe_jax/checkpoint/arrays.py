@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moe_jax.checkpoint import integrity
+from moe_jax.checkpoint import integrity, late
 from moe_jax.checkpoint.contents import Contents
 from moe_jax.errors import Refused
 from moe_jax.placement import plan as plan_lib
@@ -44,7 +44,7 @@ def restore(
     target: Mapping[str, Any],
     placement: plan_lib.Placement | None,
 ) -> dict[str, jax.Array]:
-    """Reads the arrays into the shardings of `target`.
+    """Reads the arrays into the shardings of `target`; each process its own part, by itself.
 
     Args:
       contents: from `read_contents` of the same folder.
@@ -65,7 +65,7 @@ def restore(
         )
     _check_arrays(contents, target)
     _check_stored(folder, contents)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         restored = checkpointer.restore(
             pathlib.Path(folder).absolute() / "state",
             args=ocp.args.PyTreeRestore(
@@ -93,17 +93,25 @@ def restore_numpy(folder: str | os.PathLike, contents: Contents) -> dict[str, np
         )
     names = dict.fromkeys(contents.arrays, 0)
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         return checkpointer.restore(
             pathlib.Path(folder).absolute() / "state",
             args=ocp.args.PyTreeRestore(item=names, restore_args=restore_args),
         )
 
 
+def _reader() -> ocp.Checkpointer:
+    """Orbax's, for this process alone: where it fails, no other waits for it."""
+    late.silence()
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options)
+
+
 def _check_stored(folder: str | os.PathLike, contents: Contents) -> None:
     """What Orbax's files hold is what meta.json says: Orbax would cast, or allocate, silently."""
     path = pathlib.Path(folder).absolute() / "state"
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         try:
             tree = checkpointer.metadata(path).item_metadata.tree
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

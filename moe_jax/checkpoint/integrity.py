@@ -4,6 +4,9 @@
 so a folder without one was never finished; a file that is missing, changed, surplus or no plain
 file is refused by name. The folder is untrusted: links are not followed, devices and pipes are not
 opened, and nothing is read whole that is larger than it may be.
+
+Names, sizes and small files are checked before anything is made of what they say; the digests of
+the others are computed while they are being read (`Digests`).
 """
 
 import concurrent.futures
@@ -20,12 +23,17 @@ from moe_jax.errors import Refused
 MANIFEST = "integrity.json"
 MAX_JSON_BYTES = 64 * 2**20  # of a manifest and the like, before it is read into memory
 MAX_FILES = 1_000_000
+SMALL_BYTES = 2**16  # files up to here are verified before others are read
 HASHERS = 4  # threads: hashing releases the interpreter
 
 
-def damaged(path: pathlib.Path, rule: str) -> Refused:
+class Damaged(Refused):
+    """A file of a checkpoint is not what was saved."""
+
+
+def damaged(path: pathlib.Path, rule: str) -> Damaged:
     """The refusal of one file of a checkpoint."""
-    return Refused("checkpoint file", str(path), rule, "use another step, or restore the file")
+    return Damaged("checkpoint file", str(path), rule, "use another step, or restore the file")
 
 
 def write(folder: pathlib.Path) -> None:
@@ -39,7 +47,17 @@ def write(folder: pathlib.Path) -> None:
 
 
 def check(folder: pathlib.Path) -> None:
-    """Every file listed, none more, each with its size and digest. Raises `Refused` by name."""
+    """Every file listed, none more, each with its size and digest. Raises `Damaged` by name."""
+    check_listed(folder)
+    Digests(folder).check()
+
+
+def check_listed(folder: pathlib.Path, *, digests: bool = True) -> None:
+    """Every file listed, none more, each with its size; and the digests of the small ones.
+
+    Raises:
+      Damaged: the first that is not.
+    """
     listed = _read_manifest(folder)
     present = {path.relative_to(folder).as_posix(): path for path in _listed(folder)}
     for name in sorted(listed.keys() ^ present.keys()):
@@ -48,9 +66,60 @@ def check(folder: pathlib.Path) -> None:
     for name, path in present.items():
         if path.stat().st_size != listed[name][0]:
             raise damaged(path, f"must be a file of {listed[name][0]} bytes")
-    for path, digest in _hashed(list(present.values())):
-        if digest != listed[path.relative_to(folder).as_posix()][1]:
-            raise damaged(path, f"has another SHA-256 than {MANIFEST} says")
+    small = {name: digest for name, (size, digest) in listed.items() if size <= SMALL_BYTES}
+    with concurrent.futures.ThreadPoolExecutor(HASHERS) as pool:
+        equal = pool.map(lambda name: _has(folder / name, small[name]), small if digests else ())
+        for name, same in zip(small, equal, strict=digests):
+            if not same:
+                raise _other_digest(folder / name)
+
+
+class Digests:
+    """The digests of the large files of a folder, computed in threads from now on.
+
+    Several processes take a share each: all number the files alike, as the manifest lists them.
+    """
+
+    def __init__(self, folder: pathlib.Path, share: tuple[int, int] = (0, 1)):
+        """Args: `folder`, as `check_listed` found it; `share`: which one, of how many."""
+        self._folder = folder
+        self._large = [
+            (name, digest)
+            for name, (size, digest) in sorted(_read_manifest(folder).items())
+            if size > SMALL_BYTES
+        ]
+        index, count = share
+        pool = concurrent.futures.ThreadPoolExecutor(HASHERS)
+        self._equal = {
+            number: pool.submit(_has, folder / name, digest)
+            for number, (name, digest) in list(enumerate(self._large))[index::count]
+        }
+        pool.shutdown(wait=False)  # what was submitted is done
+
+    def first_wrong(self) -> int | None:
+        """Number of a file of this share that is not what the manifest says, when all are known."""
+        wrong = [number for number, equal in self._equal.items() if not equal.result()]
+        return min(wrong, default=None)
+
+    def refusal(self, number: int) -> Damaged:
+        """Of the file of this number, whosever share it is in."""
+        return _other_digest(self._folder / self._large[number][0])
+
+    def check(self) -> None:
+        """Raises `Damaged` if there is one."""
+        if (number := self.first_wrong()) is not None:
+            raise self.refusal(number)
+
+
+def _has(path: pathlib.Path, digest: str) -> bool:
+    try:
+        return files.sha256_file(path) == digest
+    except OSError:
+        return False
+
+
+def _other_digest(path: pathlib.Path) -> Damaged:
+    return damaged(path, f"has another SHA-256 than {MANIFEST} says, or cannot be read")
 
 
 def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -60,8 +129,10 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
 def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
     try:
         manifest = read_json(folder / MANIFEST)
-        return {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        return {name: (int(entry["size"]), entry["sha256"]) for name, entry in manifest.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, Refused):
+            raise
         raise damaged(folder / MANIFEST, f"is not a manifest ({error!r})") from None
 
 

@@ -5,23 +5,78 @@ import pathlib
 import time
 from collections.abc import Callable
 
+from moe_jax.checkpoint import integrity
 from moe_jax.checkpoint.contents import Contents, read_contents
 from moe_jax.checkpoint.folders import steps
 from moe_jax.errors import Refused
+
+
+class Search:
+    """Steps from the newest down, until one is found to be good."""
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        warn: Callable[[str], None],
+        *,
+        verify: bool = True,
+        move_bad: bool = False,
+        before: int | None = None,
+    ):
+        """Args: as `newest_good`."""
+        self._directory, self._warn = directory, warn
+        self._verify, self._move_bad = verify, move_bad
+        self._left = [step for step in steps(directory) if before is None or step < before]
+        self._bad: list[tuple[int, str]] = []
+
+    def next(self) -> tuple[pathlib.Path, Contents] | None:
+        """The next step down that has all its files, none wrong but maybe a large one.
+
+        None: there are no steps. Raises `Refused` if there are, and all of them are damaged.
+        """
+        while self._left:
+            folder = self._directory / str(self._left.pop())
+            try:
+                integrity.check_listed(folder, digests=self._verify)
+                return folder, read_contents(folder, verify=False)
+            except Refused as error:
+                self.bad(folder, error)
+        if not self._bad:
+            return None
+        raise Refused(
+            "checkpoints",
+            str(self._directory),
+            "every step is damaged",
+            "restore one, or start anew",
+        )
+
+    def bad(self, folder: pathlib.Path, error: Refused) -> None:
+        """The step that was found is not good."""
+        self._warn(f"skipping checkpoint {folder.name}: {error}")
+        self._bad.append((int(folder.name), str(error)))
+
+    def good(self) -> None:
+        """The step that was found is good: those that were not may go."""
+        for step, reason in self._bad if self._move_bad else ():
+            self._warn(_move_aside(self._directory, step, reason))
 
 
 def newest_good(
     directory: str | os.PathLike,
     warn: Callable[[str], None],
     *,
+    verify: bool = True,
     move_bad: bool = False,
     before: int | None = None,
 ) -> tuple[pathlib.Path, Contents] | None:
     """The newest step whose manifest holds, and what it holds; None if there are no steps.
 
-    Each bad one is named to `warn`.
+    Each bad one is named to `warn`. (`restored.restore_newest` verifies while it reads.)
 
     Args:
+      directory: of the steps.
+      warn: takes a line.
+      verify: compare digests; False = names, sizes and structure alone.
       move_bad: move bad steps to directory/bad, so that no later start stumbles over them. Never
         the last one: a run whose steps are all damaged must not start anew without being told.
       before: only look at steps below this number.
@@ -29,32 +84,17 @@ def newest_good(
     Raises:
       Refused: there are steps, and all of them are damaged.
     """
-    directory = pathlib.Path(directory)
-    found = [step for step in steps(directory) if before is None or step < before]
-    bad: list[tuple[int, str]] = []
-    for step in reversed(found):
+    search = Search(pathlib.Path(directory), warn, verify=verify, move_bad=move_bad, before=before)
+    while found := search.next():
         try:
-            contents = read_contents(directory / str(step))
+            if verify:
+                integrity.Digests(found[0]).check()
         except Refused as error:
-            warn(f"skipping checkpoint {step}: {error}")
-            bad.append((step, str(error)))
+            search.bad(found[0], error)
             continue
-        for bad_step, reason in bad if move_bad else ():
-            warn(_move_aside(directory, bad_step, reason))
-        return directory / str(step), contents
-    if found:
-        raise Refused(
-            "checkpoints", str(directory), "every step is damaged", "restore one, or start anew"
-        )
+        search.good()
+        return found
     return None
-
-
-def newest_good_step(
-    directory: str | os.PathLike, warn: Callable[[str], None]
-) -> pathlib.Path | None:
-    """The folder of `newest_good`."""
-    found = newest_good(directory, warn)
-    return found[0] if found else None
 
 
 def _move_aside(directory: pathlib.Path, step: int, reason: str) -> str:

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax import files
 from moe_jax.checkpoint import contents as contents_lib
-from moe_jax.checkpoint import integrity
+from moe_jax.checkpoint import integrity, late
 from moe_jax.checkpoint.contents import Contents
 from moe_jax.errors import Refused
 
@@ -197,6 +197,7 @@ def _checkpointer() -> ocp.AsyncCheckpointer:
     By default every replica writes a slice, for which a program is compiled for each shape: the
     first save of a small model on CPU devices then takes longer than a hundred of its steps.
     """
+    late.silence()
     if jax.default_backend() == "tpu":
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     registry = ocp.type_handlers.create_type_handler_registry(

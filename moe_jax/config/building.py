@@ -61,7 +61,7 @@ def digest(config: Config) -> str:
     for field in (
         *("num_steps", "log_every", "checkpoint_every", "checkpoints_kept", "remat"),
         *("checkpoints_kept_every", "checkpoints_kept_best", "failed_save"),
-        *("hang_seconds", "hang_exit", "probe_every"),
+        *("checkpoints_verified", "hang_seconds", "hang_exit", "probe_every"),
     ):
         del plain["train"][field]
     for field in PARTS:

@@ -106,10 +106,10 @@ def export(workdir: str, out: str, like: str) -> None:
     if differ:
         rule = "must have the sizes and parts of the run"
         raise Refused("--like", "; ".join(differ[:3]), rule, "give another folder")
-    step = checkpoint.newest_good_step(pathlib.Path(workdir) / "checkpoints", metrics.fail)
-    if step is None:
+    found = checkpoint.newest_good(pathlib.Path(workdir) / "checkpoints", metrics.fail)
+    if found is None:
         raise Refused("WORKDIR", workdir, "has no checkpoint", "train at least one interval")
-    contents = checkpoint.read_contents(step)
+    step, contents = found
     stored = checkpoint.restore_numpy(step, contents)
     arrays = {
         name.removeprefix("model."): array

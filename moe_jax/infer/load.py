@@ -83,10 +83,16 @@ def find(workdir: str, placement: str | None, dispatch: str | None = None) -> So
     config = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
     if dispatch is not None:
         config = config_lib.with_dispatch(config, dispatch)
-    folder = checkpoint.newest_good_step(root / "checkpoints", warn=_warn)
-    if folder is None:
+    verify = config.train.checkpoints_verified
+    found = checkpoint.newest_good(root / "checkpoints", _warn, verify=verify)
+    if found is None:
         raise Refused("--workdir", workdir, "has no checkpoint", "train at least one interval")
-    contents = checkpoint.read_contents(folder)
+    folder, contents = found
+    if not verify:
+        _warn(
+            f"step {contents.step}: its digests were not compared "
+            "(train.checkpoints_verified = False in the run's config.json)"
+        )
     plan = plan_lib.Plan.read(placement) if placement else contents.plan
     plan_lib.check_fits(
         plan,

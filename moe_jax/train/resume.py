@@ -14,7 +14,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, data, metrics, permute
@@ -28,8 +27,6 @@ from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
-
-NONE, ALL_DAMAGED = -1, -2  # in place of a step's number
 
 
 @dataclasses.dataclass
@@ -62,23 +59,30 @@ def start_or_resume(
       before: only look at checkpoints of earlier steps, and move nothing; None = the newest.
     """
     batches = data.batches(corpus, config.data)
-    started = time.perf_counter()
-    found = _newest_good(workdir / "checkpoints", before)
-    verified = time.perf_counter()
+    devices = plan.placement.num_devices
+    if before is None and jax.process_index() == 0:
+        checkpoint.clean(workdir / "checkpoints")
+    found = checkpoint.restore_newest(
+        workdir / "checkpoints",
+        lambda folder, contents: _read(config, mesh, folder, contents, devices),
+        metrics.fail,
+        verify=config.train.checkpoints_verified,
+        move_bad=before is None,
+        before=before,
+    )
     if found is None:
         state = step_lib.initial_state(config, mesh)
         logical = plan_lib.Placement.contiguous(
-            plan.placement.num_layers, plan.placement.num_experts, plan.placement.num_devices
+            plan.placement.num_layers, plan.placement.num_experts, devices
         )
         if plan.digest != logical.digest:
             state = permute.apply(state, logical, plan.placement)
         return Run(state, batches, 0), plan
-    folder, contents = found
+    folder, contents = found.folder, found.contents
+    metrics.say(_told(found, config.train.checkpoints_verified))
     if not config.placement or config.replan.every:
         plan = _in_order(contents.plan, plan, config.mesh.node)
-    state = _restored(config, mesh, folder, contents, plan.placement)
-    seconds = (verified - started, time.perf_counter() - verified)
-    metrics.say(f"step {contents.step}: verified in {seconds[0]:.2f} s, read in {seconds[1]:.2f} s")
+    state = _placed(config, mesh, found.value, contents.plan.placement, plan.placement)
     try:
         batches.set_state(contents.extra["data_state"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -111,20 +115,38 @@ def _in_order(stored: plan_lib.Plan, contiguous: plan_lib.Plan, nodes: int) -> p
     return plan_lib.Plan(placement, stored.layer_ids)
 
 
-def _restored(
+def _read(
     config: Config,
     mesh: Mesh,
     folder: pathlib.Path,
     contents: checkpoint.Contents,
-    wanted: plan_lib.Placement,
+    devices: int,
 ) -> step_lib.TrainState:
+    """The state as it is stored; whole on each device where it cannot be split over `devices`."""
     stored = contents.plan.placement
     there = step_lib.abstract_state(config, mesh, stored.num_slots)
-    uneven = stored.num_slots % wanted.num_devices > 0
-    if uneven:
+    if stored.num_slots % devices:
         there = _unsplit(there, mesh)  # until they have been moved
-    arrays = checkpoint.restore(folder, contents, checkpoint.flatten(there), stored)
-    state = checkpoint.unflatten(there, arrays)
+    return checkpoint.unflatten(
+        there, checkpoint.restore(folder, contents, checkpoint.flatten(there), stored)
+    )
+
+
+def _told(found: checkpoint.Restored, verified: bool) -> str:
+    how = f"step {found.contents.step}: read in {found.read_seconds:.2f} s"
+    if not verified:
+        return f"{how}; its digests were not compared (train.checkpoints_verified = False)"
+    return f"{how}, verified meanwhile and for {found.waited_seconds:.2f} s more"
+
+
+def _placed(
+    config: Config,
+    mesh: Mesh,
+    state: step_lib.TrainState,
+    stored: plan_lib.Placement,
+    wanted: plan_lib.Placement,
+) -> step_lib.TrainState:
+    """The state with its experts where they are wanted."""
     if stored == wanted:
         return state
     metrics.say(
@@ -133,7 +155,7 @@ def _restored(
     )
     if not np.array_equal(stored.physical_to_logical_LP, wanted.physical_to_logical_LP):
         state = permute.apply(state, stored, wanted)
-    if not uneven:
+    if stored.num_slots % wanted.num_devices == 0:
         return state
     here = step_lib.abstract_state(config, mesh, wanted.num_slots)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, here)
@@ -153,37 +175,6 @@ def _unsplit(abstract: step_lib.TrainState, mesh: Mesh) -> step_lib.TrainState:
         for leaf, names in zip(leaves, axes, strict=True)
     ]
     return jax.tree.unflatten(structure, placed)
-
-
-def _newest_good(
-    directory: pathlib.Path, before: int | None
-) -> tuple[pathlib.Path, checkpoint.Contents] | None:
-    """`checkpoint.newest_good` by the first process alone: others read what it has verified."""
-    if jax.process_count() == 1:
-        return _found_by_first(directory, before)
-    step, refused = NONE, None
-    if jax.process_index() == 0:
-        try:
-            found = _found_by_first(directory, before)
-            step = found[1].step if found else NONE
-        except Refused as error:
-            step, refused = ALL_DAMAGED, error
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-    if step == ALL_DAMAGED:
-        raise refused or Refused("checkpoints", str(directory), "are damaged", "see process 0")
-    if step == NONE:
-        return None
-    folder = directory / str(step)
-    return folder, checkpoint.read_contents(folder, verify=False)
-
-
-def _found_by_first(
-    directory: pathlib.Path, before: int | None
-) -> tuple[pathlib.Path, checkpoint.Contents] | None:
-    if before is not None:
-        return checkpoint.newest_good(directory, metrics.fail, before=before)
-    checkpoint.clean(directory)
-    return checkpoint.newest_good(directory, metrics.fail, move_bad=True)
 
 
 def saved_arrays(

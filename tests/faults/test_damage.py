@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint
+from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Placement, Plan
 from tests.faults import harness
@@ -79,19 +80,23 @@ def test_damage(fault, size, whole, tmp_path):
             shutil.copytree(source / str(step), directory / str(step))
         paths = sorted(path for path in (directory / str(newest)).rglob("*") if path.is_file())
         path = paths[rng.integers(len(paths))]
+        if rng.random() < 0.5:  # of the arrays: is read while it is hashed
+            path = max(paths, key=lambda path: path.stat().st_size)
+            assert path.stat().st_size > integrity.SMALL_BYTES
         good = _bytes(directory)
         fault(path, rng)
         if _bytes(directory) == good:
             continue  # zeros over zeros are no fault
         done += 1
         said: list[str] = []
-        folder, contents = checkpoint.newest_good(directory, said.append, move_bad=True)
+        found = checkpoint.restore_newest(
+            directory, checkpoint.restore_numpy, said.append, move_bad=True
+        )
         named = bool(said) and str(directory / str(newest)) in said[0]
         moved = bool(list((directory / "bad").glob(f"{newest}-*/why.txt")))
-        lost += (folder.name, named, moved) != (str(before), True, True)
-        restored = checkpoint.restore_numpy(folder, contents)
+        lost += (found.folder.name, named, moved) != (str(before), True, True)
         identical = identical and all(
-            restored[name].tobytes() == array.tobytes() for name, array in expected.items()
+            found.value[name].tobytes() == array.tobytes() for name, array in expected.items()
         )
     harness.told(done, lost, identical, fault.__name__.replace("_", "-"))
     assert (lost, identical) == (0, True)
@@ -118,6 +123,31 @@ def test_a_run_goes_on_from_the_step_before_a_damaged_one(start, whole, tmp_path
     process = start(workdir, 20)
     assert process.wait() == 0
     assert "skipping" not in process.said()
+
+
+def test_a_run_that_does_not_verify_says_so(start, whole, tmp_path):
+    """A bit of an array that nothing but its digest tells is then taken as it is."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole(20), workdir)
+    newest = max(checkpoint.steps(workdir / "checkpoints"))
+    flip_in_manifest(workdir / "checkpoints" / str(newest))
+    process = start(workdir, 20, train__checkpoints_verified=False)
+    assert process.wait() == 0
+    assert f"step {newest}: read in" in process.said()
+    assert "its digests were not compared (train.checkpoints_verified = False)" in process.said()
+    assert "skipping" not in process.said()
+    process = start(workdir, 20)
+    assert process.wait() == 0
+    assert f"skipping checkpoint {newest}: " in process.said()
+    assert "verified meanwhile and for" in process.said()
+
+
+def flip_in_manifest(folder):
+    """Another digest than that of the arrays' file, which itself is good."""
+    listed = json.loads((folder / integrity.MANIFEST).read_text())
+    largest = max(listed.values(), key=lambda entry: entry["size"])
+    largest["sha256"] = "0" * 64
+    (folder / integrity.MANIFEST).write_text(json.dumps(listed))
 
 
 def test_a_run_whose_steps_are_all_damaged_is_refused_again_and_again(start, whole, tmp_path):
