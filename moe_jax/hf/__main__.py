@@ -1,8 +1,9 @@
-"""python -m moe_jax.hf counts | check | export: published models, without running them.
+"""python -m moe_jax.hf counts | check | export | from-gguf: published models, without running them.
 
     counts CONFIG...            parameters of configs/*.py, beside the published figures
     check DIR                   is every tensor of a published model where it should be?
     export WORKDIR OUT --like=DIR   a run's newest step as a published model's folder
+    from-gguf FILE OUT          a Llama in a GGUF file as a published model's folder
 
 Exit codes: 0 done, 1 refused, 2 usage.
 """
@@ -151,12 +152,20 @@ def main(argv: list[str] | None = None) -> int:
     export_parser.add_argument("workdir")
     export_parser.add_argument("out")
     export_parser.add_argument("--like", required=True, help="folder of that family and size")
+    gguf_parser = commands.add_parser("from-gguf", help="a GGUF file as a folder")
+    gguf_parser.add_argument("file")
+    gguf_parser.add_argument("out")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "counts":
             counts(arguments.config)
         elif arguments.command == "check":
             check(arguments.folder)
+        elif arguments.command == "from-gguf":
+            from moe_jax.hf import gguf_llama
+
+            gguf_llama.convert(arguments.file, arguments.out)
+            print(f"{arguments.out}: try python infer.py --hf={arguments.out} --prompt=...")
         else:
             export(arguments.workdir, arguments.out, arguments.like)
     except Refused as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_jax.errors import Refused
 
-NAME = "tokenizer.json"
+NAME, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer:
