@@ -1,7 +1,7 @@
 """The tokenizer and the chat template of a GGUF file, as a published folder has them.
 
 Byte-level BPE (`tokenizer.ggml.model` = "gpt2") of the pre-tokenizers below. The template is
-copied as text: who reads it looks for its form in a closed list (chat_form.py), nothing is run.
+copied as text and never run.
 """
 
 import json

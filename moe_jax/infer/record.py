@@ -27,7 +27,7 @@ def check(config: Config, flag: str, value: object) -> None:
     """Refuses what asks for the routing of a model that routes nothing."""
     if not config.model.num_moe_layers:
         rule = "needs layers with experts, and all layers of this model are dense"
-        fix = "leave it out; python -m moe_jax.upcycle makes experts of dense layers"
+        fix = "leave it out"
         raise Refused(flag, value, rule, fix)
 
 
