@@ -44,6 +44,10 @@ REPLAN_TOKENS = flags.DEFINE_integer(
 REPLAN_PAUSE = flags.DEFINE_float(
     "replan_pause", 0.05, "With --replan_tokens: seconds that a step may wait for moving experts."
 )
+REPLAN_HOMES = flags.DEFINE_bool(
+    "replan_homes", True, "With --replan_tokens: requests run on the device whose experts the "
+    "tokens of their prompts are sent to."
+)  # fmt: skip
 SERVE_LOAD = flags.DEFINE_bool("serve-load", False, "With --benchmark: requests that arrive.")
 
 
@@ -83,6 +87,7 @@ def request() -> Any:
             record=RECORD.value,
             replan_tokens=REPLAN_TOKENS.value,
             replan_pause=REPLAN_PAUSE.value,
+            replan_homes=REPLAN_HOMES.value,
         )
         if SERVE.value
         else None,

@@ -84,6 +84,11 @@ def page(engine: Engine, placing: Placing | None, waiting: int, draining: bool, 
     )
     if placing:
         _placing(out, placing.report, engine.stats.tokens)
+        scheduler = engine.scheduler
+        text = "Requests that got a shard while homes were known."
+        out.one("admitted_with_homes_total", "counter", text, scheduler.admitted)
+        text = "Of those, that got the shard that was best then."
+        out.one("admitted_at_home_total", "counter", text, scheduler.at_home)
     if stats.computed_LP is not None:
         _rows(out, engine)
     return "\n".join(out.lines) + "\n"
@@ -99,6 +104,7 @@ def _placing(out: _Page, report: Report, tokens: int) -> None:
         ("withdrawn", "Plans whose counted rows were more, and that were taken back."),
         ("moved_experts", "Experts that crossed from a device to another."),
         ("moved_bytes", "What they weigh."),
+        ("homes", "Times that homes of requests were learned."),
     ):
         out.one(f"placing_{name}_total", "counter", text, getattr(report, name))
     for name, text in (

@@ -54,7 +54,11 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
     )
     placing = None
     if settings.replan_tokens:
-        rules = Rules(tokens=settings.replan_tokens, most_pause=settings.replan_pause)
+        rules = Rules(
+            tokens=settings.replan_tokens,
+            most_pause=settings.replan_pause,
+            homes=settings.replan_homes,
+        )
         placing = Placing(engine, plan, rules, say=metrics.say)
     service = Service(engine, settings.max_queue, placing)
     server = app.Server(service, engine, source.text, config.name, app.Policy(bearer=bearer))

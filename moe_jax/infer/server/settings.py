@@ -22,6 +22,7 @@ class Settings:
     record: str | None
     replan_tokens: int = 0
     replan_pause: float = 0.05
+    replan_homes: bool = True
 
     def check(self) -> str:
         """Refuses what can be refused before a model is read; returns the bearer token."""

@@ -7,6 +7,9 @@
     proving    one more window under the new plan. Its rows are counted by the dispatch itself:
                if there are more than predicted by the margin, the experts move back
 
+Each window also teaches where a request should run (homes.py), for the plan in use and then for
+the one that is coming.
+
 A request never notices: its answer keeps every bit, and it is never dropped (Engine.adopt).
 A plan that was withdrawn is not adopted again.
 
@@ -14,6 +17,7 @@ The rows that are predicted are those of the newer window's tokens, which the re
 what is counted are all tokens of the window after the move. Both are rows per token and MoE layer.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 
@@ -22,9 +26,11 @@ import numpy as np
 from moe_jax import auto, migrate, replan
 from moe_jax.config import Config
 from moe_jax.errors import Refused
+from moe_jax.infer.serving import homes as homes_lib
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
-from moe_jax.placement.plan import Plan
+from moe_jax.placement.plan import Placement, Plan
+from moe_jax.placement.problem import Problem
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -45,6 +51,7 @@ class Rules:
       most_pause: seconds that steps may be held up by one group of layers.
       margin: share by which counted rows may exceed the predicted ones.
       min_gain: share of a layer's predicted time that has to be saved.
+      homes: requests run where the experts of their tokens are.
     """
 
     tokens: int = 50_000
@@ -53,6 +60,7 @@ class Rules:
     most_pause: float = 0.05
     margin: float = 0.05
     min_gain: float = 0.0
+    homes: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tokens", "pays_within"):
@@ -76,6 +84,7 @@ class Report:
       pause, total_pause: longest group of layers so far, and all of them, in seconds.
       moved_experts, moved_bytes: over links, so far.
       adopted_at: tokens that had been served when the newest plan was complete.
+      homes: times that homes were learned.
       said: the newest line that people were told.
     """
 
@@ -92,6 +101,7 @@ class Report:
     moved_experts: int = 0
     moved_bytes: int = 0
     adopted_at: int = 0
+    homes: int = 0
     said: str = ""
 
 
@@ -141,11 +151,16 @@ class Placing:
         self._before = plan
         self._decision: replan.Decision | None = None
         self._moved_layers, self._layer_seconds = 0, 0.0
+        self._learned_from: list[tuple[Trace, np.ndarray]] = []
+        self._learner = concurrent.futures.ThreadPoolExecutor(1, "homes")
+        self._homes: concurrent.futures.Future[homes_lib.Homes] | None = None
+        self._why_anywhere = ""
         engine.mover.prepare(migrate.route(plan.placement, plan.placement))
         self._restart()
 
     def between_steps(self) -> None:
         """To be called after every step, by who calls the steps."""
+        self._take_homes()
         state = self.report.state
         if state == RECORDING and self._served >= self._rules.tokens:
             self._window_ended()
@@ -159,6 +174,7 @@ class Placing:
     def close(self) -> None:
         """Ends a search that is running."""
         self._background.close()
+        self._learner.shutdown(wait=False, cancel_futures=True)
 
     def _say(self, line: str) -> None:
         self.report.said = line
@@ -196,6 +212,10 @@ class Placing:
             return  # too few requests yet
         self.report.rows_before = self._rows_per_token()
         steps, served = self._engine.stats.steps - self._steps, self._served
+        recorder = self._engine.recorder
+        assert recorder is not None
+        self._learned_from = [*self._learned_from[-1:], (trace, recorder.tokens())]
+        self._learn(self.plan.placement)
         self._windows = [*self._windows[-1:], trace]
         self._restart()
         if len(self._windows) == 2:
@@ -216,6 +236,43 @@ class Placing:
             time_limit=rules.time_limit,
             min_gain=rules.min_gain,
         )
+
+    # --- homes ----------------------------------------------------------------------------
+
+    def _learn(self, placement: Placement) -> None:
+        """Begins; an older lesson that is not done counts no more."""
+        if not self._rules.homes or not self._learned_from:
+            return
+        traces, tokens = zip(*self._learned_from, strict=True)
+        model, limits = self._engine.config.model, self._engine.limits
+
+        def work() -> homes_lib.Homes:
+            problem = Problem(
+                replan.joined(traces),
+                self._topology,
+                "seconds",
+                model.dispatch,
+                num_slots=placement.num_slots if placement.has_replicas else None,
+            )
+            slack = max(2, limits.seats // 4)
+            token_T, device_LE = np.concatenate(tokens), placement.device_LE
+            return homes_lib.learn(problem, token_T, device_LE, model.vocab_size, slack)
+
+        self._homes = self._learner.submit(work)
+
+    def _take_homes(self) -> None:
+        if self._homes is None or not self._homes.done():
+            return
+        learned, self._homes = self._homes, None
+        scheduler = self._engine.scheduler
+        try:
+            scheduler.homes = learned.result()
+            self.report.homes += 1
+        except Exception as error:  # requests are served wherever they run
+            scheduler.homes = None
+            if str(error) != self._why_anywhere:  # once, not every window
+                self._why_anywhere = str(error)
+                self._say(f"requests run anywhere: {error}")
 
     # --- planning and moving --------------------------------------------------------------
 
@@ -252,6 +309,7 @@ class Placing:
         self._before, self.plan = self.plan, plan
         self._way = migrate.route(self._before.placement, plan.placement)
         self._moved_layers, self.report.state = 0, MOVING
+        self._learn(plan.placement)
 
     def _move(self) -> None:
         """The next layers, as many as fit in the pause by what the slowest took so far."""

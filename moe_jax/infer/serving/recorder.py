@@ -82,6 +82,12 @@ class Recorder:
         """A request runs no more; its tokens stay."""
         self._of_job.pop(job, None)
 
+    def tokens(self) -> np.ndarray:
+        """int32 [T]: identities of the tokens of `trace`."""
+        held = [region for regions in self._regions for region in regions]
+        texts = [r.job.tokens[r.first : r.first + r.count] for r in held]
+        return np.array([token for text in texts for token in text], np.int32)
+
     def trace(
         self, recorded_XLK: np.ndarray, num_experts: int, home_of_shard: list[int], model: str
     ) -> Trace | None:

@@ -13,11 +13,17 @@ preempted: its blocks are released, it waits again at its old place in the order
 admitted its prompt and what it has said so far are computed again (found blocks excepted). So the
 oldest request of a shard is never preempted, and as every request fits on an empty shard (that is
 checked on arrival), every request ends.
+
+Which shard a request is admitted to: the one that holds most of its prefix already; among those
+alike its home, where homes are known (homes.py); then the one with most room. A request never waits
+for a shard. But where homes are known, the first of the `PASSERS` oldest that wait whose home has
+room goes before older ones whose home has none: so homes are found, too, where a seat is free now
+and then. A request is passed `PATIENCE` times at most, and then goes where there is room.
 """
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moe_jax.errors import Refused
 from moe_jax.infer.serving.blocks import Blocks, keys_of
@@ -80,6 +86,7 @@ class Job:
       named: blocks that can be found by others, or were found.
       reused: positions that were found at its last admission.
       preempted: how often.
+      passed: how often a younger one was admitted before it.
     """
 
     arrival: int
@@ -93,6 +100,7 @@ class Job:
     named: int = 0
     reused: int = 0
     preempted: int = 0
+    passed: int = 0
     prompt_len: int = 0
 
     def __post_init__(self):
@@ -132,8 +140,19 @@ class Step:
     preempted: list[Job]
 
 
+PASSERS, PATIENCE = 8, 8
+Homes = Callable[[Sequence[int], Sequence[int]], Sequence[float]]
+
+
 class Scheduler:
-    """Waiting and running requests, and the blocks of every shard."""
+    """Waiting and running requests, and the blocks of every shard.
+
+    Attributes:
+      homes: from a request's tokens and the requests that run on the shards, what each shard would
+        cost it; None = all the same.
+      found: positions that were found and not computed, over all admissions.
+      admitted, at_home: requests that got a shard while homes were known; that got their best one.
+    """
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -141,7 +160,8 @@ class Scheduler:
         self.waiting: list[Job] = []  # by arrival
         self.running: list[Job] = []  # by arrival
         self._seats: list[list[int]] = [list(range(limits.seats)) for _ in range(limits.shards)]
-        self.found = 0  # positions that were found and not computed, over all admissions
+        self.homes: Homes | None = None
+        self.found = self.admitted = self.at_home = 0
         self._arrivals = 0
 
     def check(self, prompt_len: int, max_tokens: int) -> None:
@@ -234,38 +254,68 @@ class Scheduler:
         job.computed = job.named = job.reused = 0
 
     def _admit(self) -> None:
-        """The oldest that wait, as long as the oldest of them fits somewhere."""
-        limits = self.limits
-        while self.waiting:
-            job = self.waiting[0]
-            job.keys = keys_of(job.tokens, limits.block_size, job.keys)
-            # The last token always runs: its logits are wanted.
-            findable = job.keys[: (len(job.tokens) - 1) // limits.block_size]
-            best: tuple[tuple[int, int, int], list[int]] | None = None
-            for shard, pool in enumerate(self.blocks):
-                if not self._seats[shard]:
-                    continue
-                found = pool.find(findable)
-                missing = limits.blocks_of(len(job.tokens)) - len(found)
-                room = pool.available - pool.num_idle(found) - missing
-                # One block more where others run, or they would preempt it in the next steps.
-                if room < (len(self._seats[shard]) < limits.seats):
-                    continue
-                rank = (len(found), room, -shard)  # what is there already, then most room
-                if best is None or rank > best[0]:
-                    best = rank, found
-            if best is None:
-                return
-            (_, _, minus_shard), found = best
-            shard, pool = -minus_shard, self.blocks[-minus_shard]
+        """Those that wait, as long as the oldest of them fits somewhere."""
+        while self.waiting and (seating := self._next()):
+            job, shard, found, at_home = seating
+            pool = self.blocks[shard]
             pool.hold(found)
-            job.blocks = found + pool.take(limits.blocks_of(len(job.tokens)) - len(found))
+            job.blocks = found + pool.take(self._missing(job, found))
             job.shard, job.seat = shard, self._seats[shard].pop()
-            job.computed = job.reused = len(found) * limits.block_size
+            job.computed = job.reused = len(found) * self.limits.block_size
             job.named = len(found)
             self.found += job.reused
-            self.waiting.pop(0)
+            self.admitted += self.homes is not None
+            self.at_home += at_home
+            self.waiting.remove(job)
+            for older in self.waiting:
+                if older.arrival > job.arrival:
+                    break
+                older.passed += 1
             bisect.insort(self.running, job, key=lambda s: s.arrival)
+
+    def _next(self) -> tuple[Job, int, list[int], bool] | None:
+        """Who is admitted next: to which shard, with which blocks; is it home?"""
+        oldest = self._seating(self.waiting[0])
+        if self.homes is None or oldest is None or oldest[3] or oldest[0].passed >= PATIENCE:
+            return oldest
+        for job in self.waiting[1:PASSERS]:
+            seating = self._seating(job)
+            if seating and seating[3]:
+                return seating
+        return oldest
+
+    def _seating(self, job: Job) -> tuple[Job, int, list[int], bool] | None:
+        """The best shard with room for a request."""
+        limits = self.limits
+        job.keys = keys_of(job.tokens, limits.block_size, job.keys)
+        # The last token always runs: its logits are wanted.
+        findable = job.keys[: (len(job.tokens) - 1) // limits.block_size]
+        fits = []  # shards with room: what is found there, and the room beyond what is missing
+        for shard, pool in enumerate(self.blocks):
+            if not self._seats[shard]:
+                continue
+            found = pool.find(findable)
+            room = pool.available - pool.num_idle(found) - self._missing(job, found)
+            # One block more where others run, or they would preempt it in the next steps.
+            if room >= (len(self._seats[shard]) < limits.seats):
+                fits.append((shard, found, room))
+        if not fits:
+            return None
+        costs = self._costs(job)
+        shard, found, _ = max(fits, key=lambda f: (len(f[1]), -costs[f[0]], f[2], -f[0]))
+        return job, shard, found, self.homes is not None and costs[shard] == min(costs)
+
+    def _missing(self, job: Job, found: list[int]) -> int:
+        return self.limits.blocks_of(len(job.tokens)) - len(found)
+
+    def _costs(self, job: Job) -> Sequence[float]:
+        """Of every shard for a request that waits."""
+        running = [0] * self.limits.shards
+        if self.homes is None:
+            return running
+        for other in self.running:
+            running[other.shard] += 1
+        return self.homes(job.tokens, running)
 
     def _chunks(self, budget: int) -> list[Chunk]:
         limits, chunks = self.limits, []

@@ -21,7 +21,9 @@ HERE = tiny.contiguous(4)
 ROOMY = Limits(
     shards=4, seats=4, blocks=16, block_size=16, chunk=16, chunk_rows=2, budget=40, max_len=64
 )
-RULES = placing.Rules(tokens=1500, pays_within=10**9, time_limit=0.3, most_pause=0.0)
+RULES = placing.Rules(
+    tokens=1500, pays_within=10**9, time_limit=0.3, most_pause=0.0, homes=False
+)  # homes: test_homes.py
 
 
 @pytest.fixture(scope="module")

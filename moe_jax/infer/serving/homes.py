@@ -1,0 +1,98 @@
+"""Where a request should run: on the device whose experts the tokens of its prompt are sent to.
+
+A token's rows over the links are fewer by what it finds at home, and a request stays on the shard
+that it was admitted to, so its home is chosen once, before anything of it was routed. What is known
+then are the identities of its tokens, and they predict their experts (Sem-MoE, arXiv:2503.04398).
+The rule: for every identity, what its recorded tokens would have cost at every home (rows both
+ways, all layers, by placement/homes/tally.py), less the mean over homes, shrunk to 0 where few were
+seen; a request costs the mean over its tokens. Homes that many want have a price
+(placement/homes/assign.py), learned from the recorded requests, so that all fill up alike.
+
+Nobody waits for a home: see scheduler.py.
+
+Axes: V vocabulary, M devices that hold experts, T tokens, S shards.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from moe_jax.placement.homes import assign, tally
+from moe_jax.placement.problem import Problem
+
+PRIOR = 8  # tokens without a preference that every identity is given
+_CELLS = 1 << 23  # numbers that are counted at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Homes:
+    """What is known of tokens.
+
+    Attributes:
+      cost_VM: rows that a token of an identity costs at a home, all layers, less the mean.
+      price_M: what a place on a device is worth.
+      slack: requests that a shard may run more than another because it is a home.
+    """
+
+    cost_VM: Float[np.ndarray, "V M"]
+    price_M: Float[np.ndarray, " M"]
+    slack: int
+
+    def __call__(self, tokens: Sequence[int], running_S: Sequence[int]) -> list[float]:
+        """Of every shard for a request, the smaller the better; inf = it is too far ahead.
+
+        Args:
+          tokens: of the prompt, and of the answer so far.
+          running_S: requests that run on the shards; shard s is a place on device s % M.
+        """
+        ahead_S = np.asarray(running_S) - min(running_S)
+        device_S = np.arange(len(ahead_S)) % len(self.price_M)
+        cost_S = self.cost_VM[np.asarray(tokens)].mean(axis=0)[device_S]
+        priced_S = cost_S + self.price_M[device_S] * (2 * ahead_S / self.slack)
+        return np.where(ahead_S < self.slack, priced_S, np.inf).tolist()
+
+
+def learn(
+    problem: Problem,
+    token_T: Int[np.ndarray, " T"],
+    device_LE: Int[np.ndarray, "L E"],
+    vocab_size: int,
+    slack: int,
+) -> Homes:
+    """Args:
+    problem: recorded requests as sequences, with the links and the dispatch.
+    token_T: identities of its tokens.
+    device_LE: where experts are.
+
+    Raises:
+      Refused: homes make no difference to this dispatch, or experts have copies (tally.check).
+    """
+    tally.check(problem)
+    trace, topology = problem.trace, problem.topology
+    order_T = np.argsort(token_T, kind="stable")
+    count_V = np.bincount(token_T, minlength=vocab_size)
+    known = np.flatnonzero(count_V)
+    cost_VM = np.zeros((vocab_size, topology.num_devices))
+    cells = trace.num_layers * (2 * topology.num_devices + topology.num_nodes)
+    at_once = max(1, _CELLS // cells)
+    end_V = np.cumsum(count_V)
+    for first in range(0, len(known), at_once):
+        group = known[first : first + at_once]
+        start, end = end_V[group[0]] - count_V[group[0]], end_V[group[-1]]
+        of_group = dataclasses.replace(  # a sequence holds all tokens of one identity
+            trace,
+            expert_ids_TLK=trace.expert_ids_TLK[order_T[start:end]],
+            seq_len=count_V[group].astype(np.int32),
+            expert_weights_TLK=None,
+            seq_home=None,
+            seq_name=None,
+        )
+        contacts = tally.count(of_group, device_LE, topology)
+        cost_VM[group] = tally.cost_SM(contacts, tally.prices_of(problem))
+    cost_VM -= cost_VM.mean(axis=1, keepdims=True)
+    cost_VM /= (count_V + PRIOR)[:, None]
+    start_S = np.cumsum(trace.seq_len) - trace.seq_len
+    cost_SM = np.add.reduceat(cost_VM[token_T], start_S) / trace.seq_len[:, None]
+    return Homes(cost_VM, assign.prices_M(cost_SM), slack)
