@@ -1,9 +1,10 @@
-"""python -m moe_jax.hf counts | check | export | from-gguf: published models, without running them.
+"""python -m moe_jax.hf counts | check | export | from-gguf | make: published models, not run.
 
     counts CONFIG...            parameters of configs/*.py, beside the published figures
     check DIR                   is every tensor of a published model where it should be?
     export WORKDIR OUT --like=DIR   a run's newest step as a published model's folder
     from-gguf FILE OUT          a Llama in a GGUF file as a published model's folder
+    make SHAPE OUT              a folder of random weights in a published shape, 50 M parameters
 
 Exit codes: 0 done, 1 refused, 2 usage.
 """
@@ -129,6 +130,13 @@ def export(workdir: str, out: str, like: str) -> None:
     print(f"{out}: step {contents.step}, {len(written)} file(s) of tensors")
 
 
+def make(shape: str, out: str, seed: int) -> None:
+    """Writes a folder of random weights. Raises `Refused`: see `synthetic.make`."""
+    from moe_jax.hf import synthetic
+
+    print(f"{out}: {shape}, {synthetic.make(shape, out, seed):,} parameters, random")
+
+
 # What may differ between a run and the model it is exported like: not what the weights mean.
 _FREE = (
     *("dtype", "dispatch", "combine", "capacity_factor", "wire_dtype", "overlap_degree"),
@@ -155,6 +163,10 @@ def main(argv: list[str] | None = None) -> int:
     gguf_parser = commands.add_parser("from-gguf", help="a GGUF file as a folder")
     gguf_parser.add_argument("file")
     gguf_parser.add_argument("out")
+    make_parser = commands.add_parser("make", help="random weights in a published shape")
+    make_parser.add_argument("shape", help="mixtral, olmoe or deepseek_v3")
+    make_parser.add_argument("out")
+    make_parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "counts":
@@ -166,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
 
             gguf_llama.convert(arguments.file, arguments.out)
             print(f"{arguments.out}: try python infer.py --hf={arguments.out} --prompt=...")
+        elif arguments.command == "make":
+            make(arguments.shape, arguments.out, arguments.seed)
         else:
             export(arguments.workdir, arguments.out, arguments.like)
     except Refused as error:

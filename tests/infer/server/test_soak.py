@@ -1,5 +1,7 @@
 """10,000 requests over loopback: none lost, memory flat, 200 cancelled in the middle, 100 bad.
 
+All the while experts move, from plan to plan: every request hears what it hears without.
+
     python -m pytest -m slow tests/infer/server/test_soak.py
 
 Stops by itself: after so many requests, or so many seconds (and then says how far it came).
@@ -7,6 +9,7 @@ Stops by itself: after so many requests, or so many seconds (and then says how f
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import http.client
 import json
 import pathlib
@@ -18,10 +21,19 @@ import time
 
 import pytest
 
+from moe_jax import replan
+from moe_jax.infer.serving import placing
+from moe_jax.infer.serving.recorder import Recorder
+from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.stats import Stats
+from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.plan import Plan
+from tests import tiny
 from tests.infer.server.test_server import BAD, NAME, answer, serving, wait_until
 from tests.infer.serving.test_engine import make
 
 REQUESTS, CANCELLED, CLIENTS, SECONDS = 10_000, 200, 12, 480
+ADOPTIONS = 10
 PROMPTS = [f"{n} " * (n % 5 + 1) for n in range(40)]
 
 
@@ -106,14 +118,44 @@ def fair():
     sys.setswitchinterval(before)
 
 
+@pytest.fixture
+def every_plan_is_adopted(monkeypatch):
+    """Searches are those of service, and find a random plan each."""
+    decide, seeds = replan.decide, iter(range(1000))
+
+    def found(*arguments):
+        plan = Plan(tiny.random_placement(next(seeds), 2))
+        return dataclasses.replace(decide(*arguments), adopt=True, plan=plan, rows_after=99.0)
+
+    monkeypatch.setattr(replan, "decide", found)
+
+
+def said_alone(engine):
+    """What every prompt is answered with before anything moves."""
+    said = {}
+    for prompt, text in enumerate(PROMPTS):
+        parts = []
+        options = Options(max_tokens=prompt % 4 + 1, ignore_end=True)
+        engine.submit(list(text.encode()), options, parts.append)
+        while engine.step():
+            pass
+        said[prompt] = "".join(part.text for part in parts)
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("fair")
+@pytest.mark.usefixtures("fair", "every_plan_is_adopted")
 def test_soak():
-    engine = make()
+    engine = make(recorder=Recorder(2, 64, 64), model__combine="reproducible")
+    alone = said_alone(engine)
+    engine.stats = Stats()
+    rules = placing.Rules(tokens=2000, time_limit=0.1, most_pause=0.0)
+    moves = placing.Placing(engine, Plan(tiny.contiguous(2)), rules, topology_lib.flat(2))
     sizes = []
-    with serving(engine) as (port, server):
+    with serving(engine, moves=moves) as (port, server):
         soak = Soak(port)
+        soak.said |= alone
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             clients = [pool.submit(soak.client, seed) for seed in range(CLIENTS)]
             while not all(client.done() for client in clients):
@@ -126,7 +168,12 @@ def test_soak():
         wait_until(lambda: not server.service.num_open and not engine.busy)
     done = REQUESTS - len(soak.left)
     print(f"{NAME}: {done:,} requests, {dict(engine.stats.requests)}, memory {sizes} MiB")
+    report = moves.report
+    print(f"{report.adopted} plans adopted, {report.moved_experts} experts moved, longest pause "
+          f"{report.pause:.3f} s, homes learned {report.homes} times")  # fmt: skip
     assert soak.answered + soak.cancelled + soak.refused == done
+    assert report.withdrawn == 0
+    assert report.adopted >= ADOPTIONS * done // REQUESTS
     assert engine.stats.requests["length"] >= soak.answered
     assert engine.stats.requests["cancelled"] + engine.stats.requests["length"] == (
         soak.answered + soak.cancelled
