@@ -22,7 +22,6 @@ CASES = [
     ("local", "exact", {"data": 8, "expert": 1}, "cpu"),
     ("local", "exact", ONE, "cpu"),
     ("local", "exact", ONE, "reference"),
-    ("local", "exact", ONE, "pallas_tpu"),
     ("gathered", "exact", WIDE, "cpu"),
     ("gathered", "exact", DEEP, "reference"),
     ("exchange", "partial", WIDE, "cpu"),
@@ -36,7 +35,7 @@ CASES = [
     ("hierarchical", "partial", NODES, "cpu"),
     ("hierarchical", "reproducible", NODES, "reference"),
     ("shuffled", "exact", WIDE, "cpu"),
-    ("shuffled", "partial", DEEP, "cpu"),
+    ("shuffled", "partial", WIDE, "cpu"),
 ]
 
 
