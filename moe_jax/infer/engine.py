@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -154,14 +154,16 @@ class Engine:
         max_new_tokens: int,
         sampling: sampling_lib.Sampling,
         on_token: Callable[[int, int], Any] = lambda sequence, token: None,
+        ends: Collection[int] = (),
     ) -> Generation:
-        """Continues every prompt.
+        """Continues every prompt, up to a token that ends its text.
 
         Args:
           prompts: token ids.
           max_new_tokens: tokens after each prompt.
           sampling: how they are chosen.
           on_token: called with (prompt number, token) as soon as a token is on the host.
+          ends: tokens after which a sequence says nothing more; none is computed or routed then.
         """
         check_prompts(prompts, max_new_tokens, self._config.model.max_seq_len)
         token_BS, length_B = _pad(prompts, mesh_lib.size(self._mesh, mesh_lib.BATCH))
@@ -171,7 +173,8 @@ class Engine:
 
         start = time.perf_counter()
         logits_BSV, logits_BV, cache, record = self.prefill(token_BS, length_B, cache)
-        generated: list[np.ndarray] = []
+        tokens: list[list[int]] = [[] for _ in prompts]
+        going_B = length_B > 0
         position_BS = np.broadcast_to(np.arange(padded), token_BS.shape)
         records = [_on_host(record, position_BS, logits_BV, start)]
         for i in range(max_new_tokens):
@@ -179,15 +182,15 @@ class Engine:
             position_B = length_B + i
             start = time.perf_counter()
             chosen_B = self.choose(logits_BV, position_B, sampling)
-            generated.append(chosen_B)
-            for sequence in range(len(prompts)):
-                on_token(sequence, int(chosen_B[sequence]))
-            if i + 1 == max_new_tokens:
+            for sequence in np.flatnonzero(going_B).tolist():
+                tokens[sequence].append(int(chosen_B[sequence]))
+                on_token(sequence, tokens[sequence][-1])
+            going_B &= ~np.isin(chosen_B, list(ends))
+            if i + 1 == max_new_tokens or not going_B.any():
                 break
-            fed_B = np.where(length_B > 0, chosen_B, -1).astype(np.int32)
+            fed_B = np.where(going_B, chosen_B, -1).astype(np.int32)
             logits_BV, cache, record = self.decode(fed_B, position_B.astype(np.int32), cache)
             records.append(_on_host(record, position_B[:, None], logits_BV, start))
-        tokens = [[int(step_B[b]) for step_B in generated] for b in range(len(prompts))]
         return Generation(tokens, logits_BSV, records, homes(batch, self._mesh))
 
 

@@ -205,7 +205,9 @@ def _answer(engine: Engine, prompts: list[list[int]], request: Request, text: Te
 
     follow = text.stream(prompts[0], write) if alone else lambda _: None
     generation = engine.generate(
-        prompts, request.max_new_tokens, request.sampling, lambda _, token: follow(token)
+        *(prompts, request.max_new_tokens, request.sampling),
+        lambda _, token: follow(token),
+        ends=text.ends,
     )
     if not alone:
         for number, (prompt, tokens) in enumerate(zip(prompts, generation.tokens, strict=True)):

@@ -59,6 +59,26 @@ def test_streaming_calls_with_every_token_in_order(engine):
     assert list(seen.values()) == generation.tokens
 
 
+def test_a_text_ends_at_its_end(engine):
+    """What a sequence says before does not change, nothing is routed after; all ended: no step."""
+    full = engine.generate(PROMPTS, 10, GREEDY)
+    end = full.tokens[1][3]
+    expected = [
+        tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in full.tokens
+    ]
+    seen = {n: [] for n in range(len(PROMPTS))}
+    cut = engine.generate(
+        PROMPTS, 10, GREEDY, lambda n, token: seen[n].append(token), ends=frozenset({end})
+    )
+    assert cut.tokens == expected == list(seen.values())
+    lengths = record.routed_tokens([cut], tiny.EXPERTS).seq_len
+    fed = [len(tokens) - (len(tokens) == 10 or tokens[-1] == end) for tokens in expected]
+    assert lengths.tolist() == [len(p) + n for p, n in zip(PROMPTS, fed, strict=True)]
+    alone = engine.generate(PROMPTS[1:2], 10, GREEDY, ends={end})
+    assert alone.tokens == expected[1:2]
+    assert len(alone.records) == len(expected[1])
+
+
 def test_no_new_tokens_is_a_prefill(engine):
     generation = engine.generate(PROMPTS, 0, GREEDY)
     assert generation.tokens == [[], [], [], []]
