@@ -50,7 +50,6 @@ class Ours:
 
         source = published.find(folder, None)
         self.config = source.config
-        mesh_lib.initialize(source.config.platform, 1, "off")
         self._engine = load.engine(source, mesh_lib.of_config(source.config.mesh))
 
     def prefill(self, token_BS: np.ndarray) -> tuple[float, list[int]]:
@@ -185,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
             rule = "must be numbers of sequences, with commas"
             raise Refused("--batches", options.batches, rule, "use 1,16")
         asked.check(options.python)
+        from moe_jax import mesh as mesh_lib
+
+        mesh_lib.initialize("cpu", 1, "off")
         for folder in options.folder:
             run(folder, options.python, batches, options.prompt, options.new, options.rounds)
     except Refused as error:
