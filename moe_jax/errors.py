@@ -4,6 +4,9 @@ Commands catch `Refused` at their entry point, print it on one line without a tr
 with code 1. Everything else is a bug and keeps its traceback.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class Refused(ValueError):
     """Input that is refused before any work is done: field, value, rule and fix in one message.
@@ -24,6 +27,16 @@ class Refused(ValueError):
         if len(shown) > 200:
             shown = shown[:200] + "..."
         super().__init__(f"{_plain(field)} = {shown}: {_plain(rule)}. {fix}.")
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Runs a command: 0, or 1 where it refuses, which it says on stderr."""
+    try:
+        command()
+    except Refused as refused:
+        print(f"refused: {refused}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _plain(text: str) -> str:

@@ -7,7 +7,7 @@
     bad/STEP-TIME/       steps that were found damaged, moved aside, with the reason in why.txt
 
 A step is written under a temporary name and renamed when the manifest is inside, so a directory
-that is named XX, shapes and dtypes
+that is named like a step is complete. Restore checks the manifest, then names, shapes and dtypes
 (Orbax casts silently and does not checksum), then the plan's digest. Arrays travel as a flat dict
 of names like "model.blocks.moe.gate_PDF". A directory is untrusted: see integrity.py.
 

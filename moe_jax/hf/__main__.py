@@ -13,7 +13,9 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
 
+from moe_jax import errors
 from moe_jax.errors import Refused
 
 # (total, active) as published, in G: Mixtral 8x7B: arXiv 2401.04088 and its announcement; OLMoE:
@@ -130,12 +132,28 @@ def export(workdir: str, out: str, like: str) -> None:
     print(f"{out}: step {contents.step}, {len(written)} file(s) of tensors")
 
 
+def from_gguf(file: str, out: str) -> None:
+    """Converts a Llama. Raises `Refused`: see `gguf_llama.convert`."""
+    from moe_jax.hf import gguf_llama
+
+    gguf_llama.convert(file, out)
+    print(f"{out}: try python infer.py --hf={out} --prompt=...")
+
+
 def make(shape: str, out: str, seed: int) -> None:
     """Writes a folder of random weights. Raises `Refused`: see `synthetic.make`."""
     from moe_jax.hf import synthetic
 
     print(f"{out}: {shape}, {synthetic.make(shape, out, seed):,} parameters, random")
 
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "counts": counts,
+    "check": check,
+    "export": export,
+    "from-gguf": from_gguf,
+    "make": make,
+}
 
 # What may differ between a run and the model it is exported like: not what the weights mean.
 _FREE = (
@@ -153,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     counts_parser = commands.add_parser("counts", help="parameters, total and active")
-    counts_parser.add_argument("config", nargs="+")
+    counts_parser.add_argument("paths", nargs="+", metavar="config")
     check_parser = commands.add_parser("check", help="every tensor accounted for")
     check_parser.add_argument("folder")
     export_parser = commands.add_parser("export", help="a run as a published model's folder")
@@ -167,25 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     make_parser.add_argument("shape", help="mixtral, olmoe or deepseek_v3")
     make_parser.add_argument("out")
     make_parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "counts":
-            counts(arguments.config)
-        elif arguments.command == "check":
-            check(arguments.folder)
-        elif arguments.command == "from-gguf":
-            from moe_jax.hf import gguf_llama
-
-            gguf_llama.convert(arguments.file, arguments.out)
-            print(f"{arguments.out}: try python infer.py --hf={arguments.out} --prompt=...")
-        elif arguments.command == "make":
-            make(arguments.shape, arguments.out, arguments.seed)
-        else:
-            export(arguments.workdir, arguments.out, arguments.like)
-    except Refused as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 1
-    return 0
+    given = vars(parser.parse_args(argv))
+    run = _COMMANDS[given.pop("command")]
+    return errors.exit_code(lambda: run(**given))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@
 Only these are read. Pickles (.bin, .pt, .pth) are never opened, nor is any code.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,32 @@ from moe_jax.hf import safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def check_new(out: str | os.PathLike) -> pathlib.Path:
+    """The path of a folder to write. Raises `Refused` if it is there and not empty."""
+    out = pathlib.Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused("OUT", str(out), "exists already", "name a new folder")
+    return out
+
+
+@contextlib.contextmanager
+def new(out: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to write to, under another name beside it; whole, it takes the name, or is gone.
+
+    Raises:
+      Refused: see `check_new`.
+    """
+    out = check_new(out)
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        os.replace(beside, out)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,11 @@ apart.
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
 
 from moe_jax import files
-from moe_jax.errors import Refused
 from moe_jax.hf import config_json, folder, gguf, gguf_tokens, layout, safetensors
 
 # key of the file -> key of config.json
@@ -57,25 +55,19 @@ def convert(path: str | os.PathLike, out: str | os.PathLike) -> None:
 
     Args:
       path: a GGUF file of the architecture "llama".
-      out: a folder that is not there, or is empty; after a refusal it is not there.
+      out: a folder that is not there, or is empty; it appears whole, or not at all.
 
     Raises:
       Refused: naming file, key or tensor, rule and fix.
     """
-    out = pathlib.Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused("OUT", str(out), "exists already", "name a new folder")
+    folder.check_new(out)
     file = gguf.read(path)
     plain = config(file)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        gguf_tokens.write(file, out, plain["vocab_size"])
-        with files.atomic_write(out / config_json.NAME, "w") as text:
+    with folder.new(out) as made:
+        gguf_tokens.write(file, made, plain["vocab_size"])
+        with files.atomic_write(made / config_json.NAME, "w") as text:
             json.dump(plain, text, indent=1, sort_keys=True)
-        _write_tensors(file, plain, out)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+        _write_tensors(file, plain, made)
 
 
 def config(file: gguf.File) -> dict[str, Any]:

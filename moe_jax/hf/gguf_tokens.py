@@ -16,6 +16,7 @@ CONTROL, USER_DEFINED = 3, 4
 # `tokenizer.ggml.pre` -> whether digits stand alone before the rules of GPT-2 split a text
 _PRE = {"smollm": True, "gpt-2": False}
 _KEY = "tokenizer.ggml."
+_LISTS = (("tokens", str), ("merges", str), ("token_type", int))
 
 
 def write(file: gguf.File, out: pathlib.Path, vocab_size: int) -> None:
@@ -67,9 +68,6 @@ def write(file: gguf.File, out: pathlib.Path, vocab_size: int) -> None:
         said["chat_template"] = template
     with files.atomic_write(out / tokens.CONFIG, "w") as text:
         json.dump(said, text, indent=1)
-
-
-_LISTS = (("tokens", str), ("merges", str), ("token_type", int))
 
 
 def _list(file: gguf.File, name: str, of: type) -> list[Any]:

@@ -46,7 +46,7 @@ def export(
       arrays: parameters by their path in the model (`checkpoint.flatten`), on devices or the host.
       layout: of the names to write (`layout.of_family`, or the one that was read).
       placement: where the model's experts lie; of copies the first is written.
-      out: a folder that is not there, or is empty.
+      out: a folder that is not there, or is empty; it appears whole, or not at all.
       dtypes: of every tensor, or one for all: a name in `safetensors.WEIGHTS`.
       like: the folder of the published model: its config.json and tokenizer are copied.
       shard_bytes: of arrays in one file, at most.
@@ -57,9 +57,7 @@ def export(
     Raises:
       Refused: `out` is there and not empty, or the layout is of quantised weights.
     """
-    out, like = pathlib.Path(out), pathlib.Path(like)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused("OUT", str(out), "exists already", "name a new folder")
+    out, like = folder_lib.check_new(out), pathlib.Path(like)
     if layout.codes:
         rule = "has quantised weights, which are read but not written: a weight has many codes"
         fix = "export like a folder of the same model in bfloat16"
@@ -78,18 +76,20 @@ def export(
         return stored
 
     written = []
-    for number, names in enumerate(shards):
-        single = len(shards) == 1
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        written.append(out / (folder_lib.SINGLE if single else file))
-        safetensors.write(written[-1], {n: (named[n], layout.shapes[n]) for n in names}, tensor)
-    if len(shards) > 1:
-        _write_index(out, layout, named, shards, written)
-    for pattern in _BESIDE:
-        for path in like.glob(pattern):
-            if path.name != folder_lib.INDEX:
-                shutil.copyfile(path, out / path.name)
-    return written
+    with folder_lib.new(out) as made:
+        for number, names in enumerate(shards):
+            single = len(shards) == 1
+            file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            written.append(folder_lib.SINGLE if single else file)
+            listed = {name: (named[name], layout.shapes[name]) for name in names}
+            safetensors.write(made / written[-1], listed, tensor)
+        if len(shards) > 1:
+            _write_index(made, layout, named, shards, written)
+        for pattern in _BESIDE:
+            for path in like.glob(pattern):
+                if path.name != folder_lib.INDEX:
+                    shutil.copyfile(path, made / path.name)
+    return [out / file for file in written]
 
 
 class _Source:
@@ -136,12 +136,12 @@ def _write_index(
     layout: Layout,
     dtypes: Mapping[str, str],
     shards: list[list[str]],
-    written: list[pathlib.Path],
+    written: list[str],
 ) -> None:
     index = {
         "metadata": {"total_size": sum(_bytes(layout, dtypes, name) for name in layout.shapes)},
         "weight_map": {
-            name: path.name for names, path in zip(shards, written, strict=True) for name in names
+            name: file for names, file in zip(shards, written, strict=True) for name in names
         },
     }
     with files.atomic_write(out / folder_lib.INDEX, "w") as file:

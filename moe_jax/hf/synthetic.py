@@ -9,7 +9,6 @@ the bytes (the rest of the vocabulary stands for nothing).
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -87,7 +86,7 @@ def make(shape: str, out: str | os.PathLike, seed: int = 0, **changed: Any) -> i
 
     Args:
       shape: a name in `SHAPES`.
-      out: a folder that is not there, or is empty.
+      out: a folder that is not there, or is empty; it appears whole, or not at all.
       seed: of the weights: the same seed, the same bytes.
       changed: keys of config.json that are to be different.
 
@@ -100,23 +99,20 @@ def make(shape: str, out: str | os.PathLike, seed: int = 0, **changed: Any) -> i
     if shape not in SHAPES:
         rule = f"must be one of {', '.join(map(repr, SHAPES))}"
         raise Refused("SHAPE", shape, rule, "use one of them")
-    out = pathlib.Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused("OUT", str(out), "exists already", "name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with files.atomic_write(out / config_json.NAME, "w") as file:
-        json.dump({"model_type": shape, **_COMMON, **SHAPES[shape], **changed}, file, indent=1)
-    with files.atomic_write(out / tokens_lib.NAME, "w") as file:
-        json.dump(_bytes_as_tokens(), file)
-    published = config_json.read(out)
-    way = next(iter(published.family.layouts))
-    shapes = layout.of_family(published.family, way, published.config.model).shapes
-    rng = np.random.default_rng(seed)
-    safetensors.write(
-        out / folder_lib.SINGLE,
-        {name: ("F32", shape) for name, shape in shapes.items()},
-        lambda name: _values(name, shapes[name], rng),
-    )
+    with folder_lib.new(out) as made:
+        with files.atomic_write(made / config_json.NAME, "w") as file:
+            json.dump({"model_type": shape, **_COMMON, **SHAPES[shape], **changed}, file, indent=1)
+        with files.atomic_write(made / tokens_lib.NAME, "w") as file:
+            json.dump(_bytes_as_tokens(), file)
+        published = config_json.read(made)
+        way = next(iter(published.family.layouts))
+        shapes = layout.of_family(published.family, way, published.config.model).shapes
+        rng = np.random.default_rng(seed)
+        safetensors.write(
+            made / folder_lib.SINGLE,
+            {name: ("F32", shape) for name, shape in shapes.items()},
+            lambda name: _values(name, shapes[name], rng),
+        )
     return sum(map(math.prod, shapes.values()))
 
 

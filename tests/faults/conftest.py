@@ -1,6 +1,14 @@
+import jax
 import pytest
 
 from tests.faults import harness
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax adds Python and NumPy scalars of other types; everything else stays strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import math
 
 import grain
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,12 +19,6 @@ LONG = (pytest.mark.faults, pytest.mark.timeout(7200))
 # first token of a batch that makes its step bad -> what is added to its loss, in losses
 MARKS = {7: math.nan, 8: math.inf, 9: 30.0}
 KINDS = {"nan": (7,), "inf": (8,), "spike": (9,), "nan, inf, spike": (7, 8, 9)}
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 class Poisoned(grain.DatasetIterator):

@@ -6,6 +6,8 @@ python -m pytest -s -m 'faults or not faults' tests/faults/test_determinism.py  
 import jax
 import numpy as np
 import pytest
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.kernels import grouped_matmul
@@ -40,9 +42,22 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+def nothing_is_found_compiled():
+    """Programs that other tests have left in the cache would be the same ones twice."""
+    before, hits = jax.config.jax_enable_compilation_cache, []
+
+    def heard(event, **_):
+        hits.extend([event] if "cache_hits" in event else [])
+
+    monitoring.register_event_listener(heard)
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+    monitoring.unregister_event_listener(heard)
+    assert not hits
 
 
 def run(config):

@@ -20,12 +20,6 @@ LONG = pytest.mark.faults
 BEFORE, STEPS = 3, 6
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def config_of(shape, **fields):
     return tiny.config(
         mesh=dict(zip(("data", "expert"), shape, strict=True)), model__num_layers=1, **fields

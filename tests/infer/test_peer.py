@@ -92,7 +92,7 @@ def test_other_tokens_are_not_timed(ours, tmp_path):
     sizes = peer_command.Sizes(2, 8, 16)
     with (
         fake(tmp_path, [[7] * 40] * 2) as child,
-        pytest.raises(RuntimeError, match="greedy tokens differ"),
+        pytest.raises(Refused, match="greedy tokens of prompt 0"),
     ):
         peer_command.compare(ours, child, sizes, rounds=1)
 

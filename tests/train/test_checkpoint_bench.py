@@ -1,18 +1,10 @@
 """The benchmark of checkpoints measures what it says, on a model of a few kilobytes."""
 
-import jax
 import numpy as np
-import pytest
 
 from moe_jax.checkpoint import integrity
 from moe_jax.train import checkpoint_bench
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_both_tables(monkeypatch):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moe_jax import errors
 from moe_jax.errors import Refused
 from moe_jax.infer.peer import asked
 
@@ -52,11 +53,11 @@ class Ours:
         self.config = source.config
         self._engine = load.engine(source, mesh_lib.of_config(source.config.mesh))
 
-    def prefill(self, token_BS: np.ndarray) -> tuple[float, list[int]]:
-        """Seconds until the first tokens are on the host, and these."""
+    def prefill(self, token_BS: np.ndarray) -> float:
+        """Seconds until the next tokens are on the host."""
         started = time.perf_counter()
-        chosen_B, _ = self._prompt(token_BS, token_BS.shape[1])
-        return time.perf_counter() - started, chosen_B.tolist()
+        self._prompt(token_BS, token_BS.shape[1])
+        return time.perf_counter() - started
 
     def decode(self, token_BS: np.ndarray, steps: int) -> tuple[float, list[list[int]]]:
         """Seconds of a step after the first token, and the tokens of every sequence."""
@@ -87,7 +88,8 @@ def compare(ours: Ours, peer: asked.Peer, sizes: Sizes, rounds: int) -> list[str
     """A line for prefill and one for decode.
 
     Raises:
-      RuntimeError: both sides do not say the same.
+      Refused: both sides do not say the same.
+      RuntimeError: transformers failed.
     """
     rng = np.random.default_rng(sizes.batch)
     token_BS = rng.integers(0, 256, (sizes.batch, sizes.prompt)).astype(np.int32)
@@ -96,7 +98,9 @@ def compare(ours: Ours, peer: asked.Peer, sizes: Sizes, rounds: int) -> list[str
     theirs = peer.ask("decode", tokens=tokens, steps=CHECKED - 1)["tokens"]
     mine = ours.decode(token_BS, CHECKED - 1)[1]
     if mine != theirs:
-        raise RuntimeError(f"greedy tokens differ: {mine} here, {theirs} in transformers")
+        row = next(n for n, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
+        rule = f"must be {theirs[row]}, as in transformers: what differs is not compared"
+        raise Refused(f"greedy tokens of prompt {row}", mine[row], rule, "use another model")
 
     def ask(do: str, way: tuple[str, str], **more: int) -> float:
         peer.ask("use", experts=way[0], cache=way[1])
@@ -122,7 +126,7 @@ def compare(ours: Ours, peer: asked.Peer, sizes: Sizes, rounds: int) -> list[str
 
     return [
         timed(
-            *("prefill", lambda: ours.prefill(token_BS)[0], "prefill", PREFILL_WAYS),
+            *("prefill", lambda: ours.prefill(token_BS), "prefill", PREFILL_WAYS),
             sizes.batch * sizes.prompt,
         ),
         timed(
@@ -172,27 +176,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new", type=int, default=32, help="tokens decoded")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
-    try:
-        for name in ("prompt", "new", "rounds"):
-            if getattr(options, name) < 1:
-                raise Refused(f"--{name}", getattr(options, name), "must be at least 1", "raise it")
-        try:
-            batches = [int(part) for part in options.batches.split(",")]
-        except ValueError:
-            batches = [0]
-        if min(batches) < 1:
-            rule = "must be numbers of sequences, with commas"
-            raise Refused("--batches", options.batches, rule, "use 1,16")
-        asked.check(options.python)
-        from moe_jax import mesh as mesh_lib
+    return errors.exit_code(lambda: _compare_all(options))
 
-        mesh_lib.initialize("cpu", 1, "off")
-        for folder in options.folder:
-            run(folder, options.python, batches, options.prompt, options.new, options.rounds)
-    except Refused as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+def _compare_all(options: argparse.Namespace) -> None:
+    for name in ("prompt", "new", "rounds"):
+        if getattr(options, name) < 1:
+            raise Refused(f"--{name}", getattr(options, name), "must be at least 1", "raise it")
+    try:
+        batches = [int(part) for part in options.batches.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        rule = "must be numbers of sequences, with commas"
+        raise Refused("--batches", options.batches, rule, "use 1,16")
+    asked.check(options.python)
+    from moe_jax import mesh as mesh_lib
+
+    mesh_lib.initialize("cpu", 1, "off")
+    for folder in options.folder:
+        run(folder, options.python, batches, options.prompt, options.new, options.rounds)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,11 @@ cores to itself.
 
     {"do": "load", "folder": DIR, "threads": N}     the model, float32
     {"do": "use", "experts": NAME, "cache": NAME}   how experts are computed, which cache
-    {"do": "prefill", "tokens": [[...]]}            seconds until the last logits are there
+    {"do": "prefill", "tokens": [[...]]}            seconds until the next tokens are there
     {"do": "decode", "tokens": [[...]], "steps": N} greedy: seconds a step, after the first token
-    {"do": "generate", "tokens": [[...]], "new": N} its own generate, prompts padded on the left
-    {"do": "logits", "tokens": [[...]]}             of the last position, float32 in base64
 """
 
-import base64
 import json
-import math
 import os
 import sys
 import time
@@ -22,8 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-
-EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
 
 class Peer:
@@ -44,8 +38,6 @@ class Peer:
             "transformers": transformers.__version__,
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "default": model.config._experts_implementation,
-            "experts": EXPERTS,
         }
 
     def use(self, experts, cache):
@@ -57,13 +49,8 @@ class Peer:
         token_BS = torch.tensor(tokens)
         started = time.perf_counter()
         logits_BV, _ = self._prompt(token_BS, token_BS.shape[1])
-        return {"seconds": time.perf_counter() - started, "tokens": logits_BV.argmax(-1).tolist()}
-
-    def logits(self, tokens):
-        token_BS = torch.tensor(tokens)
-        logits_BV, _ = self._prompt(token_BS, token_BS.shape[1])
-        raw = logits_BV.contiguous().numpy().astype("<f4").tobytes()
-        return {"logits": base64.b64encode(raw).decode(), "shape": list(logits_BV.shape)}
+        logits_BV.argmax(-1).tolist()
+        return {"seconds": time.perf_counter() - started}
 
     def decode(self, tokens, steps):
         token_BS = torch.tensor(tokens)
@@ -88,50 +75,12 @@ class Peer:
         seconds = time.perf_counter() - started
         return {"seconds": seconds / steps, "tokens": torch.stack(found, dim=1).tolist()}
 
-    def generate(self, tokens, new):
-        length = max(map(len, tokens))
-        token_BS = torch.tensor([[0] * (length - len(row)) + row for row in tokens])
-        mask_BS = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in tokens])
-        clock = _Clock()
-        started = time.perf_counter()
-        out_BS = self.model.generate(
-            token_BS,
-            attention_mask=mask_BS,
-            max_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-            streamer=clock,
-            cache_implementation="static" if self.cache == "static" else None,
-            disable_compile=True,
-        )
-        return {
-            "first": clock.first - started,
-            "seconds": time.perf_counter() - started,
-            "tokens": out_BS[:, length:].tolist(),
-        }
-
     def _prompt(self, token_BS, capacity):
         cache = transformers.DynamicCache(config=self.model.config)
         if self.cache == "static":
             cache = transformers.StaticCache(config=self.model.config, max_cache_len=capacity)
         out = self.model(token_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], cache
-
-
-class _Clock(transformers.generation.streamers.BaseStreamer):
-    """When the first token came: `put` is called with the prompts, then with every token."""
-
-    def __init__(self) -> None:
-        self.calls, self.first = 0, math.nan
-
-    def put(self, value) -> None:
-        self.calls += 1
-        if self.calls == 2:
-            self.first = time.perf_counter()
-
-    def end(self) -> None:
-        pass
 
 
 def main() -> None:

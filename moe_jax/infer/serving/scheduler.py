@@ -141,7 +141,7 @@ class Step:
 
 
 PASSERS, PATIENCE = 8, 8
-Homes = Callable[[Sequence[int], Sequence[int]], Sequence[float]]
+CostOfShards = Callable[[Sequence[int], Sequence[int]], Sequence[float]]
 
 
 class Scheduler:
@@ -160,7 +160,7 @@ class Scheduler:
         self.waiting: list[Job] = []  # by arrival
         self.running: list[Job] = []  # by arrival
         self._seats: list[list[int]] = [list(range(limits.seats)) for _ in range(limits.shards)]
-        self.homes: Homes | None = None
+        self.homes: CostOfShards | None = None
         self.found = self.admitted = self.at_home = 0
         self._arrivals = 0
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import Refused
-from moe_jax.infer.serving import homes, placing
+from moe_jax.infer.serving import homes
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
 from moe_jax.infer.serving.scheduler import PATIENCE, Limits, Scheduler
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.homes import tally
-from moe_jax.placement.plan import Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.routing.trace import Trace
 from tests import tiny
@@ -134,6 +133,12 @@ def rows_of(engine, placed, seed):
     return [[part.token for part in parts] for parts in answers], rows
 
 
+def learned(placed):
+    """Waits for the homes that are being learned."""
+    placed._learner.submit(lambda: None).result()
+    placed.between_steps()
+
+
 def test_requests_run_where_their_experts_are():
     """Texts of eight kinds, experts that stay: fewer rows, no bit of an answer changes."""
     engine = test_engine.make(
@@ -150,22 +155,16 @@ def test_requests_run_where_their_experts_are():
             pool.forget()
         engine.stats = Stats()
         said = []
-        placed = placing.Placing(
-            engine,
-            Plan(test_placing.HERE),
-            dataclasses.replace(rules, homes=wanted),
-            topology=topology_lib.flat(4),
-            say=said.append,
-        )
+        placed = test_placing.start(engine, dataclasses.replace(rules, homes=wanted), said)
         for n in range(2):
             rows_of(engine, placed, n)
-        placed._learner.submit(lambda: None).result()
-        placed.between_steps()
+        learned(placed)
         assert bool(placed.report.homes) == wanted, said
         assert (engine.scheduler.homes is not None) == wanted
         answers[wanted], rows[wanted] = rows_of(engine, placed, seed=5)
         placed.close()
     assert answers[True] == answers[False]
+    print(f"rows per token and layer: {rows[False]:.3f} anywhere, {rows[True]:.3f} at home")
     assert rows[True] < 0.97 * rows[False], rows
     assert engine.scheduler.at_home > 0.5 * engine.scheduler.admitted > 0
 
@@ -178,15 +177,9 @@ def test_dispatches_without_homes_say_so_once():
         model__dispatch="gathered",
     )
     said = []
-    placed = placing.Placing(
-        engine,
-        Plan(test_placing.HERE),
-        dataclasses.replace(test_placing.RULES, min_gain=0.99, homes=True),
-        topology=topology_lib.flat(4),
-        say=said.append,
-    )
+    rules = dataclasses.replace(test_placing.RULES, min_gain=0.99, homes=True)
+    placed = test_placing.start(engine, rules, said)
     test_placing.serve(engine, 200, placed)
-    placed._learner.submit(lambda: None).result()
-    placed.between_steps()
+    learned(placed)
     assert sum("requests run anywhere" in line for line in said) == 1, said
     assert engine.scheduler.homes is None
