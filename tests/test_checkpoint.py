@@ -214,14 +214,19 @@ def test_newest_good_step(saved, tmp_path):
     assert checkpoint.newest_good(tmp_path / "none", said.append) is None
 
 
+def save_again(folder, arrays, *steps):
+    """The same arrays as later steps."""
+    contents = checkpoint.read_contents(folder)
+    for step in steps:
+        newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
+        checkpoint.save(folder.parent, arrays, newer)
+
+
 @pytest.fixture
 def three(saved):
     """Steps 4, 5 and 6, read into the host by a `read` that notes what it is asked for."""
     folder, arrays = saved
-    contents = checkpoint.read_contents(folder)
-    for step in (5, 6):
-        newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
-        checkpoint.save(folder.parent, arrays, newer)
+    save_again(folder, arrays, 5, 6)
     asked = []
 
     def read(folder, contents):
@@ -385,10 +390,8 @@ def test_old_steps_are_removed(saved):
 
 def test_bad_steps_are_moved_aside_but_never_the_last(saved):
     folder, arrays = saved
-    contents = checkpoint.read_contents(folder)
+    save_again(folder, arrays, 5, 6)
     for step in (5, 6):
-        newer = checkpoint.Contents(step, contents.arrays, contents.plan, {})
-        checkpoint.save(folder.parent, arrays, newer)
         (folder.parent / str(step) / "plan.json").unlink()
     said: list[str] = []
     assert checkpoint.newest_good(folder.parent, said.append, move_bad=True)[1].step == 4

@@ -1,5 +1,6 @@
 """Two processes with four devices each, and four with two, train as one with eight does."""
 
+import json
 import pathlib
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import metrics
+from moe_jax.checkpoint import integrity
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -44,6 +46,14 @@ def run_all(commands):
     return said
 
 
+def apart_flags(processes):
+    """What each of them is told to find the others."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [f"--distributed=localhost:{port},{processes},{n}" for n in range(processes)]
+
+
 @pytest.mark.parametrize(
     ("processes", "goes_on_in_one"),
     [
@@ -53,10 +63,7 @@ def run_all(commands):
     ],
 )
 def test_several_processes_equal_one(processes, goes_on_in_one, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    apart = [f"--distributed=localhost:{port},{processes},{n}" for n in range(processes)]
+    apart = apart_flags(processes)
     devices = f"--config.virtual_devices={8 // processes}"
     probe = "--config.train.probe_every=1"  # they time each other, which changes nothing
     said = run_all([command(tmp_path / "several", 2, devices, probe, flag) for flag in apart])
@@ -82,19 +89,10 @@ def test_several_processes_equal_one(processes, goes_on_in_one, tmp_path):
 @pytest.mark.slow
 def test_experts_move_in_several_processes(tmp_path):
     """The first process plans, all move between the same two steps, the curve stays."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     moves = [f"--config.replan.{name}" for name in ("every=4", "record_steps=4", "seconds=0.2")]
     several = [
-        command(
-            tmp_path / "several",
-            24,
-            "--config.virtual_devices=4",
-            *moves,
-            f"--distributed=localhost:{port},2,{n}",
-        )
-        for n in range(2)
+        command(tmp_path / "several", 24, "--config.virtual_devices=4", *moves, flag)
+        for flag in apart_flags(2)
     ]
     said = run_all(several)
     assert "experts moved" in said[0]
@@ -107,3 +105,22 @@ def test_experts_move_in_several_processes(tmp_path):
     for row, expected in zip(several, one, strict=True):
         np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-4)
     assert list((tmp_path / "several" / "plans").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_damaged_step_is_left_by_all_processes(share, tmp_path):
+    """One process finds the file that is wrong, in its share; none of them takes the step."""
+    devices = "--config.virtual_devices=4"
+    run_all([command(tmp_path, 4, devices, flag) for flag in apart_flags(2)])
+    newest = tmp_path / "checkpoints" / "4"
+    listed = json.loads((newest / integrity.MANIFEST).read_text())
+    large = sorted(name for name in listed if listed[name]["size"] > integrity.SMALL_BYTES)
+    data = bytearray((newest / large[share]).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / large[share]).write_bytes(data)
+    said = run_all([command(tmp_path, 6, devices, flag) for flag in apart_flags(2)])
+    assert "skipping checkpoint 4: " in said[0]
+    assert large[share] in said[0]
+    assert "resuming after step 2" in said[0]
+    assert (tmp_path / "checkpoints" / "6").is_dir()

@@ -20,7 +20,6 @@ import time
 import pytest
 
 from moe_jax import migrate, replan
-from moe_jax.errors import Refused
 from moe_jax.infer.server import app, run, settings
 from moe_jax.infer.serving import placing
 from moe_jax.infer.serving.engine import Engine
@@ -551,37 +550,6 @@ def test_a_process_ends_with_code_0_on_sigterm_under_load(tmp_path):
     assert process.returncode == 0, said
     assert "{'length': 40}" in said
     assert trace_lib.load(recorded).num_tokens > 0
-
-
-def test_two_servers_on_one_port():
-    with contextlib.closing(settings.listen("127.0.0.1", 0)) as bound:
-        port = bound.getsockname()[1]
-        with pytest.raises(Refused, match=f"127.0.0.1:{port}.*cannot be listened on"):
-            settings.listen("127.0.0.1", port)
-
-
-def plain_settings(**fields):
-    names = ("context", "seats", "cache_tokens", "bearer_token_file", "record")
-    plain = {"host": "127.0.0.1", "port": 0, "max_queue": 9, **dict.fromkeys(names), **fields}
-    return settings.Settings(**plain)
-
-
-def test_settings(tmp_path):
-    assert plain_settings().check() == ""
-    (tmp_path / "token").write_text("secret\n")
-    assert plain_settings(bearer_token_file=str(tmp_path / "token")).check() == "secret"
-    (tmp_path / "empty").write_text(" \n")
-    for fields, match in (
-        ({"port": 70000}, "--port"),
-        ({"max_queue": -1}, "--max_queue"),
-        ({"replan_tokens": -1}, "--replan_tokens"),
-        ({"replan_pause": float("nan")}, "--replan_pause"),
-        ({"host": "no.such.host.invalid"}, "--host"),
-        ({"bearer_token_file": str(tmp_path / "empty")}, "one word"),
-        ({"bearer_token_file": str(tmp_path / "missing")}, "readable"),
-    ):
-        with pytest.raises(Refused, match=match):
-            plain_settings(**fields).check()
 
 
 def test_engine_is_only_called_by_its_thread(engine, server):
