@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax import permute
-from moe_jax.hf import config_json, folder, layout, load
+from moe_jax.hf import config_json, folder, layout, load, safetensors
 from moe_jax.infer.engine import Engine
 from moe_jax.infer.sampling import Sampling
 from moe_jax.placement.plan import Placement
@@ -105,3 +105,19 @@ def engine(family: str, dispatch: str = "exchange", placement: Placement | None 
 def deviation(actual: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, as a part of the range of what is expected."""
     return float(np.abs(actual - expected).max() / np.ptp(expected))
+
+
+def write(target: pathlib.Path, arrays: dict[str, np.ndarray], *, codes: str) -> None:
+    """One file of tensors; bytes are codes of this kind."""
+    kinds = {dtype: name for name, dtype in safetensors.WEIGHTS.items()}
+    kinds |= {np.dtype(np.uint8): codes}
+    named = {name: (kinds[array.dtype], array.shape) for name, array in arrays.items()}
+    safetensors.write(target / folder.SINGLE, named, arrays.__getitem__)
+
+
+def changed(model: pathlib.Path, change, *, codes: str) -> None:
+    """The file of a model again, after `change(arrays)`."""
+    file = safetensors.read(model / folder.SINGLE)
+    arrays = {name: file.codes(name).copy() for name in file.tensors}
+    change(arrays)
+    write(model, arrays, codes=codes)

@@ -13,7 +13,7 @@ from moe_jax import checkpoint
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
-from moe_jax.hf import config_json, folder, fp8, layout, load, safetensors, save
+from moe_jax.hf import config_json, folder, fp8, layout, load, save
 from tests.hf import golden
 
 FAMILY = "deepseek_v3"
@@ -50,13 +50,6 @@ def test_values_are_those_of_the_format():
     assert fp8.shapes((130, 257)) == {"": (130, 257), "_scale_inv": (2, 3)}
 
 
-def write(target: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    kinds = {dtype: name for name, dtype in safetensors.WEIGHTS.items()}
-    kinds |= {np.dtype(np.uint8): "F8_E4M3"}
-    named = {name: (kinds[a.dtype], a.shape) for name, a in arrays.items()}
-    safetensors.write(target / folder.SINGLE, named, arrays.__getitem__)
-
-
 @pytest.fixture
 def models(tmp_path):
     """The golden model with projections in 8 bits, and with the same values in bfloat16."""
@@ -74,7 +67,7 @@ def models(tmp_path):
     folders = []
     for name, arrays in (("coded", coded), ("plain", plain)):
         folders.append(pathlib.Path(shutil.copytree(golden.ROOT / FAMILY, tmp_path / name)))
-        write(folders[-1], arrays)
+        golden.write(folders[-1], arrays, codes="F8_E4M3")
     say(folders[0], quantization_config=CONFIG)
     return folders
 
@@ -109,13 +102,6 @@ def test_a_model_in_8_bits_is_that_in_bfloat16(models, tmp_path, capsys):
         save.export(coded, way, placement, tmp_path / "out", dtypes="BF16", like=models[0])
 
 
-def changed(model: pathlib.Path, change) -> None:
-    file = safetensors.read(model / folder.SINGLE)
-    arrays = {name: file.codes(name).copy() for name in file.tensors}
-    change(arrays)
-    write(model, arrays)
-
-
 SCALES = f"{ROUTED}_scale_inv"
 BAD = {
     "NaN": (lambda a: a[ROUTED].__setitem__((3, 7), 127), f"{ROUTED} = .*NaN or infinity"),
@@ -131,7 +117,7 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "says"), BAD.values(), ids=BAD.keys())
 def test_bad_codes(models, change, says):
-    changed(models[0], change)
+    golden.changed(models[0], change, codes="F8_E4M3")
     with pytest.raises(Refused, match=says):
         loaded(models[0])
 

@@ -13,7 +13,7 @@ from moe_jax import checkpoint
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
-from moe_jax.hf import config_json, folder, layout, load, mxfp4, safetensors, save
+from moe_jax.hf import config_json, folder, layout, load, mxfp4, save
 from tests.hf import golden
 
 FAMILY = "gpt_oss"
@@ -60,13 +60,6 @@ def test_a_scale_that_is_no_number():
     assert np.isnan(decoded_V[32:]).all()
 
 
-def write(target: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    kinds = {dtype: name for name, dtype in safetensors.WEIGHTS.items()}
-    codes = {np.dtype(np.uint8): "U8"}
-    named = {n: ((kinds | codes)[a.dtype], a.shape) for n, a in arrays.items()}
-    safetensors.write(target / folder.SINGLE, named, arrays.__getitem__)
-
-
 @pytest.fixture
 def models(tmp_path):
     """The golden model with experts in codes as published, and in bfloat16 by the standard."""
@@ -87,7 +80,7 @@ def models(tmp_path):
     folders = []
     for name, arrays in (("coded", coded), ("plain", plain)):
         folders.append(pathlib.Path(shutil.copytree(golden.ROOT / FAMILY, tmp_path / name)))
-        write(folders[-1], arrays)
+        golden.write(folders[-1], arrays, codes="U8")
     said = json.loads((folders[0] / "config.json").read_text())
     said |= {"quantization_config": {"quant_method": "mxfp4"}, "dtype": None}
     (folders[0] / "config.json").write_text(json.dumps(said))
@@ -158,16 +151,6 @@ def test_a_device_decodes_its_own_experts_only(models, monkeypatch):
         assert ours.shape == (32, 1, 16)
 
 
-def changed(model: pathlib.Path, change) -> None:
-    file = safetensors.read(model / folder.SINGLE)
-    arrays = {
-        name: (file.codes if tensor.dtype == "U8" else file.array)(name).copy()
-        for name, tensor in file.tensors.items()
-    }
-    change(arrays)
-    write(model, arrays)
-
-
 SCALES = EXPERTS.format(1) + "down_proj_scales"
 BAD = {
     "NaN": (lambda a: a[SCALES].__setitem__((7, 3, 0), 255), f"{SCALES} = .*NaN or infinity"),
@@ -183,6 +166,6 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "says"), BAD.values(), ids=BAD.keys())
 def test_bad_codes(models, change, says):
-    changed(models[0], change)
+    golden.changed(models[0], change, codes="U8")
     with pytest.raises(Refused, match=says):
         loaded(models[0], "float32")

@@ -10,12 +10,12 @@ import pytest
 
 from moe_jax import checkpoint
 from moe_jax import config as config_lib
-from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.model import latent, parameter, transformer
+from moe_jax.model import latent, transformer
 from moe_jax.train import step as step_lib
 from tests import tiny
 from tests.model.test_parts import shaken
+from tests.model.whole import TOKEN_BS, WEIGHT_BSV, Whole
 
 LATENT = {"kv_rank": 6, "d_rope": 4, "d_value": 3, "query_rank": 8}
 ROPE = {
@@ -141,8 +141,6 @@ WHOLE = {
     **{"model__router_groups": 4, "model__router_top_groups": 2, "model__router_scale": 2.5},
     "model__router_correction": True,
 }
-TOKEN_BS = tiny.tokens(8, 8)
-WEIGHT_BSV = np.random.default_rng(2).normal(size=(8, 8, 256)).astype(np.float32)
 
 
 def whole_config(dispatch="local", **mesh):
@@ -154,28 +152,8 @@ def trained():
     return shaken(transformer.Transformer(jax.random.key(1), whole_config().model))
 
 
-def placed(config):
-    mesh = tiny.mesh(config)
-    model = jax.tree.map(
-        lambda a, names: jax.device_put(a, mesh_lib.sharding(mesh, *names)),
-        trained(),
-        parameter.logical_axes(trained()),
-    )
-    table = transformer.identity_table(tiny.LAYERS, tiny.EXPERTS)  # of the MoE layers alone
-    forward = transformer.build_forward(config.model, mesh, "reference")
-    return model, lambda model: forward(model, jnp.asarray(TOKEN_BS), table)
-
-
-def outputs(config):
-    model, forward = placed(config)
-    output = jax.jit(forward)(model)
-    return output.logits_BSV, output.record.expert_BSK
-
-
-def gradients(config):
-    model, forward = placed(config)
-    loss = lambda model: (forward(model).logits_BSV * WEIGHT_BSV).sum()  # noqa: E731
-    return jax.jit(jax.grad(loss))(model)
+_WHOLE = Whole(trained)
+outputs, gradients = _WHOLE.outputs, _WHOLE.gradients
 
 
 on_one_device = functools.cache(lambda compute: compute(whole_config()))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
-from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.model import attention, coherent, parameter, rope, router, shared, transformer
+from moe_jax.model import attention, rope, router, shared, transformer
 from tests import tiny
 from tests.model.test_transformer import numpy_attention
+from tests.model.whole import Whole
 
 PARTS = {
     "model__router_weights": "softmax",
@@ -190,34 +190,8 @@ def config_with(dispatch="exchange", **mesh):
     return tiny.config(mesh=mesh, model__dispatch=dispatch, **PARTS)
 
 
-TOKEN_BS = tiny.tokens(8, 8)
-WEIGHT_BSV = np.random.default_rng(2).normal(size=(8, 8, 256)).astype(np.float32)
-
-
-def placed(config):
-    """The mesh, the model on it, and its forward pass."""
-    mesh, model = tiny.mesh(config), trained()
-    model = jax.tree.map(
-        lambda a, names: jax.device_put(a, mesh_lib.sharding(mesh, *names)),
-        model,
-        parameter.logical_axes(model),
-    )
-    layers = coherent if config.model.dispatch == "coherent" else transformer
-    table = transformer.identity_table(tiny.LAYERS, tiny.EXPERTS)
-    forward = layers.build_forward(config.model, mesh, "reference")
-    return model, lambda model: forward(model, jnp.asarray(TOKEN_BS), table)
-
-
-def outputs(config):
-    model, forward = placed(config)
-    output = jax.jit(forward)(model)
-    return output.logits_BSV, output.record.expert_BSK
-
-
-def gradients(config):
-    model, forward = placed(config)
-    loss = lambda model: (forward(model).logits_BSV * WEIGHT_BSV).sum()  # noqa: E731
-    return jax.jit(jax.grad(loss))(model)
+_WHOLE = Whole(trained)
+outputs, gradients = _WHOLE.outputs, _WHOLE.gradients
 
 
 SLOW = pytest.mark.slow
