@@ -19,7 +19,8 @@ STEPS = 4
 ONE = {"data": 1, "expert": 1}
 WIDE, DEEP = {"data": 2, "expert": 4}, {"data": 1, "expert": 8}
 NODES = {"data": 2, "node": 2, "expert": 2}
-CASES = [
+CASES = [  # the first by default
+    ("exchange", "exact", {"data": 1, "expert": 2}, "cpu"),
     ("exchange", "exact", WIDE, "cpu"),
     ("local", "exact", {"data": 8, "expert": 1}, "cpu"),
     ("local", "exact", ONE, "cpu"),
