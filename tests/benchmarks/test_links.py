@@ -60,10 +60,14 @@ def left(names: list[str], seconds: float = 10.0) -> list[str]:
     return still
 
 
-def running(namespace: str) -> list[str]:
-    """Command lines of the processes whose network is this namespace (gone: none)."""
-    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True)
-    return listed.stdout.split()
+def running(namespace: str, seconds: float = 30.0) -> list[str]:
+    """Numbers of the processes in this namespace; waits for one, which enters after it started."""
+    end = time.monotonic() + seconds
+    while True:
+        listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True)
+        if listed.stdout.split() or time.monotonic() > end:
+            return listed.stdout.split()
+        time.sleep(0.05)
 
 
 @needs_root
@@ -71,15 +75,19 @@ def running(namespace: str) -> list[str]:
 def test_nothing_is_left(how):
     then = {"return": "pass", "exception": "1 / 0"}.get(how, "time.sleep(1000)")
     process, names = hold(then)
-    assert len(names) == 2
-    if how.startswith("SIG"):
-        assert set(names) <= set(links.namespaces())
-        assert running(names[0])
-        process.send_signal(getattr(signal, how))
-    process.wait(timeout=30)
+    try:
+        assert len(names) == 2
+        if how.startswith("SIG"):
+            assert set(names) <= set(links.namespaces())
+            assert running(names[0])
+            process.send_signal(getattr(signal, how))
+        process.wait(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
     assert left(names) == []
     assert not any((links.NETNS_FILES / name).exists() for name in names)
-    process.stdout.close()
 
 
 @needs_root
