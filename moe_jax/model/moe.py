@@ -291,6 +291,8 @@ def build_dispatch(
             weight = jnp.where(jax.lax.axis_index(mesh_lib.TENSOR) == 0, weight, 0)
         if "embed" not in names:
             return jax.lax.pcast(weight, axis_name=mesh_lib.FSDP, to="varying")
+        if mesh_lib.size(mesh, mesh_lib.FSDP) == 1:
+            return weight  # XLA would copy on CPU what it gathers from one: transposed, and back
         return jax.lax.all_gather(weight, mesh_lib.FSDP, axis=names.index("embed"), tiled=True)
 
     tokens = mesh_lib.spec("batch", None)

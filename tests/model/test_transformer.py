@@ -141,3 +141,12 @@ def test_active_parameters_are_those_of_a_model_with_top_k_experts():
     columns = full.num_layers * full.d_model * (full.num_experts - full.top_k)
     expected = transformer.num_parameters(small) + columns
     assert transformer.num_active_parameters(full) == expected
+
+
+def test_one_device_gathers_nothing():
+    """XLA keeps a collective of one device, and on CPU copies what it gathers two times."""
+    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local")
+    forward = transformer.build_forward(config.model, tiny.mesh(config))
+    table = transformer.identity_table(tiny.LAYERS, tiny.EXPERTS)
+    lowered = jax.jit(forward).lower(tiny.model(1, 1), jnp.zeros((4, 8), jnp.int32), table)
+    assert "all-gather(" not in lowered.compile().as_text()
