@@ -29,6 +29,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config, MeshConfig
 from moe_jax.infer import load
 from moe_jax.infer.engine import Engine, fetch, homes
+from moe_jax.infer.prepared import prepared
 from moe_jax.model import transformer
 from moe_jax.placement.plan import Placement
 
@@ -66,7 +67,8 @@ class Worker:
         self._config, source = spread(settings.run, settings.hosts, settings.devices_per_host)
         self._mesh = mesh_lib.of_config(self._config.mesh)
         self._stored = source.contents.plan.placement
-        self._model = load.parameters(source, self._mesh)
+        model = load.parameters(source, self._mesh)
+        self._model = prepared(self._config.model, self._mesh, model, use_up=True)
         self._placed: dict[str, tuple[transformer.Transformer, Any]] = {}
         self._engines: dict[str, Engine] = {}
         self._caches: dict[str, Any] = {}

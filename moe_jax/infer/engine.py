@@ -23,6 +23,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import sampling as sampling_lib
+from moe_jax.infer.prepared import prepared
 from moe_jax.model import coherent, transformer
 from moe_jax.model.dispatch.table import Table
 
@@ -53,13 +54,14 @@ class StepRecord:
 class Generation:
     """Attributes:
     tokens: per prompt, the tokens that followed it.
-    logits_BSV: float32 prefill logits of the padded batch, on the devices; see `fetch`.
+    logits_BSV: float32 prefill logits of the padded batch, on the devices; see `fetch`. None if
+      they were not asked for.
     records: the prefill's, then one per decode step.
     home_B: the device, as plans count, that holds each sequence.
     """
 
     tokens: list[list[int]]
-    logits_BSV: jax.Array
+    logits_BSV: jax.Array | None
     records: list[StepRecord]
     home_B: np.ndarray
 
@@ -68,7 +70,8 @@ class Engine:
     """Compiled prefill and decode of one model under one placement."""
 
     def __init__(self, config: Config, mesh: Mesh, model: transformer.Transformer, table: Table):
-        self._config, self._mesh, self._model = config, mesh, model
+        self._config, self._mesh = config, mesh
+        self._model = prepared(config.model, mesh, model)
         self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
         # In coherent dispatch tokens stay away between layers: another way through the same model.
         apart = config.model.dispatch == "coherent"
@@ -77,14 +80,17 @@ class Engine:
         self._split = {} if apart else {"attention_batch": attention_batch}
         forward = self._layers.build_forward(config.model, mesh, **self._split)
 
-        @jax.jit
-        def prefill(model, table, token_BS, length_B, cache):
+        @functools.partial(jax.jit, static_argnames="all_logits")
+        def prefill(model, table, token_BS, length_B, cache, *, all_logits):
             real_BS = jnp.arange(token_BS.shape[1])[None] < length_B[:, None]
-            output = forward(model, token_BS, table, real_BS=real_BS, cache=cache)
-            last_BV = jnp.take_along_axis(
-                output.logits_BSV, jnp.maximum(length_B - 1, 0)[:, None, None], axis=1
-            )[:, 0]
-            return output.logits_BSV, last_BV, output.cache, output.record
+            last_B = jnp.maximum(length_B - 1, 0)
+            only = {} if all_logits or apart else {"last_B": last_B}
+            output = forward(model, token_BS, table, real_BS=real_BS, cache=cache, **only)
+            logits_BSV = output.logits_BSV
+            if only:
+                return None, logits_BSV[:, 0], output.cache, output.record
+            last_BV = jnp.take_along_axis(logits_BSV, last_B[:, None, None], axis=1)[:, 0]
+            return logits_BSV if all_logits else None, last_BV, output.cache, output.record
 
         @functools.partial(jax.jit, donate_argnums=4)
         def decode(model, table, token_B, position_B, cache):
@@ -104,7 +110,7 @@ class Engine:
     def placed(self, model: transformer.Transformer, table: Table) -> "Engine":
         """An engine for the same model under another placement; shares the compiled programs."""
         other = copy.copy(self)
-        other._model = model
+        other._model = prepared(self._config.model, self._mesh, model)
         other._table = jax.tree.map(lambda t: mesh_lib.put_replicated(self._mesh, t), table)
         return other
 
@@ -113,19 +119,28 @@ class Engine:
         sizes = (self._config.model, batch, capacity, self._mesh)
         return self._layers.empty_cache(*sizes, **self._split)
 
-    def prefill(self, token_BS: np.ndarray, length_B: np.ndarray, cache: transformer.Cache) -> Any:
+    def prefill(
+        self,
+        token_BS: np.ndarray,
+        length_B: np.ndarray,
+        cache: transformer.Cache,
+        *,
+        all_logits: bool = False,
+    ) -> Any:
         """One prefill step, left on the devices.
 
         Args:
           token_BS: int32, on the host; sequences of length 0 are padding.
           length_B: int32, tokens of each sequence.
           cache: empty, for at least S positions.
+          all_logits: those of all positions are wanted as well.
 
         Returns:
-          (logits_BSV, logits_BV of the last tokens, cache, `LayerRecord` of all layers)
+          (logits_BSV or None, logits_BV of the last tokens, cache, `LayerRecord` of all layers)
         """
         put = functools.partial(mesh_lib.put_batch, self._mesh)
-        return self._prefill(self._model, self._table, put(token_BS), put(length_B), cache)
+        args = self._model, self._table, put(token_BS), put(length_B), cache
+        return self._prefill(*args, all_logits=all_logits)
 
     def decode(self, token_B: np.ndarray, position_B: np.ndarray, cache: transformer.Cache) -> Any:
         """One decode step, left on the devices; `cache` is used up.
@@ -155,6 +170,7 @@ class Engine:
         sampling: sampling_lib.Sampling,
         on_token: Callable[[int, int], Any] = lambda sequence, token: None,
         ends: Collection[int] = (),
+        all_logits: bool = True,
     ) -> Generation:
         """Continues every prompt, up to a token that ends its text.
 
@@ -164,6 +180,7 @@ class Engine:
           sampling: how they are chosen.
           on_token: called with (prompt number, token) as soon as a token is on the host.
           ends: tokens after which a sequence says nothing more; none is computed or routed then.
+          all_logits: of the prompts, in the result; without them a prompt costs less.
         """
         check_prompts(prompts, max_new_tokens, self._config.model.max_seq_len)
         token_BS, length_B = _pad(prompts, mesh_lib.size(self._mesh, mesh_lib.BATCH))
@@ -172,7 +189,9 @@ class Engine:
         cache = self.empty_cache(batch, capacity)
 
         start = time.perf_counter()
-        logits_BSV, logits_BV, cache, record = self.prefill(token_BS, length_B, cache)
+        logits_BSV, logits_BV, cache, record = self.prefill(
+            token_BS, length_B, cache, all_logits=all_logits
+        )
         tokens: list[list[int]] = [[] for _ in prompts]
         going_B = length_B > 0
         position_BS = np.broadcast_to(np.arange(padded), token_BS.shape)

@@ -19,6 +19,7 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import published
 from moe_jax.infer.engine import Engine
+from moe_jax.infer.prepared import prepared
 from moe_jax.infer.text import Bytes, Text
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes, with_slots
@@ -110,8 +111,13 @@ def _warn(message: str) -> None:
 
 def engine(source: Source | published.Source, mesh: Mesh) -> Engine:
     """Reads the parameters, to where the source's plan wants them."""
-    model = source.model(mesh)
-    return Engine(source.config, mesh, model, permute.table(source.plan.placement))
+    table = permute.table(source.plan.placement)
+    return Engine(source.config, mesh, model(source, mesh), table)
+
+
+def model(source: Source | published.Source, mesh: Mesh) -> transformer.Transformer:
+    """The parameters for inference, where the source's plan wants them; see prepared.py."""
+    return prepared(source.config.model, mesh, source.model(mesh), use_up=True)
 
 
 def parameters(source: Source, mesh: Mesh) -> transformer.Transformer:

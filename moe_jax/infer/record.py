@@ -103,7 +103,13 @@ def write_measurement(
     """
     tokens = routed_tokens(generations, config.model.num_experts)
     longest = max(map(len, prompts))
-    logits = np.concatenate([fetch(g.logits_BSV)[: len(g.tokens), :longest] for g in generations])
+    logits = np.concatenate(
+        [
+            fetch(g.logits_BSV)[: len(g.tokens), :longest]
+            for g in generations
+            if g.logits_BSV is not None
+        ]
+    )
     continued = [token for g in generations for token in g.tokens]
     meta = {
         "format": MEASUREMENT_FORMAT,

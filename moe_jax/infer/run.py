@@ -208,6 +208,7 @@ def _answer(engine: Engine, prompts: list[list[int]], request: Request, text: Te
         *(prompts, request.max_new_tokens, request.sampling),
         lambda _, token: follow(token),
         ends=text.ends,
+        all_logits=False,
     )
     if not alone:
         for number, (prompt, tokens) in enumerate(zip(prompts, generation.tokens, strict=True)):
@@ -223,7 +224,9 @@ def _in_batches(engine: Engine, prompts: list[list[int]], request: Request) -> l
     start = time.perf_counter()
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
-        generations.append(engine.generate(batch, new_tokens, request.sampling))
+        generations.append(
+            engine.generate(batch, new_tokens, request.sampling, all_logits=bool(request.measure))
+        )
         done = first + len(batch)
         elapsed = time.perf_counter() - start
         left = elapsed * (len(prompts) - done) / done
@@ -247,10 +250,10 @@ def _rows(generations: list[Generation]) -> str:
 def _benchmark(engine: Engine, prompts: list[list[int]], request: Request) -> None:
     """Tokens/s of prefill and decode, best of 3 after one round that compiles."""
     new_tokens = _new_tokens(request)
-    engine.generate(prompts, new_tokens, request.sampling)
+    engine.generate(prompts, new_tokens, request.sampling, all_logits=False)
     prefill, decode = [], []
     for round_ in range(3):
-        generation = engine.generate(prompts, new_tokens, request.sampling)
+        generation = engine.generate(prompts, new_tokens, request.sampling, all_logits=False)
         prefill.append(generation.records[0].seconds)
         decode.append(float(np.median([r.seconds for r in generation.records[1:]])))
         metrics.progress(f"round {round_ + 1}/3")

@@ -14,7 +14,7 @@ mask, and no buffer needs padding. It sets dw, the whole tiles add to it.
 
 A row gets the same bits in a tile of any of these sizes. Matmul libraries compute few rows another
 way than many (XLA's does not pack the weights for fewer than about 50, and rounds otherwise), so no
-tile has fewer than 64.
+tile has fewer than 64. Transposed weights are always packed: there forward tiles start at 4 rows.
 
 Backward passes recompute the pre-activations in the tile: nothing but the inputs is kept.
 """
@@ -31,6 +31,33 @@ from jax.typing import DTypeLike
 from moe_jax.kernels.activation import Activation
 
 
+class _Linear(NamedTuple):
+    """x @ w for weights stored [D, F] or, transposed, [F, D]; hashable, fixed while tracing."""
+
+    transposed: bool = False
+
+    def width(self, w_GDF: Array) -> int:
+        """F"""
+        return w_GDF.shape[1 if self.transposed else 2]
+
+    def y(self, x_TD: Array, w_DF: Array, bias_F: Array | None = None) -> Array:
+        y_TF = (_dot_wt if self.transposed else _dot)(x_TD, w_DF)
+        return y_TF if bias_F is None else y_TF + bias_F[None]
+
+    def dx(self, dy_TF: Array, w_DF: Array) -> Array:
+        return (_dot if self.transposed else _dot_wt)(dy_TF, w_DF)
+
+    def dw(self, x_TD: Array, dy_TF: Array) -> Array:
+        return _dot_xt(dy_TF, x_TD) if self.transposed else _dot_xt(x_TD, dy_TF)
+
+
+class _Groups(NamedTuple):
+    """Rows of each group, and which of the weights belongs to the first one."""
+
+    size_G: Array
+    first: Array
+
+
 class _Sizes(NamedTuple):
     """Rows of a tile: `whole` ones, and the choices for the first of a group, ascending.
 
@@ -44,9 +71,19 @@ class _Sizes(NamedTuple):
 
 
 _SMALL, _LARGE = _Sizes(128, (64, 128)), _Sizes(256, (64, 96, 128, 192, 256, 320))
+_FEW = (4, 8, 16, 32, 48)  # where transposed weights allow them
+_NARROW = 16  # below, transposed weights are not always packed either
 
 
-def _sizes_of(w_GDF: Array) -> _Sizes:
+def _sizes_of(w_GDF: Array, linear: _Linear) -> _Sizes:
+    """Of tiles whose only matmuls are `linear.y`."""
+    sizes = _sizes_of_any(w_GDF)
+    if linear.transposed and min(w_GDF.shape[1:]) >= _NARROW:
+        return sizes._replace(first=_FEW + sizes.first)
+    return sizes
+
+
+def _sizes_of_any(w_GDF: Array) -> _Sizes:
     return _LARGE if w_GDF.shape[1] * w_GDF.shape[2] >= 2**18 else _SMALL
 
 
@@ -54,7 +91,10 @@ def _sizes_of(w_GDF: Array) -> _Sizes:
 
 
 class _Tile(NamedTuple):
-    """`size` consecutive rows of one group from `start` on, `real` of them its own."""
+    """`size` consecutive rows of one group from `start` on, `real` of them its own.
+
+    `group` is the index of its weights.
+    """
 
     group: Array
     size: int
@@ -107,32 +147,32 @@ def _rotate(x_TD: Array, shift: Array) -> Array:
 
 
 def _for_each_tile(
-    group_sizes_G: Array,
+    groups: _Groups,
     weights: Sequence[Array | None],
     buffers: Any,
     visit: Callable[[Any, Any, "_Tile"], Any],
     num_rows: int,
+    sizes: _Sizes,
 ) -> Any:
     """Runs `buffers = visit(buffers, weights of the group, tile)` over all tiles of all groups.
 
-    The first weight decides on the sizes of tiles; one that is None is not there.
+    A weight that is None is not there.
     """
-    ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), num_rows)
+    ends_G = jnp.minimum(jnp.cumsum(groups.size_G), num_rows)
     starts_G = jnp.concatenate([jnp.zeros_like(ends_G[:1]), ends_G[:-1]])
     occupied_G = ends_G > starts_G
-    assert weights[0] is not None
-    sizes = _sizes_of(weights[0])
     (groups_G,) = jnp.nonzero(occupied_G, size=occupied_G.shape[0], fill_value=0)
 
     def group_body(visited: Array, buffers: Any) -> Any:
         group = groups_G[visited]
+        of = groups.first + group
         group_weights = jax.tree.map(
-            lambda w: _f32(lax.dynamic_index_in_dim(w, group, keepdims=False)), list(weights)
+            lambda w: _f32(lax.dynamic_index_in_dim(w, of, keepdims=False)), list(weights)
         )
         for size, first, times, real in _cut(sizes, starts_G[group], ends_G[group], num_rows):
 
             def tile_body(i, buffers, size=size, first=first, real=real):
-                return visit(buffers, group_weights, _Tile(group, size, first + i * size, real))
+                return visit(buffers, group_weights, _Tile(of, size, first + i * size, real))
 
             buffers = _repeat(times, tile_body, buffers)
         return buffers
@@ -209,14 +249,13 @@ def _dot_xt(x_TD: Array, y_TF: Array) -> Array:
 
 def _with_room(x_ND: Array, w_GDF: Array) -> Array:
     """A buffer shorter than the largest tile it may be cut into is filled up to it."""
-    num_rows, choices = x_ND.shape[0], _sizes_of(w_GDF).first
+    num_rows, choices = x_ND.shape[0], _sizes_of_any(w_GDF).first
     missing = min((size for size in choices if size >= num_rows), default=num_rows) - num_rows
     return jnp.pad(x_ND, ((0, missing), (0, 0))) if missing else x_ND
 
 
-def _affine(x_TD: Array, w_DF: Array, bias_F: Array | None) -> Array:
-    """x @ w + bias"""
-    return _dot(x_TD, w_DF) if bias_F is None else _dot(x_TD, w_DF) + bias_F[None]
+def _groups(group_sizes_G: Array, first_group: Array | None) -> _Groups:
+    return _Groups(group_sizes_G, jnp.int32(0) if first_group is None else first_group)
 
 
 def _add_rows(tile: _Tile, dbias_GF: Array | None, dy_TF: Array) -> Array | None:
@@ -227,40 +266,50 @@ def _add_rows(tile: _Tile, dbias_GF: Array | None, dy_TF: Array) -> Array | None
 # --- x @ w -----------------------------------------------------------------------------------
 
 
-def matmul(x_ND: Array, w_GDF: Array, group_sizes_G: Array, out_dtype: DTypeLike) -> Array:
-    y_NF = _matmul(jnp.dtype(out_dtype), _with_room(x_ND, w_GDF), w_GDF, group_sizes_G)
-    return y_NF[: x_ND.shape[0]]
+def matmul(
+    x_ND: Array,
+    w_GDF: Array,
+    group_sizes_G: Array,
+    out_dtype: DTypeLike,
+    *,
+    transposed: bool = False,
+    first_group: Array | None = None,
+) -> Array:
+    how = _Linear(transposed), jnp.dtype(out_dtype)
+    groups = _groups(group_sizes_G, first_group)
+    return _matmul(*how, _with_room(x_ND, w_GDF), w_GDF, groups)[: x_ND.shape[0]]
 
 
-def _matmul_impl(out_dtype, x_ND, w_GDF, group_sizes_G):
+def _matmul_impl(linear, out_dtype, x_ND, w_GDF, groups):
     def visit(y_NF, weights, tile):
         (w_DF,) = weights
-        return tile.write(y_NF, _dot(tile.read(x_ND), w_DF))
+        return tile.write(y_NF, linear.y(tile.read(x_ND), w_DF))
 
     num_rows = x_ND.shape[0]
-    y_NF = _zeros((num_rows, w_GDF.shape[2]), out_dtype, x_ND)
-    return _for_each_tile(group_sizes_G, (w_GDF,), y_NF, visit, num_rows)
+    y_NF = _zeros((num_rows, linear.width(w_GDF)), out_dtype, x_ND)
+    sizes = _sizes_of(w_GDF, linear)
+    return _for_each_tile(groups, (w_GDF,), y_NF, visit, num_rows, sizes)
 
 
-def _matmul_fwd(out_dtype, *args):
-    return _matmul_impl(out_dtype, *args), args
+def _matmul_fwd(linear, out_dtype, *args):
+    return _matmul_impl(linear, out_dtype, *args), args
 
 
-def _matmul_bwd(out_dtype, saved, dy_NF):
-    x_ND, *weights, group_sizes_G = saved
+def _matmul_bwd(linear, out_dtype, saved, dy_NF):
+    x_ND, *weights, groups = saved
 
     def visit(grads, weights, tile):
         (w_DF,) = weights
         dx_ND, dw_GDF = grads
         x_TD, dy_TF = tile.read(x_ND), tile.read(dy_NF)
-        return tile.write(dx_ND, _dot_wt(dy_TF, w_DF)), tile.add(dw_GDF, _dot_xt(x_TD, dy_TF))
+        return tile.write(dx_ND, linear.dx(dy_TF, w_DF)), tile.add(dw_GDF, linear.dw(x_TD, dy_TF))
 
     grads = _zero_grads(x_ND, weights)
-    grads = _for_each_tile(group_sizes_G, weights, grads, visit, x_ND.shape[0])
+    grads = _for_each_tile(groups, weights, grads, visit, x_ND.shape[0], _sizes_of_any(weights[0]))
     return _as_cotangents(grads, weights)
 
 
-_matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0,))
+_matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0, 1))
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
@@ -275,52 +324,58 @@ def swiglu(
     activation: Activation,
     bias_gate_GF: Array | None = None,
     bias_up_GF: Array | None = None,
+    *,
+    transposed: bool = False,
+    first_group: Array | None = None,
 ) -> Array:
+    how = _Linear(transposed), activation
     weights = w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF
-    h_NF = _swiglu(activation, _with_room(x_ND, w_gate_GDF), *weights, group_sizes_G)
-    return h_NF[: x_ND.shape[0]]
+    groups = _groups(group_sizes_G, first_group)
+    return _swiglu(*how, _with_room(x_ND, w_gate_GDF), *weights, groups)[: x_ND.shape[0]]
 
 
-def _swiglu_impl(activation, x_ND, w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF, group_sizes_G):
+def _swiglu_impl(linear, activation, x_ND, *rest):
+    *weights, groups = rest
+
     def visit(h_NF, weights, tile):
         w_gate_DF, w_up_DF, bias_gate_F, bias_up_F = weights
         x_TD = tile.read(x_ND)
-        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
+        gate_TF, up_TF = linear.y(x_TD, w_gate_DF, bias_gate_F), linear.y(x_TD, w_up_DF, bias_up_F)
         return tile.write(h_NF, activation.value(gate_TF, up_TF))
 
-    num_rows = x_ND.shape[0]
-    weights = (w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF)
-    h_NF = _zeros((num_rows, w_gate_GDF.shape[2]), x_ND.dtype, x_ND)
-    return _for_each_tile(group_sizes_G, weights, h_NF, visit, num_rows)
+    num_rows, w_gate_GDF = x_ND.shape[0], weights[0]
+    h_NF = _zeros((num_rows, linear.width(w_gate_GDF)), x_ND.dtype, x_ND)
+    sizes = _sizes_of(w_gate_GDF, linear)
+    return _for_each_tile(groups, weights, h_NF, visit, num_rows, sizes)
 
 
-def _swiglu_fwd(activation, *args):
-    return _swiglu_impl(activation, *args), args
+def _swiglu_fwd(linear, activation, *args):
+    return _swiglu_impl(linear, activation, *args), args
 
 
-def _swiglu_bwd(activation, saved, dh_NF):
-    x_ND, *weights, group_sizes_G = saved
+def _swiglu_bwd(linear, activation, saved, dh_NF):
+    x_ND, *weights, groups = saved
 
     def visit(grads, weights, tile):
         w_gate_DF, w_up_DF, bias_gate_F, bias_up_F = weights
         dx_ND, dw_gate_GDF, dw_up_GDF, dbias_gate_GF, dbias_up_GF = grads
         x_TD, dh_TF = tile.read(x_ND), tile.read(dh_NF)
-        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
+        gate_TF, up_TF = linear.y(x_TD, w_gate_DF, bias_gate_F), linear.y(x_TD, w_up_DF, bias_up_F)
         dgate_TF, dup_TF = activation.gradient(gate_TF, up_TF, dh_TF)
         return (
-            tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF)),
-            tile.add(dw_gate_GDF, _dot_xt(x_TD, dgate_TF)),
-            tile.add(dw_up_GDF, _dot_xt(x_TD, dup_TF)),
+            tile.write(dx_ND, linear.dx(dgate_TF, w_gate_DF) + linear.dx(dup_TF, w_up_DF)),
+            tile.add(dw_gate_GDF, linear.dw(x_TD, dgate_TF)),
+            tile.add(dw_up_GDF, linear.dw(x_TD, dup_TF)),
             _add_rows(tile, dbias_gate_GF, dgate_TF),
             _add_rows(tile, dbias_up_GF, dup_TF),
         )
 
     grads = _zero_grads(x_ND, weights)
-    grads = _for_each_tile(group_sizes_G, weights, grads, visit, x_ND.shape[0])
+    grads = _for_each_tile(groups, weights, grads, visit, x_ND.shape[0], _sizes_of_any(weights[0]))
     return _as_cotangents(grads, weights)
 
 
-_swiglu = jax.custom_vjp(_swiglu_impl, nondiff_argnums=(0,))
+_swiglu = jax.custom_vjp(_swiglu_impl, nondiff_argnums=(0, 1))
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
@@ -338,41 +393,47 @@ def ffn(
     bias_up_GF: Array | None = None,
     bias_down_GD: Array | None = None,
     row_weight_N: Array | None = None,
+    *,
+    transposed: bool = False,
+    first_group: Array | None = None,
 ) -> Array:
+    how = _Linear(transposed), activation
+    groups = _groups(group_sizes_G, first_group)
     weight_N1 = None if row_weight_N is None else _with_room(row_weight_N[:, None], w_gate_GDF)
     weights = w_gate_GDF, w_up_GDF, w_down_GFD, bias_gate_GF, bias_up_GF, bias_down_GD
-    y_ND = _ffn(activation, _with_room(x_ND, w_gate_GDF), *weights, group_sizes_G, weight_N1)
-    return y_ND[: x_ND.shape[0]]
+    x_ND, num_rows = _with_room(x_ND, w_gate_GDF), x_ND.shape[0]
+    return _ffn(*how, x_ND, *weights, groups, weight_N1)[:num_rows]
 
 
-def _ffn_impl(activation, x_ND, *rest):
-    *weights, group_sizes_G, weight_N1 = rest
+def _ffn_impl(linear, activation, x_ND, *rest):
+    *weights, groups, weight_N1 = rest
 
     def visit(y_ND, weights, tile):
         w_gate_DF, w_up_DF, w_down_FD, bias_gate_F, bias_up_F, bias_down_D = weights
         x_TD = tile.read(x_ND)
-        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
-        y_TD = _affine(activation.value(gate_TF, up_TF), w_down_FD, bias_down_D)
+        gate_TF, up_TF = linear.y(x_TD, w_gate_DF, bias_gate_F), linear.y(x_TD, w_up_DF, bias_up_F)
+        y_TD = linear.y(activation.value(gate_TF, up_TF), w_down_FD, bias_down_D)
         return tile.write(y_ND, y_TD if weight_N1 is None else y_TD * tile.read(weight_N1))
 
     y_ND = _zeros(x_ND.shape, x_ND.dtype, x_ND)
-    return _for_each_tile(group_sizes_G, weights, y_ND, visit, x_ND.shape[0])
+    sizes = _sizes_of(weights[0], linear)
+    return _for_each_tile(groups, weights, y_ND, visit, x_ND.shape[0], sizes)
 
 
-def _ffn_fwd(activation, *args):
-    return _ffn_impl(activation, *args), args
+def _ffn_fwd(linear, activation, *args):
+    return _ffn_impl(linear, activation, *args), args
 
 
-def _ffn_bwd(activation, saved, dy_ND):
-    x_ND, *weights, group_sizes_G, weight_N1 = saved
+def _ffn_bwd(linear, activation, saved, dy_ND):
+    x_ND, *weights, groups, weight_N1 = saved
 
     def visit(buffers, weights, tile):
         w_gate_DF, w_up_DF, w_down_FD, bias_gate_F, bias_up_F, bias_down_D = weights
         (dx_ND, *dw, dbias_gate_GF, dbias_up_GF, dbias_down_GD), dweight_N1 = buffers
         dw_gate_GDF, dw_up_GDF, dw_down_GFD = dw
         x_TD, dy_TD = tile.read(x_ND), tile.read(dy_ND)
-        gate_TF, up_TF = _affine(x_TD, w_gate_DF, bias_gate_F), _affine(x_TD, w_up_DF, bias_up_F)
-        h_TF, dh_TF = activation.value(gate_TF, up_TF), _dot_wt(dy_TD, w_down_FD)
+        gate_TF, up_TF = linear.y(x_TD, w_gate_DF, bias_gate_F), linear.y(x_TD, w_up_DF, bias_up_F)
+        h_TF, dh_TF = activation.value(gate_TF, up_TF), linear.dx(dy_TD, w_down_FD)
         if weight_N1 is not None:
             # dy . (h @ w_down) = (dy @ w_down^T) . h: y need not be computed again
             dweight_T1 = jnp.sum(dh_TF * h_TF, axis=1, keepdims=True)
@@ -383,10 +444,10 @@ def _ffn_bwd(activation, saved, dy_ND):
             dh_TF, dy_TD = dh_TF * weight_T1, dy_TD * weight_T1
         dgate_TF, dup_TF = activation.gradient(gate_TF, up_TF, dh_TF)
         grads = (
-            tile.write(dx_ND, _dot_wt(dgate_TF, w_gate_DF) + _dot_wt(dup_TF, w_up_DF)),
-            tile.add(dw_gate_GDF, _dot_xt(x_TD, dgate_TF)),
-            tile.add(dw_up_GDF, _dot_xt(x_TD, dup_TF)),
-            tile.add(dw_down_GFD, _dot_xt(h_TF, dy_TD)),
+            tile.write(dx_ND, linear.dx(dgate_TF, w_gate_DF) + linear.dx(dup_TF, w_up_DF)),
+            tile.add(dw_gate_GDF, linear.dw(x_TD, dgate_TF)),
+            tile.add(dw_up_GDF, linear.dw(x_TD, dup_TF)),
+            tile.add(dw_down_GFD, linear.dw(h_TF, dy_TD)),
             _add_rows(tile, dbias_gate_GF, dgate_TF),
             _add_rows(tile, dbias_up_GF, dup_TF),
             _add_rows(tile, dbias_down_GD, dy_TD),
@@ -395,9 +456,10 @@ def _ffn_bwd(activation, saved, dy_ND):
 
     dweight_N1 = None if weight_N1 is None else _zeros(weight_N1.shape, weight_N1.dtype, x_ND)
     buffers = _zero_grads(x_ND, weights), dweight_N1
-    grads, dweight_N1 = _for_each_tile(group_sizes_G, weights, buffers, visit, x_ND.shape[0])
+    sizes = _sizes_of_any(weights[0])
+    grads, dweight_N1 = _for_each_tile(groups, weights, buffers, visit, x_ND.shape[0], sizes)
     return *_as_cotangents(grads, weights), dweight_N1
 
 
-_ffn = jax.custom_vjp(_ffn_impl, nondiff_argnums=(0,))
+_ffn = jax.custom_vjp(_ffn_impl, nondiff_argnums=(0, 1))
 _ffn.defvjp(_ffn_fwd, _ffn_bwd)

@@ -13,7 +13,7 @@ implementation; each implementation is a module with differentiable `matmul`, `s
 
 import importlib
 from types import ModuleType
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu", "pallas_tpu_interpret")
 _DTYPES = ("float32", "bfloat16", "float16")
 # "cpu" is plain JAX: it runs on a GPU as well, correct but not fast.
 _BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu", "tpu": "pallas_tpu"}
+# They read transposed weights and those of one layer among several where they lie; for the others
+# such weights are transposed and cut out first.
+_IN_PLACE = ("cpu",)
 
 
 @no_type_check  # `_check` refuses the same in words that name the fix
@@ -37,14 +40,26 @@ def grouped_matmul(
     w_GDF: Float[Array, "G D F"],
     group_sizes_G: Int[Array, "G"],
     *,
+    transpose_w: bool = False,
+    first_group: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "N F"]:
-    """y[n] = x[n] @ w[group of n]; the result has `preferred_element_type`, by default x's."""
-    _check(x_ND, {"w_GDF": (w_GDF, "D")}, group_sizes_G)
+    """y[n] = x[n] @ w[group of n]; the result has `preferred_element_type`, by default x's.
+
+    Args:
+      transpose_w: w is stored [G, F, D], and each group's is used transposed.
+      first_group: w holds more groups than there are sizes (say, of all layers), and this is the
+        index of the first of them; None = w has the groups of the sizes. Its gradient is zero in
+        all the others.
+    """
+    stored = _Stored(transpose_w, first_group)
+    _check(x_ND, {"w_GDF": (w_GDF, "D")}, group_sizes_G, stored)
     out_dtype = jnp.dtype(preferred_element_type or x_ND.dtype)
     _check_dtype("preferred_element_type", out_dtype)
-    return _choose(implementation).matmul(*_aligned(x_ND, w_GDF, group_sizes_G), out_dtype)
+    module = _choose(implementation)
+    (w_GDF,), how = _as_read(module, stored, group_sizes_G, w_GDF)
+    return module.matmul(*_aligned(x_ND, w_GDF, group_sizes_G), out_dtype, **how)
 
 
 @no_type_check  # `_check` refuses the same in words that name the fix
@@ -57,6 +72,8 @@ def grouped_swiglu(
     bias_gate_GF: Float[Array, "G F"] | None = None,
     bias_up_GF: Float[Array, "G F"] | None = None,
     activation: str = "swiglu",
+    transpose_w: bool = False,
+    first_group: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "N F"]:
     """h[n] = silu(gate) * up with gate = x[n] @ w_gate[g] + bias_gate[g], up alike, g n's group.
@@ -64,16 +81,18 @@ def grouped_swiglu(
     Args:
       bias_gate_GF, bias_up_GF: added in float32; differentiable; None = there is none.
       activation: a name in `activation.ACTIVATIONS`: what is made of gate and up.
+      transpose_w, first_group: as of `grouped_matmul`; biases are those of the same groups.
     """
     weights = {"w_gate_GDF": (w_gate_GDF, "D"), "w_up_GDF": (w_up_GDF, "D")}
-    _check(x_ND, weights, group_sizes_G)
+    stored = _Stored(transpose_w, first_group)
+    _check(x_ND, weights, group_sizes_G, stored)
     biases = {"bias_gate_GF": bias_gate_GF, "bias_up_GF": bias_up_GF}
-    _check_biases(biases, {"F": w_gate_GDF.shape[2]}, group_sizes_G.shape[0])
-    args = x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, *biases.values()
-    x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, *aligned = _aligned(*args)
-    return _choose(implementation).swiglu(
-        x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, _activation(activation), *aligned
-    )
+    _check_biases(biases, {"F": stored.width(w_gate_GDF)}, w_gate_GDF.shape[0])
+    module = _choose(implementation)
+    args, how = _as_read(module, stored, group_sizes_G, w_gate_GDF, w_up_GDF, *biases.values())
+    x_ND, group_sizes_G, w_gate_GDF, w_up_GDF, *aligned = _aligned(x_ND, group_sizes_G, *args)
+    arrays = x_ND, w_gate_GDF, w_up_GDF, group_sizes_G
+    return module.swiglu(*arrays, _activation(activation), *aligned, **how)
 
 
 @no_type_check  # `_check` refuses the same in words that name the fix
@@ -89,6 +108,8 @@ def grouped_ffn(
     bias_down_GD: Float[Array, "G D"] | None = None,
     activation: str = "swiglu",
     row_weight_N: Float[Array, "N"] | None = None,
+    transpose_w: bool = False,
+    first_group: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "N D"]:
     """A whole expert: y[n] = (swiglu(x[n]) @ w_down[g] + bias_down[g]) * row_weight[n].
@@ -97,26 +118,41 @@ def grouped_ffn(
       bias_gate_GF, bias_up_GF, bias_down_GD, activation: as of `grouped_swiglu`.
       row_weight_N: what the router gave each row, by default 1; multiplied in float32 before the
         result is rounded. Differentiable; it may hold anything in unused rows.
+      transpose_w: gate and up are stored [G, F, D] and down [G, D, F].
+      first_group: as of `grouped_matmul`; biases are those of the same groups.
     """
     weights = {
         "w_gate_GDF": (w_gate_GDF, "D"),
         "w_up_GDF": (w_up_GDF, "D"),
         "w_down_GFD": (w_down_GFD, "F"),
     }
-    _check(x_ND, weights, group_sizes_G)
+    stored = _Stored(transpose_w, first_group)
+    _check(x_ND, weights, group_sizes_G, stored)
     biases = {
         "bias_gate_GF": bias_gate_GF,
         "bias_up_GF": bias_up_GF,
         "bias_down_GD": bias_down_GD,
     }
-    sizes = {"F": w_gate_GDF.shape[2], "D": x_ND.shape[1]}
-    _check_biases(biases, sizes, group_sizes_G.shape[0])
+    sizes = {"F": stored.width(w_gate_GDF), "D": x_ND.shape[1]}
+    _check_biases(biases, sizes, w_gate_GDF.shape[0])
     if row_weight_N is not None:
         _check_row_weight(row_weight_N, x_ND.shape[0])
-    args = x_ND, w_gate_GDF, w_up_GDF, w_down_GFD, group_sizes_G, *biases.values(), row_weight_N
-    *arrays, bias_gate_GF, bias_up_GF, bias_down_GD, row_weight_N = _aligned(*args)
-    biases_of = bias_gate_GF, bias_up_GF, bias_down_GD
-    return _choose(implementation).ffn(*arrays, _activation(activation), *biases_of, row_weight_N)
+    module, matrices = _choose(implementation), (w_gate_GDF, w_up_GDF, w_down_GFD)
+    args, how = _as_read(module, stored, group_sizes_G, *matrices, *biases.values())
+    x_ND, group_sizes_G, *args, row_weight_N = _aligned(x_ND, group_sizes_G, *args, row_weight_N)
+    arrays = x_ND, *args[:3], group_sizes_G
+    return module.ffn(*arrays, _activation(activation), *args[3:], row_weight_N, **how)
+
+
+class _Stored(NamedTuple):
+    """How weights lie in memory."""
+
+    transposed: bool
+    first_group: Array | int | None
+
+    def width(self, w_GDF: Array) -> int:
+        """F of [G, D, F]."""
+        return w_GDF.shape[1 if self.transposed else 2]
 
 
 def default_implementation(platform: str | None = None) -> str:
@@ -148,6 +184,23 @@ def _choose(implementation: str | None) -> ModuleType:
     return importlib.import_module(f"moe_jax.kernels.{name}")
 
 
+def _as_read(
+    module: ModuleType, stored: _Stored, group_sizes_G: Array, *weights: Array | None
+) -> tuple[list[Array | None], dict[str, Any]]:
+    """Weights as an implementation reads them, and what it is told about them."""
+    transposed, first = stored
+    if module.__name__.rsplit(".", 1)[1] in _IN_PLACE:
+        first = None if first is None else jnp.asarray(first, jnp.int32)
+        return list(weights), {"transposed": transposed, "first_group": first}
+
+    def plain(w: Array | None) -> Array | None:
+        if w is not None and first is not None:
+            w = lax.dynamic_slice_in_dim(w, first, group_sizes_G.shape[0])
+        return w if w is None or w.ndim < 3 or not transposed else w.swapaxes(1, 2)
+
+    return [plain(w) for w in weights], {}
+
+
 def _activation(name: str) -> Activation:
     if name not in ACTIVATIONS:
         rule = f"must be one of {', '.join(ACTIVATIONS)}"
@@ -172,7 +225,9 @@ def _aligned(*arrays: Array | None) -> list[Any]:
 # --- refusals --------------------------------------------------------------------------------
 
 
-def _check(x_ND: Array, weights: dict[str, tuple[Array, str]], group_sizes_G: Array) -> None:
+def _check(
+    x_ND: Array, weights: dict[str, tuple[Array, str]], group_sizes_G: Array, stored: _Stored
+) -> None:
     """`weights` maps each argument's name to the array and the name of its second axis."""
     _check_rank("x_ND", x_ND, 2)
     _check_rank("group_sizes_G", group_sizes_G, 1)
@@ -187,10 +242,13 @@ def _check(x_ND: Array, weights: dict[str, tuple[Array, str]], group_sizes_G: Ar
                 f"must equal the dtype of x_ND, {x_ND.dtype}",
                 "Cast one of them",
             )
-        num_groups, num_rows, num_cols = (group_sizes_G.shape[0], x_ND.shape[1], first.shape[2])
-        sources = ["group_sizes_G.shape[0]", "x_ND.shape[1]", f"{first_name}.shape[2]"]
+        groups_of = "group_sizes_G" if stored.first_group is None else first_name
+        num_groups = (group_sizes_G if stored.first_group is None else first).shape[0]
+        num_rows, num_cols = x_ND.shape[1], stored.width(first)
+        of_width = f"{first_name}.shape[{1 if stored.transposed else 2}]"
+        sources = [f"{groups_of}.shape[0]", "x_ND.shape[1]", of_width]
         expected = [num_groups, num_rows, num_cols]
-        if second_axis == "F":
+        if (second_axis == "F") != stored.transposed:
             expected[1:], sources[1:] = expected[:0:-1], sources[:0:-1]
         for axis, (want, source) in enumerate(zip(expected, sources, strict=True)):
             if w.shape[axis] != want:
@@ -201,6 +259,22 @@ def _check(x_ND: Array, weights: dict[str, tuple[Array, str]], group_sizes_G: Ar
                     f"Pass {name} of shape {tuple(expected)}",
                 )
     _check_group_sizes(group_sizes_G, x_ND.shape[0])
+    _check_first_group(stored.first_group, first.shape[0], group_sizes_G.shape[0])
+
+
+def _check_first_group(value: Array | int | None, stored: int, num_groups: int) -> None:
+    if value is None:
+        return
+    if num_groups > stored:
+        raise Refused(
+            "group_sizes_G.shape",
+            (num_groups,),
+            f"must be at most {stored}, the groups of the weights",
+            "Pass the sizes of some of them",
+        )
+    if not isinstance(value, jax.core.Tracer) and not 0 <= int(value) <= stored - num_groups:
+        rule = f"must lie in 0 .. {stored - num_groups}: {num_groups} of {stored} groups from it on"
+        raise Refused("first_group", int(value), rule, "Pass the index of a layer's first group")
 
 
 def _check_rank(name: str, array: Array, rank: int) -> None:

@@ -5,6 +5,7 @@ A part that a model does not have is a parameter that is None, or a number that 
 Axes: B batch, S tokens at hand, T = B S, D d_model, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,8 @@ def logits(x_BSD: Float[Array, "B S D"], embedding_VD: jax.Array, output_DV: jax
 
 # (normed rows, attention weights as they are computed with) -> (what attention adds, what it keeps)
 Attend = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+# number of a layer -> its experts where they lie in the stack of all; None: as the block has them
+InPlace = Callable[[jax.Array], moe.Experts | None]
 
 
 class Layers:
@@ -84,7 +87,7 @@ class Layers:
             activation=config.activation,
             implementation=implementation,
         )
-        self._config, self._dtype = config, jnp.dtype(config.dtype)
+        self._mesh, self._config, self._dtype = mesh, config, jnp.dtype(config.dtype)
         self._split = mesh_lib.sharding(mesh, "batch", None, None)
         self._attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
         self._whole = functools.partial(parameter.gathered, mesh=mesh)
@@ -111,12 +114,24 @@ class Layers:
         turn_BS: jax.Array,
         real_BS: jax.Array,
         table: Table,
+        experts: Any = None,
     ) -> tuple[jax.Array, Any, moe.LayerRecord]:
-        """A layer with experts: (rows, what attention keeps, record)."""
+        """A layer with experts, by default those of the block (or see `InPlace`).
+
+        Returns:
+          (rows, what attention keeps, record)
+        """
         x_BSD, kept = self._attended(x_BSD, block, attend, block.attention_norm_bias_D)
         normed_BSD = self._normed(x_BSD, block.moe_norm_D, block.moe_norm_bias_D)
-        y_BSD, record = self.moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table)
+        y_BSD, record = self.moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table, experts)
         return self._added(x_BSD, y_BSD), kept, record
+
+    def experts_in_place(self, blocks: Any) -> InPlace:
+        """For loops over layers without gradients."""
+        stack = moe.experts_in_place(blocks.moe, self._mesh, self._dtype)
+        if stack is None:
+            return lambda number: None
+        return lambda number: dataclasses.replace(stack, layer=number)
 
     def logits(self, model: Any, x_BSD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
         """float32 [B, S, V] of rows that are not normed yet."""

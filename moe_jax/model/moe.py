@@ -19,7 +19,7 @@ from moe_jax.kernels import grouped_matmul
 from moe_jax.model import parameter, router, shared
 from moe_jax.model.dispatch import capacity as capacity_lib
 from moe_jax.model.dispatch import chunks, schemes, wire
-from moe_jax.model.dispatch.table import Home, Table, slots_of
+from moe_jax.model.dispatch.table import Home, slots_of
 from moe_jax.model.dispatch.traffic import Traffic
 from moe_jax.pytree import Leaf
 
@@ -28,6 +28,8 @@ EXPERT_AXES = (
     *(("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")),
     *(("expert", "mlp"), ("expert", "mlp"), ("expert", "embed")),
 )
+# of matrices that are stored transposed, see infer/prepared.py
+TRANSPOSED_AXES = tuple((names[0], *names[:0:-1]) for names in EXPERT_AXES[:3]) + EXPERT_AXES[3:]
 
 
 class MoE(nnx.Module):
@@ -76,32 +78,86 @@ class MoE(nnx.Module):
         )
 
 
-def experts_of(weights: MoE, dtype: Any) -> tuple[jax.Array | None, ...]:
-    """Gate, up and down as they are computed with, then their biases in float32, or None."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The experts of a layer as they are computed with.
+
+    Attributes:
+      matrices: gate, up and down.
+      biases: theirs in float32, or None.
+      layer: which of all layers, where the arrays have those in front, [L, P, ...]; int32 scalar.
+        None = the arrays are those of this layer alone.
+      transposed: matrices are [P, F, D], [P, F, D] and [P, D, F].
+    """
+
+    matrices: tuple[Leaf, ...]
+    biases: tuple[Leaf | None, ...] = (None, None, None)
+    layer: Leaf | None = None
+    transposed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def map(self, change: Callable[[Any, tuple[str, ...]], Any]) -> "Experts":
+        """Each array that is there changed, given the names of its dimensions."""
+        names = TRANSPOSED_AXES if self.transposed else EXPERT_AXES
+        if self.layer is not None:
+            names = tuple(("layer", *of) for of in names)
+        arrays = [
+            None if array is None else change(array, of)
+            for array, of in zip((*self.matrices, *self.biases), names, strict=True)
+        ]
+        return dataclasses.replace(self, matrices=tuple(arrays[:3]), biases=tuple(arrays[3:]))
+
+
+def experts_of(weights: MoE, dtype: Any) -> Experts:
+    """Those of one layer, or of all."""
     matrices = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
     biases = (weights.gate_bias_PF, weights.up_bias_PF, weights.down_bias_PD)
-    return (
-        *(param[...].astype(dtype) for param in matrices),
-        *map(parameter.value, biases),
+    return Experts(
+        tuple(param[...].astype(dtype) for param in matrices),
+        tuple(map(parameter.value, biases)),
+        transposed=is_transposed(weights),
     )
 
 
+def is_transposed(weights: MoE) -> bool:
+    """Whether the matrices are stored [P, F, D], [P, F, D] and [P, D, F]."""
+    return tuple(weights.gate_PDF.get_metadata()["axes"]) == TRANSPOSED_AXES[0]
+
+
+def experts_in_place(weights: MoE, mesh: Mesh, dtype: Any) -> Experts | None:
+    """Those of all layers, for a loop over layers that makes no copy of any layer's.
+
+    For forward passes alone: a gradient would have the size of all layers in each of them. None
+    where a layer's have to be gathered or cast, which is a copy already.
+    """
+    as_stored = weights.gate_PDF[...].dtype == dtype
+    return experts_of(weights, dtype) if as_stored and not _gathers(mesh) else None
+
+
+def _gathers(mesh: Mesh) -> bool:
+    """Whether a layer gathers its experts. XLA for CPU copies what it gathers from one: twice."""
+    return mesh_lib.size(mesh, mesh_lib.FSDP) > 1
+
+
 def compute_experts(
-    rows_AD: jax.Array, weights: tuple[jax.Array | None, ...], group_sizes_e: jax.Array, **how: Any
+    rows_AD: jax.Array, experts: Experts, group_sizes_e: jax.Array, **how: Any
 ) -> jax.Array:
     """The rows of the experts here.
 
     Args:
-      weights: as of `experts_of`.
       how: activation and implementation of `grouped_ffn`.
     """
-    *matrices, gate_bias_eF, up_bias_eF, down_bias_eD = weights
+    if experts.layer is not None:
+        how["first_group"] = experts.layer * group_sizes_e.shape[0]
+        experts = experts.map(lambda a, _: a.reshape(-1, *a.shape[2:]))
+    gate_bias_eF, up_bias_eF, down_bias_eD = experts.biases
     with jax.named_scope("experts"):
         return grouped_matmul.grouped_ffn(
-            *(rows_AD, *matrices, group_sizes_e),
+            *(rows_AD, *experts.matrices, group_sizes_e),
             bias_gate_GF=gate_bias_eF,
             bias_up_GF=up_bias_eF,
             bias_down_GD=down_bias_eD,
+            transpose_w=experts.transposed,
             **how,
         )
 
@@ -145,7 +201,7 @@ def idle_record(shape: tuple[int, ...], num_slots: int, devices: int) -> LayerRe
     return LayerRecord(expert_LBSK, traffic, load_balance=jnp.zeros(1), z=jnp.zeros(1))
 
 
-MoELayer = Callable[[jax.Array, MoE, jax.Array, jax.Array, Table], tuple[jax.Array, LayerRecord]]
+MoELayer = Callable[..., tuple[jax.Array, LayerRecord]]
 
 
 def build(mesh: Mesh, *, scheme: router.Scheme, **how: Any) -> MoELayer:
@@ -156,8 +212,8 @@ def build(mesh: Mesh, *, scheme: router.Scheme, **how: Any) -> MoELayer:
       how: rows travel and are computed: the arguments of `build_dispatch`.
 
     Returns:
-      `layer(x_BSD, weights, turn_BS, real_BS, table) -> (y_BSD, LayerRecord)`; turns are table.py's
-      `rule_position` of the tokens.
+      `layer(x_BSD, weights, turn_BS, real_BS, table, experts=None) -> (y_BSD, LayerRecord)`; turns
+      are table.py's `rule_position` of the tokens; experts are the weights' own by default.
     """
     compute = build_dispatch(mesh, **how)
     by_token = mesh_lib.spec("batch", None)
@@ -168,7 +224,7 @@ def build(mesh: Mesh, *, scheme: router.Scheme, **how: Any) -> MoELayer:
         out_specs=(by_token, by_token),
     )
 
-    def layer(x_BSD, weights, turn_BS, real_BS, table):
+    def layer(x_BSD, weights, turn_BS, real_BS, table, experts=None):
         batch, sequence, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
         router_DE = mesh_lib.gather(weights.router_DE[...], mesh, "embed", "router")
@@ -182,7 +238,7 @@ def build(mesh: Mesh, *, scheme: router.Scheme, **how: Any) -> MoELayer:
             routing.expert_TK,
             routing.weight_TK,
             table,
-            *experts_of(weights, x_BSD.dtype),
+            experts or experts_of(weights, x_BSD.dtype),
             position_T=turn_BS.reshape(-1),
         )
         if weights.shared is not None:  # where the token is: its row does not travel
@@ -224,10 +280,9 @@ def build_dispatch(
       implementation: of the grouped matmul; None = by platform.
 
     Returns:
-      `compute(x_TD, expert_TK, weight_TK, table, gate_PDF, up_PDF, down_PFD, gate_bias_PF=None,
-      up_bias_PF=None, down_bias_PD=None, position_T=None) -> (y_TD, Traffic)`; T is a multiple of
-      the devices, P of the expert axis; positions are what copies of experts take turns by, by
-      default the index.
+      `compute(x_TD, expert_TK, weight_TK, table, experts, position_T=None) -> (y_TD, Traffic)`; T
+      is a multiple of the devices, P of the expert axis; `experts` are `Experts`; positions are
+      what copies of experts take turns by, by default the index.
     """
     scheme = schemes.SCHEMES[dispatch]
     # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
@@ -239,18 +294,18 @@ def build_dispatch(
     vary_over_data, vary_over_tensor = vary_over(mesh_lib.DATA), vary_over(mesh_lib.TENSOR)
     replicas = (mesh_lib.DATA, mesh_lib.FSDP)
 
-    def on_device(x_TD, expert_TK, weight_TK, position_T, table, *weights):
+    def on_device(x_TD, expert_TK, weight_TK, position_T, table, experts):
         # Weights are equal on all replicas, rows are not. Saying so here makes this the line at
         # which the gradients of the weights are summed over `data`; over `fsdp` the gradient of a
         # gather is a reduce-scatter. Each device of `tensor` computes a part of every row's result
         # from its columns of the experts, so there the gradients of tokens and weights are summed.
-        weights = tuple(map(on_replica, weights, EXPERT_AXES))
+        experts = experts.map(on_replica)
         x_TD, weight_TK = vary_over_tensor(x_TD), vary_over_tensor(weight_TK)
         table = jax.tree.map(vary_over(mesh_lib.BATCH), table)
 
         def experts_fn(rows_AD, group_sizes_e):
             how = {"activation": activation, "implementation": implementation}
-            return compute_experts(rows_AD, weights, group_sizes_e, **how)
+            return compute_experts(rows_AD, experts, group_sizes_e, **how)
 
         num_devices, num_experts = jax.lax.axis_size(axes), table.num_replicas_E.shape[0]
         capacity = capacity_lib.of_factor(
@@ -258,7 +313,7 @@ def build_dispatch(
         )
         setting = schemes.Setting(
             axes,
-            num_physical=weights[0].shape[0] * num_devices,
+            num_physical=experts.matrices[0].shape[-3] * num_devices,
             transport=transport,
             combine=combine,
             capacity=capacity if capacity_factor > 0 else None,
@@ -284,30 +339,31 @@ def build_dispatch(
         return y_TD, jax.tree.map(lambda rows: jax.lax.psum(rows, replicas), traffic)
 
     def on_replica(weight, names):
-        if weight is None:
-            return None
         weight = vary_over_data(weight)
-        if names == EXPERT_AXES[-1]:  # what is added to whole sums is added by one of their parts
+        if (
+            names[-2:] == EXPERT_AXES[-1]
+        ):  # what is added to whole sums is added by one of their parts
             weight = jnp.where(jax.lax.axis_index(mesh_lib.TENSOR) == 0, weight, 0)
         if "embed" not in names:
             return jax.lax.pcast(weight, axis_name=mesh_lib.FSDP, to="varying")
-        if mesh_lib.size(mesh, mesh_lib.FSDP) == 1:
-            return weight  # XLA would copy on CPU what it gathers from one: transposed, and back
+        if not _gathers(mesh):
+            return weight
         return jax.lax.all_gather(weight, mesh_lib.FSDP, axis=names.index("embed"), tiled=True)
 
     tokens = mesh_lib.spec("batch", None)
-    experts = tuple(mesh_lib.spec(*names) for names in EXPERT_AXES)
-    sharded = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(tokens, tokens, tokens, mesh_lib.spec("batch"), PartitionSpec(), *experts),
-        out_specs=(tokens, PartitionSpec(mesh_lib.EXPERT)),
-    )
 
-    def compute(x_TD, expert_TK, weight_TK, table, *weights, position_T=None):
+    def compute(x_TD, expert_TK, weight_TK, table, experts, position_T=None):
         if position_T is None:
             position_T = jnp.arange(len(x_TD), dtype=jnp.int32)
-        weights += (None,) * (len(EXPERT_AXES) - len(weights))
-        return sharded(x_TD, expert_TK, weight_TK, position_T, table, *weights)
+        specs = experts.map(lambda _, names: mesh_lib.spec(*names))
+        if experts.layer is not None:
+            specs = dataclasses.replace(specs, layer=PartitionSpec())
+        sharded = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(tokens, tokens, tokens, mesh_lib.spec("batch"), PartitionSpec(), specs),
+            out_specs=(tokens, PartitionSpec(mesh_lib.EXPERT)),
+        )
+        return sharded(x_TD, expert_TK, weight_TK, position_T, table, experts)
 
     return compute

@@ -164,8 +164,9 @@ def build_forward(
       remat: the backward pass computes each layer again from its input.
 
     Returns:
-      `forward(model, token_BS, table, *, position_BS=None, real_BS=None, cache=None) -> Output`;
-      `table` is stacked over layers. Positions default to 0..S-1, all real.
+      `forward(model, token_BS, table, *, position_BS=None, real_BS=None, cache=None, last_B=None)
+      -> Output`; `table` is stacked over layers. Positions default to 0..S-1, all real. With
+      `last_B` there are logits of that one index of each sequence only, [B, 1, V].
     """
     layers = layers_lib.Layers(config, mesh, implementation, attention_batch)
     setting: Any = attention.setting_of(config)
@@ -190,6 +191,7 @@ def build_forward(
         position_BS: Int[Array, "B S"] | None = None,
         real_BS: Bool[Array, "B S"] | None = None,
         cache: Cache | None = None,
+        last_B: Int[Array, "B"] | None = None,
     ) -> Output:
         if position_BS is None:
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
@@ -209,10 +211,11 @@ def build_forward(
             return layers.dense(x_BSD, block, attend_over(cache_of_layer, window))
 
         def layer(x_BSD, inputs):
-            block, table_of_layer, cache_of_layer, window = inputs
+            (block, table_of_layer, cache_of_layer, window), number = inputs
             attend = attend_over(cache_of_layer, window)
             x_BSD, cache_of_layer, record = layers.moe(
-                x_BSD, block, attend, turn_BS, real_BS, table_of_layer
+                *(x_BSD, block, attend, turn_BS, real_BS, table_of_layer),
+                None if of_layer is None else of_layer(number),
             )
             return x_BSD, (cache_of_layer, record)
 
@@ -232,8 +235,13 @@ def build_forward(
                 steps, inputs, x_BSD, position_BS, turn_BS, real_BS
             )
         else:
-            x_BSD, (of_moe, record) = jax.lax.scan(again(layer), x_BSD, inputs)
+            # with a cache there is no gradient
+            of_layer = None if cache is None else layers.experts_in_place(model.blocks)
+            number_L = jnp.arange(config.num_moe_layers, dtype=jnp.int32)
+            x_BSD, (of_moe, record) = jax.lax.scan(again(layer), x_BSD, (inputs, number_L))
         cache = of_moe if of_dense is None else StackedCache(of_dense, of_moe)
+        if last_B is not None:
+            x_BSD = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)
         return Output(layers.logits(model, x_BSD, embedding_VD), cache, record)
 
     return forward
@@ -274,16 +282,20 @@ def _empty_layers(
     if config.latent.kv_rank:
         shape = (num_layers, *size, config.latent.kv_rank + config.latent.d_rope)
         placed = mesh_lib.sharding(mesh, None, attention_batch, None, None)
-        rows = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)()
-        return latent.LatentCache(rows)
+        return latent.LatentCache(_zeros(shape, config.dtype, placed)())
     num_kv_heads = config.num_kv_heads
     placed = mesh_lib.sharding(mesh, None, attention_batch, None, "head", None)
     if config.dispatch == "shuffled":
         num_kv_heads = max(num_kv_heads, mesh_lib.size(mesh, mesh_lib.EXPERT))
         placed = NamedSharding(mesh, PartitionSpec(None, *shuffled.CACHE))
     shape = (num_layers, *size, num_kv_heads, config.d_head)
-    zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
+    zeros = _zeros(shape, config.dtype, placed)
     return attention.LayerCache(zeros(), zeros())
+
+
+@functools.cache  # another function would be compiled anew, for each batch of prompts
+def _zeros(shape: tuple[int, ...], dtype: str, placed: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)
 
 
 def identity_table(num_layers: int, num_experts: int) -> Table:

@@ -46,9 +46,7 @@ def compiled_text(topology: str, degree: int) -> str:
         array((T, K), jnp.int32, tokens),
         array((T, K), jnp.float32, tokens),
         table,
-        array((E, D, F), jnp.bfloat16, experts),
-        array((E, D, F), jnp.bfloat16, experts),
-        array((E, F, D), jnp.bfloat16, experts),
+        moe.Experts(tuple(array((E, *s), jnp.bfloat16, experts) for s in ((D, F), (D, F), (F, D)))),
     )
     return jax.jit(compute).lower(*args).compile().as_text()
 

@@ -119,7 +119,9 @@ def program(shape, dispatch, combine):
 
     def loss(x_TD, expert_TK, weight_TK, gate, up, down, table, position_T):
         y_TD, traffic = compute(
-            x_TD, expert_TK, weight_TK, table, gate, up, down, position_T=position_T
+            *(x_TD, expert_TK, weight_TK, table),
+            moe.Experts((gate, up, down)),
+            position_T=position_T,
         )
         cotangent_TD = jnp.cos(jnp.arange(x_TD.size, dtype=jnp.float32)).reshape(x_TD.shape)
         return jnp.sum(y_TD * cotangent_TD), (y_TD, traffic)

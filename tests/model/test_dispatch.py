@@ -58,7 +58,7 @@ def program(shape, dispatch, combine="exact", implementation="cpu", **options):
     )
 
     def loss(x_TD, expert_TK, weight_TK, gate, up, down, table, cotangent_TD):
-        y_TD, traffic = compute(x_TD, expert_TK, weight_TK, table, gate, up, down)
+        y_TD, traffic = compute(x_TD, expert_TK, weight_TK, table, moe.Experts((gate, up, down)))
         return jnp.sum((y_TD * cotangent_TD).astype(jnp.float32)), (y_TD, traffic)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5), has_aux=True))

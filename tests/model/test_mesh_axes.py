@@ -34,7 +34,7 @@ def program(shape, dispatch, combine):
     )
 
     def loss(x_TD, expert_TK, weight_TK, gate, up, down, table):
-        y_TD, traffic = compute(x_TD, expert_TK, weight_TK, table, gate, up, down)
+        y_TD, traffic = compute(x_TD, expert_TK, weight_TK, table, moe.Experts((gate, up, down)))
         cotangent_TD = jnp.cos(jnp.arange(x_TD.size, dtype=jnp.float32)).reshape(x_TD.shape)
         return jnp.sum(y_TD * cotangent_TD), (y_TD, traffic)
 

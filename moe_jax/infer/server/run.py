@@ -49,7 +49,15 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         recorder = Recorder(limits.shards, max(1, _RECORDED // limits.shards // span), span)
     plan = source.plan
     engine = Engine(
-        *(config, mesh, source.model(mesh), table(plan.placement), limits, source.text, recorder),
+        *(
+            config,
+            mesh,
+            load.model(source, mesh),
+            table(plan.placement),
+            limits,
+            source.text,
+            recorder,
+        ),
         plan_digest=plan.digest,
     )
     placing = None

@@ -25,6 +25,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax import migrate, permute
 from moe_jax.config import Config
 from moe_jax.errors import Refused
+from moe_jax.infer.prepared import prepared
 from moe_jax.infer.serving import packing, paged, program, supported
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Answer, Deliver, Likely, Options, Part, Writes
@@ -87,6 +88,7 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self._mesh, self._text, self._clock = mesh, text, clock
         self._requests: dict[Job, Request] = {}
+        model = prepared(config.model, mesh, model)
         blocks = model.blocks
         self._slots = 1 if blocks is None else blocks.moe.gate_PDF[...].shape[1]
         self._leaves, self._structure = jax.tree.flatten(model)

@@ -113,7 +113,8 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
             (x_T1D, pages), (block, table_of_layer, number, window) = carry, inputs
             attend = attend_over(pages, number, window)
             x_T1D, pages, record = layers.moe(
-                x_T1D, block, attend, turn_T1, real_T1, table_of_layer
+                *(x_T1D, block, attend, turn_T1, real_T1, table_of_layer),
+                of_layer(number - config.num_dense_layers),
             )
             return (x_T1D, pages), record
 
@@ -128,6 +129,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         if model.blocks is None:
             records = transformer.idle_record(config, real_T1.shape, table, mesh)
         else:
+            of_layer = layers.experts_in_place(model.blocks)
             inputs = (model.blocks, table, number_L[dense:], of_moe_L)
             carry, records = jax.lax.scan(layer, carry, inputs)
         x_T1D, pages = carry

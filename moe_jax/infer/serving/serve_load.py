@@ -139,7 +139,7 @@ def run(source: load.Source | published.Source) -> None:
     """Prints the comparison; see the head of this file."""
     config = source.config
     mesh = mesh_lib.of_config(config.mesh)
-    model, table = source.model(mesh), permute.table(source.plan.placement)
+    model, table = load.model(source, mesh), permute.table(source.plan.placement)
     context = min(_CONTEXT, config.model.max_seq_len)
     limits = sizes.limits(config.model, mesh, context=context)
     positions = limits.shards * limits.blocks * limits.block_size
@@ -225,7 +225,7 @@ def _recorder_cost(
     recorder = Recorder(limits.shards, 64, limits.max_len)
     table = permute.table(source.plan.placement)
     recording = Engine(
-        source.config, mesh, source.model(mesh), table, limits, source.text, recorder
+        source.config, mesh, load.model(source, mesh), table, limits, source.text, recorder
     )
     ratios = []
     for _ in range(_RECORDER_ROUNDS):

@@ -1,0 +1,56 @@
+"""Experts as inference reads them: in the dtype they are computed with, on CPU transposed.
+
+Weights do not change between two steps, so what every step would do to them is done once. Matmuls
+of a few rows keep the bits of many only against transposed weights (kernels/README.md), and a
+decoding step has a few rows per expert. Placements move experts as before: only the order of an
+expert's own dimensions changes, and their names with it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
+from moe_jax.model import moe, transformer
+
+_NAMES = ("gate_PDF", "up_PDF", "down_PFD")
+
+
+def prepared(
+    config: ModelConfig, mesh: Mesh, model: transformer.Transformer, *, use_up: bool = False
+) -> transformer.Transformer:
+    """The model for inference; the same arrays where nothing is to be done.
+
+    Args:
+      use_up: frees each of the model's matrices as soon as it is copied, so that both are in memory
+        for one of the three at a time. The model cannot be used afterwards.
+    """
+    changed = jax.tree.map(lambda array: array, model)  # other modules, the same arrays
+    if changed.blocks is None:
+        return model
+    weights, dtype = changed.blocks.moe, jnp.dtype(config.dtype)
+    turned = mesh.devices.flat[0].platform == "cpu" and not moe.is_transposed(weights)
+    if not turned and all(getattr(weights, name)[...].dtype == dtype for name in _NAMES):
+        return model
+    axes = moe.TRANSPOSED_AXES if turned or moe.is_transposed(weights) else moe.EXPERT_AXES
+    for name, names in zip(_NAMES, axes, strict=False):
+        array = getattr(weights, name)[...]
+        placed = mesh_lib.sharding(mesh, "layer", *names)
+        setattr(weights, name, nnx.Param(_changed(array, dtype, turned, placed), axes=names))
+        if use_up:
+            array.delete()
+    return changed
+
+
+def _changed(array_LPXY: jax.Array, dtype: Any, turned: bool, placed: Any) -> jax.Array:
+    @functools.partial(jax.jit, out_shardings=placed)
+    def change(array_LPXY):
+        array_LPXY = array_LPXY.astype(dtype)
+        return array_LPXY.swapaxes(2, 3) if turned else array_LPXY
+
+    return jax.block_until_ready(change(array_LPXY))
