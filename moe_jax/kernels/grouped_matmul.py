@@ -32,6 +32,8 @@ _BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu", "tpu": "pallas_tpu"}
 # They read transposed weights and those of one layer among several where they lie; for the others
 # such weights are transposed and cut out first.
 _IN_PLACE = ("cpu",)
+# They can keep pre-activations for the backward pass.
+_STORING = ("pallas_tpu", "pallas_tpu_interpret")
 
 
 @no_type_check  # `_check` refuses the same in words that name the fix
@@ -74,6 +76,7 @@ def grouped_swiglu(
     activation: str = "swiglu",
     transpose_w: bool = False,
     first_group: Int[Array, ""] | int | None = None,
+    pre_activations: str = "recompute",
     implementation: str | None = None,
 ) -> Float[Array, "N F"]:
     """h[n] = silu(gate) * up with gate = x[n] @ w_gate[g] + bias_gate[g], up alike, g n's group.
@@ -82,6 +85,8 @@ def grouped_swiglu(
       bias_gate_GF, bias_up_GF: added in float32; differentiable; None = there is none.
       activation: a name in `activation.ACTIVATIONS`: what is made of gate and up.
       transpose_w, first_group: as of `grouped_matmul`; biases are those of the same groups.
+      pre_activations: what the backward pass knows of gate and up: "recompute" keeps nothing but
+        the inputs, "store" keeps 2 N F values of x's dtype and saves two of its matmuls.
     """
     weights = {"w_gate_GDF": (w_gate_GDF, "D"), "w_up_GDF": (w_up_GDF, "D")}
     stored = _Stored(transpose_w, first_group)
@@ -90,6 +95,7 @@ def grouped_swiglu(
     _check_biases(biases, {"F": stored.width(w_gate_GDF)}, w_gate_GDF.shape[0])
     module = _choose(implementation)
     args, how = _as_read(module, stored, group_sizes_G, w_gate_GDF, w_up_GDF, *biases.values())
+    how |= _store(pre_activations, implementation)
     x_ND, group_sizes_G, w_gate_GDF, w_up_GDF, *aligned = _aligned(x_ND, group_sizes_G, *args)
     arrays = x_ND, w_gate_GDF, w_up_GDF, group_sizes_G
     return module.swiglu(*arrays, _activation(activation), *aligned, **how)
@@ -110,12 +116,13 @@ def grouped_ffn(
     row_weight_N: Float[Array, "N"] | None = None,
     transpose_w: bool = False,
     first_group: Int[Array, ""] | int | None = None,
+    pre_activations: str = "recompute",
     implementation: str | None = None,
 ) -> Float[Array, "N D"]:
     """A whole expert: y[n] = (swiglu(x[n]) @ w_down[g] + bias_down[g]) * row_weight[n].
 
     Args:
-      bias_gate_GF, bias_up_GF, bias_down_GD, activation: as of `grouped_swiglu`.
+      bias_gate_GF, bias_up_GF, bias_down_GD, activation, pre_activations: as of `grouped_swiglu`.
       row_weight_N: what the router gave each row, by default 1; multiplied in float32 before the
         result is rounded. Differentiable; it may hold anything in unused rows.
       transpose_w: gate and up are stored [G, F, D] and down [G, D, F].
@@ -139,6 +146,7 @@ def grouped_ffn(
         _check_row_weight(row_weight_N, x_ND.shape[0])
     module, matrices = _choose(implementation), (w_gate_GDF, w_up_GDF, w_down_GFD)
     args, how = _as_read(module, stored, group_sizes_G, *matrices, *biases.values())
+    how |= _store(pre_activations, implementation)
     x_ND, group_sizes_G, *args, row_weight_N = _aligned(x_ND, group_sizes_G, *args, row_weight_N)
     arrays = x_ND, *args[:3], group_sizes_G
     return module.ffn(*arrays, _activation(activation), *args[3:], row_weight_N, **how)
@@ -199,6 +207,21 @@ def _as_read(
         return w if w is None or w.ndim < 3 or not transposed else w.swapaxes(1, 2)
 
     return [plain(w) for w in weights], {}
+
+
+def _store(pre_activations: str, implementation: str | None) -> dict[str, bool]:
+    """What an implementation is told of it: nothing where it is not to store them."""
+    if pre_activations not in ("recompute", "store"):
+        rule = "must be one of recompute, store"
+        raise Refused("pre_activations", pre_activations, rule, "Pass one of these")
+    name = implementation or default_implementation()
+    if pre_activations == "recompute" or name == "reference":  # JAX decides what that keeps
+        return {}
+    if name not in _STORING:
+        rule = f"the {name} implementation only recomputes"
+        fix = f"Pass 'recompute', or implementation={_STORING[0]!r}, which stores as well"
+        raise Refused("pre_activations", pre_activations, rule, fix)
+    return {"store": True}
 
 
 def _activation(name: str) -> Activation:

@@ -1,41 +1,45 @@
-"""Grouped matmul on the TPU's matrix unit: one Pallas kernel for y and dx, one for dw.
+"""Grouped operations on the TPU's matrix unit: Pallas kernels for every pass, fused.
 
-Promise: as `grouped_matmul`; dx and dw are kernels as well, the weights are read transposed through
-their block indices, and nothing of the size of x or w is transposed or copied in HBM. Compiled for
-TPUs ahead of time and right in interpret mode; not yet tuned, and never timed on hardware.
+Promise: as `grouped_matmul`. gate and up are one kernel that reads x once and computes the
+activation while both are on chip; the rows' weights and the bias of the down projection are
+multiplied and added in its epilogue; dx of gate and up is one kernel, and so are their dw.
+Nothing of the size of x or w is transposed or copied in HBM. Compiled for TPUs ahead of time and
+right in interpret mode; never timed on hardware.
 
-Axes: N rows, D d_model, F d_ff, G groups, T rows of one tile, W work items, A the axis that is
-summed over, B the axis of the result (D and F for y, F and D for dx).
+Axes: N rows, D d_model, F d_ff, G groups.
 
-Algorithm: rows are cut into tiles of T, aligned with the buffer. A work item is a pair (group,
-tile) that overlap, listed in row order by a few integer operations before the kernel and read by it
-from scalar memory. y, dx: the unused rows count as one more group, without weights, so that every
-tile is visited; a tile stays on chip while its groups, which follow one another, each write their
-own rows. dw: every group has at least one item, so that empty groups are written too; a sum stays
-on chip while the items of its group pass, and only tiles at a group's edge are masked.
+Backward: the pre-activations are computed again (nothing but the inputs is kept) in one kernel
+with dh = dy @ w_down^T, or kept by the forward pass (`store`): 2 N F values more, one kernel
+with three matmuls less a third. `tpu/rows.py` and `tpu/columns.py` hold the kernels.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from jax import Array
 from jax.typing import DTypeLike
 
 from moe_jax.errors import Refused
 from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.tpu import tiles
+from moe_jax.kernels.tpu.columns import grouped_columns
+from moe_jax.kernels.tpu.rows import Operands, Result, Weight, grouped_rows
 
-_TILE_ROWS = 128
-_LANES = 128
-_LARGEST_TILE = 512
-_LARGEST_UNEVEN = 1024  # an axis that is no multiple of 128 is one block, which must fit on chip
+_PRODUCT = (((0, 0),),)  # the first lhs times the first weight
 
 
-# --- public: the three operations ------------------------------------------------------------
+class _How(NamedTuple):
+    """What is fixed when a program is built."""
+
+    interpret: bool
+    out_dtype: DTypeLike
+    activation: Activation | None = None
+    store: bool = False
+
+
+# --- x @ w -----------------------------------------------------------------------------------
 
 
 def matmul(
@@ -47,12 +51,35 @@ def matmul(
     interpret: bool = False,
 ) -> Array:
     _check(x_ND)
-    pad_d, pad_f = (_padding(length) for length in w_GDF.shape[1:])
-    if pad_d or pad_f:
-        x_ND = jnp.pad(x_ND, ((0, 0), (0, pad_d)))
-        w_GDF = jnp.pad(w_GDF, ((0, 0), (0, pad_d), (0, pad_f)))
-    y_NF = _matmul(jnp.dtype(out_dtype), interpret, x_ND, w_GDF, group_sizes_G)
-    return y_NF[:, : y_NF.shape[1] - pad_f] if pad_f else y_NF
+    d_ff = w_GDF.shape[2]
+    how = _How(interpret, jnp.dtype(out_dtype))
+    y_NF = _matmul(how, _padded(x_ND, 1), _padded(_padded(w_GDF, 1), 2), group_sizes_G)
+    return _cut(y_NF, d_ff)
+
+
+def _matmul_impl(how, x_ND, w_GDF, group_sizes_G):
+    operands = Operands([x_ND], [Weight(w_GDF)], _PRODUCT)
+    results = [Result(how.out_dtype)]
+    return grouped_rows("y", operands, group_sizes_G, _as_it_is, results, how.interpret)[0]
+
+
+def _matmul_fwd(how, *args):
+    return _matmul_impl(how, *args), args
+
+
+def _matmul_bwd(how, saved, dy_NF):
+    x_ND, w_GDF, group_sizes_G = saved
+    dy_NF = dy_NF.astype(x_ND.dtype)
+    dx_ND = _dx("dx", [dy_NF], [w_GDF], group_sizes_G, how)
+    args = [dy_NF], group_sizes_G, w_GDF.dtype, how.interpret
+    return dx_ND, *grouped_columns("dw", x_ND, *args), None
+
+
+_matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0,))
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+# --- activation(x @ w_gate + bias, x @ w_up + bias) -------------------------------------------
 
 
 def swiglu(
@@ -64,13 +91,89 @@ def swiglu(
     bias_gate_GF: Array | None = None,
     bias_up_GF: Array | None = None,
     *,
+    store: bool = False,
     interpret: bool = False,
 ) -> Array:
-    """Two grouped matmuls and XLA's own fusion of the activation: x is read twice."""
-    affine = functools.partial(_affine, out_dtype=x_ND.dtype, interpret=interpret)
-    gate_NF = affine(x_ND, w_gate_GDF, bias_gate_GF, group_sizes_G)
-    h_NF = activation.value(gate_NF, affine(x_ND, w_up_GDF, bias_up_GF, group_sizes_G))
-    return h_NF.astype(x_ND.dtype)
+    """`store`: keep gate and up for the backward pass instead of computing them again."""
+    _check(x_ND)
+    d_ff = w_gate_GDF.shape[2]
+    how = _How(interpret, x_ND.dtype, activation, store)
+    weights = [_padded(_padded(w, 1), 2) for w in (w_gate_GDF, w_up_GDF)]
+    biases = [_padded(b, 1) for b in (bias_gate_GF, bias_up_GF)]
+    return _cut(_swiglu(how, _padded(x_ND, 1), *weights, *biases, group_sizes_G), d_ff)
+
+
+def _swiglu_impl(how, *args):
+    return _gate_up(how, args, False)[0]
+
+
+def _swiglu_fwd(how, *args):
+    h_NF, *stored = _gate_up(how, args, how.store)
+    return h_NF, (args, stored)
+
+
+def _swiglu_bwd(how, saved, dh_NF):
+    (x_ND, *weights, bias_gate_GF, bias_up_GF, group_sizes_G), stored = saved
+    gradient = how.activation.gradient
+    if stored:
+        gate_NF, up_NF, dh_NF = (a.astype(jnp.float32) for a in (*stored, dh_NF))
+        used_N1 = _used(group_sizes_G, x_ND.shape[0])[:, None]
+        grads = [jnp.where(used_N1, g, 0.0) for g in gradient(gate_NF, up_NF, dh_NF)]
+        dgate_NF, dup_NF = (g.astype(x_ND.dtype) for g in grads)
+    else:
+        biases = [bias_gate_GF, bias_up_GF]
+
+        def epilogue(sums, by_group, by_row, by_both):
+            return gradient(*_plus(sums, biases, by_group), *by_both)
+
+        operands = Operands(
+            [x_ND],
+            [Weight(w) for w in weights],
+            (((0, 0),), ((0, 1),)),
+            by_group=_present(biases),
+            by_both=[dh_NF],
+        )
+        results = [Result(x_ND.dtype), Result(x_ND.dtype)]
+        args = operands, group_sizes_G, epilogue, results, how.interpret
+        dgate_NF, dup_NF = grouped_rows("dgate_dup", *args)
+    grads = _of_gate_up(how, x_ND, weights, dgate_NF, dup_NF, group_sizes_G)
+    dbiases = (
+        _dbias(how, dy_NF, bias_GF, group_sizes_G)
+        for dy_NF, bias_GF in ((dgate_NF, bias_gate_GF), (dup_NF, bias_up_GF))
+    )
+    return *grads, *dbiases, None
+
+
+def _gate_up(how, args, store):
+    """[h], or [h, gate, up] to be stored."""
+    x_ND, w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF, group_sizes_G = args
+    biases = [bias_gate_GF, bias_up_GF]
+
+    def epilogue(sums, by_group, by_row, by_both):
+        gate_TF, up_TF = _plus(sums, biases, by_group)
+        h_TF = how.activation.value(gate_TF, up_TF)
+        return [h_TF, gate_TF, up_TF] if store else [h_TF]
+
+    weights = [Weight(w_gate_GDF), Weight(w_up_GDF)]
+    products = (((0, 0),), ((0, 1),))
+    operands = Operands([x_ND], weights, products, by_group=_present(biases))
+    results = [Result(x_ND.dtype)] * (3 if store else 1)
+    kind = "gate_up_stored" if store else "gate_up"
+    return grouped_rows(kind, operands, group_sizes_G, epilogue, results, how.interpret)
+
+
+def _of_gate_up(how, x_ND, weights, dgate_NF, dup_NF, group_sizes_G):
+    """dx, dw of gate, dw of up."""
+    dx_ND = _dx("dx2", [dgate_NF, dup_NF], weights, group_sizes_G, how)
+    args = [dgate_NF, dup_NF], group_sizes_G, weights[0].dtype, how.interpret
+    return dx_ND, *grouped_columns("dw2", x_ND, *args)
+
+
+_swiglu = jax.custom_vjp(_swiglu_impl, nondiff_argnums=(0,))
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+# --- the whole expert: swiglu, then down -----------------------------------------------------
 
 
 def ffn(
@@ -85,39 +188,136 @@ def ffn(
     bias_down_GD: Array | None = None,
     row_weight_N: Array | None = None,
     *,
+    store: bool = False,
     interpret: bool = False,
 ) -> Array:
-    gate_up = w_gate_GDF, w_up_GDF, group_sizes_G, activation, bias_gate_GF, bias_up_GF
-    h_NF = swiglu(x_ND, *gate_up, interpret=interpret)
-    affine = functools.partial(_affine, h_NF, w_down_GFD, bias_down_GD, group_sizes_G)
-    if row_weight_N is None:
-        return affine(out_dtype=x_ND.dtype, interpret=interpret).astype(x_ND.dtype)
-    y_ND = affine(out_dtype=jnp.float32, interpret=interpret)
-    # Unused rows may hold anything, and 0 x NaN is NaN.
-    used_N = _used(group_sizes_G, x_ND.shape[0])
-    weight_N = jnp.where(used_N, row_weight_N.astype(jnp.float32), 0.0)
-    return (y_ND * weight_N[:, None]).astype(x_ND.dtype)
+    _check(x_ND)
+    how = _How(interpret, x_ND.dtype, activation, store)
+    weights = [_padded(_padded(w, 1), 2) for w in (w_gate_GDF, w_up_GDF, w_down_GFD)]
+    biases = [_padded(b, 1) for b in (bias_gate_GF, bias_up_GF, bias_down_GD)]
+    y_ND = _ffn(how, _padded(x_ND, 1), *weights, *biases, row_weight_N, group_sizes_G)
+    return _cut(y_ND, x_ND.shape[1])
 
 
-def _affine(
-    x_ND: Array,
-    w_GDF: Array,
-    bias_GF: Array | None,
-    group_sizes_G: Array,
-    *,
-    out_dtype: DTypeLike,
-    interpret: bool,
-) -> Array:
-    """x @ w, or x @ w + bias in float32 on the rows of groups alone; outside the kernel."""
+def _ffn_impl(how, *args):
+    return _ffn_fwd(how._replace(store=False), *args)[0]
+
+
+def _ffn_fwd(how, *args):
+    x_ND, w_gate, w_up, w_down_GFD, *biases, row_weight_N, group_sizes_G = args
+    inputs = x_ND, w_gate, w_up, *biases[:2], group_sizes_G
+    h_NF, *stored = _gate_up(how, inputs, how.store)
+
+    def epilogue(sums, by_group, by_row, by_both):
+        (y_TD,) = _plus(sums, biases[2:], by_group)
+        return [y_TD * by_row[0] if by_row else y_TD]
+
+    operands = Operands(
+        [h_NF],
+        [Weight(w_down_GFD)],
+        _PRODUCT,
+        by_group=_present(biases[2:]),
+        by_row=_present([row_weight_N]),
+    )
+    results = [Result(x_ND.dtype)]
+    (y_ND,) = grouped_rows("down", operands, group_sizes_G, epilogue, results, how.interpret)
+    return y_ND, (args, stored)
+
+
+def _ffn_bwd(how, saved, dy_ND):
+    args, stored = saved
+    x_ND, w_gate, w_up, w_down_GFD, *biases, row_weight_N, group_sizes_G = args
+    dtype, weighed = x_ND.dtype, row_weight_N is not None
+    gradient, value = how.activation.gradient, how.activation.value
+
+    def epilogue(sums, by_group, by_row, by_both):
+        *pre, dh_TF = sums
+        gate_TF, up_TF = by_both if stored else _plus(pre, biases[:2], by_group)
+        h_TF = value(gate_TF, up_TF)
+        # dy . (h @ w_down) = (dy @ w_down^T) . h: y need not be computed again
+        row_sum = [dh_TF * h_TF] if weighed else []
+        dh_TF = dh_TF * by_row[0] if weighed else dh_TF
+        return [*gradient(gate_TF, up_TF, dh_TF), h_TF, *row_sum]
+
+    down = Weight(w_down_GFD, transposed=True)
+    if stored:
+        operands = Operands([dy_ND], [down], _PRODUCT, by_both=stored)
+    else:
+        products = (((0, 0),), ((0, 1),), ((1, 2),))
+        weights = [Weight(w_gate), Weight(w_up), down]
+        operands = Operands([x_ND, dy_ND], weights, products, by_group=_present(biases[:2]))
+    operands = operands._replace(by_row=_present([row_weight_N]))
+    results = [Result(dtype)] * 3 + [Result(jnp.float32, row_sum=True)] * weighed
+    kind = "dh" if stored else "dh_gate_up"
+    found = grouped_rows(kind, operands, group_sizes_G, epilogue, results, how.interpret)
+    dgate_NF, dup_NF, h_NF, *row_sums = found
+    dweight_N = None
+    if weighed:
+        used_N = _used(group_sizes_G, x_ND.shape[0])
+        dweight_N = row_sums[0]
+        if biases[2] is not None:
+            dweight_N += _bias_dots(biases[2], dy_ND, group_sizes_G)
+        # unused rows may hold anything, and 0 x NaN is NaN
+        weighted_ND = dy_ND.astype(jnp.float32) * row_weight_N.astype(jnp.float32)[:, None]
+        dy_ND = jnp.where(used_N[:, None], weighted_ND, 0.0).astype(dtype)
+        dweight_N = jnp.where(used_N, dweight_N, 0.0).astype(row_weight_N.dtype)
+    grads = _of_gate_up(how, x_ND, [w_gate, w_up], dgate_NF, dup_NF, group_sizes_G)
+    args = [dy_ND], group_sizes_G, w_down_GFD.dtype, how.interpret
+    (dw_down_GFD,) = grouped_columns("dw", h_NF, *args)
+    dbiases = (
+        _dbias(how, dy_NF, bias_GF, group_sizes_G)
+        for dy_NF, bias_GF in zip((dgate_NF, dup_NF, dy_ND), biases, strict=True)
+    )
+    return *grads, dw_down_GFD, *dbiases, dweight_N, None
+
+
+_ffn = jax.custom_vjp(_ffn_impl, nondiff_argnums=(0,))
+_ffn.defvjp(_ffn_fwd, _ffn_bwd)
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+def _as_it_is(sums, by_group, by_row, by_both):
+    return sums
+
+
+def _present(arrays: Sequence[Array | None]) -> list[Array]:
+    return [a for a in arrays if a is not None]
+
+
+def _plus(
+    sums: Sequence[Array], biases: Sequence[Array | None], given: Sequence[Array]
+) -> list[Array]:
+    """sum + bias for each; `given` are the blocks of the biases that are there."""
+    left = iter(given)
+    return [s if b is None else s + next(left) for s, b in zip(sums, biases, strict=True)]
+
+
+def _dx(kind, dys, weights, group_sizes_G, how):
+    """The sum over pairs of dy @ w^T."""
+    products = (tuple((i, i) for i in range(len(dys))),)
+    operands = Operands(dys, [Weight(w, transposed=True) for w in weights], products)
+    results = [Result(dys[0].dtype)]
+    return grouped_rows(kind, operands, group_sizes_G, _as_it_is, results, how.interpret)[0]
+
+
+def _dbias(how, dy_NF: Array, bias_GF: Array | None, group_sizes_G: Array) -> Array | None:
+    """Sums of dy over each group's rows: its product with rows of ones."""
     if bias_GF is None:
-        return matmul(x_ND, w_GDF, group_sizes_G, out_dtype, interpret=interpret)
-    num_rows, num_groups = x_ND.shape[0], group_sizes_G.shape[0]
-    y_NF = matmul(x_ND, w_GDF, group_sizes_G, jnp.float32, interpret=interpret)
-    row_N1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+        return None
+    ones_N8 = jnp.ones_like(dy_NF, shape=(dy_NF.shape[0], 8))
+    args = [dy_NF], group_sizes_G, jnp.float32, how.interpret
+    (sums_G8F,) = grouped_columns("dbias", ones_N8, *args)
+    return sums_G8F[:, 0].astype(bias_GF.dtype)
+
+
+def _bias_dots(bias_GD: Array, dy_ND: Array, group_sizes_G: Array) -> Array:
+    """[N]: dy[n] . bias of n's group, in float32; anything in unused rows."""
+    row_N1 = jnp.arange(dy_ND.shape[0], dtype=jnp.int32)[:, None]
     ended_NG = jnp.cumsum(group_sizes_G)[None] <= row_N1
-    group_N = jnp.minimum(ended_NG.sum(axis=1, dtype=jnp.int32), num_groups - 1)
-    bias_NF = bias_GF.astype(jnp.float32)[group_N]
-    return jnp.where(_used(group_sizes_G, num_rows)[:, None], y_NF + bias_NF, 0.0)
+    group_N = jnp.minimum(ended_NG.sum(axis=1, dtype=jnp.int32), bias_GD.shape[0] - 1)
+    return jnp.sum(dy_ND.astype(jnp.float32) * bias_GD.astype(jnp.float32)[group_N], axis=1)
 
 
 def _used(group_sizes_G: Array, num_rows: int) -> Array:
@@ -125,280 +325,16 @@ def _used(group_sizes_G: Array, num_rows: int) -> Array:
     return jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes_G)
 
 
-def _matmul_impl(out_dtype, interpret, x_ND, w_GDF, group_sizes_G):
-    return _rows_times_weights(x_ND, w_GDF, group_sizes_G, 1, out_dtype, interpret)
+def _padded(array: Array | None, axis: int) -> Array | None:
+    """With zeros behind an axis that must be cut when it is summed over, and cannot be."""
+    missing = 0 if array is None else tiles.padding(array.shape[axis])
+    if array is None or not missing:
+        return array
+    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)])
 
 
-def _matmul_fwd(out_dtype, interpret, *args):
-    return _matmul_impl(out_dtype, interpret, *args), args
-
-
-def _matmul_bwd(out_dtype, interpret, saved, dy_NF):
-    x_ND, w_GDF, group_sizes_G = saved
-    dy_NF = dy_NF.astype(x_ND.dtype)
-    dx_ND = _rows_times_weights(dy_NF, w_GDF, group_sizes_G, 2, x_ND.dtype, interpret)
-    return dx_ND, _rows_times_rows(x_ND, dy_NF, group_sizes_G, w_GDF.dtype, interpret), None
-
-
-_matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0, 1))
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-# --- work items ------------------------------------------------------------------------------
-
-
-class _Work(NamedTuple):
-    """What the kernels read from scalar memory, all int32."""
-
-    group_W: Array
-    tile_W: Array
-    active_W: Array  # 1 where the item has rows to multiply
-    start_G: Array  # first row of each group
-    end_G: Array
-
-
-def _list_work(sizes_G: Array, num_rows: int, tile_rows: int, least: int) -> _Work:
-    """Pairs of group and overlapping tile in row order, at least `least` per group.
-
-    The number of items depends on the sizes, the length of the list does not: it is filled up with
-    inactive items of the last group.
-    """
-    num_groups, num_tiles = sizes_G.shape[0], pl.cdiv(num_rows, tile_rows)
-    end_G = jnp.cumsum(sizes_G).astype(jnp.int32)
-    start_G = end_G - sizes_G.astype(jnp.int32)
-    first_tile_G = start_G // tile_rows
-    overlaps_G = jnp.where(end_G > start_G, (end_G - 1) // tile_rows - first_tile_G + 1, 0)
-    items_G = jnp.maximum(overlaps_G, least)
-    item_end_G = jnp.cumsum(items_G)
-
-    item_W = jnp.arange(num_tiles + num_groups, dtype=jnp.int32)
-    before_WG = item_end_G[None, :] <= item_W[:, None]
-    group_W = jnp.minimum(jnp.sum(before_WG, axis=1, dtype=jnp.int32), num_groups - 1)
-    nth_W = item_W - (item_end_G - items_G)[group_W]
-    tile_W = jnp.minimum(first_tile_G[group_W] + nth_W, num_tiles - 1)
-    active_W = nth_W < overlaps_G[group_W]
-    return _Work(group_W, tile_W, active_W.astype(jnp.int32), start_G, end_G)
-
-
-def _cut_off(group_sizes_G: Array, num_rows: int) -> Array:
-    """Sizes without the rows that the buffer does not have."""
-    end_G = jnp.minimum(jnp.cumsum(group_sizes_G), num_rows)
-    return jnp.diff(end_G, prepend=jnp.zeros_like(end_G[:1]))
-
-
-def _own_rows(work: _Work, item: Array, tile_rows: int) -> Array:
-    """mask_T1: which rows of the item's tile belong to its group."""
-    row_T1 = lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0) + work.tile_W[item] * tile_rows
-    group = work.group_W[item]
-    return (work.start_G[group] <= row_T1) & (row_T1 < work.end_G[group])
-
-
-# --- y = x @ w and dx = dy @ w^T -------------------------------------------------------------
-
-
-def _rows_times_weights(
-    x_NA: Array,
-    w_GDF: Array,
-    group_sizes_G: Array,
-    sum_axis: int,
-    out_dtype: DTypeLike,
-    interpret: bool,
-) -> Array:
-    """x[n] times the weights of n's group, summed over axis 1 or 2 of the weights."""
-    num_rows, num_sum = x_NA.shape
-    num_groups, num_out = w_GDF.shape[0], w_GDF.shape[3 - sum_axis]
-    tile_rows, tile_sum, tile_out = _row_tile(num_rows), _tile(num_sum), _tile(num_out)
-    steps = num_sum // tile_sum
-
-    sizes_G = _cut_off(group_sizes_G, num_rows)
-    unused = (num_rows - jnp.sum(sizes_G, dtype=sizes_G.dtype))[None]
-    work = _list_work(jnp.concatenate([sizes_G, unused]), num_rows, tile_rows, least=0)
-    has_weights_W = (work.group_W < num_groups).astype(jnp.int32)
-    work = work._replace(active_W=work.active_W * has_weights_W)
-
-    def kernel(*refs):
-        work, (x_ref, w_ref, y_ref, sum_ref) = _Work(*refs[:5]), refs[5:]
-        item, step = pl.program_id(1), pl.program_id(2)
-
-        @pl.when(step == 0)
-        def _():
-            sum_ref[...] = jnp.zeros_like(sum_ref)
-
-        @pl.when(work.active_W[item] == 1)
-        def _():
-            sum_ref[...] += _dot(x_ref[...], w_ref[...], (1, sum_axis - 1))
-
-        @pl.when(step == steps - 1)
-        def _():
-            # rows of other groups keep what is there: a result, or what their turn will replace
-            others_TB = y_ref[...].astype(jnp.float32)
-            own_T1 = _own_rows(work, item, tile_rows)
-            y_ref[...] = jnp.where(own_T1, sum_ref[...], others_TB).astype(y_ref.dtype)
-
-    def x_block(out, item, step, *refs):
-        work = _Work(*refs)
-        # an inactive item stays at block 0 of the summed axis: one fetch, not one per step
-        return work.tile_W[item], step * work.active_W[item]
-
-    def w_block(out, item, step, *refs):
-        work = _Work(*refs)
-        group = jnp.minimum(work.group_W[item], num_groups - 1)
-        step = step * work.active_W[item]
-        return (group, step, out) if sum_axis == 1 else (group, out, step)
-
-    w_tile = (tile_sum, tile_out) if sum_axis == 1 else (tile_out, tile_sum)
-    return _call(
-        kernel,
-        work,
-        (x_NA, w_GDF),
-        (num_rows, num_out),
-        out_dtype,
-        grid=(num_out // tile_out, work.group_W.shape[0], steps),
-        in_specs=[
-            pl.BlockSpec((tile_rows, tile_sum), x_block),
-            pl.BlockSpec((None, *w_tile), w_block),
-        ],
-        out_spec=pl.BlockSpec(
-            (tile_rows, tile_out), lambda out, item, step, *work: (_Work(*work).tile_W[item], out)
-        ),
-        sum_shape=(tile_rows, tile_out),
-        semantics=("parallel", "arbitrary", "arbitrary"),
-        flops=2 * num_rows * num_sum * num_out,
-        interpret=interpret,
-    )
-
-
-# --- dw = x^T @ dy ---------------------------------------------------------------------------
-
-
-def _rows_times_rows(
-    x_ND: Array, dy_NF: Array, group_sizes_G: Array, out_dtype: DTypeLike, interpret: bool
-) -> Array:
-    (num_rows, d_model), d_ff = x_ND.shape, dy_NF.shape[1]
-    num_groups = group_sizes_G.shape[0]
-    tile_rows, tile_d, tile_f = _row_tile(num_rows), _tile(d_model), _tile(d_ff)
-    work = _list_work(_cut_off(group_sizes_G, num_rows), num_rows, tile_rows, least=1)
-    num_items = work.group_W.shape[0]
-
-    def kernel(*refs):
-        work, (x_ref, dy_ref, dw_ref, sum_ref) = _Work(*refs[:5]), refs[5:]
-        item = pl.program_id(2)
-        group = work.group_W[item]
-
-        @pl.when((item == 0) | (work.group_W[jnp.maximum(item - 1, 0)] != group))
-        def _():
-            sum_ref[...] = jnp.zeros_like(sum_ref)
-
-        active = work.active_W[item] == 1
-        first_row = work.tile_W[item] * tile_rows
-        inside = work.start_G[group] <= first_row
-        inside &= first_row + tile_rows <= work.end_G[group]
-
-        @pl.when(active & inside)
-        def _():
-            sum_ref[...] += _dot(x_ref[...], dy_ref[...], (0, 0))
-
-        @pl.when(active & ~inside)
-        def _():
-            own_T1 = _own_rows(work, item, tile_rows)
-            # both: 0 * NaN is NaN, and rows of neither group may hold anything
-            x_TD = jnp.where(own_T1, x_ref[...], jnp.zeros_like(x_ref[...]))
-            dy_TF = jnp.where(own_T1, dy_ref[...], jnp.zeros_like(dy_ref[...]))
-            sum_ref[...] += _dot(x_TD, dy_TF, (0, 0))
-
-        following = jnp.minimum(item + 1, num_items - 1)
-
-        @pl.when((item == num_items - 1) | (work.group_W[following] != group))
-        def _():
-            dw_ref[...] = sum_ref[...].astype(dw_ref.dtype)
-
-    return _call(
-        kernel,
-        work,
-        (x_ND, dy_NF),
-        (num_groups, d_model, d_ff),
-        out_dtype,
-        grid=(d_model // tile_d, d_ff // tile_f, num_items),
-        in_specs=[
-            pl.BlockSpec(
-                (tile_rows, tile_d), lambda d, f, item, *work: (_Work(*work).tile_W[item], d)
-            ),
-            pl.BlockSpec(
-                (tile_rows, tile_f), lambda d, f, item, *work: (_Work(*work).tile_W[item], f)
-            ),
-        ],
-        out_spec=pl.BlockSpec(
-            (None, tile_d, tile_f), lambda d, f, item, *work: (_Work(*work).group_W[item], d, f)
-        ),
-        sum_shape=(tile_d, tile_f),
-        semantics=("parallel", "parallel", "arbitrary"),
-        flops=2 * num_rows * d_model * d_ff,
-        interpret=interpret,
-    )
-
-
-# --- small helpers ---------------------------------------------------------------------------
-
-
-def _call(
-    kernel: Callable[..., None],
-    work: _Work,
-    arrays: tuple[Array, Array],
-    out_shape: tuple[int, ...],
-    out_dtype: DTypeLike,
-    *,
-    grid: tuple[int, ...],
-    in_specs: list[pl.BlockSpec],
-    out_spec: pl.BlockSpec,
-    sum_shape: tuple[int, int],
-    semantics: tuple[Literal["parallel", "arbitrary"], ...],
-    flops: int,
-    interpret: bool,
-) -> Array:
-    out = jax.ShapeDtypeStruct(
-        out_shape, out_dtype, manual_axis_type=jax.typeof(arrays[0]).manual_axis_type
-    )
-    bytes_accessed = sum(a.size * a.dtype.itemsize for a in (*arrays, out))
-    return pl.pallas_call(
-        kernel,
-        out_shape=out,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(work),
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_spec,
-            scratch_shapes=[pltpu.VMEM(sum_shape, jnp.float32)],
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-        cost_estimate=pl.CostEstimate(
-            flops=flops, transcendentals=0, bytes_accessed=bytes_accessed
-        ),
-        interpret=interpret,
-    )(*work, *arrays)
-
-
-def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """Sums over the given axis of each; float32 operands keep all their bits."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((axes[0],), (axes[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _row_tile(num_rows: int) -> int:
-    return min(num_rows, _TILE_ROWS)
-
-
-def _tile(length: int) -> int:
-    """The largest tile that divides the axis; one block where no multiple of 128 does."""
-    fitting = (t for t in range(_LARGEST_TILE, 0, -_LANES) if length % t == 0)
-    return next(fitting, length)
-
-
-def _padding(length: int) -> int:
-    """Zeros behind an axis that is too long for one block and that 128 does not divide, up to
-    whole tiles: of 2,880 (gpt-oss) 192, where 64 would leave tiles of 128."""
-    uneven = length % _LANES and length > _LARGEST_UNEVEN
-    return -length % _LARGEST_TILE if uneven else 0
+def _cut(y_NF: Array, width: int) -> Array:
+    return y_NF if y_NF.shape[1] == width else y_NF[:, :width]
 
 
 def _check(x_ND: Array) -> None:

@@ -1,0 +1,281 @@
+"""TPU kernel: rows times the weights of their groups, any number of products, one epilogue.
+
+Promise: what several products share is read once; what follows them (bias, activation, the rows'
+weights, scales of narrow weights) is computed while the tile is on chip. Rows of no group are
+exactly zero in every result.
+
+Axes: N rows, G groups, T rows of a tile, S rows of a part of it, A the axis that is summed over,
+B the axis of the result.
+
+Algorithm: a work item is (group, tile of rows), see work.py. The summed axis is whole wherever it
+fits on chip: then weights stay there while the tiles of their group pass, and no sum is kept. A
+tile inside its group is one product; at a group's edge only the parts of S rows that the group
+touches are computed, and its own rows written over what the neighbours left.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from moe_jax.kernels.tpu import tiles
+from moe_jax.kernels.tpu import work as items
+from moe_jax.kernels.tpu.tiles import PART_ROWS
+
+
+class Weight(NamedTuple):
+    """Attributes:
+    array: [G, A, B], or [G, B, A] where `transposed`.
+    """
+
+    array: Array
+    transposed: bool = False
+
+
+class Operands(NamedTuple):
+    """What a kernel reads, and which products are summed to what.
+
+    Attributes:
+      lhs: [N, A] each.
+      weights: one or several.
+      products: for each sum the pairs (index of lhs, index of weight) that add up to it.
+      by_group: [G, B] each, for the epilogue.
+      by_row: [N] each, for the epilogue.
+      by_both: [N, B] each, for the epilogue.
+    """
+
+    lhs: Sequence[Array]
+    weights: Sequence[Weight]
+    products: Sequence[Sequence[tuple[int, int]]]
+    by_group: Sequence[Array] = ()
+    by_row: Sequence[Array] = ()
+    by_both: Sequence[Array] = ()
+
+
+class Result(NamedTuple):
+    """Attributes:
+    dtype: of the result.
+    row_sum: the epilogue's value is summed over B: the result is [N], in float32.
+    """
+
+    dtype: DTypeLike
+    row_sum: bool = False
+
+
+# (sums, by_group, by_row, by_both) of a tile, all float32 -> a value [T, B] for each result
+Epilogue = Callable[[list[Array], list[Array], list[Array], list[Array]], Sequence[Array]]
+
+_LANES = 128  # a row's sums are written into one lane of so many
+
+
+def grouped_rows(
+    kind: str,
+    operands: Operands,
+    group_sizes_G: Array,
+    epilogue: Epilogue,
+    results: Sequence[Result],
+    interpret: bool,
+) -> list[Array]:
+    """Results [N, B], or [N] for sums of rows; `kind` names the operation in the table of tiles."""
+    lhs, weights, products, by_group, by_row, by_both = operands
+    num_rows, num_sum = lhs[0].shape
+    num_groups, num_out = weights[0].array.shape[0], tiles.width(operands)
+    tile = tiles.for_rows(kind, operands, results)
+    tile_rows, tile_sum, tile_out = tile
+    steps, num_tiles = num_sum // tile_sum, pl.cdiv(num_out, tile_out)
+    work = items.with_unused(group_sizes_G, num_rows, tile_rows)
+    counts = [len(work), len(lhs), len(weights), len(by_group), len(by_row), len(by_both)]
+
+    def kernel(*refs):
+        *inputs, out_refs, sum_refs = _split(refs, [*counts, len(results)])
+        work = items.Work(*inputs[0])
+        out, item, step = (pl.program_id(i) for i in range(3))
+        start, end = work.rows(item, tile_rows)
+        whole = (start == 0) & (end == tile_rows)
+
+        def write(rows, size, columns, values, masked):
+            for ref, value, result in zip(out_refs, values, results, strict=True):
+                place = (rows, slice(None)) if result.row_sum else (rows, columns)
+                if result.row_sum:
+                    first = columns.start
+                    value = _row_sums(value, num_out - out * tile_out - first)
+                    value += jnp.where(first == 0, 0.0, ref[place])
+                if masked:
+                    # rows of other groups keep what is there: a result, or what their turn replaces
+                    own_S1 = items.inside(rows.start, size, start, end)
+                    value = jnp.where(own_S1, value, ref[place].astype(jnp.float32))
+                ref[place] = value.astype(ref.dtype)
+
+        def compute(first, size, first_column, width, masked):
+            rows, columns = pl.ds(first, size), pl.ds(first_column, width)
+
+            def product(i, j):
+                place = (columns, slice(None)) if weights[j].transposed else (slice(None), columns)
+                return _dot(inputs[1][i][rows, :], inputs[2][j][place], weights[j].transposed)
+
+            def finish(sums):
+                shared = [ref[:, columns].astype(jnp.float32) for ref in inputs[3]]
+                own = [ref[rows, :].astype(jnp.float32) for ref in inputs[4]]
+                both = [ref[rows, columns].astype(jnp.float32) for ref in inputs[5]]
+                write(rows, size, columns, epilogue(sums, shared, own, both), masked)
+
+            sums = [sum(product(i, j) for i, j in terms) for terms in products]
+            if steps == 1:
+                finish(sums)
+                return
+            for ref, value in zip(sum_refs, sums, strict=True):
+                ref[rows, columns] = value + jnp.where(step == 0, 0.0, ref[rows, columns])
+            pl.when(step == steps - 1)(lambda: finish([ref[rows, columns] for ref in sum_refs]))
+
+        def for_columns(first, size, masked):
+            width = tiles.chunk(tile_out, size * tile_sum)
+            count = tile_out // width
+            if count == 1:
+                compute(first, size, 0, width, masked)
+                return
+            _repeat(0, count, lambda j: compute(first, size, j, width, masked), width)
+
+        active = work.active_W[item] == 1
+        pl.when(active & whole)(lambda: for_columns(0, tile_rows, masked=False))
+
+        @pl.when(active & ~whole)
+        def _():
+            if tile_rows % PART_ROWS:
+                for_columns(0, tile_rows, masked=True)
+                return
+            parts = lax.div(start, PART_ROWS), lax.div(end + PART_ROWS - 1, PART_ROWS)
+            _repeat(*parts, lambda first: for_columns(first, PART_ROWS, masked=True), PART_ROWS)
+
+        @pl.when(~active & (step == steps - 1) & (start < end))
+        def _():
+            zeros = [jnp.zeros((tile_rows, tile_out), jnp.float32) for _ in results]
+            write(pl.ds(0, tile_rows), tile_rows, pl.ds(0, tile_out), zeros, masked=True)
+
+    def row_block(out, item, step, *refs):
+        work = items.Work(*refs)
+        # an inactive item stays at block 0 of the summed axis: one fetch, not one per step
+        return work.tile_W[item], step * work.active_W[item]
+
+    def group_of(item, refs):
+        return jnp.minimum(items.Work(*refs).group_W[item], num_groups - 1)
+
+    def weight_spec(weight):
+        def block(out, item, step, *refs):
+            step = step * items.Work(*refs).active_W[item]
+            index = (out, step) if weight.transposed else (step, out)
+            return group_of(item, refs), *index
+
+        sides = (tile_out, tile_sum) if weight.transposed else (tile_sum, tile_out)
+        return pl.BlockSpec((None, *sides), block)
+
+    def tile_of(item, refs):
+        return items.Work(*refs).tile_W[item]
+
+    both = pl.BlockSpec(
+        (tile_rows, tile_out), lambda out, item, step, *refs: (tile_of(item, refs), out)
+    )
+    in_specs = [
+        *(pl.BlockSpec((tile_rows, tile_sum), row_block) for _ in lhs),
+        *(weight_spec(weight) for weight in weights),
+        *(
+            pl.BlockSpec(
+                (None, 1, tile_out), lambda out, item, step, *refs: (group_of(item, refs), 0, out)
+            )
+            for _ in by_group
+        ),
+        *(
+            pl.BlockSpec((tile_rows, 1), lambda out, item, step, *refs: (tile_of(item, refs), 0))
+            for _ in by_row
+        ),
+        *(both for _ in by_both),
+    ]
+    lanes = pl.BlockSpec(
+        (tile_rows, _LANES), lambda out, item, step, *refs: (tile_of(item, refs), out)
+    )
+    arrays = [
+        *lhs,
+        *(weight.array for weight in weights),
+        *(a[:, None] for a in by_group),
+        *(a[:, None] for a in by_row),
+        *by_both,
+    ]
+    widths = [num_tiles * _LANES if result.row_sum else num_out for result in results]
+    vma = jax.typeof(lhs[0]).manual_axis_type
+    outs = [
+        jax.ShapeDtypeStruct((num_rows, width), result.dtype, manual_axis_type=vma)
+        for width, result in zip(widths, results, strict=True)
+    ]
+    num_items = work.group_W.shape[0]
+    found = pl.pallas_call(
+        kernel,
+        out_shape=outs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(work),
+            grid=(num_tiles, num_items, steps),
+            in_specs=in_specs,
+            out_specs=[lanes if result.row_sum else both for result in results],
+            scratch_shapes=[pltpu.VMEM((tile_rows, tile_out), jnp.float32) for _ in products]
+            if steps > 1
+            else [],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=tiles.vmem_limit(),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * num_sum * num_out * sum(len(terms) for terms in products),
+            transcendentals=0,
+            bytes_accessed=tiles.bytes_moved(operands, results, tile),
+        ),
+        interpret=interpret,
+    )(*work, *arrays)
+    return [
+        jnp.sum(a, axis=1) if result.row_sum else a
+        for a, result in zip(found, results, strict=True)
+    ]
+
+
+def _split(refs: Sequence[Any], counts: list[int]) -> list[Sequence[Any]]:
+    """Consecutive runs of the given lengths, and what is left."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(refs[start : start + count])
+        start += count
+    return [*parts, refs[start:]]
+
+
+def _repeat(
+    first: Array | int, end: Array | int, body: Callable[[Array], None], stride: int
+) -> None:
+    """body(i * stride) for i from `first` to `end`; a loop in the program, not copies of it."""
+
+    def one(i, carry):
+        body(pl.multiple_of(i * stride, stride))
+        return carry
+
+    lax.fori_loop(first, end, one, 0)
+
+
+def _dot(x_TA: Array, w_AB: Array, transposed: bool) -> Array:
+    """Weights narrower than x are widened on chip; float32 operands keep all their bits."""
+    if w_AB.dtype != x_TA.dtype:
+        w_AB = w_AB.astype(jnp.float32).astype(x_TA.dtype)
+    precision = lax.Precision.HIGHEST if x_TA.dtype == jnp.float32 else None
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(
+        x_TA, w_AB, dims, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _row_sums(value_TB: Array, num_columns: Array | int) -> Array:
+    """[T, 128]: each row's sum over the first `num_columns` in lane 0, zeros beside it."""
+    column_TB = lax.broadcasted_iota(jnp.int32, value_TB.shape, 1)
+    # a block may reach beyond the array, where anything may lie
+    sum_T1 = jnp.sum(jnp.where(column_TB < num_columns, value_TB, 0.0), axis=1, keepdims=True)
+    lane_TL = lax.broadcasted_iota(jnp.int32, (value_TB.shape[0], _LANES), 1)
+    return jnp.where(lane_TL == 0, sum_T1, 0.0)

@@ -1,0 +1,181 @@
+"""Sizes of the TPU kernels' tiles: from the table where a shape is in it, else by a rule.
+
+The rule: the summed axis whole if that fits, because then weights are read once for each group;
+the widest tile of the result that fits beside it; 512 rows, which are cut at a group's edge into
+parts of 128 (the height at which multipliers of 128 x 128 load weights as fast as they use them).
+
+Axes: N rows, A the axis that is summed over, B the axis of the result.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+
+from moe_jax.errors import Refused
+from moe_jax.kernels.tpu import chips
+from moe_jax.kernels.tpu.table import TABLE
+
+if TYPE_CHECKING:
+    from moe_jax.kernels.tpu.rows import Operands, Result
+
+PART_ROWS = 128
+_LANES = 128
+_ROWS = 512
+_WIDTHS = (2048, 1024, 512, 256, 128)
+_CHUNKS = (1024, 512, 256)
+# Unrolled by the compiler: 4,096 bundles on a chip with four multipliers of 128 x 128. Twice as
+# many take twice as long to compile, and gain less than a hundredth.
+_PRODUCTS = 2**28
+
+
+class Tile(NamedTuple):
+    """Rows, and the lengths of the summed axis and of the result; for dw: rows, D and F."""
+
+    rows: int
+    sum: int
+    out: int
+
+
+def vmem_limit() -> int:
+    """Bytes that a kernel may use on chip; the compiler needs some itself."""
+    return chips.CHIPS[chips.current()].vmem * 15 // 16
+
+
+def for_rows(kind: str, operands: "Operands", results: "Sequence[Result]") -> Tile:
+    """Tile of `rows.grouped_rows`; `kind` names the operation in the table.
+
+    A summed axis that is cut must be a multiple of 128: see `padding`.
+    """
+    num_rows, num_sum = operands.lhs[0].shape
+    num_out = width(operands)
+    dtype = operands.lhs[0].dtype
+    known = TABLE.get((chips.current(), kind, dtype.name, num_sum, num_out))
+    if known is not None:
+        return Tile(_row_tile(num_rows, known[0]), *known[1:])
+    rows = _row_tile(num_rows, _ROWS)
+    for part in _cuts(num_sum):
+        for out in _outs(num_out):
+            if on_chip(Tile(rows, part, out), operands, results) <= _budget():
+                return Tile(rows, part, out)
+    raise Refused(
+        "x_ND.shape",
+        (num_rows, num_sum),
+        f"no tile of {num_sum} x {num_out} weights fits on a {chips.current()}: "
+        f"{num_sum} is no multiple of {_LANES}",
+        "Fill the axis up to a multiple of 128, or pass implementation='cpu'",
+    )
+
+
+def on_chip(tile: Tile, operands: "Operands", results: "Sequence[Result]") -> int:
+    """Bytes on chip: each block twice, one being fetched; sums in float32 once, and once more where
+    they are kept because the summed axis is cut."""
+    rows, part, out = tile
+    twice = rows * part * _itemsizes(operands.lhs)
+    stored = [w.array.dtype.itemsize for w in operands.weights]
+    twice += part * out * sum(stored)
+    twice += rows * out * _itemsizes(operands.by_both)
+    twice += rows * out * sum(jnp.dtype(r.dtype).itemsize for r in results if not r.row_sum)
+    narrow = operands.lhs[0].dtype.itemsize * sum(
+        w.array.dtype != operands.lhs[0].dtype for w in operands.weights
+    )
+    cut = part < operands.lhs[0].shape[1]
+    kept = rows * out * 4 * len(operands.products) * (2 if cut else 1)
+    return 2 * twice + part * out * narrow + kept
+
+
+def for_columns(kind: str, x_ND: Array, dys: Sequence[Array], out_dtype: DTypeLike) -> Tile:
+    """Tile of `columns.grouped_columns`: rows, D, F."""
+    (num_rows, d_model), d_ff = x_ND.shape, dys[0].shape[1]
+    known = TABLE.get((chips.current(), kind, x_ND.dtype.name, d_model, d_ff))
+    if known is not None:
+        return Tile(_row_tile(num_rows, known[0]), *known[1:])
+    rows = _row_tile(num_rows, _ROWS)
+    pairs = [(d, f) for d in _outs(d_model) for f in _outs(d_ff)]
+    per_result = len(dys) * (2 * jnp.dtype(out_dtype).itemsize + 2 * 4)
+    # squares move the least for their work
+    for d, f in sorted(pairs, key=lambda p: (-p[0] * p[1] / (p[0] + p[1]), -p[1])):
+        twice = rows * (d * x_ND.dtype.itemsize + f * _itemsizes(dys))
+        if 2 * twice + d * f * per_result <= _budget():
+            return Tile(rows, d, f)
+    return Tile(rows, *(min(length, _LANES) for length in (d_model, d_ff)))
+
+
+def padding(num_sum: int) -> int:
+    """Zeros behind a summed axis that may have to be cut and that 128 does not divide."""
+    return -num_sum % 512 if num_sum > 4096 and num_sum % _LANES else 0
+
+
+def bytes_moved(operands: "Operands", results: "Sequence[Result]", tile: Tile) -> int:
+    """Bytes between HBM and the chip in `rows.grouped_rows`, if all groups have equally many rows.
+
+    Blocks are fetched when their index changes: rows once for each tile of the result, weights once
+    if the summed axis is whole, else once for each work item.
+    """
+    num_rows, num_sum = operands.lhs[0].shape
+    num_groups, num_out = operands.weights[0].array.shape[0], width(operands)
+    tiles_out, steps = pl.cdiv(num_out, tile.out), num_sum // tile.sum
+    total = tiles_out * num_rows * num_sum * _itemsizes(operands.lhs)
+    times = num_groups if steps == 1 else num_items(num_rows, num_groups, tile.rows)
+    total += times * num_sum * num_out * sum(w.array.dtype.itemsize for w in operands.weights)
+    total += sum(a.size * a.dtype.itemsize for a in (*operands.by_group, *operands.by_both))
+    total += len(operands.by_row) * tiles_out * num_rows * _LANES * 4
+    for result in results:
+        columns = tiles_out * _LANES if result.row_sum else num_out
+        total += num_rows * columns * jnp.dtype(result.dtype).itemsize
+    return total
+
+
+def num_items(num_rows: int, num_groups: int, tile_rows: int) -> int:
+    """Work items of groups of equal size."""
+    tiles = pl.cdiv(num_rows, tile_rows)
+    return tiles if num_rows % (num_groups * tile_rows) == 0 else tiles + num_groups - 1
+
+
+def chunk(length: int, per_column: int) -> int:
+    """Columns (of dw: rows) of a result that are computed at a time: the most that divide a tile's
+    and whose products, `per_column` for each, do not make the program too long."""
+    if length % _LANES:
+        return length
+    fitting = (c for c in _CHUNKS if length % c == 0 and c * per_column <= _PRODUCTS)
+    return next(fitting, _LANES)
+
+
+def _row_tile(num_rows: int, most: int) -> int:
+    """A multiple of the parts, or all rows where there are less."""
+    return max(min(most, num_rows // PART_ROWS * PART_ROWS), min(num_rows, PART_ROWS))
+
+
+def _cuts(num_sum: int) -> list[int]:
+    """The whole axis, then its divisors that are multiples of 128, the largest first."""
+    return [num_sum] + [
+        num_sum // n
+        for n in range(2, num_sum // _LANES + 1)
+        if num_sum % n == 0 and num_sum // n % _LANES == 0
+    ]
+
+
+def _outs(num_out: int) -> list[int]:
+    """Widths of a tile; the last one of an axis may reach beyond it."""
+    at_once = num_out <= _CHUNKS[-1] or num_out % _LANES == 0  # see chunk
+    whole = [num_out] if num_out <= _WIDTHS[0] and at_once else []
+    return whole + [width for width in _WIDTHS if width < num_out]
+
+
+def _budget() -> int:
+    # a product lies on chip as well before it is written
+    return vmem_limit() * 3 // 4
+
+
+def width(operands: "Operands") -> int:
+    """B: columns of the result."""
+    weight = operands.weights[0]
+    return weight.array.shape[1 if weight.transposed else 2]
+
+
+def _itemsizes(arrays: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
+    return sum(a.dtype.itemsize for a in arrays)
