@@ -222,7 +222,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _named(option: str, text: str, known: Iterable[str]) -> list[str]:
+def named(option: str, text: str, known: Iterable[str]) -> list[str]:
+    """The names of a list with commas; unknown ones are refused."""
     names, known = text.split(","), list(known)
     for name in names:
         if name not in known:
@@ -242,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
-        names = _named("--shapes", args.shapes, SHAPES)
-        patterns = _named("--patterns", args.patterns, _ALL)
+        names = named("--shapes", args.shapes, SHAPES)
+        patterns = named("--patterns", args.patterns, _ALL)
         cases = [(name, p) for name in names for p in SHAPES[name].patterns if p in patterns]
         if not cases:
             rule = f"none is measured for {args.shapes}"

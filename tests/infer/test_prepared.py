@@ -34,9 +34,7 @@ def test_a_placement_moves_prepared_experts():
     config = tiny.config()
     mesh, plan = tiny.mesh(config), tiny.random_placement(3)
     moved = permute.apply(tiny.model(), tiny.contiguous(), plan)
-    found = permute.apply(
-        prepared(config.model, mesh, tiny.model()), tiny.contiguous(), plan
-    )
+    found = permute.apply(prepared(config.model, mesh, tiny.model()), tiny.contiguous(), plan)
     expected = prepared(config.model, mesh, moved)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)

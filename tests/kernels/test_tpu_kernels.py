@@ -33,15 +33,17 @@ GROUPS = {
 def small_tiles(monkeypatch):
     """Every operation with these tiles: rows, summed axis, result; chunks of 128 columns."""
     monkeypatch.setattr(tiles, "TABLE", _Everything())
-    monkeypatch.setattr(tiles, "_PRODUCTS", 1)
+    token = tiles.RULE.set(tiles.Rule(products=1))
+    yield
+    tiles.RULE.reset(token)
 
 
 class _Everything:
     def get(self, key):
         _, kind, _, num_sum, _ = key
         if kind in ("dw", "dw2", "dbias"):
-            return 256, 256 if num_sum % 128 == 0 else num_sum, 128
-        return 256, 128 if num_sum % 128 == 0 else num_sum, 256
+            return (256, 256, 128, 128) if num_sum % 128 == 0 else (256, num_sum, 128, num_sum)
+        return 256, 128 if num_sum % 128 == 0 else num_sum, 256, 128
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def grouped_columns(
     (num_rows, d_model), d_ff = x_ND.shape, dys[0].shape[1]
     num_groups = group_sizes_G.shape[0]
     tile = tiles.for_columns(kind, x_ND, dys, out_dtype)
-    tile_rows, tile_d, tile_f = tile
+    tile_rows, tile_d, tile_f, tile_chunk = tile
     sizes_G = items.cut_off(group_sizes_G, num_rows)
     work = items.list_work(sizes_G, num_rows, tile_rows, least=1)
     count = work.group_W.shape[0]
@@ -59,7 +59,8 @@ def grouped_columns(
 
         def add(x_SD_of, dys_SF, size):
             """A chunk of D after the other, which keeps the program short."""
-            width = tiles.chunk(tile_d, size * tile_f)
+            whole_tile = size == tile_rows
+            width = tile_chunk if whole_tile else tiles.chunk(tile_d, size * tile_f)
 
             def one(i, carry):
                 columns = pl.ds(pl.multiple_of(i * width, width), width)
@@ -120,6 +121,9 @@ def grouped_columns(
     x_spec = pl.BlockSpec(
         (tile_rows, tile_d), lambda d, f, item, *refs: (items.Work(*refs).tile_W[item], d)
     )
+    moved = _bytes_moved(x_ND, dys, num_groups, out_dtype, tile)
+    sizes = num_rows, num_groups, d_model, d_ff, len(dys), moved
+    tiles.note(tiles.Plan(kind, tile, *sizes))
     found = pl.pallas_call(
         kernel,
         out_shape=[out for _ in dys],
@@ -137,9 +141,10 @@ def grouped_columns(
         cost_estimate=pl.CostEstimate(
             flops=2 * len(dys) * num_rows * d_model * d_ff,
             transcendentals=0,
-            bytes_accessed=_bytes_moved(x_ND, dys, num_groups, out_dtype, tile),
+            bytes_accessed=moved,
         ),
         interpret=interpret,
+        name=f"grouped_{kind}",
     )(*work, x_ND, *dys)
     return list(found)
 

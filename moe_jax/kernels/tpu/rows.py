@@ -86,7 +86,7 @@ def grouped_rows(
     num_rows, num_sum = lhs[0].shape
     num_groups, num_out = weights[0].array.shape[0], tiles.width(operands)
     tile = tiles.for_rows(kind, operands, results)
-    tile_rows, tile_sum, tile_out = tile
+    tile_rows, tile_sum, tile_out, tile_chunk = tile
     steps, num_tiles = num_sum // tile_sum, pl.cdiv(num_out, tile_out)
     work = items.with_unused(group_sizes_G, num_rows, tile_rows)
     counts = [len(work), len(lhs), len(weights), len(by_group), len(by_row), len(by_both)]
@@ -133,7 +133,8 @@ def grouped_rows(
             pl.when(step == steps - 1)(lambda: finish([ref[rows, columns] for ref in sum_refs]))
 
         def for_columns(first, size, masked):
-            width = tiles.chunk(tile_out, size * tile_sum)
+            whole_tile = size == tile_rows
+            width = tile_chunk if whole_tile else tiles.chunk(tile_out, size * tile_sum)
             count = tile_out // width
             if count == 1:
                 compute(first, size, 0, width, masked)
@@ -211,6 +212,10 @@ def grouped_rows(
         for width, result in zip(widths, results, strict=True)
     ]
     num_items = work.group_W.shape[0]
+    num_products = sum(len(terms) for terms in products)
+    moved = tiles.bytes_moved(operands, results, tile)
+    sizes = num_rows, num_groups, num_sum, num_out, num_products, moved
+    tiles.note(tiles.Plan(kind, tile, *sizes))
     found = pl.pallas_call(
         kernel,
         out_shape=outs,
@@ -228,11 +233,12 @@ def grouped_rows(
             vmem_limit_bytes=tiles.vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * num_rows * num_sum * num_out * sum(len(terms) for terms in products),
+            flops=2 * num_rows * num_sum * num_out * num_products,
             transcendentals=0,
-            bytes_accessed=tiles.bytes_moved(operands, results, tile),
+            bytes_accessed=moved,
         ),
         interpret=interpret,
+        name=f"grouped_{kind}",
     )(*work, *arrays)
     return [
         jnp.sum(a, axis=1) if result.row_sum else a

@@ -7,6 +7,7 @@ parts of 128 (the height at which multipliers of 128 x 128 load weights as fast 
 Axes: N rows, A the axis that is summed over, B the axis of the result.
 """
 
+import contextvars
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,20 +26,61 @@ if TYPE_CHECKING:
 
 PART_ROWS = 128
 _LANES = 128
-_ROWS = 512
 _WIDTHS = (2048, 1024, 512, 256, 128)
 _CHUNKS = (1024, 512, 256)
-# Unrolled by the compiler: 4,096 bundles on a chip with four multipliers of 128 x 128. Twice as
-# many take twice as long to compile, and gain less than a hundredth.
-_PRODUCTS = 2**28
 
 
 class Tile(NamedTuple):
-    """Rows, and the lengths of the summed axis and of the result; for dw: rows, D and F."""
+    """Attributes:
+    rows: of x.
+    sum: length of the summed axis; for dw: of D.
+    out: of the result; for dw: of F.
+    chunk: columns of the result (for dw: of D) that are computed at a time.
+    """
 
     rows: int
     sum: int
     out: int
+    chunk: int
+
+
+class Rule(NamedTuple):
+    """What tiles are made of where the table says nothing.
+
+    Attributes:
+      rows: of a tile, if there are so many.
+      width: of a tile's result, at most.
+      products: multiply-adds that the compiler unrolls; 2^28 are 4,096 bundles on a chip with four
+        multipliers of 128 x 128.
+    """
+
+    rows: int = 512
+    width: int = 2048
+    products: int = 2**28
+
+
+class Plan(NamedTuple):
+    """One kernel as it was traced, for predictions; `bytes` as of `bytes_moved`."""
+
+    kind: str
+    tile: Tile
+    num_rows: int
+    num_groups: int
+    num_sum: int
+    num_out: int
+    num_products: int
+    bytes: int
+
+
+RULE: contextvars.ContextVar[Rule] = contextvars.ContextVar("rule", default=Rule())  # noqa: B039
+PLANS: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("plans", default=None)
+
+
+def note(plan: Plan) -> None:
+    """Remembers a kernel where somebody listens."""
+    plans = PLANS.get()
+    if plans is not None:
+        plans.append(plan)
 
 
 def vmem_limit() -> int:
@@ -56,12 +98,13 @@ def for_rows(kind: str, operands: "Operands", results: "Sequence[Result]") -> Ti
     dtype = operands.lhs[0].dtype
     known = TABLE.get((chips.current(), kind, dtype.name, num_sum, num_out))
     if known is not None:
-        return Tile(_row_tile(num_rows, known[0]), *known[1:])
-    rows = _row_tile(num_rows, _ROWS)
+        return Tile(row_tile(num_rows, known[0]), *known[1:])
+    rows = row_tile(num_rows, RULE.get().rows)
     for part in _cuts(num_sum):
         for out in _outs(num_out):
-            if on_chip(Tile(rows, part, out), operands, results) <= _budget():
-                return Tile(rows, part, out)
+            tile = Tile(rows, part, out, chunk(out, rows * part))
+            if on_chip(tile, operands, results) <= _budget():
+                return tile
     raise Refused(
         "x_ND.shape",
         (num_rows, num_sum),
@@ -74,7 +117,7 @@ def for_rows(kind: str, operands: "Operands", results: "Sequence[Result]") -> Ti
 def on_chip(tile: Tile, operands: "Operands", results: "Sequence[Result]") -> int:
     """Bytes on chip: each block twice, one being fetched; sums in float32 once, and once more where
     they are kept because the summed axis is cut."""
-    rows, part, out = tile
+    rows, part, out, _ = tile
     twice = rows * part * _itemsizes(operands.lhs)
     stored = [w.array.dtype.itemsize for w in operands.weights]
     twice += part * out * sum(stored)
@@ -93,16 +136,18 @@ def for_columns(kind: str, x_ND: Array, dys: Sequence[Array], out_dtype: DTypeLi
     (num_rows, d_model), d_ff = x_ND.shape, dys[0].shape[1]
     known = TABLE.get((chips.current(), kind, x_ND.dtype.name, d_model, d_ff))
     if known is not None:
-        return Tile(_row_tile(num_rows, known[0]), *known[1:])
-    rows = _row_tile(num_rows, _ROWS)
+        return Tile(row_tile(num_rows, known[0]), *known[1:])
+    rows = row_tile(num_rows, RULE.get().rows)
     pairs = [(d, f) for d in _outs(d_model) for f in _outs(d_ff)]
     per_result = len(dys) * (2 * jnp.dtype(out_dtype).itemsize + 2 * 4)
     # squares move the least for their work
     for d, f in sorted(pairs, key=lambda p: (-p[0] * p[1] / (p[0] + p[1]), -p[1])):
         twice = rows * (d * x_ND.dtype.itemsize + f * _itemsizes(dys))
         if 2 * twice + d * f * per_result <= _budget():
-            return Tile(rows, d, f)
-    return Tile(rows, *(min(length, _LANES) for length in (d_model, d_ff)))
+            break
+    else:
+        d, f = (min(length, _LANES) for length in (d_model, d_ff))
+    return Tile(rows, d, f, chunk(d, rows * f))
 
 
 def padding(num_sum: int) -> int:
@@ -141,11 +186,11 @@ def chunk(length: int, per_column: int) -> int:
     and whose products, `per_column` for each, do not make the program too long."""
     if length % _LANES:
         return length
-    fitting = (c for c in _CHUNKS if length % c == 0 and c * per_column <= _PRODUCTS)
+    fitting = (c for c in _CHUNKS if length % c == 0 and c * per_column <= RULE.get().products)
     return next(fitting, _LANES)
 
 
-def _row_tile(num_rows: int, most: int) -> int:
+def row_tile(num_rows: int, most: int) -> int:
     """A multiple of the parts, or all rows where there are less."""
     return max(min(most, num_rows // PART_ROWS * PART_ROWS), min(num_rows, PART_ROWS))
 
@@ -161,9 +206,10 @@ def _cuts(num_sum: int) -> list[int]:
 
 def _outs(num_out: int) -> list[int]:
     """Widths of a tile; the last one of an axis may reach beyond it."""
+    most = RULE.get().width
     at_once = num_out <= _CHUNKS[-1] or num_out % _LANES == 0  # see chunk
-    whole = [num_out] if num_out <= _WIDTHS[0] and at_once else []
-    return whole + [width for width in _WIDTHS if width < num_out]
+    whole = [num_out] if num_out <= most and at_once else []
+    return whole + [width for width in _WIDTHS if width < num_out and width <= most]
 
 
 def _budget() -> int:

@@ -1,0 +1,266 @@
+"""What the compiler's schedule predicts for the TPU kernels, without a TPU; chooses their tiles.
+
+    python -m moe_jax.kernels.tpu.static [--chips=v5e,v5p,v6e] [--shapes=mixtral,...] [--json]
+                                         [--choose]
+
+prints a row for each shape, chip and kernel: the tile, bundles of a whole tile's products, HBM
+bytes, and the share of the chip's bfloat16 peak. **Predicted**: the longest of the bundles at one a
+cycle, the multipliers' own time and the bytes at full bandwidth; nothing was run. `--choose` tries
+several rules for tiles and writes the best of each kernel to table.py.
+
+Kernels: y, dx, dw of `grouped_matmul`; of `grouped_ffn` gate_up (fused SwiGLU), down,
+dh_gate_up (backward with gate and up recomputed), dx2 and dw2 of gate and up, dw of down.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.kernels import bench
+from moe_jax.kernels import grouped_matmul as gm
+from moe_jax.kernels.tpu import ahead, bundles, chips, table, tiles
+from moe_jax.kernels.tpu.table import TABLE
+
+SHAPES = ("mixtral", "olmoe", "qwen3", "deepseek_v3", "quickstart")
+PATTERNS = ("uniform", "multinomial", "zipf")
+# How to cut where the table says nothing, and what else is tried to fill it.
+RULES = [
+    tiles.Rule(),
+    tiles.Rule(rows=1024),
+    tiles.Rule(rows=1024, products=2**29),
+    tiles.Rule(rows=1024, width=1024),
+    tiles.Rule(width=1024),
+]
+_KERNELS = "pallas_tpu"
+COLUMNS = ("dw", "dw2", "dbias")  # kernels that sum over rows
+
+
+class Prediction(NamedTuple):
+    """Attributes:
+    seconds: by pattern of group sizes.
+    share: of the chip's peak, by pattern.
+    bound: what takes longest for uniform groups: bundles, multipliers or bytes.
+    """
+
+    plan: tiles.Plan
+    bundles: bundles.Bundles
+    seconds: dict[str, float]
+    share: dict[str, float]
+    bound: str
+
+
+def visits(sizes_G: np.ndarray, tile_rows: int) -> tuple[int, int, int]:
+    """(tiles inside a group, work items at an edge, parts of these that a group touches)."""
+    part = min(tiles.PART_ROWS, tile_rows)
+    ends = np.cumsum(sizes_G)
+    whole = edges = parts = 0
+    for start, end in zip((ends - sizes_G).tolist(), ends.tolist(), strict=True):
+        for tile in range(start // tile_rows, -(-end // tile_rows) if end > start else 0):
+            first, last = max(start, tile * tile_rows), min(end, (tile + 1) * tile_rows)
+            if last - first == tile_rows:
+                whole += 1
+            else:
+                edges += 1
+                parts += (last - 1) // part - first // part + 1
+    return whole, edges, parts
+
+
+def predict(plan: tiles.Plan, found: bundles.Bundles, chip: chips.Chip, used: int) -> Prediction:
+    """`used`: rows that belong to a group, the rest of the buffer being empty."""
+    seconds, share, bound = {}, {}, ""
+    for pattern in PATTERNS:
+        sizes_G = bench.group_sizes(pattern, used, plan.num_groups)
+        times = _times(plan, found, chip, sizes_G)
+        seconds[pattern] = max(times.values())
+        flops = 2.0 * used * plan.num_sum * plan.num_out * plan.num_products
+        share[pattern] = flops / (seconds[pattern] * chip.flops)
+        bound = bound or max(times, key=lambda name: times[name])
+    return Prediction(plan, found, seconds, share, bound)
+
+
+def _times(
+    plan: tiles.Plan, found: bundles.Bundles, chip: chips.Chip, sizes_G: np.ndarray
+) -> dict[str, float]:
+    rows, tile_sum, tile_out, chunk = plan.tile
+    whole, edges, parts = visits(sizes_G, rows)
+    columns = plan.kind in COLUMNS
+    outer = -(-plan.num_out // tile_out)
+    steps = -(-plan.num_sum // tile_sum)
+    num_chunks = (tile_sum if columns else tile_out) // chunk
+    part_rows = min(tiles.PART_ROWS, rows)
+    side, other = (tile_sum, tile_out) if columns else (tile_out, tile_sum)
+    part_chunks = side // tiles.chunk(side, part_rows * other)
+    cycles = (whole + edges) * found.step
+    cycles += whole * num_chunks * found.whole + parts * part_chunks * found.part
+    if columns:
+        cycles += int(np.count_nonzero(sizes_G)) * found.group
+    # the cores of a chip share the outermost axis of the grid
+    turns = -(-(steps if columns else outer) // chip.cores) * (outer if columns else steps)
+    computed = (whole * rows + parts * part_rows) * outer * tile_out * steps * tile_sum
+    return {
+        "bundles": float(cycles * turns / chip.clock),
+        "multipliers": 2.0 * computed * plan.num_products / chip.flops,
+        "bytes": plan.bytes / chip.bandwidth,
+    }
+
+
+def kernels(
+    folder: pathlib.Path, chip: str, shape: bench.Shape, rule: tiles.Rule
+) -> Iterator[Prediction]:
+    """Compiles the operations for a chip, with the table's tiles where it has some."""
+    sharding = ahead.sharding(chip)
+
+    def array(*dims, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    n, d, f, g = shape.num_rows, shape.d_model, shape.d_ff, shape.num_groups
+    sizes = array(g, dtype="int32")
+    weights = [array(g, d, f), array(g, d, f), array(g, f, d)]
+    programs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (_matmul, (array(n, d), weights[0], sizes, array(n, f))),
+        (_ffn, (array(n, d), weights, array(n, dtype="float32"), sizes, array(n, d))),
+    ]
+    for program, args in programs:
+        plans: list[tiles.Plan] = []
+        tokens = tiles.RULE.set(rule), tiles.PLANS.set(plans)
+        with chips.assume(chip):
+            # a program of its own: what JAX traced for another chip or rule must not be used again
+            jax.jit(functools.partial(program)).lower(*args).compile()
+        tiles.RULE.reset(tokens[0])
+        tiles.PLANS.reset(tokens[1])
+        found = bundles.read(folder)
+        for plan in {p.kind: p for p in plans}.values():
+            yield predict(plan, found[plan.kind], chips.CHIPS[chip], shape.used_rows)
+
+
+def _matmul(x, w, sizes, dy):
+    y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, implementation=_KERNELS), x, w)
+    return y, vjp(dy)
+
+
+def _ffn(x, weights, row_weight, sizes, dy):
+    def f(x, weights, row_weight):
+        named = {"row_weight_N": row_weight, "implementation": _KERNELS}
+        return gm.grouped_ffn(x, *weights, sizes, **named)
+
+    y, vjp = jax.vjp(f, x, weights, row_weight)
+    return y, vjp(dy)
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def row(shape: str, chip: str, found: Prediction) -> dict[str, Any]:
+    plan = found.plan
+    return {
+        "shape": shape,
+        "chip": chip,
+        "kernel": plan.kind,
+        "sum": plan.num_sum,
+        "out": plan.num_out,
+        "tile": list(plan.tile),
+        "bundles": found.bundles._asdict(),
+        "gigabytes": plan.bytes / 1e9,
+        "milliseconds": 1e3 * found.seconds["uniform"],
+        "bound": found.bound,
+        "share": found.share,
+        "measured": False,
+    }
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| shape | chip | kernel | sum x out | tile (rows, sum, out, chunk) | bundles a chunk |"
+        " GB | ms | bound by | share of peak: uniform | multinomial | zipf | measured |",
+        "|---" * 13 + "|",
+    ]
+    for r in rows:
+        cells = [r["shape"], r["chip"], r["kernel"], f"{r['sum']} x {r['out']}"]
+        cells += [" ".join(map(str, r["tile"])), str(r["bundles"]["whole"])]
+        cells += [f"{r['gigabytes']:.2f}", f"{r['milliseconds']:.2f}", r["bound"]]
+        cells += [f"{r['share'][p]:.2f}" for p in PATTERNS]
+        lines.append(f"| {' | '.join(cells)} | no, predicted |")
+    return "\n".join(lines)
+
+
+def choose(folder: pathlib.Path, names: list[str], of_chips: list[str]) -> None:
+    """Compiles every rule for every shape and keeps each kernel's fastest tile, patterns added up.
+
+    Among those within a hundredth the least unrolled: it compiles faster. The table is written
+    after every shape.
+    """
+    held = dict(TABLE)
+    TABLE.clear()
+    for chip in of_chips:
+        for name in names:
+            tried: dict[tuple[str, str, str, int, int], list[Prediction]] = {}
+            for rule in RULES:
+                for found in kernels(folder, chip, bench.SHAPES[name], rule):
+                    plan = found.plan
+                    key = chip, plan.kind, "bfloat16", plan.num_sum, plan.num_out
+                    tried.setdefault(key, []).append(found)
+            for key, several in tried.items():
+                seconds = [sum(p.seconds.values()) for p in several]
+                good = [
+                    p for p, t in zip(several, seconds, strict=True) if t <= 1.01 * min(seconds)
+                ]
+                kept = min(good, key=lambda p: (p.bundles.whole, p.plan.tile))
+                rows, part, out, chunk = kept.plan.tile
+                held[key] = rows, part, out, chunk
+            print(f"  {chip} {name}: {len(tried)} kernels", file=sys.stderr, flush=True)
+            lines = "".join(f"    {key!r}: {tile!r},\n" for key, tile in sorted(held.items()))
+            pathlib.Path(table.__file__).write_text(_HEAD + lines.replace("'", '"') + "}\n")
+    TABLE.update(held)
+
+
+_HEAD = '''"""Tiles (rows, sum, out, chunk) by chip, operation, dtype and widths; none is measured.
+
+Chosen by what the compiler's schedules predict, written by
+`python -m moe_jax.kernels.tpu.static --choose`: do not edit.
+"""
+
+TABLE: dict[tuple[str, str, str, int, int], tuple[int, int, int, int]] = {
+'''
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_jax.kernels.tpu.static")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of kernels.bench")
+    parser.add_argument("--chips", default=",".join(chips.CHIPS))
+    parser.add_argument("--choose", action="store_true", help="write table.py first")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        names = bench.named("--shapes", args.shapes, SHAPES)
+        of_chips = bench.named("--chips", args.chips, chips.CHIPS)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 1
+    ahead.prepare()
+    with bundles.dumped() as folder:
+        if args.choose:
+            choose(folder, names, of_chips)
+        rows = [
+            row(name, chip, found)
+            for name in names
+            for chip in of_chips
+            for found in kernels(folder, chip, bench.SHAPES[name], tiles.Rule())
+        ]
+    if args.json:
+        print(json.dumps({"jax": jax.__version__, "rows": rows}))
+    else:
+        print(f"Predicted from compiled schedules, jax {jax.__version__}, bfloat16; not measured.")
+        print(f"\n{as_table(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
