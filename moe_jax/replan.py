@@ -29,6 +29,9 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
 from moe_jax.placement import solve
+from moe_jax.placement.limits import pins as pins_lib
+from moe_jax.placement.limits.pins import Pins
+from moe_jax.placement.limits.previous import holds_LEM
 from moe_jax.placement.move import Move
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
@@ -54,6 +57,7 @@ class Setting:
       expert_bytes: that move with an expert of a layer, over the link of one device.
       time_limit: seconds of the search.
       min_gain: share of a layer's time that has to be saved at least.
+      pins: experts that no plan moves away from their devices.
     """
 
     topology: Topology
@@ -65,6 +69,7 @@ class Setting:
     expert_bytes: int
     time_limit: float
     min_gain: float = 0.0
+    pins: Pins | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,7 @@ def setting_of(
     interval: int,
     time_limit: float,
     min_gain: float,
+    pins: Pins | None = None,
 ) -> Setting:
     """That of a model which trains or serves.
 
@@ -126,7 +132,28 @@ def setting_of(
         expert_bytes=-(-mover.expert_bytes // split),
         time_limit=time_limit,
         min_gain=min_gain,
+        pins=pins,
     )
+
+
+def pins_of(field: str, words: str, plan: Plan) -> Pins | None:
+    """The pins of a run that begins under `plan`, which has to keep them; None without any.
+
+    Args:
+      field: the option's name, for errors.
+      words: LAYER:EXPERT:DEVICE triples and files of them, with commas between.
+    """
+    typed = [word.strip() for word in words.split(",") if word.strip()]
+    if not typed:
+        return None
+    placement = plan.placement
+    sizes = (placement.num_experts, placement.num_devices, plan.layer_ids)
+    pins = pins_lib.parse(typed, *sizes)
+    if broken := pins.broken(holds_LEM(placement)):
+        rule = f"the plan that the run begins with breaks {broken} of these pins"
+        fix = "begin with one that keeps them: moe_jax.placement solve --pin=..."
+        raise Refused(field, words, rule, fix)
+    return pins
 
 
 def trace_of(expert_LBSK: np.ndarray, config: Config) -> Trace:
@@ -167,6 +194,7 @@ def decide(
         setting.dispatch,
         setting.work,
         num_slots=before.num_slots if before.has_replicas else None,
+        pins=setting.pins,
     )
     solution = solve.unproven(problem, seed, setting.time_limit, progress)
     after = move_lib.relabelled(problem, before, solution.placement)

@@ -9,7 +9,7 @@ from moe_jax import auto, migrate, replan
 from moe_jax.errors import Refused
 from moe_jax.placement import replication
 from moe_jax.placement import topology as topology_lib
-from moe_jax.placement.plan import Placement
+from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.seconds import Work
 from moe_jax.train import step as step_lib
 from tests import tiny
@@ -149,6 +149,20 @@ def test_a_little_better_is_not_worth_a_move():
     first = replan.decide(setting(), HERE, steps)
     again = replan.decide(setting(expert_bytes=10**12), first.plan.placement, steps)
     assert not again.adopt
+
+
+def test_pins_are_kept_and_a_plan_that_breaks_them_is_refused():
+    plan = Plan(HERE, (2, 3, 4))
+    pins = replan.pins_of("replan.pins", "*:0:0, 3:5:1", plan)
+    steps = [planted(seed) for seed in range(4)]
+    free, held = (replan.decide(setting(pins=p), HERE, steps) for p in (None, pins))
+    assert free.adopt
+    assert held.adopt
+    device_LE = held.plan.placement.device_LE
+    assert (device_LE[:, 0].tolist(), int(device_LE[1, 5])) == ([0, 0, 0], 1)
+    assert replan.pins_of("replan.pins", "", plan) is None
+    with pytest.raises(Refused, match="breaks 1 of these pins"):
+        replan.pins_of("replan.pins", "*:0:0,3:5:2", plan)
 
 
 def test_no_structure_is_not_worth_a_move():

@@ -246,6 +246,7 @@ class ReplanConfig:
     record_steps: int = 8  # the last so many steps before it: half of them plan, half judge
     seconds: float = 10.0  # of search, in the background
     min_gain: float = 0.0  # share of a MoE layer's predicted time that has to be saved at least
+    pins: str = ""  # experts that stay on a device: LAYER:EXPERT:DEVICE,... or files of such lines
 
 
 @dataclasses.dataclass(frozen=True)

@@ -382,6 +382,9 @@ def _validate_replanning(config: Config) -> None:
         rule = "must be at least 4: two steps plan and two judge"
         raise Refused("replan.record_steps", replan.record_steps, rule, "use 8")
     if not replan.every:
+        if replan.pins:
+            rule = "pins bind plans that are made while the model trains, and none is made"
+            raise Refused("replan.pins", replan.pins, rule, "set replan.every, or leave it out")
         return
     if not config.model.num_moe_layers:
         rule = "moves experts, and all layers are dense: there are none"

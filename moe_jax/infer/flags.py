@@ -48,6 +48,10 @@ REPLAN_HOMES = flags.DEFINE_bool(
     "replan_homes", True, "With --replan_tokens: requests run on the device whose experts the "
     "tokens of their prompts are sent to."
 )  # fmt: skip
+REPLAN_PINS = flags.DEFINE_string(
+    "replan_pins", "", "With --replan_tokens: experts that stay on a device, as "
+    "LAYER:EXPERT:DEVICE with commas between, or files of such lines."
+)  # fmt: skip
 SERVE_LOAD = flags.DEFINE_bool("serve-load", False, "With --benchmark: requests that arrive.")
 
 
@@ -88,6 +92,7 @@ def request() -> Any:
             replan_tokens=REPLAN_TOKENS.value,
             replan_pause=REPLAN_PAUSE.value,
             replan_homes=REPLAN_HOMES.value,
+            replan_pins=REPLAN_PINS.value,
         )
         if SERVE.value
         else None,

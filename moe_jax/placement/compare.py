@@ -2,7 +2,9 @@
 
 Baselines are those of baselines/registry.py that apply to the machine and the slots; then come the
 planner's own construction (`greedy`) and the planner. Those with integer programs get SLOW_SHARE of
-the time limit each, and say when it ended them. Bytes to move are counted from contiguous, under
+the time limit each, and say when it ended them. Pins are kept by the planner and, without replicas,
+by `greedy`, which is then what the planner has before any search; baselines know none, and how many
+they break stands beside them. Bytes to move are counted from contiguous, under
 the numbering of devices that moves least where that costs nothing (move.py).
 """
 
@@ -17,6 +19,7 @@ from moe_jax.placement import baselines, evidence, method_costs, solve, spare
 from moe_jax.placement.baselines import registry
 from moe_jax.placement.baselines.registry import Made
 from moe_jax.placement.evidence import Evidence, Figure
+from moe_jax.placement.limits.previous import holds_LEM
 from moe_jax.placement.method_costs import Costs
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
@@ -41,6 +44,7 @@ class Method:
       held_out_objective: objective on the held-out half.
       held_out: figures on the held-out half.
       costs: seconds, evenness and the move.
+      broken_pins: that the plan does not keep.
       report: of the solver, for solved ones.
     """
 
@@ -52,6 +56,7 @@ class Method:
     held_out_objective: float
     held_out: Evidence
     costs: Costs
+    broken_pins: int = 0
     report: Report | None = None
 
     @property
@@ -83,6 +88,7 @@ class Method:
             "slots": self.placement.num_slots,
             "empty_slots": self.padding,
             "duplicated_slots": self.duplicates,
+            "broken_pins": self.broken_pins,
             "held_out": self.held_out.to_json(),
             **self.costs.to_json(),
         }
@@ -106,26 +112,34 @@ def methods(
     """
     plan.prepare()
     made: list[Method] = []
-    for baseline in registry.chosen(keys, plan, OWN):
+    free = plan.unrestricted  # baselines know no pins
+    for baseline in registry.chosen(keys, free, OWN):
         if baseline.key == "random":
             made.append(_mean_random(plan, judge, seed))
             continue
         share = SLOW_SHARE * time_limit if baseline.slow else 0.0
         started = time.monotonic()
-        one = baseline.make(plan, seed, share)
+        one = baseline.make(free, seed, share)
         made.append(
             _judged(baseline.key, baseline.name, one, time.monotonic() - started, plan, judge)
         )
     if keys is None or "greedy" in keys:
         started = time.monotonic()
-        device_LE = solve.constructed(spare.without(plan))
-        greedy = Made(Placement.from_device_LE(device_LE, plan.num_devices))
+        greedy = Made(_greedy(plan, seed))
         made.append(_judged("greedy", "greedy", greedy, time.monotonic() - started, plan, judge))
     name = "greedy + ILP + replicas" if plan.has_replicas else "greedy + ILP"
     placement, report = solve.solve_problem(plan, seed, time_limit, progress)
     best = Made(placement, cut=not report.finished)
     solved = _judged("planner", name, best, report.seconds, plan, judge)
     return [*made, dataclasses.replace(solved, report=report)]
+
+
+def _greedy(plan: Problem, seed: int) -> Placement:
+    """The planner's construction; with pins what it makes of it before any search."""
+    if plan.pins is not None and not plan.has_replicas:
+        return solve.unproven(plan, seed, 0.0).placement
+    device_LE = solve.constructed(spare.without(plan.unrestricted))
+    return Placement.from_device_LE(device_LE, plan.num_devices)
 
 
 def halves_of(halves: Halves, like: Problem) -> tuple[Problem, Problem]:
@@ -149,6 +163,7 @@ def _judged(
         judge.value_of(placement),
         evidence.judge(judge.trace, placement, judge.topology),
         method_costs.costs(judge, placement),
+        0 if plan.pins is None else plan.pins.broken(holds_LEM(placement)),
     )
 
 
@@ -168,6 +183,7 @@ def _mean_random(plan: Problem, judge: Problem, seed: int) -> Method:
         held_out_objective=float(np.mean([method.held_out_objective for method in several])),
         held_out=_mean([method.held_out for method in several]),
         costs=_mean([method.costs for method in several]),
+        broken_pins=round(np.mean([method.broken_pins for method in several])),
     )
 
 

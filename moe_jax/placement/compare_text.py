@@ -51,7 +51,9 @@ def legend(made: Sequence[Method]) -> str:
 
 
 def name_of(method: Method) -> str:
-    """The name, and what is not right with its slots."""
+    """The name, and what is not right with its slots or pins."""
+    if method.broken_pins:
+        return f"{method.name} ({method.broken_pins} off pin)"
     if method.duplicates:
         return f"{method.name} ({method.duplicates} doubled)"
     if method.padding:
@@ -62,6 +64,9 @@ def name_of(method: Method) -> str:
 def notes(made: Sequence[Method]) -> list[str]:
     """What the tables need explained, where slots are not one per expert."""
     lines = []
+    if any(method.broken_pins for method in made):
+        lines.append("off pin: pins that a plan breaks; of baselines, which know none, and of")
+        lines[-1] += " greedy where there are copies"
     if any(method.padding for method in made):
         lines.append("empty: slots of a layer that uneven groups leave empty; no plan file")
     last = made[-1].placement

@@ -2,8 +2,8 @@
 
 Axes: none. One line a combination: the best baseline, the planner, and their ratio, on the planning
 half and on the held-out half. Baselines know neither dispatch nor cap, so each is made once per
-machine; the one with the best value counts even if it breaks the cap that the planner keeps, or
-holds more experts on a device than there are slots. Those at random count as their mean.
+machine; the one with the best value counts even if it breaks the cap or the pins that the planner
+keeps, or holds more experts on a device than there are slots. Those at random count as their mean.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from moe_jax.placement import cost, solve, tables
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.baselines import registry
 from moe_jax.placement.compare import RANDOMS, SLOW_SHARE
+from moe_jax.placement.limits import pins as pins_lib
+from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.solution import Progress
@@ -89,18 +91,21 @@ def lines(
     seed: int,
     time_limit: float,
     progress: Callable[[Progress], None] | None = None,
+    pins: Sequence[str] = (),
 ) -> Iterator[Line]:
     """The combinations, as they are done.
 
     Args:
       like: objective and sizes; its machine, dispatch and cap do not matter.
       time_limit: of the planner, for each combination.
+      pins: as typed (limits/pins.py); their devices have to be there on every machine.
     """
     for dispatch in dispatches:
         if dispatch not in cost.DISPATCHES:
             fix = f"Use some of {','.join(cost.DISPATCHES)}"
             raise Refused("dispatches", dispatch, "not known", fix)
-    for one in machines:
+    held = [_pinned(like, one, pins) for one in machines]  # all of them, before the first is solved
+    for one, pinned in zip(machines, held, strict=True):
         plan = dataclasses.replace(like, trace=halves.plan_half, topology=one, load_cap=None)
         made = _made(plan, seed, SLOW_SHARE * time_limit)
         for dispatch in dispatches:
@@ -111,13 +116,21 @@ def lines(
             theirs = [_best(problem, made) for problem in (free, judge)]
             for cap in caps:
                 limit = None if cap == "none" else LoadCap.parse(cap)
-                problem = dataclasses.replace(free, load_cap=limit)
+                problem = dataclasses.replace(free, load_cap=limit, pins=pinned)
                 placement, report = solve.solve_problem(problem, seed, time_limit, progress)
                 ours = (free.value_of(placement), judge.value_of(placement))
                 planned, held_out = (
                     Side(name, value, own) for (name, value), own in zip(theirs, ours, strict=True)
                 )
                 yield Line(dispatch, one.name, cap, planned, held_out, report.gap)
+
+
+def _pinned(like: Problem, one: Topology, words: Sequence[str]) -> Pins | None:
+    if not words:
+        return None
+    trace = like.trace
+    pins = pins_lib.parse(words, trace.num_experts, one.num_devices, trace.layer_ids)
+    return dataclasses.replace(like, topology=one, pins=pins).pins  # refuses what none can keep
 
 
 def text(done: Sequence[Line]) -> str:

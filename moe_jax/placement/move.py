@@ -15,6 +15,8 @@ places; on a torus, for `seconds`, none do. Of two numberings the placement keep
 has unless the other moves less. With replicas this holds but for the order of copies, which the
 copy rule takes them in.
 
+Pins are worth more than all moves together: a placement that keeps them still does afterwards.
+
 Seconds are those of the links alone: the busiest device of the slower tier, all experts at once.
 A server that stands still meanwhile, or moves layer by layer, needs longer. Experts that change
 their slot within a device stay in its memory and are not counted.
@@ -71,41 +73,29 @@ def move(before: Placement, after: Placement, topology: Topology, expert_bytes: 
 
 def relabelled(problem: Problem, before: Placement, after: Placement) -> Placement:
     """`after` with the device numbers that move least; see the head of this file."""
-    if before.has_replicas or after.has_replicas:
-        return placement_of(numbered(problem, holds_LEM(before), holds_LEM(after)))
-    old_LE, new_LE = before.device_LE, after.device_LE.copy()
-    if problem.separable:
-        for layer, new_E in enumerate(after.device_LE):
-            new_LE[layer] = _numbered(problem, old_LE[layer], new_E)
-    else:
-        new_LE = _numbered(problem, old_LE, new_LE)
-    return Placement.from_device_LE(new_LE, problem.num_devices)
+    return placement_of(numbered(problem, holds_LEM(before), holds_LEM(after)))
 
 
 def numbered(
     problem: Problem, worth_LEM: np.ndarray, new_LEM: Bool[np.ndarray, "L E M"]
 ) -> Bool[np.ndarray, "L E M"]:
-    """Who holds what, under the device numbers that are worth most.
+    """Who holds what, under the device numbers that keep most pins, and then are worth most.
 
     Args:
-      problem: which devices may change places, and whether layers by themselves.
-      worth_LEM: what it is worth to have this expert on this device.
+      problem: pins, which devices may change places, and whether layers by themselves.
+      worth_LEM: what it is worth to have this expert on this device, 0 to 1.
       new_LEM: who holds what so far.
     """
-    worth_LMM = np.einsum("lem,leg->lmg", worth_LEM.astype(float), new_LEM.astype(float))
+    worth_LEM = worth_LEM.astype(float)
+    if problem.pins is not None:  # a pin outweighs all else
+        worth_LEM = worth_LEM + (worth_LEM.size + 1) * problem.pins.held_LEM
+    worth_LMM = worth_LEM.transpose(0, 2, 1) @ new_LEM.astype(float)
     if not problem.separable:
         worth_LMM = np.tile(worth_LMM.sum(axis=0), (len(new_LEM), 1, 1))
     found_LEM = np.empty_like(new_LEM)
     for layer, worth_MM in enumerate(worth_LMM):
         found_LEM[layer][:, numbering(problem, worth_MM)] = new_LEM[layer]
     return found_LEM
-
-
-def _numbered(problem: Problem, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """`new` under the numbering of its groups that leaves most entries as in `old`."""
-    shared_MM = np.zeros((problem.num_devices, problem.num_devices))
-    np.add.at(shared_MM, (old.ravel(), new.ravel()), 1.0)
-    return numbering(problem, shared_MM)[new]
 
 
 def numbering(problem: Problem, worth_MM: np.ndarray) -> np.ndarray:

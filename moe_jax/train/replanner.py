@@ -49,6 +49,7 @@ class Replanner:
         self._decision: replan.Decision | None = None
         if not config.replan.every:
             return
+        pins = replan.pins_of("replan.pins", config.replan.pins, plan)
         self._mover = migrate.Mover(mesh, run.state)
         here = migrate.route(plan.placement, plan.placement)
         # compiled beside the first steps, so that the first move does not wait for it
@@ -61,6 +62,7 @@ class Replanner:
             interval=config.replan.every,
             time_limit=config.replan.seconds,
             min_gain=config.replan.min_gain,
+            pins=pins,
         )
 
     def record(self, step: int, found: StepMetrics) -> None:

@@ -10,10 +10,11 @@ import pytest
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import baselines, solve, topology
+from moe_jax.placement import move as move_lib
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits.pins import Pins
-from moe_jax.placement.limits.previous import Previous
+from moe_jax.placement.limits.previous import Previous, holds_LEM
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import trace as trace_lib
@@ -190,3 +191,77 @@ def test_the_command_keeps_pins_and_refuses_in_one_line(tmp_path, capsys):
     assert command_line.main([*words, "--pin=*:4:9"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not out.exists()
+
+
+def _trace_file(tmp_path, **sizes):
+    path = tmp_path / "t.npz"
+    trace_lib.save(instances.tiny_trace(0, num_tokens=600, **sizes), path)
+    return str(path)
+
+
+def test_verdict_judges_a_plan_that_keeps_the_pins(tmp_path, capsys):
+    out = tmp_path / "p.json"
+    words = ["verdict", _trace_file(tmp_path), "--devices=3", "--time-limit=0.5", f"--out={out}"]
+    assert command_line.main([*words, "--pin=*:4:0", "--pin=1:5:0"]) == 0
+    # contiguous has experts 4 and 5 on device 2
+    assert "3 pins, of every plan that is made; contiguous breaks 3 of them." in (
+        capsys.readouterr().out
+    )
+    plan = Plan.read(out)
+    assert plan.provenance["pins"] == 3
+    assert (plan.placement.device_LE[:, 4] == 0).all()
+    assert plan.placement.device_LE[1, 5] == 0
+
+
+def test_compare_keeps_pins_and_counts_those_that_baselines_break(tmp_path, capsys):
+    words = ["compare", _trace_file(tmp_path), "--devices=3", "--time-limit=0.5"]
+    words += ["--methods=contiguous,greedy", "--pin=*:4:0", "--pin=1:5:0"]
+    assert command_line.main([*words, "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert {one["key"]: one["broken_pins"] for one in methods} == {
+        "contiguous": 3,
+        "greedy": 0,
+        "planner": 0,
+    }
+    assert command_line.main(words) == 0
+    assert "contiguous (3 off pin)" in capsys.readouterr().out
+
+
+def test_every_combination_keeps_pins_and_refuses_devices_that_a_machine_lacks(
+    tmp_path, capsys, monkeypatch
+):
+    seen, solved = [], solve.solve_problem
+
+    def watched(problem, *args):
+        found = solved(problem, *args)
+        if problem.pins is not None:  # the search inside begins without any
+            seen.append(problem.pins.broken(holds_LEM(found.placement)))
+        return found
+
+    monkeypatch.setattr(solve, "solve_problem", watched)
+    trace = _trace_file(tmp_path, num_experts=12)
+    words = ["compare", trace, "--every", "--time-limit=0.1", "--dispatches=exchange"]
+    words += ["--caps=none,1.3x", "--pin=0:7:3"]
+    assert command_line.main([*words, "--machines=flat4,2x2"]) == 0
+    assert set(seen) == {0}
+    assert len(seen) == 4
+    seen.clear()
+    assert command_line.main([*words, "--machines=flat4,flat3"]) == 1
+    assert "devices go from 0 to 2" in capsys.readouterr().err
+    assert not seen
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_new_device_numbers_keep_pins(seed):
+    """Even where all of the plan in use is elsewhere, on one node and on two."""
+    machine = topology.nodes_by_devices(1 + seed % 2, 4)
+    pins, dispatch = at_random(seed, 3, 12, 4), ("exchange", "coherent")[seed // 2 % 2]
+    trace = instances.tiny_trace(seed, num_experts=12, num_layers=3)
+    problem = Problem(trace, machine, "rows", dispatch, pins=pins)
+    after = solve.solve_problem(problem, seed, 0.2).placement
+    free = dataclasses.replace(problem, pins=None)
+    for draw in range(4):
+        before = Placement.from_device_LE(baselines.random(3, 12, 4, draw), 4)
+        assert not pins.broken(holds_LEM(move_lib.relabelled(problem, before, after)))
+        moves = [holds_LEM(before), holds_LEM(move_lib.relabelled(free, before, after))]
+        assert (moves[1] & ~moves[0]).sum() <= (holds_LEM(after) & ~moves[0]).sum()

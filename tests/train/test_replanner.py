@@ -202,6 +202,7 @@ def _copies(seed) -> Placement:
     [
         ({"replan": {"every": 3}}, "replan.every"),
         ({"replan": {"every": 8, "record_steps": 3}}, "replan.record_steps"),
+        ({"replan": {"pins": "0:0:0"}}, "replan.pins"),
         ({"replan": {"every": -1}}, "replan.every"),
         ({"replan": {"min_gain": 1.0}}, "replan.min_gain"),
         ({"replan": {"every": 8}, "mesh": {"data": 8}}, "replan.every"),

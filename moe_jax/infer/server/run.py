@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from moe_jax import mesh as mesh_lib
-from moe_jax import metrics
+from moe_jax import metrics, replan
 from moe_jax.infer import load, published
 from moe_jax.infer.server import app
 from moe_jax.infer.server.settings import Settings, listen
@@ -34,7 +34,8 @@ _SPAN = 512  # tokens of one request that it holds, at most
 def serve(source: load.Source | published.Source, settings: Settings) -> None:
     """Serves until a signal; the mesh's devices must be there."""
     bearer = settings.check()
-    config = source.config
+    config, plan = source.config, source.plan
+    pins = replan.pins_of("--replan_pins", settings.replan_pins, plan)
     mesh = mesh_lib.of_config(config.mesh)
     limits = sizes.limits(
         config.model,
@@ -47,7 +48,6 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
     if settings.record or settings.replan_tokens:
         span = min(_SPAN, limits.max_len)
         recorder = Recorder(limits.shards, max(1, _RECORDED // limits.shards // span), span)
-    plan = source.plan
     engine = Engine(
         *(
             config,
@@ -66,6 +66,7 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
             tokens=settings.replan_tokens,
             most_pause=settings.replan_pause,
             homes=settings.replan_homes,
+            pins=pins,
         )
         placing = Placing(engine, plan, rules, say=metrics.say)
     service = Service(engine, settings.max_queue, placing)

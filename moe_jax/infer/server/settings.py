@@ -23,6 +23,7 @@ class Settings:
     replan_tokens: int = 0
     replan_pause: float = 0.05
     replan_homes: bool = True
+    replan_pins: str = ""
 
     def check(self) -> str:
         """Refuses what can be refused before a model is read; returns the bearer token."""
@@ -40,6 +41,9 @@ class Settings:
         if not 0 <= self.replan_pause < float("inf"):
             rule = "must be seconds, at least 0"
             raise Refused("--replan_pause", self.replan_pause, rule, "use 0.05")
+        if self.replan_pins and not self.replan_tokens:
+            rule = "pins bind plans that are made from the traffic, and none is made"
+            raise Refused("--replan_pins", self.replan_pins, rule, "give --replan_tokens=50000")
         listen(self.host, self.port).close()
         if self.bearer_token_file is None:
             return ""

@@ -29,6 +29,7 @@ from moe_jax.errors import Refused
 from moe_jax.infer.serving import homes as homes_lib
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
+from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.topology import Topology
@@ -52,6 +53,7 @@ class Rules:
       margin: share by which counted rows may exceed the predicted ones.
       min_gain: share of a layer's predicted time that has to be saved.
       homes: requests run where the experts of their tokens are.
+      pins: experts that no plan moves away from their devices.
     """
 
     tokens: int = 50_000
@@ -61,6 +63,7 @@ class Rules:
     margin: float = 0.05
     min_gain: float = 0.0
     homes: bool = True
+    pins: Pins | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "pays_within"):
@@ -235,6 +238,7 @@ class Placing:
             interval=max(rules.pays_within // tokens_per_step, 1),
             time_limit=rules.time_limit,
             min_gain=rules.min_gain,
+            pins=rules.pins,
         )
 
     # --- homes ----------------------------------------------------------------------------

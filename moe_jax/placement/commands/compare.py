@@ -8,7 +8,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
 from moe_jax.placement import compare_text, tables
 from moe_jax.placement.baselines import registry
-from moe_jax.placement.commands import every, inputs, words
+from moe_jax.placement.commands import every, inputs, limits, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.plan import Plan
 from moe_jax.placement.problem import Problem
@@ -33,6 +33,7 @@ def add(commands) -> None:
     )
     command.add_argument("--out-plans", metavar="DIR", help="write every method's plan there")
     every.add(command)
+    limits.add_pins(command.add_argument_group("what stays where it is"))
     command.set_defaults(run=run)
 
 
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> str:
         )
     if options.every:
         return every.run(options, trace, halves)
-    plan, judge = compare_lib.halves_of(halves, options_lib.problem_of(options, trace))
+    problem = limits.pinned(options, options_lib.problem_of(options, trace))
+    plan, judge = compare_lib.halves_of(halves, problem)
     with Ticker() as ticker:
         made = compare_lib.methods(
             plan, judge, options.seed, options.time_limit, ticker.tell, keys_of(options.methods)

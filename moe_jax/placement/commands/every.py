@@ -64,6 +64,7 @@ def run(options: argparse.Namespace, trace: Trace, halves: Halves) -> str:
             options.seed,
             options.time_limit,
             ticker.tell,
+            options.pin or (),
         )
         done = list(lines)
     if options.json:

@@ -18,7 +18,7 @@ SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of all experts, in the t
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    """--previous, --move-budget, --expert-bytes and --pin."""
+    """--previous, --move-budget, --expert-bytes and --pin, of `solve`."""
     group = command.add_argument_group("starting from where you are")
     group.add_argument(
         "--previous",
@@ -27,6 +27,11 @@ def add(command: argparse.ArgumentParser) -> None:
         "prints what other budgets would bring",
     )
     add_budget(group, "--previous")
+    add_pins(group)
+
+
+def add_pins(group) -> None:
+    """--pin."""
     group.add_argument(
         "--pin",
         action="append",
@@ -74,10 +79,15 @@ def limited(options: argparse.Namespace, problem: Problem) -> Problem:
             rule = f"the plan in use has the layers {_span(plan.layer_ids)}"
             raise Refused("trace layers", _span(trace.layer_ids), rule, "Use those of one model")
         problem = budgeted(options, problem, plan.placement)
-    if options.pin:
-        sizes = (trace.num_experts, problem.num_devices, trace.layer_ids)
-        problem = dataclasses.replace(problem, pins=pins_lib.parse(options.pin, *sizes))
-    return problem
+    return pinned(options, problem)
+
+
+def pinned(options: argparse.Namespace, problem: Problem) -> Problem:
+    """The problem with the pins that the options name."""
+    if not options.pin:
+        return problem
+    sizes = (problem.trace.num_experts, problem.num_devices, problem.trace.layer_ids)
+    return dataclasses.replace(problem, pins=pins_lib.parse(options.pin, *sizes))
 
 
 def expert_bytes(options: argparse.Namespace, problem: Problem) -> int:

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> str:
         options.min_gain / 100,
     )
     trace = inputs.trace(options)
-    problem = options_lib.problem_of(options, trace)
+    problem = limits.pinned(options, options_lib.problem_of(options, trace))
     before = options_lib.in_use(options.before, trace, problem.topology) if options.before else None
     if options.move_budget is not None:
         now = before or verdict_lib.contiguous(problem)
@@ -77,8 +77,9 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps({"trace_digest": trace.digest, **sizes, **found.to_json()})
     name = pathlib.Path(options.before).name if options.before else "contiguous"
     machine = f"{problem.dispatch} dispatch on {problem.topology.name}, planned for"
+    held = words.pins(problem, before or verdict_lib.contiguous(problem), name)
     return (
-        f"{words.describe(trace)}\n{name} now; {machine} {problem.objective}.\n"
+        f"{words.describe(trace)}\n{name} now; {machine} {problem.objective}.{held}\n"
         f"{verdict_text.text(found, name)}"
         + (f"\nWrote {options.report}: figures before and after" if options.report else "")
     )
@@ -110,6 +111,7 @@ def _judging(command: argparse.ArgumentParser) -> None:
         help="of a layer's time that the plan has to save, else it is not recommended (default 0)",
     )
     limits.add_budget(group, "--before")
+    limits.add_pins(group)
 
 
 def _write_page(
@@ -152,5 +154,6 @@ def _judged_plan(trace: Trace, problem: Problem, found: verdict_lib.Verdict) -> 
         "dispatch": problem.dispatch,
         "verdict": found.answer,
         "reason": found.reason,
+        **words.limits(problem),
     }
     return Plan(found.placement, trace.layer_ids, problem.topology.to_json(), origin)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from moe_jax.placement import copies, seconds
+from moe_jax.placement.limits import previous
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import Report
@@ -41,11 +42,11 @@ def provenance(
         "gap": report.gap,
         "seconds": report.seconds,
         **({"interrupted": True} if report.interrupted else {}),
-        **_limits(problem),
+        **limits(problem),
     }
 
 
-def _limits(problem: Problem) -> dict[str, Any]:
+def limits(problem: Problem) -> dict[str, Any]:
     """The plan that was in use, what might move away from it, and how many pins there are."""
     origin: dict[str, Any] = {}
     if problem.previous is not None:
@@ -54,6 +55,15 @@ def _limits(problem: Problem) -> dict[str, Any]:
     if problem.pins is not None:
         origin["pins"] = int(problem.pins.held_LEM.sum())
     return origin
+
+
+def pins(problem: Problem, placement: Placement, name: str) -> str:
+    """How many pins plans keep, and how many of them `placement` breaks; "" without any."""
+    if problem.pins is None:
+        return ""
+    broken = problem.pins.broken(previous.holds_LEM(placement))
+    kept = "keeps them" if not broken else f"breaks {broken} of them"
+    return f" {int(problem.pins.held_LEM.sum())} pins, of every plan that is made; {name} {kept}."
 
 
 def step(problem: Problem, placement: Placement, judge: Trace | None) -> str:

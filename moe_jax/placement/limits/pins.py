@@ -37,6 +37,10 @@ class Pins:
         pin_E = self.device_LE[layer]
         return bool(((pin_E < 0) | (pin_E == device_E)).all())
 
+    def broken(self, held_LEM: Bool[np.ndarray, "L E M"]) -> int:
+        """Pins that a plan does not keep; `held_LEM` says which device holds which expert."""
+        return int((self.held_LEM & ~held_LEM).sum())
+
     def check(self, slots_per_device: int, replicas: bool, layer_ids: Sequence[int]) -> None:
         """Refuses pins that no plan with that many slots on every device can keep."""
         if not replicas:

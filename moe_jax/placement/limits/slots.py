@@ -204,10 +204,7 @@ def _alone(problem: Problem, layer: int, tokens: int) -> Problem:
 
 def _numbered(problem: Problem, first: Placement, plan: Placement) -> Placement:
     """A plan under the device numbers that keep most pins, and then most copies where they are."""
-    worth_LEM = holds_LEM(first).astype(float)
-    if problem.pins is not None:
-        worth_LEM += (worth_LEM.size + 1) * problem.pins.held_LEM
-    return placement_of(move_lib.numbered(problem, worth_LEM, holds_LEM(plan)))
+    return placement_of(move_lib.numbered(problem, holds_LEM(first), holds_LEM(plan)))
 
 
 def _blocks(problem: Problem, first_LEM: np.ndarray, new_LEM: np.ndarray) -> list[Placement]:
@@ -233,6 +230,6 @@ def _mended(problem: Problem, layer: int, held_EM: np.ndarray) -> np.ndarray:
 
 def _keeps(problem: Problem, plan: Placement) -> bool:
     """Within pins and budget."""
-    if problem.pins is not None and (problem.pins.held_LEM & ~holds_LEM(plan)).any():
+    if problem.pins is not None and problem.pins.broken(holds_LEM(plan)):
         return False
     return problem.previous is None or problem.previous.moved(plan) <= problem.previous.moves
