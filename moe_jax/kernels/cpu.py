@@ -29,6 +29,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.scaled import Scaled
 
 
 class _Linear(NamedTuple):
@@ -36,12 +37,14 @@ class _Linear(NamedTuple):
 
     transposed: bool = False
 
-    def width(self, w_GDF: Array) -> int:
+    def width(self, w_GDF: Array | Scaled) -> int:
         """F"""
         return w_GDF.shape[1 if self.transposed else 2]
 
-    def y(self, x_TD: Array, w_DF: Array, bias_F: Array | None = None) -> Array:
-        y_TF = (_dot_wt if self.transposed else _dot)(x_TD, w_DF)
+    def y(self, x_TD: Array, w_DF: Array | Scaled, bias_F: Array | None = None) -> Array:
+        values_DF, scale_F = w_DF if isinstance(w_DF, Scaled) else (w_DF, None)
+        y_TF = (_dot_wt if self.transposed else _dot)(x_TD, values_DF)
+        y_TF = y_TF if scale_F is None else y_TF * scale_F[None]
         return y_TF if bias_F is None else y_TF + bias_F[None]
 
     def dx(self, dy_TF: Array, w_DF: Array) -> Array:
@@ -75,7 +78,7 @@ _FEW = (4, 8, 16, 32, 48)  # where transposed weights allow them
 _NARROW = 16  # below, transposed weights are not always packed either
 
 
-def _sizes_of(w_GDF: Array, linear: _Linear) -> _Sizes:
+def _sizes_of(w_GDF: Array | Scaled, linear: _Linear) -> _Sizes:
     """Of tiles whose only matmuls are `linear.y`."""
     sizes = _sizes_of_any(w_GDF)
     if linear.transposed and min(w_GDF.shape[1:]) >= _NARROW:
@@ -83,7 +86,7 @@ def _sizes_of(w_GDF: Array, linear: _Linear) -> _Sizes:
     return sizes
 
 
-def _sizes_of_any(w_GDF: Array) -> _Sizes:
+def _sizes_of_any(w_GDF: Array | Scaled) -> _Sizes:
     return _LARGE if w_GDF.shape[1] * w_GDF.shape[2] >= 2**18 else _SMALL
 
 
@@ -148,7 +151,7 @@ def _rotate(x_TD: Array, shift: Array) -> Array:
 
 def _for_each_tile(
     groups: _Groups,
-    weights: Sequence[Array | None],
+    weights: Sequence[Array | Scaled | None],
     buffers: Any,
     visit: Callable[[Any, Any, "_Tile"], Any],
     num_rows: int,
@@ -247,7 +250,7 @@ def _dot_xt(x_TD: Array, y_TF: Array) -> Array:
     return lax.dot_general(x_TD, y_TF, (((0,), (0,)), ((), ())))
 
 
-def _with_room(x_ND: Array, w_GDF: Array) -> Array:
+def _with_room(x_ND: Array, w_GDF: Array | Scaled) -> Array:
     """A buffer shorter than the largest tile it may be cut into is filled up to it."""
     num_rows, choices = x_ND.shape[0], _sizes_of_any(w_GDF).first
     missing = min((size for size in choices if size >= num_rows), default=num_rows) - num_rows
@@ -268,7 +271,7 @@ def _add_rows(tile: _Tile, dbias_GF: Array | None, dy_TF: Array) -> Array | None
 
 def matmul(
     x_ND: Array,
-    w_GDF: Array,
+    w_GDF: Array | Scaled,
     group_sizes_G: Array,
     out_dtype: DTypeLike,
     *,
@@ -318,8 +321,8 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 def swiglu(
     x_ND: Array,
-    w_gate_GDF: Array,
-    w_up_GDF: Array,
+    w_gate_GDF: Array | Scaled,
+    w_up_GDF: Array | Scaled,
     group_sizes_G: Array,
     activation: Activation,
     bias_gate_GF: Array | None = None,
@@ -384,9 +387,9 @@ _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 def ffn(
     x_ND: Array,
-    w_gate_GDF: Array,
-    w_up_GDF: Array,
-    w_down_GFD: Array,
+    w_gate_GDF: Array | Scaled,
+    w_up_GDF: Array | Scaled,
+    w_down_GFD: Array | Scaled,
     group_sizes_G: Array,
     activation: Activation,
     bias_gate_GF: Array | None = None,

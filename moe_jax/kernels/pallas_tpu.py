@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from moe_jax.errors import Refused
 from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.scaled import Scaled
 from moe_jax.kernels.tpu import tiles
 from moe_jax.kernels.tpu.columns import grouped_columns
 from moe_jax.kernels.tpu.rows import Operands, Result, Weight, grouped_rows
@@ -44,23 +45,26 @@ class _How(NamedTuple):
 
 def matmul(
     x_ND: Array,
-    w_GDF: Array,
+    w_GDF: Array | Scaled,
     group_sizes_G: Array,
     out_dtype: DTypeLike,
     *,
     interpret: bool = False,
 ) -> Array:
-    _check(x_ND)
-    d_ff = w_GDF.shape[2]
+    _check(x_ND, interpret)
     how = _How(interpret, jnp.dtype(out_dtype))
-    y_NF = _matmul(how, _padded(x_ND, 1), _padded(_padded(w_GDF, 1), 2), group_sizes_G)
-    return _cut(y_NF, d_ff)
+    weights, scales = _opened(w_GDF)
+    y_NF = _matmul(how, _padded(x_ND, 1), weights, scales, group_sizes_G)
+    return _cut(y_NF, w_GDF.shape[2])
 
 
-def _matmul_impl(how, x_ND, w_GDF, group_sizes_G):
-    operands = Operands([x_ND], [Weight(w_GDF)], _PRODUCT)
+def _matmul_impl(how, x_ND, weights, scales, group_sizes_G):
+    def epilogue(sums, by_group, by_row, by_both):
+        return _affine(sums, scales, [None], by_group)
+
+    operands = Operands([x_ND], [Weight(weights[0])], _PRODUCT, by_group=_present(scales))
     results = [Result(how.out_dtype)]
-    return grouped_rows("y", operands, group_sizes_G, _as_it_is, results, how.interpret)[0]
+    return grouped_rows("y", operands, group_sizes_G, epilogue, results, how.interpret)[0]
 
 
 def _matmul_fwd(how, *args):
@@ -68,11 +72,11 @@ def _matmul_fwd(how, *args):
 
 
 def _matmul_bwd(how, saved, dy_NF):
-    x_ND, w_GDF, group_sizes_G = saved
+    x_ND, (w_GDF,), _, group_sizes_G = saved
     dy_NF = dy_NF.astype(x_ND.dtype)
     dx_ND = _dx("dx", [dy_NF], [w_GDF], group_sizes_G, how)
     args = [dy_NF], group_sizes_G, w_GDF.dtype, how.interpret
-    return dx_ND, *grouped_columns("dw", x_ND, *args), None
+    return dx_ND, grouped_columns("dw", x_ND, *args), [None], None
 
 
 _matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0,))
@@ -84,8 +88,8 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 def swiglu(
     x_ND: Array,
-    w_gate_GDF: Array,
-    w_up_GDF: Array,
+    w_gate_GDF: Array | Scaled,
+    w_up_GDF: Array | Scaled,
     group_sizes_G: Array,
     activation: Activation,
     bias_gate_GF: Array | None = None,
@@ -95,12 +99,12 @@ def swiglu(
     interpret: bool = False,
 ) -> Array:
     """`store`: keep gate and up for the backward pass instead of computing them again."""
-    _check(x_ND)
-    d_ff = w_gate_GDF.shape[2]
+    _check(x_ND, interpret)
     how = _How(interpret, x_ND.dtype, activation, store)
-    weights = [_padded(_padded(w, 1), 2) for w in (w_gate_GDF, w_up_GDF)]
+    weights, scales = _opened(w_gate_GDF, w_up_GDF)
     biases = [_padded(b, 1) for b in (bias_gate_GF, bias_up_GF)]
-    return _cut(_swiglu(how, _padded(x_ND, 1), *weights, *biases, group_sizes_G), d_ff)
+    h_NF = _swiglu(how, _padded(x_ND, 1), weights, scales, biases, group_sizes_G)
+    return _cut(h_NF, w_gate_GDF.shape[2])
 
 
 def _swiglu_impl(how, *args):
@@ -113,7 +117,7 @@ def _swiglu_fwd(how, *args):
 
 
 def _swiglu_bwd(how, saved, dh_NF):
-    (x_ND, *weights, bias_gate_GF, bias_up_GF, group_sizes_G), stored = saved
+    (x_ND, weights, scales, biases, group_sizes_G), stored = saved
     gradient = how.activation.gradient
     if stored:
         gate_NF, up_NF, dh_NF = (a.astype(jnp.float32) for a in (*stored, dh_NF))
@@ -121,10 +125,9 @@ def _swiglu_bwd(how, saved, dh_NF):
         grads = [jnp.where(used_N1, g, 0.0) for g in gradient(gate_NF, up_NF, dh_NF)]
         dgate_NF, dup_NF = (g.astype(x_ND.dtype) for g in grads)
     else:
-        biases = [bias_gate_GF, bias_up_GF]
 
         def epilogue(sums, by_group, by_row, by_both):
-            return gradient(*_plus(sums, biases, by_group), *by_both)
+            return gradient(*_affine(sums, scales, biases, by_group), *by_both)
 
         operands = Operands(
             [x_ND],
@@ -137,26 +140,22 @@ def _swiglu_bwd(how, saved, dh_NF):
         args = operands, group_sizes_G, epilogue, results, how.interpret
         dgate_NF, dup_NF = grouped_rows("dgate_dup", *args)
     grads = _of_gate_up(how, x_ND, weights, dgate_NF, dup_NF, group_sizes_G)
-    dbiases = (
-        _dbias(how, dy_NF, bias_GF, group_sizes_G)
-        for dy_NF, bias_GF in ((dgate_NF, bias_gate_GF), (dup_NF, bias_up_GF))
-    )
-    return *grads, *dbiases, None
+    dbiases = _dbiases(how, [dgate_NF, dup_NF], biases, group_sizes_G)
+    return grads[0], list(grads[1:]), [None, None], dbiases, None
 
 
 def _gate_up(how, args, store):
     """[h], or [h, gate, up] to be stored."""
-    x_ND, w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF, group_sizes_G = args
-    biases = [bias_gate_GF, bias_up_GF]
+    x_ND, weights, scales, biases, group_sizes_G = args
 
     def epilogue(sums, by_group, by_row, by_both):
-        gate_TF, up_TF = _plus(sums, biases, by_group)
+        gate_TF, up_TF = _affine(sums, scales, biases, by_group)
         h_TF = how.activation.value(gate_TF, up_TF)
         return [h_TF, gate_TF, up_TF] if store else [h_TF]
 
-    weights = [Weight(w_gate_GDF), Weight(w_up_GDF)]
     products = (((0, 0),), ((0, 1),))
-    operands = Operands([x_ND], weights, products, by_group=_present(biases))
+    by_group = _present([*scales, *biases])
+    operands = Operands([x_ND], [Weight(w) for w in weights], products, by_group=by_group)
     results = [Result(x_ND.dtype)] * (3 if store else 1)
     kind = "gate_up_stored" if store else "gate_up"
     return grouped_rows(kind, operands, group_sizes_G, epilogue, results, how.interpret)
@@ -178,9 +177,9 @@ _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 def ffn(
     x_ND: Array,
-    w_gate_GDF: Array,
-    w_up_GDF: Array,
-    w_down_GFD: Array,
+    w_gate_GDF: Array | Scaled,
+    w_up_GDF: Array | Scaled,
+    w_down_GFD: Array | Scaled,
     group_sizes_G: Array,
     activation: Activation,
     bias_gate_GF: Array | None = None,
@@ -191,11 +190,11 @@ def ffn(
     store: bool = False,
     interpret: bool = False,
 ) -> Array:
-    _check(x_ND)
+    _check(x_ND, interpret)
     how = _How(interpret, x_ND.dtype, activation, store)
-    weights = [_padded(_padded(w, 1), 2) for w in (w_gate_GDF, w_up_GDF, w_down_GFD)]
+    weights, scales = _opened(w_gate_GDF, w_up_GDF, w_down_GFD)
     biases = [_padded(b, 1) for b in (bias_gate_GF, bias_up_GF, bias_down_GD)]
-    y_ND = _ffn(how, _padded(x_ND, 1), *weights, *biases, row_weight_N, group_sizes_G)
+    y_ND = _ffn(how, _padded(x_ND, 1), weights, scales, biases, row_weight_N, group_sizes_G)
     return _cut(y_ND, x_ND.shape[1])
 
 
@@ -204,19 +203,19 @@ def _ffn_impl(how, *args):
 
 
 def _ffn_fwd(how, *args):
-    x_ND, w_gate, w_up, w_down_GFD, *biases, row_weight_N, group_sizes_G = args
-    inputs = x_ND, w_gate, w_up, *biases[:2], group_sizes_G
+    x_ND, weights, scales, biases, row_weight_N, group_sizes_G = args
+    inputs = x_ND, weights[:2], scales[:2], biases[:2], group_sizes_G
     h_NF, *stored = _gate_up(how, inputs, how.store)
 
     def epilogue(sums, by_group, by_row, by_both):
-        (y_TD,) = _plus(sums, biases[2:], by_group)
+        (y_TD,) = _affine(sums, scales[2:], biases[2:], by_group)
         return [y_TD * by_row[0] if by_row else y_TD]
 
     operands = Operands(
         [h_NF],
-        [Weight(w_down_GFD)],
+        [Weight(weights[2])],
         _PRODUCT,
-        by_group=_present(biases[2:]),
+        by_group=_present([*scales[2:], *biases[2:]]),
         by_row=_present([row_weight_N]),
     )
     results = [Result(x_ND.dtype)]
@@ -226,13 +225,13 @@ def _ffn_fwd(how, *args):
 
 def _ffn_bwd(how, saved, dy_ND):
     args, stored = saved
-    x_ND, w_gate, w_up, w_down_GFD, *biases, row_weight_N, group_sizes_G = args
+    x_ND, (w_gate, w_up, w_down_GFD), scales, biases, row_weight_N, group_sizes_G = args
     dtype, weighed = x_ND.dtype, row_weight_N is not None
     gradient, value = how.activation.gradient, how.activation.value
 
     def epilogue(sums, by_group, by_row, by_both):
         *pre, dh_TF = sums
-        gate_TF, up_TF = by_both if stored else _plus(pre, biases[:2], by_group)
+        gate_TF, up_TF = by_both if stored else _affine(pre, scales[:2], biases[:2], by_group)
         h_TF = value(gate_TF, up_TF)
         # dy . (h @ w_down) = (dy @ w_down^T) . h: y need not be computed again
         row_sum = [dh_TF * h_TF] if weighed else []
@@ -261,14 +260,11 @@ def _ffn_bwd(how, saved, dy_ND):
         weighted_ND = dy_ND.astype(jnp.float32) * row_weight_N.astype(jnp.float32)[:, None]
         dy_ND = jnp.where(used_N[:, None], weighted_ND, 0.0).astype(dtype)
         dweight_N = jnp.where(used_N, dweight_N, 0.0).astype(row_weight_N.dtype)
-    grads = _of_gate_up(how, x_ND, [w_gate, w_up], dgate_NF, dup_NF, group_sizes_G)
+    dx_ND, *dw = _of_gate_up(how, x_ND, [w_gate, w_up], dgate_NF, dup_NF, group_sizes_G)
     args = [dy_ND], group_sizes_G, w_down_GFD.dtype, how.interpret
-    (dw_down_GFD,) = grouped_columns("dw", h_NF, *args)
-    dbiases = (
-        _dbias(how, dy_NF, bias_GF, group_sizes_G)
-        for dy_NF, bias_GF in zip((dgate_NF, dup_NF, dy_ND), biases, strict=True)
-    )
-    return *grads, dw_down_GFD, *dbiases, dweight_N, None
+    dw += grouped_columns("dw", h_NF, *args)
+    dbiases = _dbiases(how, [dgate_NF, dup_NF, dy_ND], biases, group_sizes_G)
+    return dx_ND, dw, [None] * 3, dbiases, dweight_N, None
 
 
 _ffn = jax.custom_vjp(_ffn_impl, nondiff_argnums=(0,))
@@ -278,20 +274,27 @@ _ffn.defvjp(_ffn_fwd, _ffn_bwd)
 # --- parts -----------------------------------------------------------------------------------
 
 
-def _as_it_is(sums, by_group, by_row, by_both):
-    return sums
-
-
 def _present(arrays: Sequence[Array | None]) -> list[Array]:
     return [a for a in arrays if a is not None]
 
 
-def _plus(
-    sums: Sequence[Array], biases: Sequence[Array | None], given: Sequence[Array]
+def _affine(
+    sums: Sequence[Array],
+    scales: Sequence[Array | None],
+    biases: Sequence[Array | None],
+    given: Sequence[Array],
 ) -> list[Array]:
-    """sum + bias for each; `given` are the blocks of the biases that are there."""
+    """sum * scale + bias for each; `given` are the blocks of those that are there, scales first."""
     left = iter(given)
+    sums = [s if c is None else s * next(left) for s, c in zip(sums, scales, strict=True)]
     return [s if b is None else s + next(left) for s, b in zip(sums, biases, strict=True)]
+
+
+def _opened(*weights: Array | Scaled) -> tuple[list[Array], list[Array | None]]:
+    """Values, filled up where they must be, and scales; None for weights without."""
+    pairs = [w if isinstance(w, Scaled) else (w, None) for w in weights]
+    values = _present([_padded(_padded(w, 1), 2) for w, _ in pairs])
+    return values, [_padded(scale, 1) for _, scale in pairs]
 
 
 def _dx(kind, dys, weights, group_sizes_G, how):
@@ -299,17 +302,20 @@ def _dx(kind, dys, weights, group_sizes_G, how):
     products = (tuple((i, i) for i in range(len(dys))),)
     operands = Operands(dys, [Weight(w, transposed=True) for w in weights], products)
     results = [Result(dys[0].dtype)]
-    return grouped_rows(kind, operands, group_sizes_G, _as_it_is, results, how.interpret)[0]
+    args = operands, group_sizes_G, lambda sums, *_: sums, results, how.interpret
+    return grouped_rows(kind, *args)[0]
 
 
-def _dbias(how, dy_NF: Array, bias_GF: Array | None, group_sizes_G: Array) -> Array | None:
-    """Sums of dy over each group's rows: its product with rows of ones."""
-    if bias_GF is None:
-        return None
-    ones_N8 = jnp.ones_like(dy_NF, shape=(dy_NF.shape[0], 8))
-    args = [dy_NF], group_sizes_G, jnp.float32, how.interpret
-    (sums_G8F,) = grouped_columns("dbias", ones_N8, *args)
-    return sums_G8F[:, 0].astype(bias_GF.dtype)
+def _dbiases(how, dys, biases, group_sizes_G) -> list[Array | None]:
+    """Sums of each dy over the rows of a group: its product with rows of ones."""
+
+    def one(dy_NF: Array, bias_GF: Array) -> Array:
+        ones_N8 = jnp.ones_like(dy_NF, shape=(dy_NF.shape[0], 8))
+        args = [dy_NF], group_sizes_G, jnp.float32, how.interpret
+        (sums_G8F,) = grouped_columns("dbias", ones_N8, *args)
+        return sums_G8F[:, 0].astype(bias_GF.dtype)
+
+    return [None if b is None else one(dy, b) for dy, b in zip(dys, biases, strict=True)]
 
 
 def _bias_dots(bias_GD: Array, dy_ND: Array, group_sizes_G: Array) -> Array:
@@ -337,11 +343,21 @@ def _cut(y_NF: Array, width: int) -> Array:
     return y_NF if y_NF.shape[1] == width else y_NF[:, :width]
 
 
-def _check(x_ND: Array) -> None:
+def _check(x_ND: Array, interpret: bool) -> None:
     if x_ND.dtype == jnp.float16:
         raise Refused(
             "x_ND.dtype",
             "float16",
             "the pallas_tpu implementation takes float32 and bfloat16",
             "Cast to bfloat16, or pass implementation='cpu', which runs on every platform",
+        )
+    if interpret or isinstance(x_ND, jax.core.Tracer):
+        return  # a program that is traced may be compiled for a TPU that is not there
+    platforms = {device.platform for device in x_ND.devices()}
+    if platforms != {"tpu"}:
+        raise Refused(
+            "implementation",
+            "pallas_tpu",
+            f"runs on TPUs, and x_ND lies on {', '.join(sorted(platforms))}",
+            "Pass implementation='cpu', which runs on every platform, or 'pallas_tpu_interpret'",
         )

@@ -12,19 +12,20 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.scaled import Scaled, widened
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def matmul(x_ND: Array, w_GDF: Array, group_sizes_G: Array, out_dtype: DTypeLike) -> Array:
+def matmul(x_ND: Array, w_GDF: Array | Scaled, group_sizes_G: Array, out_dtype: DTypeLike) -> Array:
     mask_GN = _membership(group_sizes_G, x_ND.shape[0])
     return _only_used(_matmul(x_ND, w_GDF, mask_GN), mask_GN).astype(out_dtype)
 
 
 def swiglu(
     x_ND: Array,
-    w_gate_GDF: Array,
-    w_up_GDF: Array,
+    w_gate_GDF: Array | Scaled,
+    w_up_GDF: Array | Scaled,
     group_sizes_G: Array,
     activation: Activation,
     bias_gate_GF: Array | None = None,
@@ -38,9 +39,9 @@ def swiglu(
 
 def ffn(
     x_ND: Array,
-    w_gate_GDF: Array,
-    w_up_GDF: Array,
-    w_down_GFD: Array,
+    w_gate_GDF: Array | Scaled,
+    w_up_GDF: Array | Scaled,
+    w_down_GFD: Array | Scaled,
     group_sizes_G: Array,
     activation: Activation,
     bias_gate_GF: Array | None = None,
@@ -70,15 +71,15 @@ def _only_used(y_NF: Array, mask_GN: Array) -> Array:
     return jnp.where(mask_GN.any(axis=0)[:, None], y_NF, 0.0)
 
 
-def _matmul(x_ND: Array, w_GDF: Array, mask_GN: Array) -> Array:
+def _matmul(x_ND: Array, w_GDF: Array | Scaled, mask_GN: Array) -> Array:
     # `where` and not a product: unused rows and other groups' weights may hold anything.
     mask_GN1 = mask_GN[:, :, None]
     x_GND = jnp.where(mask_GN1, x_ND.astype(jnp.float32)[None], 0.0)
-    y_GNF = jnp.einsum("gnd,gdf->gnf", x_GND, w_GDF.astype(jnp.float32), precision=_EXACT)
+    y_GNF = jnp.einsum("gnd,gdf->gnf", x_GND, widened(w_GDF), precision=_EXACT)
     return jnp.where(mask_GN1, y_GNF, 0.0).sum(axis=0)
 
 
-def _affine(x_ND: Array, w_GDF: Array, bias_GF: Array | None, mask_GN: Array) -> Array:
+def _affine(x_ND: Array, w_GDF: Array | Scaled, bias_GF: Array | None, mask_GN: Array) -> Array:
     y_NF = _matmul(x_ND, w_GDF, mask_GN)
     if bias_GF is None:
         return y_NF

@@ -17,6 +17,7 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
+from moe_jax.kernels.tpu import tiles
 
 
 @pytest.mark.skipif(
@@ -40,11 +41,18 @@ def test_types_the_hardware_has_not_are_refused():
         gm.grouped_matmul(x_ND, w_GDF, jnp.array([8], jnp.int32), implementation="pallas_tpu")
 
 
+def test_other_platforms_are_refused_and_told_what_runs_there():
+    x_ND, w_GDF = jnp.zeros((8, 128)), jnp.zeros((1, 128, 128))
+    with pytest.raises(Refused, match=r"'pallas_tpu': runs on TPUs, and x_ND lies on cpu. Pass im"):
+        gm.grouped_matmul(x_ND, w_GDF, jnp.array([8], jnp.int32), implementation="pallas_tpu")
+
+
 @pytest.mark.parametrize(
     ("d_model", "d_ff"), [(1100, 48), pytest.param(48, 1100, marks=pytest.mark.slow)]
 )
-def test_widths_that_are_no_tiles_are_filled_up(d_model, d_ff):
-    """Too long for one block, no multiple of 128: y, dx and dw as of the oracle."""
+def test_widths_that_are_no_tiles_are_filled_up(d_model, d_ff, monkeypatch):
+    """Too long to be summed at once, no multiple of 128: y, dx and dw as of the oracle."""
+    monkeypatch.setattr(tiles, "_LONGEST_WHOLE", 1024)
     rng = np.random.default_rng(0)
     x_ND, w_GDF, dy_NF = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)

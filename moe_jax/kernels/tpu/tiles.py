@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PART_ROWS = 128
 _LANES = 128
 _WIDTHS = (2048, 1024, 512, 256, 128)
+_LONGEST_WHOLE = 4096  # a summed axis that 128 does not divide; it fits on every chip
 _CHUNKS = (1024, 512, 256)
 
 
@@ -96,7 +97,9 @@ def for_rows(kind: str, operands: "Operands", results: "Sequence[Result]") -> Ti
     num_rows, num_sum = operands.lhs[0].shape
     num_out = width(operands)
     dtype = operands.lhs[0].dtype
-    known = TABLE.get((chips.current(), kind, dtype.name, num_sum, num_out))
+    same = all(w.array.dtype == dtype for w in operands.weights)
+    key = chips.current(), kind, dtype.name, num_sum, num_out
+    known = TABLE.get(key) if same else None
     if known is not None:
         return Tile(row_tile(num_rows, known[0]), *known[1:])
     rows = row_tile(num_rows, RULE.get().rows)
@@ -152,7 +155,7 @@ def for_columns(kind: str, x_ND: Array, dys: Sequence[Array], out_dtype: DTypeLi
 
 def padding(num_sum: int) -> int:
     """Zeros behind a summed axis that may have to be cut and that 128 does not divide."""
-    return -num_sum % 512 if num_sum > 4096 and num_sum % _LANES else 0
+    return -num_sum % 512 if num_sum > _LONGEST_WHOLE and num_sum % _LANES else 0
 
 
 def bytes_moved(operands: "Operands", results: "Sequence[Result]", tile: Tile) -> int:
