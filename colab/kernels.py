@@ -119,7 +119,7 @@ plt.show()
 # %%
 bench.SHAPES["notebook"] = bench.Shape("matmul", ROWS, ROWS, D, F, G, PATTERNS)
 cases = [("notebook", pattern) for pattern in PATTERNS]
-results = list(bench.measure(cases, IMPLEMENTATION, SECONDS, ragged=False))
+results = list(bench.measure(cases, IMPLEMENTATION, SECONDS, opponents=()))
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 2.8), dpi=65, layout="constrained")
@@ -151,7 +151,7 @@ display(Markdown("\n".join(lines)))
 # every expert. Here, with one of the patterns:
 
 # %%
-both = list(bench.measure([("notebook", "multinomial")], IMPLEMENTATION, SECONDS, ragged=True))
+both = list(bench.measure([("notebook", "multinomial")], IMPLEMENTATION, SECONDS))
 shares = both[0][RATIO]
 display(
     Markdown(

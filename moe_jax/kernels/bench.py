@@ -1,7 +1,8 @@
 """How fast the grouped operations are on this machine, next to a dense matmul of the same FLOPs.
 
     python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode] [--patterns=zipf,...]
-                                    [--implementation=cpu] [--seconds=4] [--no-ragged] [--json]
+                                    [--implementation=cpu] [--seconds=4] [--json]
+                                    [--opponents=ragged_dot,megablox,tokamax | --no-ragged]
 
 `mixtral`, `olmoe`, `qwen3` and `deepseek_v3` (256 experts over 8 devices, the part of one) are
 made for accelerators: left out by default, bfloat16 there and float32 on CPU, where a call takes
@@ -14,6 +15,9 @@ that of the process's time over all its threads: it says nothing of threads that
 another, but hardly moves when the machine is busy; leave it aside where an accelerator computes.
 Dense means one matrix (or FFN) over the rows that are really used, whatever the buffer's length.
 MB: temporaries and results of the compiled program, in 10^6 bytes, by the compiler's own account.
+Roofline: the least time of `roofline.py` / ours, where the device's peaks are known. Opponents that
+cannot run a shape here are named, with the reason, and left out. For TPUs that are not there, see
+`python -m moe_jax.kernels.tpu.static` and `.traffic`.
 """
 
 import argparse
@@ -30,6 +34,8 @@ import numpy as np
 
 from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
+from moe_jax.kernels import roofline
+from moe_jax.kernels.opponents import NAMES, Dot, opponent
 
 
 class Shape(NamedTuple):
@@ -80,7 +86,7 @@ def group_sizes(pattern: str, num_rows: int, num_groups: int, seed: int = 0) -> 
 
 
 def contenders(
-    shape: Shape, pattern: str, implementation: str, ragged: bool
+    shape: Shape, pattern: str, implementation: str, opponents: dict[str, Dot]
 ) -> dict[str, dict[str, Call]]:
     """direction -> name -> the compiled call."""
     keys, dtype = iter(jax.random.split(jax.random.key(0), 8)), default_dtype()
@@ -118,9 +124,8 @@ def contenders(
             gm.grouped_matmul, group_sizes_G=sizes, implementation=implementation
         )
         calls[implementation] = pair(ours, backward, x, w, dy)
-        if ragged:
-            ragged_dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-            calls["ragged_dot"] = pair(ragged_dot, backward, x, w, dy)
+        for name, dot in opponents.items():
+            calls[name] = pair(lambda x, w, dot=dot: dot(x, w, sizes), backward, x, w, dy)
     else:
         weights, dy = (normal(g, d, ff), normal(g, d, ff), normal(g, ff, d)), normal(n, d)
         backward, names = with_gradients, ("forward", "forward+backward")
@@ -128,9 +133,9 @@ def contenders(
         calls = {"dense": pair(dense_ffn, backward, x[:used], *local, dy[:used])}
         ours = functools.partial(gm.grouped_ffn, group_sizes_G=sizes, implementation=implementation)
         calls[implementation] = pair(ours, backward, x, *weights, dy)
-        if ragged:
-            ffn = functools.partial(ragged_ffn, sizes)
-            calls["ragged_dot"] = pair(ffn, backward, x, *weights, dy)
+        for name, dot in opponents.items():
+            ffn = functools.partial(_ffn_of, lambda x, w, dot=dot: dot(x, w, sizes))
+            calls[name] = pair(ffn, backward, x, *weights, dy)
     return {
         name: {who: c[i] for who, c in calls.items()}
         for i, name in enumerate(names[: shape.directions])
@@ -145,8 +150,7 @@ def dense_ffn(x, w_gate, w_up, w_down):
     return jnp.dot(jax.nn.silu(x @ w_gate) * (x @ w_up), w_down)
 
 
-def ragged_ffn(sizes, x, w_gate, w_up, w_down):
-    dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+def _ffn_of(dot, x, w_gate, w_up, w_down):
     return dot(jax.nn.silu(dot(x, w_gate)) * dot(x, w_up), w_down)
 
 
@@ -177,13 +181,44 @@ def _time(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - start_cpu
 
 
+def _able(names: Iterable[str], shape: Shape) -> tuple[dict[str, Dot], dict[str, str]]:
+    """Opponents that run here, and why the others do not."""
+    able, left_out = {}, {}
+    for name in names:
+        try:
+            able[name] = opponent(name, jax.default_backend(), shape.num_rows)
+        except Refused as error:
+            left_out[name] = error.rule
+    return able, left_out
+
+
+def _roofline(shape: Shape, pattern: str, direction: str, milliseconds: float) -> float | None:
+    """Least time / time; None where the device's peaks are not known."""
+    peak = roofline.PEAKS.get(jax.devices()[0].device_kind)
+    if peak is None or default_dtype() != "bfloat16":
+        return None
+    used, groups = shape.used_rows, shape.num_groups
+    with_rows = int(np.count_nonzero(group_sizes(pattern, used, groups)))
+    sizes = used, shape.d_model, shape.d_ff, with_rows
+    return (
+        1e3 * roofline.seconds(peak, *roofline.least(shape.op, direction, *sizes, 2)) / milliseconds
+    )
+
+
 def measure(
-    cases: list[tuple[str, str]], implementation: str, seconds: float, ragged: bool
+    cases: list[tuple[str, str]],
+    implementation: str,
+    seconds: float,
+    opponents: Iterable[str] = ("ragged_dot",),
 ) -> Iterator[dict[str, Any]]:
     """A row of the table for each direction of each (shape, pattern)."""
     begin = time.perf_counter()
     for done, (name, pattern) in enumerate(cases, start=1):
-        for direction, calls in contenders(SHAPES[name], pattern, implementation, ragged).items():
+        shape = SHAPES[name]
+        able, left_out = _able(opponents, shape)
+        for who, why in left_out.items():
+            print(f"  {name}: {who} left out: {why}", file=sys.stderr)
+        for direction, calls in contenders(shape, pattern, implementation, able).items():
             times = time_rounds({who: call.start for who, call in calls.items()}, seconds)
             best = {who: t.min(axis=0) for who, t in times.items()}
             ratio = {
@@ -199,25 +234,35 @@ def measure(
                 "ratio": {who: float(wall) for who, (wall, _) in ratio.items()},
                 "cpu_ratio": {who: float(cpu) for who, (_, cpu) in ratio.items()},
                 "megabytes": {who: call.megabytes for who, call in calls.items()},
+                "roofline": {
+                    who: _roofline(shape, pattern, direction, 1e3 * float(wall))
+                    for who, (wall, _) in best.items()
+                },
+                "left_out": left_out,
             }
         left = (time.perf_counter() - begin) / done * (len(cases) - done)
         print(f"  {done}/{len(cases)} done, about {left:.0f} s left", file=sys.stderr)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    who = list(rows[0]["ratio"])
-    heads = " | ".join(f"{w} ms | ratio | CPU ratio | MB" for w in who)
+    """Columns for everybody who ran somewhere; empty where one did not."""
+    who = list(dict.fromkeys(name for r in rows for name in r["ratio"]))
+    heads = " | ".join(f"{w} ms | ratio | CPU ratio | MB | roofline" for w in who)
     lines = [
         f"| shape | groups | pass | dense ms | MB | {heads} |",
-        "|---" * (5 + 4 * len(who)) + "|",
+        "|---" * (5 + 5 * len(who)) + "|",
     ]
     for r in rows:
         times, megabytes = r["milliseconds"], r["megabytes"]
         cells = [r["shape"], r["pattern"], r["direction"]]
         cells += [f"{times['dense']:.2f}", f"{megabytes['dense']:.1f}"]
         for w in who:
+            if w not in times:
+                cells += [""] * 5
+                continue
             cells += [f"{times[w]:.2f}", f"{r['ratio'][w]:.2f}", f"{r['cpu_ratio'][w]:.2f}"]
-            cells.append(f"{megabytes[w]:.1f}")
+            share = r["roofline"][w]
+            cells += [f"{megabytes[w]:.1f}", "" if share is None else f"{share:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -239,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--patterns", default=",".join(_ALL), help="rows per group: of these")
     parser.add_argument("--implementation", default=None, help="default: by platform")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of a row")
-    parser.add_argument("--no-ragged", action="store_true", help="leave out jax.lax.ragged_dot")
+    parser.add_argument("--opponents", default="ragged_dot", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--no-ragged", action="store_true", help="no opponents")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
@@ -250,7 +296,8 @@ def main(argv: list[str] | None = None) -> int:
             rule = f"none is measured for {args.shapes}"
             raise Refused("--patterns", args.patterns, rule, "Leave it out to see those that are")
         implementation = args.implementation or gm.default_implementation()
-        rows = list(measure(cases, implementation, args.seconds, not args.no_ragged))
+        opponents = [] if args.no_ragged else named("--opponents", args.opponents, NAMES)
+        rows = list(measure(cases, implementation, args.seconds, opponents))
     except Refused as error:
         print(error, file=sys.stderr)
         return 1
