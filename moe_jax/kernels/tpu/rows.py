@@ -70,8 +70,6 @@ class Result(NamedTuple):
 # (sums, by_group, by_row, by_both) of a tile, all float32 -> a value [T, B] for each result
 Epilogue = Callable[[list[Array], list[Array], list[Array], list[Array]], Sequence[Array]]
 
-_LANES = 128  # a row's sums are written into one lane of so many
-
 
 def grouped_rows(
     kind: str,
@@ -100,15 +98,16 @@ def grouped_rows(
 
         def write(rows, size, columns, values, masked):
             for ref, value, result in zip(out_refs, values, results, strict=True):
-                place = (rows, slice(None)) if result.row_sum else (rows, columns)
+                place = (slice(None), rows) if result.row_sum else (rows, columns)
                 if result.row_sum:
                     first = columns.start
                     value = _row_sums(value, num_out - out * tile_out - first)
                     value += jnp.where(first == 0, 0.0, ref[place])
                 if masked:
                     # rows of other groups keep what is there: a result, or what their turn replaces
-                    own_S1 = items.inside(rows.start, size, start, end)
-                    value = jnp.where(own_S1, value, ref[place].astype(jnp.float32))
+                    axis = 1 if result.row_sum else 0
+                    own = items.inside(rows.start, size, start, end, axis)
+                    value = jnp.where(own, value, ref[place].astype(jnp.float32))
                 ref[place] = value.astype(ref.dtype)
 
         def compute(first, size, first_column, width, masked):
@@ -120,7 +119,7 @@ def grouped_rows(
 
             def finish(sums):
                 shared = [ref[:, columns].astype(jnp.float32) for ref in inputs[3]]
-                own = [ref[rows, :].astype(jnp.float32) for ref in inputs[4]]
+                own = [ref[:, rows].astype(jnp.float32).T for ref in inputs[4]]
                 both = [ref[rows, columns].astype(jnp.float32) for ref in inputs[5]]
                 write(rows, size, columns, epilogue(sums, shared, own, both), masked)
 
@@ -190,26 +189,27 @@ def grouped_rows(
             for _ in by_group
         ),
         *(
-            pl.BlockSpec((tile_rows, 1), lambda out, item, step, *refs: (tile_of(item, refs), 0))
+            pl.BlockSpec((1, tile_rows), lambda out, item, step, *refs: (0, tile_of(item, refs)))
             for _ in by_row
         ),
         *(both for _ in by_both),
     ]
-    lanes = pl.BlockSpec(
-        (tile_rows, _LANES), lambda out, item, step, *refs: (tile_of(item, refs), out)
+    # one value for each row lies along the lanes: a column would be padded to 128 of them in HBM
+    row_sums = pl.BlockSpec(
+        (None, 1, tile_rows), lambda out, item, step, *refs: (out, 0, tile_of(item, refs))
     )
     arrays = [
         *lhs,
         *(weight.array for weight in weights),
         *(a[:, None] for a in by_group),
-        *(a[:, None] for a in by_row),
+        *(a[None] for a in by_row),
         *by_both,
     ]
-    widths = [num_tiles * _LANES if result.row_sum else num_out for result in results]
     vma = jax.typeof(lhs[0]).manual_axis_type
+    shapes = [(num_tiles, 1, num_rows) if r.row_sum else (num_rows, num_out) for r in results]
     outs = [
-        jax.ShapeDtypeStruct((num_rows, width), result.dtype, manual_axis_type=vma)
-        for width, result in zip(widths, results, strict=True)
+        jax.ShapeDtypeStruct(shape, result.dtype, manual_axis_type=vma)
+        for shape, result in zip(shapes, results, strict=True)
     ]
     num_items = work.group_W.shape[0]
     num_products = sum(len(terms) for terms in products)
@@ -223,7 +223,7 @@ def grouped_rows(
             num_scalar_prefetch=len(work),
             grid=(num_tiles, num_items, steps),
             in_specs=in_specs,
-            out_specs=[lanes if result.row_sum else both for result in results],
+            out_specs=[row_sums if result.row_sum else both for result in results],
             scratch_shapes=[pltpu.VMEM((tile_rows, tile_out), jnp.float32) for _ in products]
             if steps > 1
             else [],
@@ -241,7 +241,7 @@ def grouped_rows(
         name=f"grouped_{kind}",
     )(*work, *arrays)
     return [
-        jnp.sum(a, axis=1) if result.row_sum else a
+        jnp.sum(a, axis=(0, 1)) if result.row_sum else a
         for a, result in zip(found, results, strict=True)
     ]
 
@@ -279,9 +279,7 @@ def _dot(x_TA: Array, w_AB: Array, transposed: bool) -> Array:
 
 
 def _row_sums(value_TB: Array, num_columns: Array | int) -> Array:
-    """[T, 128]: each row's sum over the first `num_columns` in lane 0, zeros beside it."""
+    """[1, T]: each row's sum over the first `num_columns`."""
     column_TB = lax.broadcasted_iota(jnp.int32, value_TB.shape, 1)
     # a block may reach beyond the array, where anything may lie
-    sum_T1 = jnp.sum(jnp.where(column_TB < num_columns, value_TB, 0.0), axis=1, keepdims=True)
-    lane_TL = lax.broadcasted_iota(jnp.int32, (value_TB.shape[0], _LANES), 1)
-    return jnp.where(lane_TL == 0, sum_T1, 0.0)
+    return jnp.sum(jnp.where(column_TB < num_columns, value_TB, 0.0), axis=1, keepdims=True).T

@@ -171,9 +171,9 @@ def bytes_moved(operands: "Operands", results: "Sequence[Result]", tile: Tile) -
     times = num_groups if steps == 1 else num_items(num_rows, num_groups, tile.rows)
     total += times * num_sum * num_out * sum(w.array.dtype.itemsize for w in operands.weights)
     total += sum(a.size * a.dtype.itemsize for a in (*operands.by_group, *operands.by_both))
-    total += len(operands.by_row) * tiles_out * num_rows * _LANES * 4
+    total += len(operands.by_row) * tiles_out * num_rows * 4
     for result in results:
-        columns = tiles_out * _LANES if result.row_sum else num_out
+        columns = tiles_out if result.row_sum else num_out
         total += num_rows * columns * jnp.dtype(result.dtype).itemsize
     return total
 

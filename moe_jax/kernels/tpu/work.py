@@ -67,7 +67,8 @@ def cut_off(group_sizes_G: Array, num_rows: int) -> Array:
     return jnp.diff(end_G, prepend=jnp.zeros_like(end_G[:1]))
 
 
-def inside(first: Array | int, num_rows: int, start: Array, end: Array) -> Array:
-    """mask_T1: which of `num_rows` rows from `first` on lie in start .. end."""
-    row_T1 = lax.broadcasted_iota(jnp.int32, (num_rows, 1), 0) + first
-    return (start <= row_T1) & (row_T1 < end)
+def inside(first: Array | int, num_rows: int, start: Array, end: Array, axis: int = 0) -> Array:
+    """Which of `num_rows` rows from `first` on lie in start .. end: [T, 1], or [1, T] (axis 1)."""
+    shape = (num_rows, 1) if axis == 0 else (1, num_rows)
+    row = lax.broadcasted_iota(jnp.int32, shape, axis) + first
+    return (start <= row) & (row < end)
