@@ -30,9 +30,10 @@ from moe_jax.kernels.scaled import Scaled
 IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu", "pallas_tpu_interpret")
 # "cpu" is plain JAX: it runs on a GPU as well, correct but not fast.
 _BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu", "tpu": "pallas_tpu"}
-# They read transposed weights and those of one layer among several where they lie; for the others
+# They read transposed weights where they lie, and those of one layer among several; for the others
 # such weights are transposed and cut out first.
-_IN_PLACE = ("cpu",)
+_TRANSPOSED_IN_PLACE = ("cpu", "pallas_tpu", "pallas_tpu_interpret")
+_LAYERS_IN_PLACE = ("cpu",)
 # They can keep pre-activations for the backward pass.
 _STORING = ("pallas_tpu", "pallas_tpu_interpret")
 
@@ -215,16 +216,19 @@ def _as_read(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Weights as an implementation reads them, and what it is told about them."""
     transposed, first = stored
-    if module.__name__.rsplit(".", 1)[1] in _IN_PLACE:
-        first = None if first is None else jnp.asarray(first, jnp.int32)
-        return list(weights), {"transposed": transposed, "first_group": first}
+    name = module.__name__.rsplit(".", 1)[1]
+    how: dict[str, Any] = {}
+    if name in _TRANSPOSED_IN_PLACE:
+        transposed, how["transposed"] = False, transposed
+    if name in _LAYERS_IN_PLACE:
+        first, how["first_group"] = None, None if first is None else jnp.asarray(first, jnp.int32)
 
     def plain(w: Array) -> Array:
         if first is not None:
             w = lax.dynamic_slice_in_dim(w, first, group_sizes_G.shape[0])
         return w if w.ndim < 3 or not transposed else w.swapaxes(1, 2)
 
-    return jax.tree.map(plain, list(weights)), {}
+    return jax.tree.map(plain, list(weights)), how
 
 
 def _scaled(weights: list[Array], scales: dict[str, Array | None]) -> list[Array | Scaled]:

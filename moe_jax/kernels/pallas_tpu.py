@@ -3,7 +3,8 @@
 Promise: as `grouped_matmul`. gate and up are one kernel that reads x once and computes the
 activation while both are on chip; the rows' weights and the bias of the down projection are
 multiplied and added in its epilogue; dx of gate and up is one kernel, and so are their dw.
-Nothing of the size of x or w is transposed or copied in HBM. Compiled for TPUs ahead of time and
+Nothing of the size of x or w is transposed or copied in HBM, weights that are stored transposed
+included. Compiled for TPUs ahead of time and
 right in interpret mode; never timed on hardware.
 
 Axes: N rows, D d_model, F d_ff, G groups.
@@ -36,8 +37,21 @@ class _How(NamedTuple):
 
     interpret: bool
     out_dtype: DTypeLike
+    transposed: bool
     activation: Activation | None = None
     store: bool = False
+
+    def forward(self, w_GDF: Array) -> Weight:
+        """Of x @ w."""
+        return Weight(w_GDF, self.transposed)
+
+    def backward(self, w_GDF: Array) -> Weight:
+        """Of dy @ w^T."""
+        return Weight(w_GDF, not self.transposed)
+
+    def width(self, w_GDF: Array | Scaled) -> int:
+        """F of [G, D, F] or, transposed, [G, F, D]."""
+        return w_GDF.shape[1 if self.transposed else 2]
 
 
 # --- x @ w -----------------------------------------------------------------------------------
@@ -49,20 +63,21 @@ def matmul(
     group_sizes_G: Array,
     out_dtype: DTypeLike,
     *,
+    transposed: bool = False,
     interpret: bool = False,
 ) -> Array:
     _check(x_ND, interpret)
-    how = _How(interpret, jnp.dtype(out_dtype))
+    how = _How(interpret, jnp.dtype(out_dtype), transposed)
     weights, scales = _opened(w_GDF)
     y_NF = _matmul(how, _padded(x_ND, 1), weights, scales, group_sizes_G)
-    return _cut(y_NF, w_GDF.shape[2])
+    return _cut(y_NF, how.width(w_GDF))
 
 
 def _matmul_impl(how, x_ND, weights, scales, group_sizes_G):
     def epilogue(sums, by_group, by_row, by_both):
         return _affine(sums, scales, [None], by_group)
 
-    operands = Operands([x_ND], [Weight(weights[0])], _PRODUCT, by_group=_present(scales))
+    operands = Operands([x_ND], [how.forward(weights[0])], _PRODUCT, by_group=_present(scales))
     results = [Result(how.out_dtype)]
     return grouped_rows("y", operands, group_sizes_G, epilogue, results, how.interpret)[0]
 
@@ -75,8 +90,8 @@ def _matmul_bwd(how, saved, dy_NF):
     x_ND, (w_GDF,), _, group_sizes_G = saved
     dy_NF = dy_NF.astype(x_ND.dtype)
     dx_ND = _dx("dx", [dy_NF], [w_GDF], group_sizes_G, how)
-    args = [dy_NF], group_sizes_G, w_GDF.dtype, how.interpret
-    return dx_ND, grouped_columns("dw", x_ND, *args), [None], None
+    dw = _dw("dw", x_ND, [dy_NF], w_GDF.dtype, group_sizes_G, how)
+    return dx_ND, dw, [None], None
 
 
 _matmul = jax.custom_vjp(_matmul_impl, nondiff_argnums=(0,))
@@ -95,16 +110,17 @@ def swiglu(
     bias_gate_GF: Array | None = None,
     bias_up_GF: Array | None = None,
     *,
+    transposed: bool = False,
     store: bool = False,
     interpret: bool = False,
 ) -> Array:
     """`store`: keep gate and up for the backward pass instead of computing them again."""
     _check(x_ND, interpret)
-    how = _How(interpret, x_ND.dtype, activation, store)
+    how = _How(interpret, x_ND.dtype, transposed, activation, store)
     weights, scales = _opened(w_gate_GDF, w_up_GDF)
     biases = [_padded(b, 1) for b in (bias_gate_GF, bias_up_GF)]
     h_NF = _swiglu(how, _padded(x_ND, 1), weights, scales, biases, group_sizes_G)
-    return _cut(h_NF, w_gate_GDF.shape[2])
+    return _cut(h_NF, how.width(w_gate_GDF))
 
 
 def _swiglu_impl(how, *args):
@@ -131,7 +147,7 @@ def _swiglu_bwd(how, saved, dh_NF):
 
         operands = Operands(
             [x_ND],
-            [Weight(w) for w in weights],
+            [how.forward(w) for w in weights],
             (((0, 0),), ((0, 1),)),
             by_group=_present(biases),
             by_both=[dh_NF],
@@ -155,7 +171,7 @@ def _gate_up(how, args, store):
 
     products = (((0, 0),), ((0, 1),))
     by_group = _present([*scales, *biases])
-    operands = Operands([x_ND], [Weight(w) for w in weights], products, by_group=by_group)
+    operands = Operands([x_ND], [how.forward(w) for w in weights], products, by_group=by_group)
     results = [Result(x_ND.dtype)] * (3 if store else 1)
     kind = "gate_up_stored" if store else "gate_up"
     return grouped_rows(kind, operands, group_sizes_G, epilogue, results, how.interpret)
@@ -164,8 +180,7 @@ def _gate_up(how, args, store):
 def _of_gate_up(how, x_ND, weights, dgate_NF, dup_NF, group_sizes_G):
     """dx, dw of gate, dw of up."""
     dx_ND = _dx("dx2", [dgate_NF, dup_NF], weights, group_sizes_G, how)
-    args = [dgate_NF, dup_NF], group_sizes_G, weights[0].dtype, how.interpret
-    return dx_ND, *grouped_columns("dw2", x_ND, *args)
+    return dx_ND, *_dw("dw2", x_ND, [dgate_NF, dup_NF], weights[0].dtype, group_sizes_G, how)
 
 
 _swiglu = jax.custom_vjp(_swiglu_impl, nondiff_argnums=(0,))
@@ -187,11 +202,12 @@ def ffn(
     bias_down_GD: Array | None = None,
     row_weight_N: Array | None = None,
     *,
+    transposed: bool = False,
     store: bool = False,
     interpret: bool = False,
 ) -> Array:
     _check(x_ND, interpret)
-    how = _How(interpret, x_ND.dtype, activation, store)
+    how = _How(interpret, x_ND.dtype, transposed, activation, store)
     weights, scales = _opened(w_gate_GDF, w_up_GDF, w_down_GFD)
     biases = [_padded(b, 1) for b in (bias_gate_GF, bias_up_GF, bias_down_GD)]
     y_ND = _ffn(how, _padded(x_ND, 1), weights, scales, biases, row_weight_N, group_sizes_G)
@@ -213,7 +229,7 @@ def _ffn_fwd(how, *args):
 
     operands = Operands(
         [h_NF],
-        [Weight(weights[2])],
+        [how.forward(weights[2])],
         _PRODUCT,
         by_group=_present([*scales[2:], *biases[2:]]),
         by_row=_present([row_weight_N]),
@@ -238,12 +254,12 @@ def _ffn_bwd(how, saved, dy_ND):
         dh_TF = dh_TF * by_row[0] if weighed else dh_TF
         return [*gradient(gate_TF, up_TF, dh_TF), h_TF, *row_sum]
 
-    down = Weight(w_down_GFD, transposed=True)
+    down = how.backward(w_down_GFD)
     if stored:
         operands = Operands([dy_ND], [down], _PRODUCT, by_both=stored)
     else:
         products = (((0, 0),), ((0, 1),), ((1, 2),))
-        weights = [Weight(w_gate), Weight(w_up), down]
+        weights = [how.forward(w_gate), how.forward(w_up), down]
         operands = Operands([x_ND, dy_ND], weights, products, by_group=_present(biases[:2]))
     operands = operands._replace(by_row=_present([row_weight_N]))
     results = [Result(dtype)] * 3 + [Result(jnp.float32, row_sum=True)] * weighed
@@ -261,8 +277,7 @@ def _ffn_bwd(how, saved, dy_ND):
         dy_ND = jnp.where(used_N[:, None], weighted_ND, 0.0).astype(dtype)
         dweight_N = jnp.where(used_N, dweight_N, 0.0).astype(row_weight_N.dtype)
     dx_ND, *dw = _of_gate_up(how, x_ND, [w_gate, w_up], dgate_NF, dup_NF, group_sizes_G)
-    args = [dy_ND], group_sizes_G, w_down_GFD.dtype, how.interpret
-    dw += grouped_columns("dw", h_NF, *args)
+    dw += _dw("dw", h_NF, [dy_ND], w_down_GFD.dtype, group_sizes_G, how)
     dbiases = _dbiases(how, [dgate_NF, dup_NF, dy_ND], biases, group_sizes_G)
     return dx_ND, dw, [None] * 3, dbiases, dweight_N, None
 
@@ -300,10 +315,18 @@ def _opened(*weights: Array | Scaled) -> tuple[list[Array], list[Array | None]]:
 def _dx(kind, dys, weights, group_sizes_G, how):
     """The sum over pairs of dy @ w^T."""
     products = (tuple((i, i) for i in range(len(dys))),)
-    operands = Operands(dys, [Weight(w, transposed=True) for w in weights], products)
+    operands = Operands(dys, [how.backward(w) for w in weights], products)
     results = [Result(dys[0].dtype)]
     args = operands, group_sizes_G, lambda sums, *_: sums, results, how.interpret
     return grouped_rows(kind, *args)[0]
+
+
+def _dw(kind, x_ND, dys, dtype, group_sizes_G, how) -> list[Array]:
+    """x^T @ dy for each dy, x being read once; transposed dy^T @ x, for each on its own."""
+    if not how.transposed:
+        return grouped_columns(kind, x_ND, dys, group_sizes_G, dtype, how.interpret)
+    args = group_sizes_G, dtype, how.interpret
+    return [dw for dy in dys for dw in grouped_columns("dw", dy, [x_ND], *args)]
 
 
 def _dbiases(how, dys, biases, group_sizes_G) -> list[Array | None]:

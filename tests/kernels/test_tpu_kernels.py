@@ -113,6 +113,16 @@ def test_values_and_gradients_with_cut_axes(small_tiles, op, groups, dtype, kept
         assert (rows[used:] == 0).all()
 
 
+@pytest.mark.parametrize("op", ["ffn", pytest.param("swiglu", marks=SLOW), "matmul"])
+def test_weights_stored_transposed(small_tiles, op):
+    x_ND, weights, named, sizes_G, dy = case(op, "edges inside tiles", "float32")
+    args = x_ND, [w.swapaxes(1, 2) for w in weights], named, sizes_G, dy
+    y, dx, *rest = results(op, args, implementation="pallas_tpu_interpret", transpose_w=True)
+    rest[: len(weights)] = [dw.swapaxes(1, 2) for dw in rest[: len(weights)]]
+    want = results(op, (x_ND, weights, named, sizes_G, dy), implementation="reference")
+    assert_close([y, dx, *rest], want, BOUNDS["float32"])
+
+
 def test_store_is_refused_where_it_is_not_there():
     x_ND, (w, *_), _, sizes_G, _ = case("swiglu", "fewer rows than a part", "float32")
     run = functools.partial(gm.grouped_swiglu, x_ND, w, w, sizes_G)
