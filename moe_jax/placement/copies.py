@@ -148,6 +148,15 @@ def tables(
     return Candidates(np.take_along_axis(slot_EMR, order_EMR, axis=2), keep_EMR.sum(axis=2))
 
 
+def held(holds_EM: Bool[np.ndarray, "E M"], nodes: Nodes) -> Candidates:
+    """The tables from who holds what, devices in place of slots."""
+    devices = holds_EM.shape[1]
+    device_EM = np.where(holds_EM, np.arange(devices), devices)
+    device_ER = np.sort(device_EM, axis=1)[:, : int(holds_EM.sum(axis=1).max())]
+    device_ER = np.where(device_ER == devices, -1, device_ER)
+    return tables(device_ER, device_ER, nodes)
+
+
 def nearness(device_ER: Int[np.ndarray, "E R"], nodes: Nodes) -> Int[np.ndarray, "E M R"]:
     """2 on the home device, 1 on its node, 0 elsewhere, -1 where there is no copy."""
     home_M = np.arange(nodes.devices)[None, :, None]

@@ -9,6 +9,10 @@ problem of its own: solved exactly, under load caps as an integer program (HiGHS
 out: hops are not time, and a token with several experts on a device counts several times; `rows`
 and `seconds` count it once.
 
+With replicas the copy that serves an assignment follows from where the token is sent from
+(copies.py), so an expert's cost depends on its own copies alone: hops_counts.py counts it exactly,
+hops_copies.py searches, hops_bound.py bounds.
+
 Dispatchers
 - uniform: tokens live on all devices alike and return there (every device dispatches and collects
   a share of 1 / M).
@@ -52,15 +56,45 @@ def costs(load_LE: np.ndarray, hops_MM: np.ndarray, dispatcher: str) -> Costs:
       hops_MM: whole numbers, from device to device.
       dispatcher: one of DISPATCHERS.
     """
-    layers, devices = len(load_LE), len(hops_MM)
-    if dispatcher == "uniform":
-        way_LM = np.tile(hops_MM.sum(axis=0) + hops_MM.sum(axis=1), (layers, 1))
-        parts = devices
-    else:
-        at_L = np.arange(layers) * devices // layers
-        to_L = np.append(at_L[1:], at_L[-1:])
-        way_LM, parts = hops_MM[at_L] + hops_MM[:, to_L].T, 1
+    return costs_of(load_LE, ways(hops_MM, len(load_LE), dispatcher))
+
+
+def costs_of(load_LE: np.ndarray, each: "list[Ways]") -> Costs:
+    """The same, from the ways of every layer."""
+    way_LM = np.stack([one.way_HM.sum(axis=0) for one in each])
+    parts = len(each[0].home_H)
     return Costs(load_LE.astype(np.int64)[:, :, None] * way_LM[:, None, :], parts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ways:
+    """Of one layer; H homes of its tokens, each for an equal share of them.
+
+    Attributes:
+      home_H: int64, the device that tokens are sent from; the copy rule goes by it.
+      way_HM: hops from there to a device and on to the collector.
+    """
+
+    home_H: np.ndarray
+    way_HM: np.ndarray
+
+
+def ways(hops_MM: np.ndarray, layers: int, dispatcher: str) -> list[Ways]:
+    """By layer; `dispatcher` is one of DISPATCHERS."""
+    devices = len(hops_MM)
+    if dispatcher == "uniform":
+        return [Ways(np.arange(devices), hops_MM + hops_MM.T)] * layers
+    return [between(hops_MM, *block(layer, layers, devices)) for layer in range(layers)]
+
+
+def block(layer: int, layers: int, devices: int) -> tuple[int, int]:
+    """The dispatcher and the collector of a layer, for `blocks`."""
+    return layer * devices // layers, min(layer + 1, layers - 1) * devices // layers
+
+
+def between(hops_MM: np.ndarray, at: int, to: int) -> Ways:
+    """One device dispatches, one collects."""
+    return Ways(np.array([at]), (hops_MM[at] + hops_MM[:, to])[None])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -37,6 +37,7 @@ from moe_jax.placement import (
     copies,
     cost,
     greedy,
+    hops_counts,
     moetuner,
     uneven,
     ways,
@@ -77,6 +78,7 @@ class Problem:
     pins: Pins | None = None
     previous: Previous | None = None
     dispatcher: str = "uniform"
+    block: tuple[int, int] | None = None  # dispatcher and collector, of `blocks` with one layer
     steady: float = 0.0  # of a mean device's load, given up for loads that stay even (steady.py)
 
     def __post_init__(self):
@@ -110,9 +112,6 @@ class Problem:
         if self.dispatcher not in hops_lib.DISPATCHERS:
             known = ", ".join(hops_lib.DISPATCHERS)
             raise Refused("dispatcher", self.dispatcher, "not known", f"Use one of {known}")
-        if self.objective == "hops" and self.has_replicas:
-            rule = "the topology ILP has no replicas"
-            raise Refused("num_slots", self.num_slots, rule, "Leave --slots out")
         if self.objective == "exflow" and self.trace.num_layers < 2:
             raise Refused("objective", "exflow", "one layer has no transitions", "Use rows or load")
         each = (self.num_slots or self.trace.num_experts) // self.num_devices
@@ -253,7 +252,7 @@ class Problem:
 
     @functools.cached_property
     def hop_costs(self) -> hops_lib.Costs:
-        return hops_lib.costs(self.load_LE, self.topology.hops_MM, self.dispatcher)
+        return hops_lib.costs_of(self.load_LE, self.hop_ways)
 
     @property
     def kind_M(self) -> np.ndarray | None:
@@ -355,6 +354,9 @@ class Problem:
 
     def counted_L(self, placement: Placement) -> np.ndarray:
         """The objective by layer, counted token by token. Not for `exflow` and `moetuner`."""
+        if self.objective == "hops":
+            scale = self.trace.num_layers / self.token_layers
+            return scale * self.counted_hops(placement).hops_L
         ids_TLK, each = self.trace.expert_ids_TLK, self.topology.devices_per_node
         if self.objective != "rows":
             load_LM = cost.computed_LM(ids_TLK, placement, self.dispatch, None, each)
@@ -368,6 +370,19 @@ class Problem:
         return seconds_lib.seconds(
             rows, load_LM, self.topology, self.work, self.dispatch, self.trace.num_tokens
         ).total_L
+
+    def counted_hops(self, placement: Placement) -> hops_counts.Counted:
+        """Hops and loads of the objective `hops`, counted token by token."""
+        ids_TLK, nodes = self.trace.expert_ids_TLK, self.topology.nodes
+        return hops_counts.counted(ids_TLK, placement, self.hop_ways, nodes)
+
+    @property
+    def hop_ways(self) -> list[hops_lib.Ways]:
+        """From where the tokens of every layer are sent, and where to."""
+        sizes, block = (self.topology.hops_MM, self.trace.num_layers), self.block
+        if block is not None and self.dispatcher == "blocks":
+            return [hops_lib.between(self.topology.hops_MM, *block)]
+        return hops_lib.ways(*sizes, self.dispatcher)
 
     @property
     def row_weight_MM(self) -> np.ndarray:

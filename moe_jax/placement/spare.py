@@ -9,7 +9,8 @@ slots are equal on all devices, so all are filled. What is above a load cap goes
 
 Savings are counted on a sample of tokens, each with a home drawn at random, under the copy rule;
 loads are expected loads. Where tokens stay (coherent dispatch) layers are filled in order and homes
-are where the filled layers leave the tokens. Transitions have a search of their own (staying.py).
+are where the filled layers leave the tokens. Transitions and hops have searches of their own
+(staying.py, hops_copies.py).
 Only the choice is sampled: values of the result are counted on the whole trace. Nothing here is
 proven to be best.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from moe_jax.errors import Refused
-from moe_jax.placement import at_speeds, copies, cost, replication
+from moe_jax.placement import at_speeds, copies, cost, hops_copies, replication
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.nodes import Nodes
 from moe_jax.placement.plan import Placement
@@ -45,6 +46,8 @@ def filled(
     deadline: float,
 ) -> Placement:
     """The plan `device_LE` with its spare slots filled; past the deadline, by loads alone."""
+    if problem.objective == "hops":
+        return hops_copies.filled(problem, device_LE, cap_L, seed, deadline)
     trace, devices = problem.trace, problem.num_devices
     assert problem.num_slots is not None
     rng = np.random.default_rng(seed)
@@ -180,6 +183,8 @@ def _mixed(first: Placement, second: Placement, take_L: np.ndarray) -> Placement
 
 def largest_L(problem: Problem, plan: Placement) -> Float[np.ndarray, " L"]:
     """Largest device load of each layer, counted under the copy rule."""
+    if problem.objective == "hops":  # its dispatchers say where tokens are
+        return (problem.counted_hops(plan).load_LM / problem.topology.speed_M).max(axis=1)
     ids_TLK, each = problem.trace.expert_ids_TLK, problem.topology.devices_per_node
     load_LM = cost.computed_LM(ids_TLK, plan, problem.dispatch, None, each)
     return (load_LM / problem.topology.speed_M).max(axis=1)
@@ -252,7 +257,7 @@ class _Layer:
         here_nK = self._ids_nK == e
         pick = np.flatnonzero(here_nK.any(axis=1))
         k_n = here_nK[pick].argmax(axis=1)
-        table = _table(holds_XM, self._nodes)
+        table = copies.held(holds_XM, self._nodes)
         home_n = self._home_n[pick]
         turn_Xn = (self._position_n[pick] + k_n) % table.count_EM[:, home_n]
         device_Xn = table.slot_EMR[np.arange(len(at_X))[:, None], home_n, turn_Xn]
@@ -276,7 +281,7 @@ class _Layer:
         return self._problem.load_LE[self._layer] @ _share(holds_EM, self._nodes)
 
     def _served(self, holds_EM) -> Int[np.ndarray, "n K"]:
-        table = _table(holds_EM, self._nodes)
+        table = copies.held(holds_EM, self._nodes)
         return table.slots_TK(self._ids_nK, self._home_n, self._position_n)
 
     def _rows(self, device_XnK, pick) -> Float[np.ndarray, "X 2 M M"]:
@@ -325,15 +330,6 @@ class _Layer:
                 problem.trace.num_tokens,
             ).total_L
         return value_X + FIRST * over_X
-
-
-def _table(holds_EM: Bool[np.ndarray, "E M"], nodes: Nodes) -> copies.Candidates:
-    """The copy rule, devices in place of slots."""
-    devices = holds_EM.shape[1]
-    device_EM = np.where(holds_EM, np.arange(devices), devices)
-    device_ER = np.sort(device_EM, axis=1)[:, : int(holds_EM.sum(axis=1).max())]
-    device_ER = np.where(device_ER == devices, -1, device_ER)
-    return copies.tables(device_ER, device_ER, nodes)
 
 
 def _share(holds_EM: Bool[np.ndarray, "E M"], nodes: Nodes) -> Float[np.ndarray, "E M"]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import bounds, copies_bound, spare, staying
+from moe_jax.placement import bounds, copies_bound, hops_bound, spare, staying
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -22,8 +22,11 @@ BASE_SHARE = 0.5  # of the time, for plans without replicas
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
 
-def lower_bound(problem: Problem) -> tuple[float, str]:
+def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
     """No placement with so many slots has less; and the argument in words."""
+    if problem.objective == "hops":
+        note = "bound: the way to the nearest copy (facility location, Lagrangian)"
+        return hops_bound.fewest_hops(problem, deadline), note
     mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
     if problem.objective == "load":
         return 1.0, "bound: the fullest device has at least the mean load"

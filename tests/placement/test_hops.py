@@ -132,7 +132,7 @@ def test_pins_hold_and_labels_stay_put():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dispatcher": "nobody"}, {"num_slots": 9}], ids=["dispatcher", "replicas"]
+    "wrong", [{"dispatcher": "nobody"}, {"num_slots": 10}], ids=["dispatcher", "slots"]
 )
 def test_bad_wishes_are_refused(wrong):
     with pytest.raises(Refused):

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from moe_jax.errors import Refused
+from moe_jax.placement import hops, spare
 from moe_jax.placement import move as move_lib
-from moe_jax.placement import spare
 from moe_jax.placement.limits import knapsack
 from moe_jax.placement.limits.previous import holds_LEM, placement_of
 from moe_jax.placement.plan import Placement
@@ -199,7 +199,10 @@ def _alone(problem: Problem, layer: int, tokens: int) -> Problem:
     one = Trace(ids_TLK, trace.num_experts, np.array([len(at)]))
     if not problem.separable:
         problem = dataclasses.replace(problem, dispatch="exchange", objective="rows")
-    return dataclasses.replace(problem.unrestricted, trace=one, load_cap=None)
+    block = None
+    if problem.dispatcher == "blocks":
+        block = hops.block(layer, trace.num_layers, problem.num_devices)
+    return dataclasses.replace(problem.unrestricted, trace=one, load_cap=None, block=block)
 
 
 def _numbered(problem: Problem, first: Placement, plan: Placement) -> Placement:
