@@ -146,7 +146,8 @@ def test_any_multipliers_prove(seed):
             spread = rng.choice([0.3, 1.0, 30.0])
             r_EB = rng.normal(size=one.weight_EB.shape) * spread * (1 + one.weight_EB)
             u_E = rng.normal(size=len(one.load_E)) * spread * one.load_E.mean()
-            assert one.base + one.proves(r_EB, u_E) <= least_L[layer] * (1 + 1e-12)
+            for ball_EB in (r_EB, np.abs(r_EB)):
+                assert one.base + one.proves(ball_EB, u_E) <= least_L[layer] * (1 + 1e-12)
         assert one.base + one.proves(*one.duals(10.0)) <= least_L[layer] * (1 + 1e-12)
 
 
