@@ -248,12 +248,12 @@ def main(argv: list[str] | None = None) -> int:
     with bundles.dumped() as folder:
         if args.choose:
             choose(folder, names, of_chips)
-        rows = [
-            row(name, chip, found)
-            for name in names
-            for chip in of_chips
-            for found in kernels(folder, chip, bench.SHAPES[name], tiles.Rule())
-        ]
+        rows = []
+        for name in names:
+            for chip in of_chips:
+                print(f"  compiling {name} for {chip}", file=sys.stderr, flush=True)
+                found = kernels(folder, chip, bench.SHAPES[name], tiles.Rule())
+                rows += [row(name, chip, prediction) for prediction in found]
     if args.json:
         print(json.dumps({"jax": jax.__version__, "rows": rows}))
     else:

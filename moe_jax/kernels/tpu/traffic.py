@@ -112,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     ahead.prepare()
-    rows = [
-        {"shape": name, "chip": chip, "ways": measure(chip, bench.SHAPES[name])}
-        for name in names
-        for chip in of_chips
-    ]
+    rows = []
+    for name in names:
+        for chip in of_chips:
+            print(f"  compiling {name} for {chip}", file=sys.stderr, flush=True)
+            rows.append({"shape": name, "chip": chip, "ways": measure(chip, bench.SHAPES[name])})
     if args.json:
         print(json.dumps({"jax": jax.__version__, "rows": rows}))
     else:
