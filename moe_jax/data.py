@@ -1,5 +1,6 @@
-"""Text as bytes: a folder of files, split into train and held-out by file, in shuffled windows.
+"""Text as tokens: a folder of files, split into train and held-out by file, in shuffled windows.
 
+Tokens are bytes, or those of a tokenizer.
 Grain shuffles, repeats and batches the windows; its iterator's state is a small JSON value that
 goes into the checkpoint, so that a restarted run sees the batches it would have seen.
 """
@@ -8,6 +9,7 @@ import dataclasses
 import hashlib
 import pathlib
 import sysconfig
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -24,7 +26,7 @@ SEPARATOR = 0  # the byte between two files
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """uint8 text of the two splits, files joined by `SEPARATOR`."""
+    """The two splits: text in uint8, files joined by `SEPARATOR`, or int32 tokens of it."""
 
     train: np.ndarray
     held_out: np.ndarray
@@ -70,6 +72,23 @@ def load_corpus(config: DataConfig) -> Corpus:
         np.frombuffer(b"".join(splits[key]), np.uint8) for key in (False, True)
     )
     return Corpus(train_text, held_out_text, name)
+
+
+def tokenised(corpus: Corpus, tokens_of: Callable[[np.ndarray], np.ndarray]) -> Corpus:
+    """The corpus in tokens.
+
+    Args:
+      tokens_of: int32 tokens of a text in uint8, its documents ending with `SEPARATOR`.
+    """
+    return Corpus(tokens_of(corpus.train), tokens_of(corpus.held_out), corpus.name)
+
+
+def check_windows(corpus: Corpus, config: DataConfig) -> None:
+    """Refuses a corpus whose text becomes fewer tokens than a window has."""
+    for split, tokens in (("train", corpus.train), ("held-out", corpus.held_out)):
+        if len(tokens) < config.seq_len + 1:
+            rule = f"is {len(tokens)} tokens of {split} text: a window has {config.seq_len + 1}"
+            raise Refused("data.max_bytes", config.max_bytes, rule, "raise it, or add files")
 
 
 def _folder(config: DataConfig) -> tuple[pathlib.Path, str]:
@@ -137,6 +156,6 @@ def held_out_windows(corpus: Corpus, seq_len: int, count: int, start: int = 0) -
 
 
 def unigram_loss(corpus: Corpus, vocab_size: int, windows: np.ndarray) -> float:
-    """Mean nats a token of the byte frequencies of the train split (plus one) on `windows`."""
+    """Mean nats a token of the frequencies of tokens in the train split (plus one) on `windows`."""
     counts = np.bincount(corpus.train, minlength=vocab_size).astype(np.float64) + 1
     return float(-np.log(counts / counts.sum())[windows[:, 1:]].mean())

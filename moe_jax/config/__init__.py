@@ -22,6 +22,7 @@ from moe_jax.config.building import (
 )
 from moe_jax.config.fields import (
     AUTO,
+    BESIDE_WEIGHTS,
     COMBINES,
     DISPATCHES,
     MESH_AXES,
@@ -44,6 +45,7 @@ from moe_jax.config.rules import (
 
 __all__ = [
     "AUTO",
+    "BESIDE_WEIGHTS",
     "COMBINES",
     "DISPATCHES",
     "MESH_AXES",

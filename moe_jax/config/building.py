@@ -67,6 +67,8 @@ def digest(config: Config) -> str:
     for field in PARTS:
         if getattr(config.model, field) == getattr(ModelConfig, field):
             del plain["model"][field]
+    if not config.data.tokenizer:
+        del plain["data"]["tokenizer"]
     if not config.train.spike_sigma:
         del plain["train"]["spike_sigma"], plain["train"]["spike_window"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -148,6 +148,12 @@ PARTS = (
     "output_bias",
 )
 
+# Fields of `ModelConfig` that may change and leave the weights with their meaning.
+BESIDE_WEIGHTS = (
+    *("dtype", "dispatch", "combine", "capacity_factor", "wire_dtype", "overlap_degree"),
+    *("load_balance_coef", "z_loss_coef", "max_seq_len"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -190,7 +196,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Text as bytes, cut into windows; files are split into train and held-out by their name."""
+    """Text as tokens, cut into windows; files are split into train and held-out by their name."""
 
     seq_len: int  # tokens a sequence, without the target of the last one
     global_batch: int  # sequences a step
@@ -198,6 +204,8 @@ class DataConfig:
     max_bytes: int = 12_000_000  # stop reading after this many bytes of text
     held_out_fraction: float = 0.1
     seed: int = 0
+    # A published model's folder with tokenizer.json, from the work directory on; "" = bytes.
+    tokenizer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -327,7 +327,7 @@ def _validate_data(config: Config) -> None:
         raise Refused(
             "data.held_out_fraction", data.held_out_fraction, "must lie in (0, 1)", "use 0.1"
         )
-    if model.vocab_size < 256:
+    if model.vocab_size < 256 and not data.tokenizer:
         raise Refused(
             "model.vocab_size",
             model.vocab_size,

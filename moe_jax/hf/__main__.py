@@ -105,7 +105,7 @@ def export(workdir: str, out: str, like: str) -> None:
     differ = [
         f"model.{name} = {value} in the run, {theirs[name]} in {like}"
         for name, value in dataclasses.asdict(config.model).items()
-        if name not in _FREE and value != theirs[name]
+        if name not in config_lib.BESIDE_WEIGHTS and value != theirs[name]
     ]
     if differ:
         rule = "must have the sizes and parts of the run"
@@ -154,12 +154,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "from-gguf": from_gguf,
     "make": make,
 }
-
-# What may differ between a run and the model it is exported like: not what the weights mean.
-_FREE = (
-    *("dtype", "dispatch", "combine", "capacity_factor", "wire_dtype", "overlap_degree"),
-    *("load_balance_coef", "z_loss_coef", "max_seq_len"),
-)
 
 
 def main(argv: list[str] | None = None) -> int:

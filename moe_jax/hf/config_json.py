@@ -15,7 +15,7 @@ from moe_jax.hf import fp8, rope_json, window_json
 from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES
 from moe_jax.hf.tables import REQUIRED, Family, Key
 
-NAME = "config.json"
+NAME, GENERATION = "config.json", "generation_config.json"
 # Weights of 16 bits other than bfloat16 are computed with in float32, which holds them exactly.
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32", None: "float32"}
 # What else must be said of quantised weights, by `quant_method`.
@@ -73,13 +73,31 @@ def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
             }
         ),
         family,
-        _ends(path, plain, model["vocab_size"]),
+        tuple(
+            dict.fromkeys(
+                (*_ends(path, plain, model["vocab_size"]), *ends(folder, model["vocab_size"]))
+            )
+        ),
     )
 
 
 def _sequence(max_seq_len: Any) -> Any:
     """Tokens of a held-out sequence; nonsense is left to the rules of the config."""
     return min(1024, max(1, max_seq_len // 2)) if isinstance(max_seq_len, int) else max_seq_len
+
+
+def ends(folder: str | os.PathLike, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text by FOLDER/generation_config.json, in its order; () without it.
+
+    Chat models often name there the end of a turn beside the end of a text, which config.json has.
+
+    Raises:
+      Refused: a file that is no JSON object, or tokens that are none of the vocabulary.
+    """
+    path = pathlib.Path(folder) / GENERATION
+    if not path.is_file():
+        return ()
+    return _ends(path, folder_lib.json_object(path, "download it again"), vocab_size)
 
 
 def _ends(path: pathlib.Path, plain: dict[str, Any], vocab_size: int) -> tuple[int, ...]:

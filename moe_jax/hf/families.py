@@ -326,6 +326,26 @@ LLAMA = Family(
     layouts={"per matrix": (*_ENDS, *_dense(*_NORMS, *_PLAIN_ATTENTION), *_DENSE_MLP)},
 )
 
+# Of a Llama whose later layers have become MoE layers (../upcycle): every expert of a layer is
+# read from the layer's one MLP, and the router from nowhere.
+UPCYCLED = Family(
+    "llama",
+    keys=(),
+    fixed={},
+    only=(),
+    layouts={
+        "per matrix": (
+            *LLAMA.layouts["per matrix"],
+            *_NORMS,
+            *_PLAIN_ATTENTION,
+            Row("blocks.moe.gate_PDF", "DF", _BLOCK + "mlp.gate_proj.weight", "F D"),
+            Row("blocks.moe.up_PDF", "DF", _BLOCK + "mlp.up_proj.weight", "F D"),
+            Row("blocks.moe.down_PFD", "FD", _BLOCK + "mlp.down_proj.weight", "D F"),
+        )
+    },
+    made=("blocks.moe.router_DE",),
+)
+
 _MULTIPLIERS = (
     Key("embedding_scale", ("embedding_multiplier",), 1.0),
     Key("residual_scale", ("residual_multiplier",), 1.0),

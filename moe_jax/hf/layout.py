@@ -100,7 +100,8 @@ def of_family(family: Family, name: str, config: ModelConfig) -> Layout:
     model = abstract(config)
     shapes, axes = checkpoint.flatten(model), checkpoint.flatten(logical_axes(model))
     rows = [row for row in family.layouts[name] if row.parameter in shapes]
-    assert {row.parameter for row in rows} == set(shapes), (family.model_type, set(shapes))
+    named = {row.parameter for row in rows} | set(family.made)
+    assert named == set(shapes), (family.model_type, named ^ set(shapes))
     sizes = {
         row.parameter: dict(
             zip(row.axes, shapes[row.parameter].shape[-len(row.axes) :], strict=True)

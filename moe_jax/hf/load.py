@@ -11,7 +11,7 @@ Axes: L layers, P physical experts (slots).
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -113,6 +113,7 @@ def parameters(
     placement: Placement,
     mesh: Mesh,
     *,
+    made: Mapping[str, Callable[[tuple[int, ...]], np.ndarray]] | None = None,
     say: Callable[[str], Any] = metrics.progress,
 ) -> transformer.Transformer:
     """The model of a checkpoint under a placement.
@@ -122,6 +123,7 @@ def parameters(
 
     Args:
       layout: from `layout.find`.
+      made: float32 values by shape of the parameters that no tensor holds (`Family.made`).
       say: called with a line of progress after every parameter.
 
     Raises:
@@ -133,9 +135,13 @@ def parameters(
     total, done, start = sum(leaf.size for leaf in named.values()), 0, time.perf_counter()
     arrays = {}
     for number, (name, leaf) in enumerate(named.items()):
-        arrays[name] = _parameter(
-            reader, name, axes[name], leaf.shape, _dtype(config, axes[name]), mesh
-        )
+        if made and name in made:
+            values = made[name](leaf.shape)
+            arrays[name] = _put(values, mesh_lib.sharding(mesh, *axes[name]))
+        else:
+            arrays[name] = _parameter(
+                reader, name, axes[name], leaf.shape, _dtype(config, axes[name]), mesh
+            )
         done += leaf.size
         seconds = time.perf_counter() - start
         left = seconds * (total - done) / done
@@ -144,6 +150,10 @@ def parameters(
             f"{100 * done / total:.0f} %, ETA {metrics.clock(left)}"
         )
     return checkpoint.unflatten(shapes, arrays)
+
+
+def _put(values: np.ndarray, placed: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, placed, lambda index: values[index])
 
 
 def _dtype(config: ModelConfig, axes: tuple[str, ...]) -> np.dtype:

@@ -91,6 +91,7 @@ class Family:
         number of layers.
       windows: where its layers may have windows; None = they have none.
       codes: of quantised weights that are read: `quant_method` in config.json.
+      made: parameters that no tensor holds: whoever loads them says what they are.
     """
 
     model_type: str
@@ -101,3 +102,4 @@ class Family:
     beside: tuple[str, ...] = ()
     windows: WindowKeys | None = None
     codes: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()

@@ -8,9 +8,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from moe_jax.errors import Refused
 
-NAME, CONFIG = "tokenizer.json", "tokenizer_config.json"
+NAME, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
 class Tokenizer:
@@ -36,6 +38,9 @@ class Tokenizer:
         if largest >= vocab_size:
             rule = f"has a token {largest}, and the model's vocabulary has {vocab_size} entries"
             raise Refused(str(path), largest, rule, "use the tokenizer that belongs to the model")
+        # Another object: what it does with special tokens is a setting of all its calls.
+        self._plain: Any = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        self._plain.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the model expects around a text.
@@ -43,12 +48,50 @@ class Tokenizer:
         Raises:
           Refused: a text with bytes that are not UTF-8 (kept as surrogates by the command line).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Refused("--prompt", text, f"must be UTF-8 ({error})", "convert it") from None
+        _check_text(text)
         return list(self._tokenizer.encode(text).ids)
+
+    def encode_plain(self, text: str, *, whole: bool = False) -> list[int]:
+        """Of a text that may say nothing but itself: "</s>" in it is four characters, not an end.
+
+        Args:
+          whole: with the special tokens that the model expects around a text.
+
+        Raises:
+          Refused: as `encode`.
+        """
+        _check_text(text)
+        return list(self._plain.encode(text, add_special_tokens=whole).ids)
+
+    def control(self, word: str) -> int | None:
+        """The number of a special token, None where there is no such one."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return next((n for n, one in added.items() if one.special and one.content == word), None)
+
+    def corpus(self, text: np.ndarray, separator: int, ends: Sequence[int] = ()) -> np.ndarray:
+        """The tokens of documents to learn from, int32, each with the model's end behind it.
+
+        Args:
+          text: uint8, UTF-8 but for what is replaced.
+          separator: the byte behind each document.
+          ends: the first of them ends a document; none = nothing does.
+        """
+        parts = text.tobytes().split(bytes([separator]))
+        documents = [part.decode("utf-8", errors="replace") for part in parts if part]
+        end = list(ends[:1])
+        tokens = [
+            np.array([*one.ids, *end], np.int32)
+            for one in self._plain.encode_batch(documents, add_special_tokens=False)
+        ]
+        return np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Special tokens are shown, so that an end of text is seen."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused("--prompt", text, f"must be UTF-8 ({error})", "convert it") from None

@@ -11,6 +11,7 @@ HF = flags.DEFINE_string("hf", None, "Folder of a published model, in place of -
 DEVICES = flags.DEFINE_integer("devices", None, "With --hf: split experts over so many devices.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File with one prompt a line.")
+CHAT = flags.DEFINE_bool("chat", False, "Each prompt is what a user says to an assistant.")
 PLACEMENT = flags.DEFINE_string(
     "placement", None, "Plan to compute under; the experts are moved there as they are loaded. "
     "Default: the plan stored with the checkpoint."
@@ -72,6 +73,7 @@ def request() -> Any:
         topology=TOPOLOGY.value,
         trace=TRACE.value,
         prompts=run.read_prompts(PROMPT.value, PROMPTS.value),
+        chat=CHAT.value,
         held_out=HELD_OUT.value,
         held_out_start=HELD_OUT_START.value,
         max_new_tokens=MAX_NEW_TOKENS.value,

@@ -17,10 +17,11 @@ from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
+from moe_jax.hf import config_json
 from moe_jax.infer import published
 from moe_jax.infer.engine import Engine
 from moe_jax.infer.prepared import prepared
-from moe_jax.infer.text import Bytes, Text
+from moe_jax.infer.text import Bytes, Text, of_folder
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes, with_slots
 from moe_jax.placement import copies
@@ -36,7 +37,7 @@ class Source:
       folder: the step directory.
       contents: what it holds.
       plan: the placement to compute under.
-      text: bytes.
+      text: bytes, or the run's tokenizer.
     """
 
     config: Config
@@ -102,7 +103,11 @@ def find(workdir: str, placement: str | None, dispatch: str | None = None) -> So
         num_devices=config.mesh.expert_devices,
     )
     copies.check_nodes(plan.placement, config.mesh.node)
-    return Source(config, folder, contents, plan)
+    text: Text = Bytes()
+    if config.data.tokenizer:
+        kept, size = root / config.data.tokenizer, config.model.vocab_size
+        text = of_folder(kept, size, config_json.ends(kept, size))
+    return Source(config, folder, contents, plan, text)
 
 
 def _warn(message: str) -> None:

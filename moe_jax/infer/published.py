@@ -10,8 +10,7 @@ from moe_jax import metrics
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json, folder, layout, load
-from moe_jax.hf.tokens import Tokenizer
-from moe_jax.infer.text import Text, Tokens
+from moe_jax.infer.text import Text, of_folder
 from moe_jax.model import transformer
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
@@ -85,5 +84,5 @@ def find(
     copies.check_nodes(plan.placement, config.mesh.node)
     tensors = folder.tensors(path)
     found = layout.find(published.family, config.model, tensors)
-    text = Tokens(Tokenizer(path, config.model.vocab_size), published.ends)
+    text = of_folder(path, config.model.vocab_size, published.ends)
     return Source(config, plan, text, devices, found, tensors)

@@ -41,6 +41,7 @@ class Request:
     record: str | None
     measure: str | None
     benchmark: bool
+    chat: bool = False
     serve_load: bool = False
     serve: Settings | None = None
 
@@ -74,7 +75,7 @@ def run(request: Request) -> None:
             "use --record or --benchmark, or a run with model.capacity_factor = 0",
         )
     if request.prompts:
-        prompts = [source.text.encode(prompt) for prompt in request.prompts]
+        prompts = [_encoded(source.text, prompt, request.chat) for prompt in request.prompts]
         corpus_name = "prompts"
     else:
         corpus = data.load_corpus(config.data)
@@ -143,6 +144,8 @@ def _check_flags(request: Request) -> None:
     of_held_out = request.record or request.measure or request.benchmark
     if request.prompts and request.measure:
         raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
+    if request.chat and not request.prompts:
+        raise Refused("--chat", True, "is a way to read prompts", "give --prompt or --prompts")
     if request.serve_load and not request.benchmark:
         raise Refused("--serve-load", True, "is a kind of --benchmark", "give --benchmark, too")
     if request.serve and (request.prompts or request.measure or request.benchmark):
@@ -193,6 +196,10 @@ def read_prompts(texts: list[str], path: str | None) -> list[str]:
         if not prompts:
             raise Refused("--prompts", path, "holds no prompt", "write one prompt a line")
     return prompts
+
+
+def _encoded(text: Text, prompt: str, is_chat: bool) -> list[int]:
+    return text.chat([{"role": "user", "content": prompt}]) if is_chat else text.encode(prompt)
 
 
 def _answer(engine: Engine, prompts: list[list[int]], request: Request, text: Text) -> Generation:

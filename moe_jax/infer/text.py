@@ -1,12 +1,17 @@
-"""Text to tokens and back: bytes for models trained here, a tokenizer for published ones."""
+"""Text to tokens and back: bytes, or the tokenizer of a published model."""
 
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from moe_jax import data
+from moe_jax.hf import folder as folder_lib
+from moe_jax.hf import tokens as tokens_lib
 from moe_jax.hf.tokens import Tokenizer
+from moe_jax.infer import chat
 
 _UNFINISHED = "\ufffd"  # what a character looks like whose last bytes are still to come
 _CONTEXT = 8  # tokens of the prompt that what follows is decoded after
@@ -22,6 +27,9 @@ class Text(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt."""
+
+    def chat(self, messages: chat.Messages) -> list[int]:
+        """The tokens of a prompt that an assistant's answer follows."""
 
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """A prompt and what followed, as text."""
@@ -44,6 +52,9 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return list(os.fsencode(text))
 
+    def chat(self, messages: chat.Messages) -> list[int]:
+        return self.encode(chat.plain(messages))
+
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         return bytes([*prompt, *tokens]).decode("utf-8", errors="replace")
 
@@ -64,10 +75,14 @@ class Tokens:
 
     Args:
       ends: tokens that end a text: they are shown, what the model makes after one is not.
+      form: of a chat; None = `chat.plain`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ends: Sequence[int] = ()):
-        self._tokenizer, self._ends = tokenizer, frozenset(ends)
+    def __init__(
+        self, tokenizer: Tokenizer, ends: Sequence[int] = (), form: chat.ChatML | None = None
+    ):
+        self._tokenizer, self._ends_in_order, self._form = tokenizer, tuple(ends), form
+        self._ends = frozenset(ends)
 
     @property
     def ends(self) -> frozenset[int]:
@@ -75,6 +90,19 @@ class Tokens:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
+
+    def chat(self, messages: chat.Messages) -> list[int]:
+        if self._form is None:
+            return self._tokenizer.encode_plain(chat.plain(messages), whole=True)
+        made: list[int] = []
+        for part in self._form.parts(messages):
+            if part.control:
+                number = self._tokenizer.control(part.text)
+                assert number is not None, part.text  # by `of_folder`
+                made.append(number)
+            else:
+                made += self._tokenizer.encode_plain(part.text)
+        return made
 
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
@@ -104,5 +132,27 @@ class Tokens:
         return follow
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
-        tokens = self._tokenizer.encode(text.tobytes().decode("utf-8", errors="replace"))
-        return np.array(tokens, np.int32)
+        return self._tokenizer.corpus(text, data.SEPARATOR, self._ends_in_order)
+
+
+def of_folder(folder: str | os.PathLike, vocab_size: int, ends: Sequence[int]) -> Tokens:
+    """Of a published model's folder: tokenizer.json, and the chat template if there is one.
+
+    Raises:
+      Refused: a tokenizer that is missing, damaged, or of a larger vocabulary.
+    """
+    tokenizer = Tokenizer(folder, vocab_size)
+    form = chat.known(_template(pathlib.Path(folder)))
+    if form is not None and None in map(tokenizer.control, (form.begin, form.end)):
+        form = None  # its marks are no tokens of this model
+    return Tokens(tokenizer, ends, form)
+
+
+def _template(folder: pathlib.Path) -> object:
+    alone = folder / tokens_lib.TEMPLATE
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8", errors="replace")
+    said = folder / tokens_lib.CONFIG
+    if not said.is_file():
+        return None
+    return folder_lib.json_object(said, "download it again").get("chat_template")

@@ -17,11 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import auto, data, files, metrics
+from moe_jax import auto, checkpoint, data, files, metrics
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
+from moe_jax.hf import config_json
+from moe_jax.hf.tokens import Tokenizer
 from moe_jax.model import transformer
 from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import copies
@@ -57,6 +59,8 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
         raise Refused("--workdir", str(workdir), "is not a directory", "name another one")
     if kept.exists():
         old = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
+        if checkpoint.steps(workdir / "checkpoints") == [0]:  # no step was trained
+            old = _with_settings(old, config)
         if config_lib.digest(old) != config_lib.digest(config):
             raise Refused(
                 "--workdir",
@@ -65,8 +69,24 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
                 "use another --workdir, or the config in its config.json",
             )
     corpus = data.load_corpus(config.data)
+    if config.data.tokenizer:
+        tokenizer = Tokenizer(workdir / config.data.tokenizer, config.model.vocab_size)
+        ends = config_json.ends(workdir / config.data.tokenizer, config.model.vocab_size)
+        corpus = data.tokenised(corpus, lambda text: tokenizer.corpus(text, data.SEPARATOR, ends))
+        data.check_windows(corpus, config.data)
     data.held_out_windows(corpus, config.data.seq_len, config.train.eval_sequences)
     return corpus, plan
+
+
+def _with_settings(old: Config, new: Config) -> Config:
+    """What `old` says of the weights and of their tokens, with the training that `new` says."""
+    weights = {name: getattr(new.model, name) for name in config_lib.BESIDE_WEIGHTS}
+    return dataclasses.replace(
+        new,
+        name=old.name,
+        model=dataclasses.replace(old.model, **weights),
+        data=dataclasses.replace(new.data, tokenizer=old.data.tokenizer),
+    )
 
 
 def load_plan(config: Config) -> plan_lib.Plan:

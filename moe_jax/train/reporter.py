@@ -47,7 +47,7 @@ class Reporter:
             f"{config.name}: {transformer.num_parameters(config.model):,} parameters "
             f"({transformer.num_active_parameters(config.model):,} active) on "
             f"{config.mesh.num_devices} devices ({config.mesh}); {corpus.name}: "
-            f"{len(corpus.train):,} train and {len(corpus.held_out):,} held-out bytes; "
+            f"{len(corpus.train):,} train and {len(corpus.held_out):,} held-out tokens; "
             f"matmul rate {self._peak / 1e9:.0f} GFLOP/s"
             + (f"; resuming after step {first_step}" if first_step else "")
         )

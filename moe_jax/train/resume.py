@@ -2,6 +2,10 @@
 
 A checkpoint goes on on any mesh: arrays are read into the shards that this run wants, experts are
 moved where its plan wants them, and data is counted in batches of all processes together.
+
+A step 0 that says so (`ONLY`) holds parameters alone: what a run begins with that were made by
+another command (../upcycle). All else is then fresh. One that does not say so and lacks an array is
+refused like any other.
 """
 
 import dataclasses
@@ -27,6 +31,8 @@ from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
+
+ONLY, MODEL = "only", "model"  # of `Contents.extra`
 
 
 @dataclasses.dataclass
@@ -83,6 +89,8 @@ def start_or_resume(
     if not config.placement or config.replan.every:
         plan = _in_order(contents.plan, plan, config.mesh.node)
     state = _placed(config, mesh, found.value, contents.plan.placement, plan.placement)
+    if ONLY in contents.extra:
+        return Run(state, batches, 0), plan
     try:
         batches.set_state(contents.extra["data_state"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -127,9 +135,24 @@ def _read(
     there = step_lib.abstract_state(config, mesh, stored.num_slots)
     if stored.num_slots % devices:
         there = _unsplit(there, mesh)  # until they have been moved
-    return checkpoint.unflatten(
-        there, checkpoint.restore(folder, contents, checkpoint.flatten(there), stored)
-    )
+    wanted = checkpoint.flatten(there)
+    if ONLY in contents.extra:
+        _check_only(folder, contents)
+        wanted = {name: leaf for name, leaf in wanted.items() if name.startswith("model.")}
+    arrays = checkpoint.restore(folder, contents, wanted, stored)
+    if ONLY not in contents.extra:
+        return checkpoint.unflatten(there, arrays)
+    named = {name.removeprefix("model."): array for name, array in arrays.items()}
+    model = checkpoint.unflatten(there.model, named)
+    return step_lib.around(config, jax.tree.map(lambda leaf: leaf.sharding, there), model)
+
+
+def _check_only(folder: pathlib.Path, contents: checkpoint.Contents) -> None:
+    """Refuses a step that says that it holds parameters alone, and is not such a one."""
+    others = [name for name in contents.arrays if not name.startswith("model.")]
+    if contents.extra[ONLY] != MODEL or contents.step or others:
+        rule = f"says that it holds only {contents.extra[ONLY]!r}, which is for a step 0 without "
+        raise integrity.damaged(folder / "meta.json", f"{rule}other arrays than parameters")
 
 
 def _told(found: checkpoint.Restored, verified: bool) -> str:

@@ -88,9 +88,36 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: _initial(config, optimizer), out_shardings=shardings)()
 
 
+def around(config: Config, shardings: TrainState, model: transformer.Transformer) -> TrainState:
+    """A fresh state of parameters that were made elsewhere; they are not copied.
+
+    Args:
+      shardings: of the state.
+    """
+    optimizer = optimizer_lib.make(config.optimizer, config.train.num_steps)
+    run_key = jax.random.split(jax.random.key(config.train.seed))[1]
+
+    def beside(state: TrainState) -> dict[str, Any]:
+        return {name: value for name, value in vars(state).items() if name != "model"}
+
+    made = jax.jit(
+        lambda model: beside(_fresh(config, optimizer, model, run_key)),
+        out_shardings=beside(shardings),
+    )(model)
+    return TrainState(model=model, **made)
+
+
 def _initial(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
-    model = transformer.Transformer(init_key, config.model)
+    return _fresh(config, optimizer, transformer.Transformer(init_key, config.model), run_key)
+
+
+def _fresh(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    model: transformer.Transformer,
+    run_key: jax.Array,
+) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     recent = spikes.Recent.empty(config.train.spike_window)
     return TrainState(

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from moe_jax.errors import Refused
-from moe_jax.infer.server import chat, fields, live, prometheus, reply
+from moe_jax.infer.server import fields, live, prometheus, reply
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.request import Options, Part
 from moe_jax.infer.serving.service import Service, Ticket, Unavailable
@@ -157,12 +157,12 @@ class Server:
         self.service.check_open()
         body = fields.parse(await self._body(request))
         self._check_model(body.get("model", self.name))
-        encode, context = self._text.encode, self._engine.limits.max_len
+        text, context = self._text, self._engine.limits.max_len
         # On a thread: a long text takes its time, and others' streams go on.
         if is_chat:
-            asked = await asyncio.to_thread(fields.chat, body, encode, chat.plain, context)
+            asked = await asyncio.to_thread(fields.chat, body, text.chat, context)
         else:
-            asked = await asyncio.to_thread(fields.completion, body, encode)
+            asked = await asyncio.to_thread(fields.completion, body, text.encode)
         jobs = [(prompt, options) for prompt in asked.prompts for options in asked.options]
         answers = _Answers(self.service, jobs)
         made = reply.Reply(

@@ -88,13 +88,12 @@ def completion(body: dict[str, Any], encode: Callable[[str], list[int]]) -> Aske
 
 def chat(
     body: dict[str, Any],
-    encode: Callable[[str], list[int]],
-    template: Callable[[list[dict[str, str]]], str],
+    encode: Callable[[list[dict[str, str]]], list[int]],
     context: int,
 ) -> Asked:
     """/v1/chat/completions; without max_tokens an answer may fill the context."""
     _check_names(body, _CHAT)
-    prompt = encode(template(_messages(body.get("messages"))))
+    prompt = encode(_messages(body.get("messages")))
     default = _whole(body, "max_tokens", max(1, context - len(prompt)))
     max_tokens = _whole(body, "max_completion_tokens", default)
     wanted, top = _truth(body, "logprobs"), _whole(body, "top_logprobs", 0)

@@ -1,0 +1,90 @@
+"""python -m moe_jax.upcycle: a dense model as a mixture of experts, ready to train.
+
+    --gguf=FILE | --hf=DIR, --workdir=DIR   a Llama -> a work directory
+    --distance --workdir=DIR                how far a run's experts are from each other
+
+Exit codes: 0 done, 1 refused, 2 usage.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+
+from moe_jax import errors
+from moe_jax.errors import Refused
+
+
+def upcycle(given: argparse.Namespace) -> None:
+    """Writes a work directory. Raises `Refused`."""
+    from moe_jax import mesh as mesh_lib
+    from moe_jax.hf import folder, gguf_llama
+    from moe_jax.upcycle import make
+
+    if bool(given.gguf) == bool(given.hf):
+        rule = "is required, or --hf=DIR, and not both"
+        raise Refused("--gguf", given.gguf, rule, "name the dense model")
+    wanted = make.Wanted(given.num_experts, given.top_k, given.first_dense, given.seed)
+    folder.check_new(given.workdir)
+    if given.hf:
+        mesh_lib.initialize("", 0, "off")
+        make.make(given.hf, given.workdir, wanted)
+        return
+    above = pathlib.Path(given.workdir).absolute().parent  # where there is room for the result
+    above.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dense-", dir=above) as scratch:
+        dense = pathlib.Path(scratch) / "dense"
+        gguf_llama.convert(given.gguf, dense)
+        mesh_lib.initialize("", 0, "off")
+        make.make(dense, given.workdir, wanted)
+
+
+def distance(workdir: str) -> None:
+    """Prints the experts' relative distance in each MoE layer. Raises `Refused`."""
+    import numpy as np
+
+    from moe_jax import checkpoint
+    from moe_jax import mesh as mesh_lib
+    from moe_jax.infer import load
+    from moe_jax.upcycle import distance as of_experts
+
+    source = load.find(workdir, None)
+    if not source.config.model.num_moe_layers:
+        raise Refused("--workdir", workdir, "has no experts", "upcycle it first")
+    mesh_lib.initialize(source.config.platform, source.virtual_devices, "off")
+    model = load.parameters(source, mesh_lib.of_config(source.config.mesh))
+    named = checkpoint.flatten(model)
+    found_L = of_experts.relative_L(
+        {name: np.asarray(named[f"blocks.moe.{name}"]) for name in of_experts.MATRICES}
+    )
+    for layer, value in zip(source.config.model.moe_layer_ids, found_L, strict=True):
+        print(f"layer {layer:3}   {value:.3e}")
+    print(
+        f"step {source.contents.step}: distance of an expert from its layer's mean, over that "
+        f"mean's norm: median {np.median(found_L):.3e}, {found_L.min():.3e} to {found_L.max():.3e}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="moe_jax.upcycle",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--gguf", help="a Llama in a GGUF file")
+    parser.add_argument("--hf", help="folder of a published Llama")
+    parser.add_argument("--workdir", required=True, help="a new folder; with --distance a run's")
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--first-dense", type=int, default=0, help="so many layers stay dense")
+    parser.add_argument("--seed", type=int, default=0, help="of the router")
+    parser.add_argument("--distance", action="store_true", help="measure, and make nothing")
+    given = parser.parse_args(argv)
+    if given.distance:
+        return errors.exit_code(lambda: distance(given.workdir))
+    return errors.exit_code(lambda: upcycle(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

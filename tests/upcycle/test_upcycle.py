@@ -1,0 +1,260 @@
+"""A dense Llama upcycled: the same function at step 0, trained from there, in and out of text."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, entry, metrics, permute
+from moe_jax import config as config_lib
+from moe_jax import mesh as mesh_lib
+from moe_jax.errors import Refused
+from moe_jax.hf import config_json, folder, gguf_llama, layout, load
+from moe_jax.infer import load as infer_load
+from moe_jax.infer import run as infer_run
+from moe_jax.model import transformer
+from moe_jax.placement.plan import Placement
+from moe_jax.train import loop, resume
+from moe_jax.upcycle import __main__ as command
+from moe_jax.upcycle import distance, make
+from tests.hf import golden, tiny_gguf
+from tests.hf.test_infer import request
+
+# |difference| of upcycled and dense logits over the dense logits' range, both in float32: weights
+# of the chosen sum to 1 within k units in the last place, 6e-8 each, in each of 2 layers.
+BOUND = 1e-6
+TOKENS = np.random.default_rng(0).integers(0, 264, (2, 24), np.int32)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dense")
+    gguf_llama.convert(tiny_gguf.write(root / "tiny.gguf"), root / "folder")
+    return root / "folder"
+
+
+@pytest.fixture(scope="module")
+def upcycled(dense, tmp_path_factory):
+    """The command, from the GGUF file on."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    file = dense.parent / "tiny.gguf"
+    assert command.main([f"--gguf={file}", f"--workdir={workdir}", "--num-experts=4"]) == 0
+    assert [path.name for path in workdir.parent.iterdir()] == ["run"]  # nothing is left beside it
+    return workdir
+
+
+def logits(model, config, num_slots_plan):
+    mesh = mesh_lib.make()
+    forward = jax.jit(transformer.build_forward(config, mesh))
+    out = forward(model, TOKENS, permute.table(num_slots_plan))
+    return np.asarray(out.logits_BSV)
+
+
+def dense_logits(dense):
+    published = config_json.read(dense)
+    tensors = folder.tensors(dense)
+    found = layout.find(published.family, published.config.model, tensors)
+    idle = Placement.contiguous(1, 1, 1)
+    model = load.parameters(published.config.model, found, tensors, idle, mesh_lib.make())
+    return logits(model, published.config.model, idle)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "first_dense"), [(8, 2, 0), (4, 3, 1), (2, 1, 0)])
+def test_logits_are_those_of_the_dense_model(dense, experts, top_k, first_dense):
+    wanted = make.Wanted(experts, top_k, first_dense, seed=3)
+    config = make.config(config_json.read(dense).config, wanted)
+    plan = Placement.contiguous(2 - first_dense, experts, 1)
+    model = make.parameters(dense, config, mesh_lib.make(), plan, wanted.seed)
+    expected = dense_logits(dense)
+    found = logits(model, config.model, plan)
+    assert np.abs(found - expected).max() <= BOUND * np.ptp(expected)
+    assert len({*np.asarray(model.blocks.moe.router_DE[...]).std(axis=(1, 2))}) == 2 - first_dense
+
+
+def test_experts_are_the_dense_weights_and_routers_are_seeded(dense):
+    config = make.config(config_json.read(dense).config, make.Wanted(4, 2))
+    plan, mesh = Placement.contiguous(2, 4, 1), mesh_lib.make()
+    one, same, other = (
+        checkpoint.flatten(make.parameters(dense, config, mesh, plan, seed)) for seed in (0, 0, 1)
+    )
+    weights = folder.tensors(dense)
+    for layer in range(2):
+        for expert in range(4):
+            for name, stored in (("gate_PDF", "gate"), ("up_PDF", "up"), ("down_PFD", "down")):
+                np.testing.assert_array_equal(
+                    one[f"blocks.moe.{name}"][layer, expert],
+                    weights.array(f"model.layers.{layer}.mlp.{stored}_proj.weight").T,
+                )
+    for name in one:
+        np.testing.assert_array_equal(one[name], same[name])
+        assert np.array_equal(one[name], other[name]) == (name != make.ROUTER)
+
+
+def test_weights_of_16_bits_become_parameters_of_32(dense, tmp_path):
+    shutil.copytree(dense, tmp_path / "half")
+    plain = json.loads((dense / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "half" / "config.json").write_text(json.dumps(plain))
+    config = make.make(tmp_path / "half", tmp_path / "run", make.Wanted(4, 2))
+    assert config.model.dtype == "bfloat16"
+    found = checkpoint.newest_good(tmp_path / "run" / "checkpoints", print)
+    assert {info.dtype for info in found[1].arrays.values()} == {"float32"}
+
+
+def trained(workdir, num_steps, **changes):
+    """`train.py --config=WORKDIR/config.py` with settings of its own."""
+    plain = entry.read_config(str(workdir / "config.py"))
+    plain.data.max_bytes, plain.data.seq_len, plain.data.global_batch = 100_000, 16, 8
+    plain.train.num_steps, plain.train.checkpoint_every = num_steps, 2
+    plain.optimizer.learning_rate = 1e-3
+    for group, values in changes.items():
+        plain[group].update(values)
+    config = config_lib.from_config_dict(plain)
+    corpus, plan = loop.prepare(config, workdir)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+        loop.train(config, workdir, corpus, plan)
+
+
+def test_trains_from_there_and_goes_on(upcycled, tmp_path, capsys):
+    shutil.copytree(upcycled, tmp_path / "run")
+    workdir = tmp_path / "run"
+    assert command.main(["--distance", f"--workdir={workdir}"]) == 0
+    assert "median 0.000e+00, 0.000e+00 to 0.000e+00" in capsys.readouterr().out
+    mesh = {"data": 2, "expert": 4}
+    trained(workdir, 4, mesh=mesh)
+    shutil.copytree(workdir, tmp_path / "on")
+    trained(tmp_path / "on", 6, mesh=mesh)
+    rows = metrics.read(tmp_path / "on" / "metrics.jsonl")[1]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert command.main(["--distance", f"--workdir={workdir}"]) == 0
+    assert "median 0.000e+00" not in capsys.readouterr().out
+    with pytest.raises(Refused, match="holds a run of another config"):  # now it has been trained
+        trained(workdir, 4, mesh=mesh, optimizer={"learning_rate": 2e-3})
+
+
+def test_a_run_of_parameters_alone_has_a_fresh_state(upcycled):
+    config = config_lib.from_json((upcycled / "config.json").read_text())
+    data = dataclasses.replace(config.data, max_bytes=100_000, global_batch=8, seq_len=16)
+    config = dataclasses.replace(config, data=data, mesh=config_lib.MeshConfig(data=2, expert=4))
+    mesh = mesh_lib.of_config(config.mesh)
+    corpus, plan = loop.prepare(config, upcycled)
+    run, _ = resume.start_or_resume(config, mesh, upcycled, corpus, plan)
+    assert run.step == 0
+    fresh = checkpoint.flatten(loop.step_lib.initial_state(config, mesh))
+    state = checkpoint.flatten(run.state)
+    assert state.keys() == fresh.keys()
+    for name, array in state.items():
+        assert array.sharding == fresh[name].sharding
+        if not name.startswith("model."):
+            np.testing.assert_array_equal(array, fresh[name])
+
+
+@pytest.mark.parametrize("kind", ["unmarked", "with the optimizer's", "of a later step", "unknown"])
+def test_only_what_says_so_begins_with_parameters_alone(upcycled, tmp_path, kind):
+    """A step without optimizer state that does not say that it is one is refused, or damaged."""
+    root = tmp_path / "run"
+    shutil.copytree(upcycled, root)
+    folder_, contents = checkpoint.newest_good(root / "checkpoints", print)
+    arrays = checkpoint.restore_numpy(folder_, contents)
+    extra = dict(contents.extra)
+    step = 3 if kind == "of a later step" else 0
+    if kind == "unmarked":
+        del extra[resume.ONLY]
+    if kind == "unknown":
+        extra[resume.ONLY] = "experts"
+    infos = dict(contents.arrays)
+    if kind == "with the optimizer's":
+        arrays["key"] = np.zeros(2, np.uint32)
+        infos["key"] = checkpoint.ArrayInfo((2,), "uint32", ("",))
+    shutil.rmtree(root / "checkpoints")
+    checkpoint.save(
+        root / "checkpoints", arrays, checkpoint.Contents(step, infos, contents.plan, extra)
+    )
+    config = config_lib.from_json((root / "config.json").read_text())
+    corpus, plan = loop.prepare(config, root)
+    with pytest.raises(Refused) as refused:
+        resume.start_or_resume(config, mesh_lib.make(), root, corpus, plan)
+    damaged = kind != "unmarked"
+    assert refused.value.field == ("checkpoints" if damaged else "checkpoint arrays")
+
+
+def test_other_weights_or_tokens_are_another_run(upcycled):
+    for group, values in (
+        ("model", {"top_k": 1}),
+        ("model", {"norm_eps": 1e-3}),
+        ("data", {"tokenizer": ""}),
+    ):
+        plain = entry.read_config(str(upcycled / "config.py"))
+        plain[group].update(values)
+        with pytest.raises(Refused, match="holds a run of another config"):
+            loop.prepare(config_lib.from_config_dict(plain), upcycled)
+    plain.data.tokenizer = "tokenizer"
+    plain.model.load_balance_coef, plain.train.num_steps = 0.5, 7
+    loop.prepare(config_lib.from_config_dict(plain), upcycled)
+
+
+def test_training_reads_the_tokens_of_the_model(upcycled):
+    config = config_lib.from_json((upcycled / "config.json").read_text())
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bytes=100_000))
+    corpus, _ = loop.prepare(config, upcycled)
+    text = infer_load.find(str(upcycled), None).text
+    assert corpus.train.dtype == np.int32
+    said = text.join([], corpus.held_out[:200].tolist())
+    raw = loop.data.load_corpus(config.data)
+    assert said.startswith(bytes(raw.held_out[:100]).decode())
+    np.testing.assert_array_equal(text.corpus(raw.held_out), corpus.held_out)
+    ends = (corpus.train == 2).sum()
+    assert ends == (raw.train == loop.data.SEPARATOR).sum()
+
+
+def test_answers_text(upcycled, capsysbinary):
+    how = {"workdir": str(upcycled), "hf": None, "devices": None, "max_new_tokens": 2}
+    asked = request("", **how, prompts=["in the 12"], chat=True)
+    infer_run.run(asked)
+    said = capsysbinary.readouterr().out.decode()
+    assert (
+        "<|im_start|>system\nYou are tiny<|im_end|>\n<|im_start|>user\nin the 12<|im_end|>" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        ([], "--gguf"),
+        (["--hf=nowhere"], "--hf"),
+        (["--hf=DENSE", "--gguf=FILE"], "--gguf"),
+        (["--hf=DENSE", "--first-dense=2"], "--first-dense"),
+        (["--hf=DENSE", "--first-dense=-1"], "--first-dense"),
+        (["--hf=DENSE", "--top-k=9"], "--top-k"),
+        (["--hf=DENSE", "--top-k=0"], "--top-k"),
+        (["--hf=DENSE", "--num-experts=1", "--top-k=1"], "--num-experts"),
+        (["--hf=MIXTRAL"], "--hf"),
+    ],
+)
+def test_refused_and_nothing_left(dense, tmp_path, capsys, flags, field):
+    places = {
+        "DENSE": dense,
+        "FILE": dense.parent / "tiny.gguf",
+        "MIXTRAL": golden.ROOT / "mixtral",
+    }
+    for word, place in places.items():
+        flags = [flag.replace(word, str(place)) for flag in flags]
+    assert command.main([*flags, f"--workdir={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err.startswith(f"refused: {field}")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_distance():
+    rng = np.random.default_rng(0)
+    shapes = {"gate_PDF": (2, 3, 4, 5), "up_PDF": (2, 3, 4, 5), "down_PFD": (2, 3, 5, 4)}
+    arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    found_L = distance.relative_L(arrays)
+    for layer in range(2):
+        experts_PN = np.concatenate([a[layer].reshape(3, -1) for a in arrays.values()], axis=1)
+        mean_N = experts_PN.mean(axis=0)
+        apart_P = np.linalg.norm(experts_PN - mean_N, axis=1)
+        expected = np.sqrt((apart_P**2).mean()) / np.linalg.norm(mean_N)
+        np.testing.assert_allclose(found_L[layer], expected, rtol=1e-12)
