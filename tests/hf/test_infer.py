@@ -117,8 +117,10 @@ def test_text_streams_in_whole_characters():
     for token in (*followed, end, *followed):
         follow(token)
     assert b"".join(ended).decode() == "<s>néü→z</s>"
-    text = np.frombuffer("né".encode(), np.uint8)
-    np.testing.assert_array_equal(tokens.corpus(text), prompt)
+    text = np.frombuffer("né\0né</s>\0".encode(), np.uint8)  # documents, each with its end
+    said = tokens.corpus(text)
+    np.testing.assert_array_equal(said[: len(prompt)], [*prompt[1:], end])
+    assert (said == end).sum() == 2  # what a document spells is text
 
 
 def test_a_streamed_word_keeps_the_space_in_front(tmp_path):
