@@ -9,6 +9,7 @@ fits into the largest.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 STEPS = 3000  # of a relaxation, at most
+APART = 0.25  # of the time for coherent rows, for layers by themselves
+CHOICES = 4  # what pairs of layers take before their first step, over finding their sets
+BEGIN = 0.3  # of the time, that this may be
 
 
 def lower_bound(problem: Problem, deadline: float, steps: int = STEPS) -> float:
@@ -101,23 +105,47 @@ def _least_coherent(problem: Problem, deadline: float, steps: int) -> float:
     A token waits on the device of its best expert of the layer before. With it in the set a layer
     sends one row to each device but the waiting one, and gets back one from each but where the
     token goes on: contacts - 1 both times. In the first layer tokens wait anywhere.
+
+    Without the waiting expert a set has no more contacts, so layer by layer contacts of its own
+    sets less 1, out and back, are a bound too: far smaller programs, which prove most of it in the
+    time that pairs of layers take to begin. The latter come first, where they have time for that,
+    and leave APART of it to them.
     """
     devices = problem.num_devices
     back = [TokenSets(one.expert_QK, one.count_Q) for one in problem.sets]
     tokens_L = np.array([one.weight_Q.sum() for one in back])
     both_ways = 1 + (devices - 1) / devices
-    first = TokenSets(back[0].node_QK, back[0].weight_Q * both_ways)
-    rough_L = _from_pairs_L(problem, devices)
-    rough = both_ways * rough_L[0] - tokens_L[0] + 2 * float((rough_L - tokens_L)[1:].sum())
-    if len(back) == 1:
-        fewest = contact_bound.fewest([[first]], _groups(problem, devices, 1), deadline, steps)
-    else:
-        cliques = [_tied(problem, layer, back[layer]) for layer in range(1, len(back))]
-        none = problem.trace.num_experts
-        on_clique_QK = np.where(first.node_QK < none, first.node_QK, 2 * none)
-        cliques[0].append(TokenSets(on_clique_QK, first.weight_Q))
-        fewest = contact_bound.fewest(cliques, _groups(problem, devices, 2), deadline, steps)
-    return max(float(fewest.sum() - 2 * tokens_L.sum() + tokens_L[0]), float(rough))
+
+    def apart(own_L: np.ndarray) -> float:
+        return float(both_ways * own_L[0] - tokens_L[0] + 2 * (own_L - tokens_L)[1:].sum())
+
+    now = time.monotonic()
+    together = _coherent_pairs(problem, back, now + (1 - APART) * (deadline - now), steps)
+    own_L = contact_bound.fewest(
+        [[one] for one in back], _groups(problem, devices, 1), deadline, steps
+    )
+    return max(together, apart(own_L), apart(_from_pairs_L(problem, devices)))
+
+
+def _coherent_pairs(
+    problem: Problem, back: Sequence[TokenSets], deadline: float, steps: int
+) -> float:
+    """With the waiting experts, all layers in one relaxation; 0 where it has no time to begin."""
+    layers, none = len(back), problem.trace.num_experts
+    if layers == 1:
+        return 0.0
+    devices, started = problem.num_devices, time.monotonic()
+    cliques = [_tied(problem, 1, back[1])]
+    spent = time.monotonic() - started
+    if CHOICES * spent * (layers - 1) > BEGIN * (deadline - started):
+        return 0.0
+    cliques += [_tied(problem, layer, back[layer]) for layer in range(2, layers)]
+    weight_Q = back[0].weight_Q * (1 + (devices - 1) / devices)
+    on_clique_QK = np.where(back[0].node_QK < none, back[0].node_QK, 2 * none)
+    cliques[0].append(TokenSets(on_clique_QK, weight_Q))
+    fewest = contact_bound.fewest(cliques, _groups(problem, devices, 2), deadline, steps)
+    tokens_L = np.array([one.weight_Q.sum() for one in back])
+    return float(fewest.sum() - 2 * tokens_L.sum() + tokens_L[0])
 
 
 def _tied(problem: Problem, layer: int, back: TokenSets) -> list[TokenSets]:

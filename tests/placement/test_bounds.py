@@ -288,6 +288,19 @@ def test_lower_bound_under_a_cap_and_with_tokens_that_lack_experts(objective, di
         assert relax.lower_bound(problem, 0.0) <= bound * (1 + 1e-9)
 
 
+def test_coherent_rows_layer_by_layer(monkeypatch):
+    """What is proven where pairs of layers have no time to begin: below all plans, not by much."""
+    monkeypatch.setattr(relax, "BEGIN", -1.0)
+    gaps = []
+    for seed in range(6):
+        trace = random_trace(seed, 1 + seed % 2, 6, 3, tokens=200)
+        problem = Problem(trace, topology.flat(2), "rows", "coherent")
+        best = min(map(problem.value, placements(6, 2, 1 + seed % 2)))
+        gaps.append(1 - relax.lower_bound(problem, FAR, 200) / best)
+    assert min(gaps) >= 0
+    assert np.mean(gaps) < 0.35
+
+
 def test_contacts_are_bounded_closely():
     """Rows of small layers: within a few percent of the optimum, on average."""
     gaps = []
