@@ -81,3 +81,35 @@ def test_the_command_takes_rows(tmp_path, capsys):
     capsys.readouterr()
     assert command_line.main([*words, "--load-cap=10rows"]) == 1
     assert "Use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device-slots=4,4,4,3"], "Use --slots=12, which the smallest device holds"),
+        (["--device-slots=6,6,2,2"], "Plan for the 2 devices with most room: they hold 6 each"),
+        (["--device-slots=3,3,2,2"], "Use more devices, or devices with more memory"),
+        (["--device-slots=4,4,4"], "4 whole numbers of at least 1"),
+        (["--device-slots=4,4,4,x"], "4 whole numbers of at least 1"),
+        (["--device-slots=4,4,4,0"], "4 whole numbers of at least 1"),
+        (["--device-slots=4,4,4,4", "--slots=12"], "--slots=12 says something else"),
+    ],
+)
+def test_slots_of_single_devices_are_refused_with_what_is_possible(
+    tmp_path, capsys, words, message
+):
+    path, out = tmp_path / "t.npz", tmp_path / "p.json"
+    trace_lib.save(TRACE, path)
+    command = ["solve", str(path), "--devices=4", f"--out={out}", "--time-limit=0"]
+    assert command_line.main([*command, *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_equal_slots_of_devices_are_the_slots_of_a_layer(tmp_path, capsys):
+    path, out = tmp_path / "t.npz", tmp_path / "p.json"
+    trace_lib.save(TRACE, path)
+    words = ["solve", str(path), "--devices=4", f"--out={out}", "--time-limit=0"]
+    assert command_line.main([*words, "--device-slots=4,4,4,4", "--objective=load"]) == 0
+    assert Plan.read(out).placement.num_slots == 16
+    capsys.readouterr()

@@ -22,7 +22,8 @@ def solve(options: argparse.Namespace, counts: Counts) -> str:
     _check(options)
     topology = options_lib.topology_of(options)
     plan_LE, judge_LE = balance.split(counts.count_SLE, options.seed)
-    sizes = topology.num_devices, options.slots
+    experts, devices = counts.count_SLE.shape[2], topology.num_devices
+    sizes = devices, options_lib.slots_of(options, experts, devices)
     found = balance.solve(plan_LE, *sizes, topology.num_nodes, options.time_limit)
     planned_on = _planned_on(len(counts.count_SLE), judge_LE is not None)
     origin = {

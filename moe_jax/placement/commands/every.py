@@ -42,7 +42,7 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, trace: Trace, halves: Halves) -> str:
     """The table of all combinations, or one JSON object."""
-    for name in ("report", "out_plans", "methods", "slots"):
+    for name in ("report", "out_plans", "methods", "slots", "device_slots"):
         if getattr(options, name) is not None:
             field = name.replace("_", "-")
             rule = "--every compares plans without copies, and writes nothing"

@@ -113,6 +113,12 @@ def objective_options(command: argparse.ArgumentParser) -> None:
         "spare ones hold replicas (default: one slot per expert)",
     )
     group.add_argument(
+        "--device-slots",
+        metavar="5,5,...",
+        help="slots that the memory of every device holds, in place of --slots; all alike, as "
+        "every device has as many, else it says what the smallest one allows",
+    )
+    group.add_argument(
         "--time-limit", type=float, default=60.0, help="seconds; 0 is greedy only (default 60)"
     )
     group.add_argument("--seed", type=int, default=0, help="of the halves and of the search")
@@ -132,17 +138,61 @@ def problem_of(
 ) -> Problem:
     """The problem that the options describe; on another machine if one is given."""
     solve.check_time_limit(options.time_limit)
+    topology = topology or topology_of(options)
     return Problem(
         trace,
-        topology or topology_of(options),
+        topology,
         options.objective,
         options.dispatch,
         work_of(options),
         LoadCap.parse(options.load_cap) if options.load_cap else None,
-        options.slots,
+        slots_of(options, trace.num_experts, topology.num_devices),
         dispatcher=options.dispatcher,
         steady=options.steady,
     )
+
+
+def slots_of(options: argparse.Namespace, experts: int, devices: int) -> int | None:
+    """Slots of a layer from --slots or --device-slots; None: one per expert.
+
+    Devices of unequal memory are refused: arrays of experts have one shape on all devices, and a
+    slot that stays empty takes its memory all the same. So the smallest device decides.
+    """
+    typed = options.device_slots
+    if typed is None:
+        return options.slots
+    field = "device_slots"
+    try:
+        each = [int(word) for word in typed.split(",")]
+    except ValueError:
+        each = []
+    if len(each) != devices or min(each) < 1:
+        rule = f"{devices} whole numbers of at least 1, one for every device"
+        raise Refused(field, typed, rule, "Correct it")
+    least, needed = min(each), -(-experts // devices)
+    if options.slots not in (None, devices * least):
+        fix = "Give one of the two"
+        raise Refused(field, typed, f"--slots={options.slots} says something else", fix)
+    if least < needed:
+        rule = f"{experts} experts on {devices} devices need {needed} slots on every one of them"
+        raise Refused(field, typed, rule, _more_room(each, experts))
+    if max(each) > least:
+        rule = (
+            "every device has as many slots: experts are arrays of one shape on all of them, and "
+            "an empty slot takes its memory all the same"
+        )
+        fix = f"Use --slots={devices * least}, which the smallest device holds"
+        raise Refused(field, typed, rule, fix)
+    return devices * least
+
+
+def _more_room(each: list[int], experts: int) -> str:
+    """The most devices that hold all experts when smaller ones are left out."""
+    roomy = sorted(each, reverse=True)
+    for count in range(len(roomy) - 1, 0, -1):
+        if experts % count == 0 and roomy[count - 1] * count >= experts:
+            return f"Plan for the {count} devices with most room: they hold {experts // count} each"
+    return "Use more devices, or devices with more memory"
 
 
 def topology_of(options: argparse.Namespace) -> Topology:
