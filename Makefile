@@ -1,10 +1,11 @@
-# make quickstart | test | venv | lint | bench | faults | notebooks | docs          PYTHON=python3.12 chooses the interpreter
+# make quickstart | test | venv | lint | bench | faults | faults-short | notebooks | docs          PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 CONFIG ?= configs/quickstart.py
-# Test processes, each with files of its own: most of the time goes into compiling, on one core.
+# Test processes, each with files of its own, in the order of tests/conftest.py (xdist's own takes
+# files of one long test last): most of the time goes into compiling, on one core.
 WORKERS ?= 2
 # Devices of the quickstart's expert axis, for the planner.
 DEVICES ?= 4
@@ -14,7 +15,7 @@ export JAX_PLATFORMS = cpu
 export TPU_SKIP_MDS_QUERY = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: quickstart quickstart-commands test venv lint bench faults notebooks notebooks-write docs clean
+.PHONY: quickstart quickstart-commands test venv lint bench faults faults-short notebooks notebooks-write docs clean
 
 quickstart: $(VENV)/.installed quickstart-commands
 
@@ -32,7 +33,7 @@ quickstart-commands:
 	$(BIN)/python -m moe_jax.sim.report --before=$(RUN)/before.npz --after=$(RUN)/after.npz --plan=$(RUN)/plan.json --compare=$(RUN)/compare.json --metrics=$(RUN)/metrics.jsonl --out=$(RUN)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -54,6 +55,10 @@ bench: $(VENV)/.installed
 # The promised numbers of kills, signals and corruptions; the log is kept in the repository.
 faults: $(VENV)/.installed
 	$(BIN)/python -m tests.faults.campaign
+
+# The short forms and a SIGTERM of the quickstart, with the seconds that they took.
+faults-short: $(VENV)/.installed
+	$(BIN)/python -m tests.faults.short
 
 # Runs every notebook on the CPU; each .ipynb has to say what the .py beside it says.
 notebooks: $(VENV)/.installed

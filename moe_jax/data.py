@@ -126,7 +126,7 @@ def batches(corpus: Corpus, config: DataConfig) -> grain.DatasetIterator:
     """Endless shuffled batches, int32 [global_batch, seq_len + 1]; every epoch another order."""
     windows: Any = _Windows(corpus.train, config.seq_len)
     dataset = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4)
     return iter(dataset.to_iter_dataset(options).batch(config.global_batch, drop_remainder=True))
 
 

@@ -76,10 +76,10 @@ def contiguous(devices=4):
     return Placement.contiguous(LAYERS, EXPERTS, devices)
 
 
-def random_placement(seed, devices=4):
+def random_placement(seed, devices=4, *, layers=LAYERS, experts=EXPERTS):
     rng = np.random.default_rng(seed)
-    slots_LP = np.stack([rng.permutation(EXPERTS) for _ in range(LAYERS)])
-    return Placement(slots_LP.astype(np.int32), EXPERTS, devices)
+    slots_LP = np.stack([rng.permutation(experts) for _ in range(layers)])
+    return Placement(slots_LP.astype(np.int32), experts, devices)
 
 
 def table(placement):

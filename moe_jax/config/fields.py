@@ -206,6 +206,7 @@ class DataConfig:
     seed: int = 0
     # A published model's folder with tokenizer.json, from the work directory on; "" = bytes.
     tokenizer: str = ""
+    read_threads: int = 1  # that read windows ahead; a resumed run may have another number
 
 
 @dataclasses.dataclass(frozen=True)

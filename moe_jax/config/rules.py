@@ -303,7 +303,7 @@ def check_devices(config: Config, num_devices: int) -> None:
 
 def _validate_data(config: Config) -> None:
     data, model, mesh = config.data, config.model, config.mesh
-    _positive(data, "data", ("seq_len", "global_batch", "max_bytes"))
+    _positive(data, "data", ("seq_len", "global_batch", "max_bytes", "read_threads"))
     if data.seq_len > model.max_seq_len:
         raise Refused(
             "data.seq_len",

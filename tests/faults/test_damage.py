@@ -56,11 +56,11 @@ def swap_plan(path, rng):
 
 FAULTS = {
     # fault: (times in the default run, in the campaign)
-    flip: (20, 400),
-    truncate: (8, 250),
-    delete: (8, 150),
-    zero: (8, 150),
-    swap_plan: (3, 50),
+    flip: (10, 400),
+    truncate: (4, 250),
+    delete: (3, 150),
+    zero: (4, 150),
+    swap_plan: (2, 50),
 }
 
 

@@ -40,7 +40,7 @@ def test_a_full_disk_ends_a_run_that_was_not_told_to_go_on(start, whole, tmp_pat
 
 
 def test_a_full_disk_is_waited_out_by_a_run_that_was_told_to_go_on(start, whole, tmp_path):
-    workdir, num_steps = tmp_path / "run", 200
+    workdir, num_steps = tmp_path / "run", 100
     process = start(workdir, num_steps, train__failed_save="go_on")
     harness.until(process, f"step {harness.EVERY}: being saved")
     limit_files(process, 1000)
@@ -61,7 +61,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(start, tmp_p
     (workdir / "checkpoints").symlink_to("/proc/sys")
     process = start(workdir, 20, train__failed_save="go_on")
     assert process.wait() == 1
-    assert "could not be written" in process.said()
-    assert "Traceback" not in process.said()
+    said, left = process.said(), checkpoint.steps(workdir / "checkpoints")
+    harness.told(1, len(left), not harness.rows(workdir), "read-only (no step was made)")
+    assert "could not be written" in said
+    assert "Traceback" not in said
     assert not harness.rows(workdir)
-    assert not checkpoint.steps(workdir / "checkpoints")
+    assert not left

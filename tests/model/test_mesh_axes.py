@@ -76,8 +76,8 @@ def cases():
         yield shape, "hierarchical", "exact", 2
     for shape in NODES[2:]:  # another compile each
         yield pytest.param(shape, "hierarchical", "exact", 2, marks=pytest.mark.slow)
-    yield NODES[0], "hierarchical", "exact", 8
-    yield pytest.param(NODES[0], "hierarchical", "exact", 1, marks=pytest.mark.slow)
+    for top_k in (1, 8):
+        yield pytest.param(NODES[0], "hierarchical", "exact", top_k, marks=pytest.mark.slow)
     for top_k in (1, 8):
         yield pytest.param(NODES[1], "hierarchical", "partial", top_k, marks=pytest.mark.slow)
     yield NODES[1], "hierarchical", "partial", 2

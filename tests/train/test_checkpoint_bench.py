@@ -15,10 +15,10 @@ def test_both_tables(monkeypatch):
     config = tiny.config(
         mesh={"data": 1, "expert": 2}, model__num_layers=1, train__checkpoints_kept=1
     )
-    costs = checkpoint_bench.measure(config, rounds=2)
-    assert len(hashed) == 2 * (2 + 1)  # warm and cold, and once more to compile
-    assert [len(costs.starts[key]) for key in costs.starts] == [2, 2, 2, 2]
-    assert (len(costs.calls), len(costs.alone)) == (2, 8)
+    costs = checkpoint_bench.measure(config, rounds=1)
+    assert len(hashed) == 2 * (1 + 1)  # warm and cold, and once more to compile
+    assert [len(costs.starts[key]) for key in costs.starts] == [1, 1, 1, 1]
+    assert (len(costs.calls), len(costs.alone)) == (1, 4)
     assert costs.stall_in_steps == max(costs.calls) / np.median(costs.alone)
     said = checkpoint_bench.text(costs, config)
     for words in ("warm", "cold", "cost", "the longest call takes", "of a median step"):

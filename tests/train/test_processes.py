@@ -54,36 +54,61 @@ def apart_flags(processes):
     return [f"--distributed=localhost:{port},{processes},{n}" for n in range(processes)]
 
 
+def sizes(devices):
+    """Flags of a mesh; a small one has a small model, too."""
+    experts = min(devices, 4)
+    small = ["--config.model.num_layers=1", "--config.model.num_experts=4"] if devices == 2 else []
+    return [
+        f"--config.mesh.data={devices // experts}",
+        f"--config.mesh.expert={experts}",
+        *small,
+    ]
+
+
 @pytest.mark.parametrize(
-    ("processes", "goes_on_in_one"),
+    ("processes", "devices", "goes_on"),
     [
-        (2, False),
-        pytest.param(2, True, marks=pytest.mark.slow),
-        pytest.param(4, True, marks=pytest.mark.slow),
+        (2, 2, False),
+        pytest.param(2, 8, True, marks=pytest.mark.slow),
+        pytest.param(4, 8, True, marks=pytest.mark.slow),
     ],
 )
-def test_several_processes_equal_one(processes, goes_on_in_one, tmp_path):
-    apart = apart_flags(processes)
-    devices = f"--config.virtual_devices={8 // processes}"
-    probe = "--config.train.probe_every=1"  # they time each other, which changes nothing
-    said = run_all([command(tmp_path / "several", 2, devices, probe, flag) for flag in apart])
+def test_several_processes_equal_one(processes, devices, goes_on, tmp_path):
+    """And the run of several goes on in one process, that of one in several."""
+    mesh = sizes(devices)
+
+    def start_one(name, num_steps):
+        return run_all(
+            [command(tmp_path / name, num_steps, f"--config.virtual_devices={devices}", *mesh)]
+        )[0]
+
+    def start_several(num_steps):
+        apart = apart_flags(processes)
+        each = f"--config.virtual_devices={devices // processes}"
+        probe = "--config.train.probe_every=1"  # they time each other, which changes nothing
+        return run_all(
+            [command(tmp_path / "several", num_steps, each, *mesh, probe, flag) for flag in apart]
+        )
+
+    said = start_several(2)
     assert "step     2/2" in said[0]
     assert not any("step" in other for other in said[1:])  # the first process speaks for all
-    run_all([command(tmp_path / "one", 2)])
+    start_one("one", 2)
+    if goes_on:
+        assert "resuming after step 2" in start_one("several", 3)
+        assert "resuming after step 3" in start_several(4)[0]
+        start_one("one", 3)
+        start_one("one", 4)
 
     read = (metrics.read(tmp_path / name / "metrics.jsonl")[1] for name in ("several", "one"))
     several, one = read
-    assert [row["step"] for row in several] == [1, 2]
+    assert [row["step"] for row in several] == list(range(1, 5 if goes_on else 3))
     # the same tokens take the same ways; sums over processes are made in another order
     for row, expected in zip(several, one, strict=True):
         assert row["rows_moved"] == expected["rows_moved"]
         assert row["load_imbalance"] == expected["load_imbalance"]
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-5)
-
-    if goes_on_in_one:
-        said = run_all([command(tmp_path / "several", 3)])
-        assert "resuming after step 2" in said[0]
 
 
 @pytest.mark.slow
