@@ -42,7 +42,7 @@ def case(op, narrow, dtype, d_model=48, d_ff=80):
 
 
 CASES = [
-    ("reference", "ffn", "int8", "float32"),
+    ("reference", "matmul", "int8", "float32"),
     ("cpu", "matmul", "float8_e4m3fn", "float32"),
     ("cpu", "ffn", "int8", "bfloat16"),
     ("pallas_tpu_interpret", "matmul", "float8_e4m3fn", "bfloat16"),
