@@ -83,7 +83,9 @@ def test_tiles_of_the_table_fit_and_divide():
         assert tile.rows % tiles.PART_ROWS == 0
         columns = kind in static.COLUMNS
         assert columns or num_sum % tile.sum == 0
-        assert (tile.sum if columns else tile.out) % tile.chunk == 0
+        side = tile.sum if columns else tile.out
+        assert side % tile.chunk == 0
+        assert tile.chunk >= min(side, chips.CHIPS[chip].multiplier)
 
 
 def run(module, *options):

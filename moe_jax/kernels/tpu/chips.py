@@ -16,7 +16,8 @@ class Chip(NamedTuple):
     cores: of a chip that compilers see as one device; each has the vmem and part of the rest.
     flops: of bfloat16 a second, of the chip.
     bandwidth: bytes a second between HBM and the chip.
-    clock: of a core, in Hz; the peak over multipliers and operations, 2 * 128^2 or 2 * 256^2 each.
+    clock: of a core, in Hz.
+    multiplier: columns of one: 2 * 128^2 or 2 * 256^2 operations a cycle.
     topology: the smallest slice that the compiler knows, for compiling ahead of time.
     kind: how `jax.Device.device_kind` begins.
     """
@@ -26,6 +27,7 @@ class Chip(NamedTuple):
     flops: float
     bandwidth: float
     clock: float
+    multiplier: int
     topology: str
     kind: tuple[str, ...]
 
@@ -33,9 +35,9 @@ class Chip(NamedTuple):
 _MIB = 2**20
 # Peaks as Google Cloud publishes them for each generation.
 CHIPS = {
-    "v5e": Chip(128 * _MIB, 1, 197e12, 819e9, 1.5e9, "v5e:2x4", ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(64 * _MIB, 2, 459e12, 2765e9, 1.75e9, "v5p:2x2x1", ("TPU v5", "TPU v5p")),
-    "v6e": Chip(128 * _MIB, 1, 918e12, 1640e9, 1.75e9, "v6e:2x4", ("TPU v6 lite", "TPU v6e")),
+    "v5e": Chip(128 * _MIB, 1, 197e12, 819e9, 1.5e9, 128, "v5e:2x4", ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(64 * _MIB, 2, 459e12, 2765e9, 1.75e9, 128, "v5p:2x2x1", ("TPU v5", "TPU v5p")),
+    "v6e": Chip(128 * _MIB, 1, 918e12, 1640e9, 1.75e9, 256, "v6e:2x4", ("TPU v6 lite", "TPU v6e")),
 }
 # What fits on this chip fits on all of them.
 _SMALLEST = "v5p"

@@ -186,10 +186,16 @@ def num_items(num_rows: int, num_groups: int, tile_rows: int) -> int:
 
 def chunk(length: int, per_column: int) -> int:
     """Columns (of dw: rows) of a result that are computed at a time: the most that divide a tile's
-    and whose products, `per_column` for each, do not make the program too long."""
+    and whose products, `per_column` for each, do not make the program too long; but no fewer than
+    a multiplier has, of which the rest would stand idle."""
+    least = chips.CHIPS[chips.current()].multiplier
     if length % _LANES:
         return length
-    fitting = (c for c in _CHUNKS if length % c == 0 and c * per_column <= RULE.get().products)
+    fitting = (
+        c
+        for c in _CHUNKS
+        if length % c == 0 and (c <= least or c * per_column <= RULE.get().products)
+    )
     return next(fitting, _LANES)
 
 
