@@ -491,6 +491,8 @@ TABLE = [
           "use 'exchange'"),
     infer("no prompt", "", "--prompt", "None", "give --prompt"),
     infer("empty prompt", "--prompt=", "prompt 0", "''", "write some text"),
+    infer("a peer for a run", "--benchmark --serve-load --peer_python=python3", "--peer_python",
+          "'python3'", "transformers can read", "give --hf=DIR --benchmark"),
     infer("long prompt", "--prompt=" + "a" * 200, "prompt 0 + --max_new_tokens",
           "200 + 64 tokens", "shorten"),
     infer("prompts missing", "--prompts={tmp}/none", "--prompts", "/none'", "correct"),

@@ -25,7 +25,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.hf import mxfp4, safetensors
 from moe_jax.hf.folder import Tensors
 from moe_jax.hf.layout import Layout, abstract
-from moe_jax.model import transformer
+from moe_jax.model import moe, transformer
 from moe_jax.model.parameter import logical_axes, with_slots
 from moe_jax.placement.plan import Placement
 
@@ -38,11 +38,13 @@ class Reader:
       layout: where every piece is.
       tensors: the files.
       placement: which expert belongs into which slot.
+      transposed: parameters whose last two dimensions the model has the other way round.
     """
 
     layout: Layout
     tensors: Tensors
     placement: Placement
+    transposed: frozenset[str] = frozenset()
 
     def read(
         self,
@@ -76,7 +78,8 @@ class Reader:
                 expert = int(self.placement.physical_to_logical_LP[layer, number[1]])
             key = (parameter, layer, expert)
             tensor, _ = self.layout.pieces[key]
-            out[place] = self.layout.read(self.tensors, key, dtype)[inner]
+            piece = self.layout.read(self.tensors, key, dtype)
+            out[place] = (piece.T if parameter in self.transposed else piece)[inner]
             if not finite(out[place]):
                 tensor = tensor if tensor in self.layout.shapes else f"{tensor}{mxfp4.SCALES}"
                 file = self.tensors.file_of[tensor].path
@@ -114,6 +117,7 @@ def parameters(
     mesh: Mesh,
     *,
     made: Mapping[str, Callable[[tuple[int, ...]], np.ndarray]] | None = None,
+    shapes: transformer.Transformer | None = None,
     say: Callable[[str], Any] = metrics.progress,
 ) -> transformer.Transformer:
     """The model of a checkpoint under a placement.
@@ -124,14 +128,18 @@ def parameters(
     Args:
       layout: from `layout.find`.
       made: float32 values by shape of the parameters that no tensor holds (`Family.made`).
+      shapes: the abstract model to fill, whose experts may be transposed (see moe.py).
       say: called with a line of progress after every parameter.
 
     Raises:
       Refused: see `Reader.read`.
     """
-    shapes = with_slots(abstract(config), placement.num_slots)
+    shapes = with_slots(shapes or abstract(config), placement.num_slots)
     named, axes = checkpoint.flatten(shapes), checkpoint.flatten(logical_axes(shapes))
-    reader = Reader(layout, tensors, placement)
+    transposed: frozenset[str] = frozenset()
+    if shapes.blocks is not None and moe.is_transposed(shapes.blocks.moe):
+        transposed = frozenset(f"blocks.moe.{name}" for name in moe.MATRICES)
+    reader = Reader(layout, tensors, placement, transposed)
     total, done, start = sum(leaf.size for leaf in named.values()), 0, time.perf_counter()
     arrays = {}
     for number, (name, leaf) in enumerate(named.items()):

@@ -54,6 +54,10 @@ REPLAN_PINS = flags.DEFINE_string(
     "LAYER:EXPERT:DEVICE with commas between, or files of such lines."
 )  # fmt: skip
 SERVE_LOAD = flags.DEFINE_bool("serve-load", False, "With --benchmark: requests that arrive.")
+PEER_PYTHON = flags.DEFINE_string(
+    "peer_python", None, "With --serve-load and --hf: an interpreter that has torch and "
+    "transformers, which then serves the same requests by generate."
+)  # fmt: skip
 
 
 def request() -> Any:
@@ -82,6 +86,7 @@ def request() -> Any:
         measure=MEASURE.value,
         benchmark=BENCHMARK.value,
         serve_load=SERVE_LOAD.value,
+        peer_python=PEER_PYTHON.value,
         serve=settings.Settings(
             host=HOST.value,
             port=PORT.value,

@@ -18,8 +18,6 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.model import moe, transformer
 
-_NAMES = ("gate_PDF", "up_PDF", "down_PFD")
-
 
 def prepared(
     config: ModelConfig, mesh: Mesh, model: transformer.Transformer, *, use_up: bool = False
@@ -34,17 +32,35 @@ def prepared(
     if changed.blocks is None:
         return model
     weights, dtype = changed.blocks.moe, jnp.dtype(config.dtype)
-    turned = mesh.devices.flat[0].platform == "cpu" and not moe.is_transposed(weights)
-    if not turned and all(getattr(weights, name)[...].dtype == dtype for name in _NAMES):
+    turned = _transposes(mesh) and not moe.is_transposed(weights)
+    if not turned and all(getattr(weights, name)[...].dtype == dtype for name in moe.MATRICES):
         return model
     axes = moe.TRANSPOSED_AXES if turned or moe.is_transposed(weights) else moe.EXPERT_AXES
-    for name, names in zip(_NAMES, axes, strict=False):
+    for name, names in zip(moe.MATRICES, axes, strict=False):
         array = getattr(weights, name)[...]
         placed = mesh_lib.sharding(mesh, "layer", *names)
         setattr(weights, name, nnx.Param(_changed(array, dtype, turned, placed), axes=names))
         if use_up:
             array.delete()
     return changed
+
+
+def shapes(mesh: Mesh, abstract: transformer.Transformer) -> transformer.Transformer:
+    """Those of an abstract model as `prepared` leaves them, for whoever makes the arrays."""
+    abstract = jax.tree.map(lambda leaf: leaf, abstract)
+    if abstract.blocks is None or not _transposes(mesh):
+        return abstract
+    weights = abstract.blocks.moe
+    for name, names in zip(moe.MATRICES, moe.TRANSPOSED_AXES, strict=False):
+        (leaf,) = jax.tree.leaves(getattr(weights, name))
+        *front, rows, columns = leaf.shape
+        leaf = jax.ShapeDtypeStruct((*front, columns, rows), leaf.dtype)
+        setattr(weights, name, nnx.Param(leaf, axes=names))
+    return abstract
+
+
+def _transposes(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _changed(array_LPXY: jax.Array, dtype: Any, turned: bool, placed: Any) -> jax.Array:

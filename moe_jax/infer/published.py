@@ -10,6 +10,7 @@ from moe_jax import metrics
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json, folder, layout, load
+from moe_jax.infer import prepared
 from moe_jax.infer.text import Text, of_folder
 from moe_jax.model import transformer
 from moe_jax.placement import copies
@@ -37,9 +38,11 @@ class Source:
     tensors: folder.Tensors
 
     def model(self, mesh: Mesh) -> transformer.Transformer:
-        """The parameters under the plan."""
+        """The parameters under the plan, as inference reads them (prepared.py)."""
+        shapes = prepared.shapes(mesh, layout.abstract(self.config.model))
         model = load.parameters(
-            self.config.model, self.layout, self.tensors, self.plan.placement, mesh
+            *(self.config.model, self.layout, self.tensors, self.plan.placement, mesh),
+            shapes=shapes,
         )
         metrics.say(
             f"{self.tensors.folder}: {len(self.layout.shapes):,} tensors, "

@@ -103,13 +103,7 @@ def write_measurement(
     """
     tokens = routed_tokens(generations, config.model.num_experts)
     longest = max(map(len, prompts))
-    logits = np.concatenate(
-        [
-            fetch(g.logits_BSV)[: len(g.tokens), :longest]
-            for g in generations
-            if g.logits_BSV is not None
-        ]
-    )
+    logits = np.concatenate([_prompt_logits(g)[: len(g.tokens), :longest] for g in generations])
     continued = [token for g in generations for token in g.tokens]
     meta = {
         "format": MEASUREMENT_FORMAT,
@@ -140,3 +134,8 @@ def write_measurement(
             token_position=tokens.position_T,
             **counted,
         )
+
+
+def _prompt_logits(generation: Generation) -> np.ndarray:
+    assert generation.logits_BSV is not None  # `all_logits` of Engine.generate
+    return fetch(generation.logits_BSV)

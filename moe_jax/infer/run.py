@@ -13,6 +13,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.infer import load, published, record
 from moe_jax.infer.engine import Engine, Generation, check_prompts
+from moe_jax.infer.peer import asked
 from moe_jax.infer.sampling import Sampling
 from moe_jax.infer.server.settings import Settings
 from moe_jax.infer.serving import placing, serve_load, supported
@@ -43,6 +44,7 @@ class Request:
     benchmark: bool
     chat: bool = False
     serve_load: bool = False
+    peer_python: str | None = None
     serve: Settings | None = None
 
 
@@ -127,7 +129,7 @@ def _serve(source: load.Source | published.Source, request: Request, note: str) 
 
         server_run.serve(source, request.serve)
     else:
-        serve_load.run(source)
+        serve_load.run(source, request.peer_python)
 
 
 def _check_flags(request: Request) -> None:
@@ -146,6 +148,12 @@ def _check_flags(request: Request) -> None:
         raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")
     if request.chat and not request.prompts:
         raise Refused("--chat", True, "is a way to read prompts", "give --prompt or --prompts")
+    if request.peer_python:
+        if not request.serve_load or request.hf is None:
+            rule = "is for --serve-load of a published model, which transformers can read"
+            fix = "give --hf=DIR --benchmark --serve-load, or leave it out"
+            raise Refused("--peer_python", request.peer_python, rule, fix)
+        asked.check(request.peer_python, "--peer_python")
     if request.serve_load and not request.benchmark:
         raise Refused("--serve-load", True, "is a kind of --benchmark", "give --benchmark, too")
     if request.serve and (request.prompts or request.measure or request.benchmark):

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
+from moe_jax.model import cache as cache_lib
 from moe_jax.model import parameter
 from moe_jax.model import rope as rope_lib
 from moe_jax.pytree import Leaf
@@ -25,7 +26,7 @@ from moe_jax.pytree import Leaf
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
+class LayerCache(cache_lib.LayerCache):
     """Keys and values of one layer (of all layers when stacked): [B, C, G, Q] each."""
 
     key_BCGQ: Leaf
@@ -141,9 +142,9 @@ def attend(
     weights: Attention | Heads,
     position_BS: Int[Array, "B S"],
     setting: Setting,
-    cache: LayerCache | None,
+    cache: LayerCache | cache_lib.InStack | None,
     window: Int[Array, ""] | None = None,
-) -> tuple[Float[Array, "B S D"], LayerCache | None]:
+) -> tuple[Float[Array, "B S D"], LayerCache | cache_lib.InStack | None]:
     """Causal self-attention; with a cache, the new keys and values are stored at their positions.
 
     Without a cache, positions are 0..S-1 in every row. With one, either S = 1 (decoding, any
@@ -160,17 +161,11 @@ def attend(
         mixed_BSHQ = mix(
             query_BSHQ, key_BSGQ, value_BSGQ, seen_1SC, weights.sink_H, setting.divisor
         )
-        cache = cache and LayerCache(
-            write_prefix(cache.key_BCGQ, key_BSGQ), write_prefix(cache.value_BCGQ, value_BSGQ)
-        )
+        cache = cache and cache.with_prefix(key_BSGQ, value_BSGQ)
     else:
-        position_B = position_BS[:, 0]
-        cache = LayerCache(
-            write_one(cache.key_BCGQ, key_BSGQ, position_B),
-            write_one(cache.value_BCGQ, value_BSGQ, position_B),
-        )
-        seen_B1C = seen(position_BS, cache.key_BCGQ.shape[1], window)
-        cached = cache.key_BCGQ, cache.value_BCGQ
+        cache = cache.with_one(position_BS[:, 0], key_BSGQ, value_BSGQ)
+        cached = cache.of_layer().key_BCGQ, cache.of_layer().value_BCGQ
+        seen_B1C = seen(position_BS, cached[0].shape[1], window)
         mixed_BSHQ = mix(query_BSHQ, *cached, seen_B1C, weights.sink_H, setting.divisor)
     return project_out(mixed_BSHQ, weights), cache
 
@@ -288,18 +283,3 @@ def _softmax_beside(logits_BGXC: jax.Array, other_1GX1: jax.Array) -> jax.Array:
     top_BGX1 = jax.lax.stop_gradient(top_BGX1)
     power_BGXC = jnp.exp(logits_BGXC - top_BGX1)
     return power_BGXC / (power_BGXC.sum(axis=-1, keepdims=True) + jnp.exp(other_1GX1 - top_BGX1))
-
-
-def write_prefix(cached_BC: jax.Array, new_BS: jax.Array) -> jax.Array:
-    """The cache with what belongs to the first positions: keys or values [B, S, G, Q], or rows."""
-    return jax.lax.dynamic_update_slice(cached_BC, new_BS, (0,) * cached_BC.ndim)
-
-
-def write_one(cached_BC: jax.Array, new_B1: jax.Array, position_B: jax.Array) -> jax.Array:
-    """The cache with those of one position a sequence; nothing is written at position -1.
-
-    A select, not a scatter: it stays on the device that holds the row.
-    """
-    here_BC = jnp.arange(cached_BC.shape[1])[None] == position_B[:, None]
-    here_BC = jnp.expand_dims(here_BC, tuple(range(2, cached_BC.ndim)))
-    return jnp.where(here_BC, new_B1, cached_BC)

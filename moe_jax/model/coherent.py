@@ -264,16 +264,10 @@ class _Group:
         key_BSGQ, value_BSGQ = (part.reshape(shape) for part in jnp.split(kv_XZ, 2, axis=1))
         if not self._decoding:
             if cache is not None:
-                cache = attention.LayerCache(
-                    attention.write_prefix(cache.key_BCGQ, key_BSGQ),
-                    attention.write_prefix(cache.value_BCGQ, value_BSGQ),
-                )
+                cache = cache.with_prefix(key_BSGQ, value_BSGQ)
             return attention.LayerCache(key_BSGQ, value_BSGQ), cache
         position_B = jnp.where(at_X >= 0, self._position_X, -1)  # -1: written nowhere
-        cache = attention.LayerCache(
-            attention.write_one(cache.key_BCGQ, key_BSGQ, position_B),
-            attention.write_one(cache.value_BCGQ, value_BSGQ, position_B),
-        )
+        cache = cache.with_one(position_B, key_BSGQ, value_BSGQ)
         return cache, cache
 
     def _attend(self, x_RD, query_RHQ, keys, here: Residence, block, table, window):

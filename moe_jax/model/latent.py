@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.model import attention, parameter
+from moe_jax.model import cache as cache_lib
 from moe_jax.model import rope as rope_lib
 from moe_jax.pytree import Leaf
 
@@ -33,7 +34,7 @@ NORM_EPS = 1e-6  # of both latent norms, whatever that of other norms is
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LatentCache:
+class LatentCache(cache_lib.LayerCache):
     """Rows of one layer (of all when stacked): [B, C, Z], latents normed and keys turned."""
 
     row_BCZ: Leaf
@@ -100,9 +101,9 @@ def attend(
     weights: LatentAttention,
     position_BS: Int[Array, "B S"],
     setting: Setting,
-    cache: LatentCache | None,
+    cache: LatentCache | cache_lib.InStack | None,
     window: Int[Array, ""] | None = None,
-) -> tuple[Float[Array, "B S D"], LatentCache | None]:
+) -> tuple[Float[Array, "B S D"], LatentCache | cache_lib.InStack | None]:
     """As `attention.attend`, with the same rules for positions and caches."""
     query_BSHX = queries(x_BSD, weights, position_BS, setting)
     row_BSZ = rows(x_BSD, weights, position_BS, setting)
@@ -110,12 +111,12 @@ def attend(
         position_S = jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
         seen_1SC = attention.seen(position_S[None], len(position_S), window)
         mixed_BSHW = mix_expanded(query_BSHX, row_BSZ, weights, setting, seen_1SC)
-        cache = cache and LatentCache(attention.write_prefix(cache.row_BCZ, row_BSZ))
+        cache = cache and cache.with_prefix(row_BSZ)
     else:
-        position_B = position_BS[:, 0]
-        cache = LatentCache(attention.write_one(cache.row_BCZ, row_BSZ, position_B))
-        seen_B1C = attention.seen(position_BS, cache.row_BCZ.shape[1], window)
-        mixed_BSHW = mix_absorbed(query_BSHX, cache.row_BCZ, weights, setting, seen_B1C)
+        cache = cache.with_one(position_BS[:, 0], row_BSZ)
+        row_BCZ = cache.of_layer().row_BCZ
+        seen_B1C = attention.seen(position_BS, row_BCZ.shape[1], window)
+        mixed_BSHW = mix_absorbed(query_BSHX, row_BCZ, weights, setting, seen_B1C)
     return project_out(mixed_BSHW, weights), cache
 
 

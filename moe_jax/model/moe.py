@@ -28,6 +28,7 @@ EXPERT_AXES = (
     *(("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")),
     *(("expert", "mlp"), ("expert", "mlp"), ("expert", "embed")),
 )
+MATRICES = ("gate_PDF", "up_PDF", "down_PFD")
 # of matrices that are stored transposed, see infer/prepared.py
 TRANSPOSED_AXES = tuple((names[0], *names[:0:-1]) for names in EXPERT_AXES[:3]) + EXPERT_AXES[3:]
 
@@ -110,7 +111,7 @@ class Experts:
 
 def experts_of(weights: MoE, dtype: Any) -> Experts:
     """Those of one layer, or of all."""
-    matrices = (weights.gate_PDF, weights.up_PDF, weights.down_PFD)
+    matrices = (getattr(weights, name) for name in MATRICES)
     biases = (weights.gate_bias_PF, weights.up_bias_PF, weights.down_bias_PD)
     return Experts(
         tuple(param[...].astype(dtype) for param in matrices),

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.model import attention, latent, moe, parameter, shared, shuffled
+from moe_jax.model import cache as cache_lib
 from moe_jax.model import layers as layers_lib
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
@@ -173,6 +174,7 @@ def build_forward(
     attend: Any = attention.attend
     if config.latent.kv_rank:
         setting, attend = latent.setting_of(config), latent.attend
+    write = cache_lib.writer(mesh, attention_batch)
     window_L = attention.windows(config)
     dense_window_L = None if window_L is None else window_L[: config.num_dense_layers]
     window_L = None if window_L is None else window_L[config.num_dense_layers :]
@@ -206,39 +208,46 @@ def build_forward(
                 normed_BSD, weights, position_BS, setting, cache_of_layer, window
             )
 
-        def dense_layer(x_BSD, inputs):
-            block, cache_of_layer, window = inputs
-            return layers.dense(x_BSD, block, attend_over(cache_of_layer, window))
+        def attend_in(whole, number, window):
+            in_stack = None if whole is None else cache_lib.InStack(whole, number, write)
+            return attend_over(in_stack, window)
 
-        def layer(x_BSD, inputs):
-            (block, table_of_layer, cache_of_layer, window), number = inputs
-            attend = attend_over(cache_of_layer, window)
-            x_BSD, cache_of_layer, record = layers.moe(
-                *(x_BSD, block, attend, turn_BS, real_BS, table_of_layer),
-                None if of_layer is None else of_layer(number),
+        def dense_layer(carry, inputs):
+            (x_BSD, whole), (block, number, window) = carry, inputs
+            x_BSD, kept = layers.dense(x_BSD, block, attend_in(whole, number, window))
+            return (x_BSD, kept and kept.whole), None
+
+        def layer(carry, inputs):
+            (x_BSD, whole), (block, number, table_of_layer, window) = carry, inputs
+            x_BSD, kept, record = layers.moe(
+                *(x_BSD, block, attend_in(whole, number, window), turn_BS, real_BS),
+                table_of_layer,
+                None if whole is None else experts_of(number),
             )
-            return x_BSD, (cache_of_layer, record)
+            return (x_BSD, kept and kept.whole), record
 
         again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
         x_BSD, embedding_VD = layers.embed(model, token_BS)
         of_stacks = cache if isinstance(cache, StackedCache) else StackedCache(None, cache)
         of_dense, of_moe = of_stacks.dense, of_stacks.moe
         if model.dense_blocks is not None:
-            x_BSD, of_dense = jax.lax.scan(
-                again(dense_layer), x_BSD, (model.dense_blocks, of_dense, dense_window_L)
+            number_L = jnp.arange(config.num_dense_layers, dtype=jnp.int32)
+            (x_BSD, of_dense), _ = jax.lax.scan(
+                *(again(dense_layer), (x_BSD, of_dense)),
+                (model.dense_blocks, number_L, dense_window_L),
             )
-        inputs = (model.blocks, table, of_moe, window_L)
         if model.blocks is None:
             record = idle_record(config, token_BS.shape, table, mesh)
         elif steps is not None:
+            of_layers = (model.blocks, table, of_moe, window_L)
             x_BSD, of_moe, record = shuffled.layers(
-                steps, inputs, x_BSD, position_BS, turn_BS, real_BS
+                steps, of_layers, x_BSD, position_BS, turn_BS, real_BS
             )
         else:
-            # with a cache there is no gradient
-            of_layer = None if cache is None else layers.experts_in_place(model.blocks)
+            experts_of = layers.experts_in_place(model.blocks)
             number_L = jnp.arange(config.num_moe_layers, dtype=jnp.int32)
-            x_BSD, (of_moe, record) = jax.lax.scan(again(layer), x_BSD, (inputs, number_L))
+            inputs = (model.blocks, number_L, table, window_L)
+            (x_BSD, of_moe), record = jax.lax.scan(again(layer), (x_BSD, of_moe), inputs)
         cache = of_moe if of_dense is None else StackedCache(of_dense, of_moe)
         if last_B is not None:
             x_BSD = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)

@@ -9,7 +9,8 @@ Every expert of a layer is a copy of the layer's one MLP, and the router is the 
 made: seeded, normal. Weights of the chosen experts are scaled to sum 1, so a sum of equal outputs
 is that output, whatever the router says: the logits are those of the dense model within rounding.
 
-Sparse Upcycling: Komatsuzaki et al., arXiv 2212.05055. The optimizer's state begins fresh.
+Sparse Upcycling: Komatsuzaki et al., arXiv 2212.05055, section 2, figure 1 (their decoders choose
+top 2 and normalise as well); training state begins fresh, where they carry the optimizer's over.
 """
 
 import dataclasses

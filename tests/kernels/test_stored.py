@@ -89,7 +89,7 @@ def test_biases_lie_among_those_of_other_layers(implementation):
         (192, 96, "float32"),
         (512, 1024, "bfloat16"),
         (24, 40, "float32"),
-        (8, 40, "float32"),  # too narrow for small tiles
+        (4, 4, "float32"),  # too narrow for small tiles
         *(
             pytest.param(*shape, dtype, marks=pytest.mark.slow)
             for shape in ((64, 128), (128, 256), (384, 768), (256, 896), (512, 1024), (16, 16))

@@ -13,16 +13,16 @@ _WORKER = pathlib.Path(__file__).parent / "worker.py"
 _PROBE = "import torch, transformers"
 
 
-def check(python: str) -> None:
+def check(python: str, flag: str = "--python") -> None:
     """Refuses an interpreter without torch and transformers. Takes a few seconds."""
     fix = "install torch and transformers in any environment, and name its interpreter"
     try:
         found = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise Refused("--python", python, f"must be a Python interpreter ({error})", fix) from None
+        raise Refused(flag, python, f"must be a Python interpreter ({error})", fix) from None
     if found.returncode:
         last = (found.stderr.strip() or "no message").splitlines()[-1]
-        raise Refused("--python", python, f"must have torch and transformers ({last})", fix)
+        raise Refused(flag, python, f"must have torch and transformers ({last})", fix)
 
 
 class Peer:

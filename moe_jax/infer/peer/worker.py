@@ -8,6 +8,8 @@ cores to itself.
     {"do": "use", "experts": NAME, "cache": NAME}   how experts are computed, which cache
     {"do": "prefill", "tokens": [[...]]}            seconds until the next tokens are there
     {"do": "decode", "tokens": [[...]], "steps": N} greedy: seconds a step, after the first token
+    {"do": "generate", "tokens": [[...]], "new": N} `generate`, greedy, of prompts of any lengths:
+                                                    seconds until the first tokens are chosen
 """
 
 import json
@@ -74,6 +76,26 @@ class Peer:
             found.append(chosen_B)
         seconds = time.perf_counter() - started
         return {"seconds": seconds / steps, "tokens": torch.stack(found, dim=1).tolist()}
+
+    def generate(self, tokens, new):
+        started, length, first = time.perf_counter(), max(map(len, tokens)), []
+        token_BS = torch.tensor([[0] * (length - len(row)) + row for row in tokens])
+        real_BS = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in tokens])
+
+        def watch(_, logits_BV):
+            first.append(time.perf_counter() - started)
+            return logits_BV
+
+        self.model.generate(
+            token_BS,
+            attention_mask=real_BS,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=[watch],
+        )
+        return {"first": first[0]}
 
     def _prompt(self, token_BS, capacity):
         cache = transformers.DynamicCache(config=self.model.config)

@@ -1,17 +1,21 @@
-"""The benchmark `infer.py --benchmark --serve-load`: requests that arrive, two ways to serve them.
+"""The benchmark `infer.py --benchmark --serve-load`: requests that arrive, ways to serve them.
 
-Both ways get the same requests at the same times: held-out text in mixed lengths, answers of mixed
-lengths, Poisson arrivals; and both have a cache of the same size. *Static batching* takes as many
+All ways get the same requests at the same times: held-out text in mixed lengths, answers of mixed
+lengths, Poisson arrivals; and all have a cache of the same size. *Static batching* takes as many
 of those that wait as it has room for at full length, pads them to one shape, and takes nobody in
-until the longest answer is there; its program is the one of engine.py. Rounds alternate between the
-two, and the median round counts.
+until the longest answer is there; its program is the one of engine.py. With `--peer_python`
+*transformers* does the same with `generate`, in a process of its own, on the same cores (peer/).
+Rounds alternate between the ways, and the median round counts.
 
 Then, by itself: what the host does in a step of 16 requests, and what the recorder costs in it.
 """
 
 import collections
+import contextlib
 import dataclasses
+import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,6 +24,7 @@ from moe_jax import data, metrics, permute
 from moe_jax import mesh as mesh_lib
 from moe_jax.infer import engine as static_lib
 from moe_jax.infer import load, published, sampling
+from moe_jax.infer.peer import asked
 from moe_jax.infer.serving import sizes
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
@@ -101,12 +106,15 @@ def continuous(engine: Engine, traffic: Load) -> Outcome:
             time.sleep(max(0.0, traffic.arrival[arrived] - (time.perf_counter() - start)))
 
 
-def static(engine: static_lib.Engine, traffic: Load, batch: int) -> Outcome:
-    """Whole batches, one after the other, in one shape."""
+# (prompts, numbers of tokens to answer) -> seconds from the call to the first tokens
+AnswerBatch = Callable[[list[list[int]], list[int]], float]
+
+
+def static(answer: AnswerBatch, traffic: Load, batch: int) -> Outcome:
+    """Whole batches, one after the other."""
     first = np.full(REQUESTS, np.nan)
     start, arrived = time.perf_counter(), 0
     waiting: collections.deque[int] = collections.deque()
-    greedy = sampling.Sampling()
     while arrived < REQUESTS or waiting:
         now = time.perf_counter() - start
         while arrived < REQUESTS and traffic.arrival[arrived] <= now:
@@ -116,27 +124,59 @@ def static(engine: static_lib.Engine, traffic: Load, batch: int) -> Outcome:
             time.sleep(max(0.0, traffic.arrival[arrived] - now))
             continue
         taken = [waiting.popleft() for _ in range(min(batch, len(waiting)))]
-        token_BS, length_B = np.zeros((batch, _PROMPT[1]), np.int32), np.zeros(batch, np.int32)
-        for row, number in enumerate(taken):
-            prompt = traffic.prompts[number]
-            token_BS[row, : len(prompt)], length_B[row] = prompt, len(prompt)
-        cache = engine.empty_cache(batch, _CONTEXT)
-        _, logits_BV, cache, _ = engine.prefill(token_BS, length_B, cache)
-        for i in range(max(traffic.answers[number] for number in taken)):
-            position_B = (length_B + i).astype(np.int32)
-            chosen_B = engine.choose(logits_BV, position_B, greedy)
-            if i == 0:
-                first[taken] = time.perf_counter() - start - traffic.arrival[taken]
-            going = [i + 1 < traffic.answers[number] for number in taken]
-            fed_B = np.full(batch, -1, np.int32)
-            fed_B[: len(taken)] = np.where(going, chosen_B[: len(taken)], -1)
-            if any(going):
-                logits_BV, cache, _ = engine.decode(fed_B, position_B, cache)
+        called = time.perf_counter() - start
+        chosen = [traffic.prompts[number] for number in taken]
+        seconds = answer(chosen, [traffic.answers[number] for number in taken])
+        first[taken] = called + seconds - traffic.arrival[taken]
     return Outcome(time.perf_counter() - start, first)
 
 
-def run(source: load.Source | published.Source) -> None:
-    """Prints the comparison; see the head of this file."""
+def in_one_shape(engine: static_lib.Engine, batch: int) -> AnswerBatch:
+    """By engine.py: prompts padded on the right, sequences that have ended fed nothing."""
+    greedy = sampling.Sampling()
+
+    def answer(prompts: list[list[int]], answers: list[int]) -> float:
+        start, first = time.perf_counter(), 0.0
+        token_BS, length_B = np.zeros((batch, _PROMPT[1]), np.int32), np.zeros(batch, np.int32)
+        for row, prompt in enumerate(prompts):
+            token_BS[row, : len(prompt)], length_B[row] = prompt, len(prompt)
+        cache = engine.empty_cache(batch, _CONTEXT)
+        _, logits_BV, cache, _ = engine.prefill(token_BS, length_B, cache)
+        for i in range(max(answers)):
+            position_B = (length_B + i).astype(np.int32)
+            chosen_B = engine.choose(logits_BV, position_B, greedy)
+            first = first or time.perf_counter() - start
+            going = [i + 1 < wanted for wanted in answers]
+            fed_B = np.full(batch, -1, np.int32)
+            fed_B[: len(prompts)] = np.where(going, chosen_B[: len(prompts)], -1)
+            if any(going):
+                logits_BV, cache, _ = engine.decode(fed_B, position_B, cache)
+        return first
+
+    return answer
+
+
+def by_transformers(peer: asked.Peer) -> AnswerBatch:
+    """By `generate`: prompts padded on the left, all sequences as long as the longest answer."""
+    return lambda prompts, answers: peer.ask("generate", tokens=prompts, new=max(answers))["first"]
+
+
+def run(source: load.Source | published.Source, peer_python: str | None = None) -> None:
+    """Prints the comparison; see the head of this file.
+
+    Args:
+      peer_python: interpreter with torch and transformers, for a source that they can read.
+    """
+    with contextlib.ExitStack() as stack:
+        peer = None
+        if peer_python:
+            assert isinstance(source, published.Source)
+            peer = stack.enter_context(asked.Peer(peer_python))
+            peer.ask("load", folder=str(source.tensors.folder), threads=os.cpu_count())
+        _run(source, peer)
+
+
+def _run(source: load.Source | published.Source, peer: asked.Peer | None) -> None:
     config = source.config
     mesh = mesh_lib.of_config(config.mesh)
     model, table = load.model(source, mesh), permute.table(source.plan.placement)
@@ -145,12 +185,19 @@ def run(source: load.Source | published.Source) -> None:
     positions = limits.shards * limits.blocks * limits.block_size
     batch = positions // context
     engine = Engine(config, mesh, model, table, limits, source.text)
-    static_engine = static_lib.Engine(config, mesh, model, table)
+    ways = {"static": in_one_shape(static_lib.Engine(config, mesh, model, table), batch)}
+    if peer:
+        ways["transformers"] = by_transformers(peer)
     corpus = source.text.corpus(data.load_corpus(config.data).held_out)
 
     flood = make_load(corpus, 1e6, seed=0)  # all at once: compiles, and says what rate is high
     continuous(engine, flood)
-    static(static_engine, flood, batch)
+    for name, way in ways.items():
+        if name == "transformers":
+            assert peer
+            _use_the_faster(peer, way, flood, batch)
+        else:
+            static(way, flood, batch)
     peak = REQUESTS / continuous(engine, flood).seconds
     metrics.say(
         f"{REQUESTS} requests on mesh {config.mesh}, cache of {positions:,} positions: "
@@ -160,25 +207,36 @@ def run(source: load.Source | published.Source) -> None:
     _host_share(engine, corpus)
     _recorder_cost(source, mesh, engine, corpus)
     for name, rate in (("all at once", 1e6), ("at 0.7 of that rate", 0.7 * peak)):
-        _compare(engine, static_engine, corpus, batch, rate, name)
+        _compare(engine, ways, corpus, batch, rate, name)
+
+
+def _use_the_faster(peer: asked.Peer, way: AnswerBatch, traffic: Load, batch: int) -> None:
+    """Of the two ways of computing experts that do not copy their weights for every token."""
+    seconds = {}
+    for experts in ("eager", "grouped_mm"):
+        peer.ask("use", experts=experts, cache="dynamic")
+        seconds[experts] = static(way, traffic, batch).seconds
+    fastest = min(seconds, key=seconds.__getitem__)
+    peer.ask("use", experts=fastest, cache="dynamic")
+    metrics.say(f"transformers computes experts by {fastest!r}, the faster of {list(seconds)}")
 
 
 def _compare(
     engine: Engine,
-    static_engine: static_lib.Engine,
+    ways: dict[str, AnswerBatch],
     corpus: np.ndarray,
     batch: int,
     per_second: float,
     name: str,
 ) -> None:
-    rates: dict[str, list[float]] = {"continuous": [], "static": []}
-    firsts: dict[str, list[np.ndarray]] = {"continuous": [], "static": []}
+    rates: dict[str, list[float]] = {way: [] for way in ("continuous", *ways)}
+    firsts: dict[str, list[np.ndarray]] = {way: [] for way in rates}
     for round_ in range(ROUNDS):
         traffic = make_load(corpus, per_second, seed=round_ + 1)
-        for way, outcome in (
-            ("continuous", continuous(engine, traffic)),
-            ("static", static(static_engine, traffic, batch)),
-        ):
+        for way in rates:
+            outcome = (
+                static(ways[way], traffic, batch) if way in ways else continuous(engine, traffic)
+            )
             rates[way].append(traffic.num_new / outcome.seconds)
             firsts[way].append(outcome.first)
         metrics.progress(f"{name}: round {round_ + 1}/{ROUNDS}")
@@ -189,8 +247,9 @@ def _compare(
             f"requests {name}, {way}: {np.median(rates[way]):,.0f} tokens/s; "
             f"first token p50 {p50:.2f} s, p99 {p99:.2f} s"
         )
-    ratios = np.divide(rates["continuous"], rates["static"])
-    metrics.say(f"requests {name}: continuous / static {np.median(ratios):.2f} in tokens/s")
+    for way in ways:
+        ratio = np.median(np.divide(rates["continuous"], rates[way]))
+        metrics.say(f"requests {name}: continuous / {way} {ratio:.2f} in tokens/s")
 
 
 def _submit_16(engine: Engine, corpus: np.ndarray) -> None:

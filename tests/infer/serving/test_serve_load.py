@@ -1,0 +1,63 @@
+"""The benchmark's own rules, with answers that cost nothing."""
+
+import numpy as np
+import pytest
+
+from moe_jax.infer.engine import Engine
+from moe_jax.infer.peer import asked
+from moe_jax.infer.sampling import Sampling
+from moe_jax.infer.serving import serve_load
+from tests import tiny
+
+
+def test_batches_are_whole_and_in_order():
+    traffic = serve_load.make_load(np.arange(1000) % 256, 1e9, seed=1)
+    calls = []
+
+    def answer(prompts, answers):
+        calls.append((prompts, answers))
+        return 1.0
+
+    outcome = serve_load.static(answer, traffic, batch=48)
+    assert [len(prompts) for prompts, _ in calls] == [48, 48, 32]
+    assert [prompt for prompts, _ in calls for prompt in prompts] == traffic.prompts
+    assert [count for _, counts in calls for count in counts] == traffic.answers
+    # a second after the call, which came after the arrival
+    assert (outcome.first > 1 - 1e-3).all()
+    assert {len(p) for p in traffic.prompts} <= set(range(16, 129))
+
+
+def test_the_own_way_answers_as_the_engine_does(monkeypatch):
+    """Each as long as it was asked for, and then nothing."""
+    monkeypatch.setattr(serve_load, "_PROMPT", (2, 8))
+    monkeypatch.setattr(serve_load, "_CONTEXT", 16)
+    config = tiny.config()
+    engine = Engine(config, tiny.mesh(config), tiny.model(), tiny.table(tiny.contiguous()))
+    prompts, answers = [row[: 2 + n] for n, row in enumerate(tiny.tokens(3, 8).tolist())], [5, 1, 3]
+    fed = []
+    decode = engine.decode
+
+    def watched(token_B, position_B, cache):
+        fed.append(token_B.copy())
+        return decode(token_B, position_B, cache)
+
+    monkeypatch.setattr(engine, "decode", watched)
+    seconds = serve_load.in_one_shape(engine, 8)(prompts, answers)
+    assert seconds > 0
+    fed_SB = np.stack(fed)
+    for row, (prompt, count) in enumerate(zip(prompts, answers, strict=True)):
+        expected = engine.generate([prompt], count, Sampling()).tokens[0]
+        assert fed_SB[:, row].tolist() == expected[:-1] + [-1] * (5 - count)
+    assert (fed_SB[:, 3:] == -1).all()
+
+
+def test_transformers_is_asked_for_the_longest_answer():
+    class Peer(asked.Peer):
+        def __init__(self):
+            pass
+
+        def ask(self, do, **what):
+            assert (do, what) == ("generate", {"tokens": [[1], [2, 3]], "new": 7})
+            return {"first": 0.25}
+
+    assert serve_load.by_transformers(Peer())([[1], [2, 3]], [4, 7]) == pytest.approx(0.25)
