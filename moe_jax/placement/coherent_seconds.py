@@ -19,7 +19,7 @@ objective in any case.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -33,6 +33,7 @@ TRIED = 24  # best swaps of a pass that are tried one after the other
 ENTRIES = 2**21  # of the tables of all swaps at once
 MOST = 2**26  # sets x devices^2 x experts of a set up to which a pass is quick enough
 LADDER_SHARE = 0.4  # of what time is left after the first descent
+SHAKES, SWAPPED = 60, 3  # descents from a shaken placement, and swaps of a shake
 TELL = 2.0  # seconds between placements that are told
 
 
@@ -233,13 +234,16 @@ def search(
     """Yields placements; the caller keeps what is better.
 
     Descent from the start goes on, then there is one from the best of the search by rows under a
-    ladder of load caps.
+    ladder of load caps, and then from the best so far with a layer or two shaken.
     """
     if not quick(problem):
         yield from coherent.search(problem, start_LE, rng, deadline)
         return
     one = model(problem)
-    yield from descended(one, start_LE, deadline)
+    ended = []
+    for device_LE in descended(one, start_LE, deadline):
+        ended = [device_LE]
+        yield device_LE
     now = time.monotonic()
     best_LE, best = None, np.inf
     for device_LE in coherent.search(problem, start_LE, rng, now + LADDER_SHARE * (deadline - now)):
@@ -247,13 +251,56 @@ def search(
             best_LE, best = device_LE, value
     if best_LE is not None:
         yield best_LE
-        yield from descended(one, best_LE, deadline)
+        for device_LE in descended(one, best_LE, deadline):
+            ended = [*ended[:1], device_LE]
+            yield device_LE
+    if ended:
+        yield from _shaken(one, min(ended, key=one.total), rng, deadline)
 
 
-def descended(one: Model, device_LE: np.ndarray, deadline: float) -> Iterator[np.ndarray]:
-    """Yields better and better placements: best swaps of one layer after another."""
+def _shaken(
+    one: Model, best_LE: np.ndarray, rng: np.random.Generator, deadline: float
+) -> Iterator[np.ndarray]:
+    """Descent again and again from the best, some swaps or labels of it changed at random.
+
+    The labels of two devices change places in one layer or in all from there on; what lies behind a
+    swap that no single one leads to is found like that.
+    """
+    best, devices, layers = one.total(best_LE), one.devices, len(best_LE)
+    for shake in range(SHAKES):
+        if time.monotonic() >= deadline:
+            return
+        device_LE, layer = best_LE.copy(), int(rng.integers(layers))
+        if shake % 3:
+            a, b = rng.choice(devices, 2, replace=False) if devices > 1 else (0, 0)
+            to_M = np.arange(devices)
+            to_M[[a, b]] = b, a
+            last = layer + 1 if shake % 3 == 1 else layers
+            device_LE[layer:last] = to_M[device_LE[layer:last]]
+        else:
+            for _ in range(SWAPPED):
+                at = int(rng.integers(layers))
+                e, f = rng.integers(device_LE.shape[1], size=2)
+                device_LE[at, [e, f]] = device_LE[at, [f, e]]
+        if not one.problem.all_allowed(device_LE):
+            continue
+        near = range(max(layer - 1, 0), min(layer + 2, layers)) if shake % 3 else range(layers)
+        *_, found_LE = descended(one, device_LE, deadline, near)
+        if (value := one.total(found_LE)) < best * (1 - 1e-9):
+            best, best_LE = value, found_LE
+            yield found_LE
+
+
+def descended(
+    one: Model, device_LE: np.ndarray, deadline: float, first: Sequence[int] | None = None
+) -> Iterator[np.ndarray]:
+    """Yields better and better placements: best swaps of one layer after another.
+
+    Args:
+      first: layers to begin with; all if None.
+    """
     device_LE, told, changed = device_LE.copy(), time.monotonic(), False
-    waiting = dict.fromkeys(range(len(one.layers)))
+    waiting = dict.fromkeys(range(len(one.layers)) if first is None else first)
     while waiting and time.monotonic() < deadline:
         layer = next(iter(waiting))
         del waiting[layer]

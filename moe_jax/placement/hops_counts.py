@@ -55,6 +55,16 @@ def counted(ids_TLK, placement: Placement, ways: Sequence[Ways], nodes: Nodes) -
     return Counted(np.array(hops), np.stack(loads))
 
 
+def loads_LM(ids_TLK, placement: Placement, nodes: Nodes) -> np.ndarray:
+    """float64 [L, M]: rows that devices compute where homes are uniform and tokens return there.
+
+    The same as cost.computed_LM, without a walk over all tokens for each home.
+    """
+    nowhere_MM = np.zeros((placement.num_devices, placement.num_devices))
+    ways = [Ways(np.arange(placement.num_devices), nowhere_MM)] * placement.num_layers
+    return counted(ids_TLK, placement, ways, nodes).load_LM
+
+
 class Layer:
     """Assignments of one layer, and what any set of copies of an expert costs them."""
 

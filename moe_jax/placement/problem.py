@@ -359,7 +359,7 @@ class Problem:
             return scale * self.counted_hops(placement).hops_L
         ids_TLK, each = self.trace.expert_ids_TLK, self.topology.devices_per_node
         if self.objective != "rows":
-            load_LM = cost.computed_LM(ids_TLK, placement, self.dispatch, None, each)
+            load_LM = self.computed_LM(placement)
         if self.objective == "load":
             relative_LM = load_LM / self.topology.speed_M
             return relative_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
@@ -370,6 +370,13 @@ class Problem:
         return seconds_lib.seconds(
             rows, load_LM, self.topology, self.work, self.dispatch, self.trace.num_tokens
         ).total_L
+
+    def computed_LM(self, placement: Placement) -> np.ndarray:
+        """float64 [L, M]: rows that every device computes; the mean over homes."""
+        ids_TLK, topology = self.trace.expert_ids_TLK, self.topology
+        if placement.has_replicas and self.dispatch != "coherent":
+            return hops_counts.loads_LM(ids_TLK, placement, topology.nodes)
+        return cost.computed_LM(ids_TLK, placement, self.dispatch, None, topology.devices_per_node)
 
     def counted_hops(self, placement: Placement) -> hops_counts.Counted:
         """Hops and loads of the objective `hops`, counted token by token."""

@@ -185,9 +185,7 @@ def largest_L(problem: Problem, plan: Placement) -> Float[np.ndarray, " L"]:
     """Largest device load of each layer, counted under the copy rule."""
     if problem.objective == "hops":  # its dispatchers say where tokens are
         return (problem.counted_hops(plan).load_LM / problem.topology.speed_M).max(axis=1)
-    ids_TLK, each = problem.trace.expert_ids_TLK, problem.topology.devices_per_node
-    load_LM = cost.computed_LM(ids_TLK, plan, problem.dispatch, None, each)
-    return (load_LM / problem.topology.speed_M).max(axis=1)
+    return (problem.computed_LM(plan) / problem.topology.speed_M).max(axis=1)
 
 
 class _Layer:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.placement import hops, hops_bound, hops_counts, solve, spare, topology
+from moe_jax.placement import cost, hops, hops_bound, hops_counts, solve, spare, topology
 from moe_jax.placement.__main__ import main
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits.previous import Previous, holds_LEM, placement_of
@@ -19,6 +19,7 @@ from moe_jax.placement.torus import Torus
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
+from tests.placement import instances
 
 LINE = Topology("line", 1, 3, torus=Torus((3,), (False,)))
 RING = Topology("ring", 1, 5, torus=Torus((5,), (True,)))
@@ -201,3 +202,18 @@ def test_the_command(tmp_path, capsys):
     assert found["unit"] == "hops per token and layer"
     assert 0 < found["bound"] <= found["objective"]
     assert "facility location" in found["note"]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+def test_loads_are_those_of_a_walk_for_each_home(machine):
+    """To the last bit where the homes are a power of two, else within rounding."""
+    devices, rng = machine.num_devices, np.random.default_rng(6)
+    trace = instances.with_gaps(made(3, 2 * devices), rng)
+    each = machine.devices_per_node
+    for slots in (3 * devices, 4 * devices):
+        plan = at_random(rng, 3, 2 * devices, devices, slots)
+        found = hops_counts.loads_LM(trace.expert_ids_TLK, plan, machine.nodes)
+        wanted = cost.computed_LM(trace.expert_ids_TLK, plan, "exchange", None, each)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+        if devices == 4:
+            np.testing.assert_array_equal(found, wanted)

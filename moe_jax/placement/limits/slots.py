@@ -14,6 +14,7 @@ A slot that is added has to be filled, so its copy counts as a move.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from moe_jax.errors import Refused
-from moe_jax.placement import hops, spare
+from moe_jax.placement import hops, hops_counts, spare
 from moe_jax.placement import move as move_lib
 from moe_jax.placement.limits import knapsack
 from moe_jax.placement.limits.previous import holds_LEM, placement_of
@@ -178,11 +179,21 @@ class _Layer:
     def value(self, held_EM: np.ndarray) -> float:
         """What the layer is worth; inf above the cap."""
         if np.isfinite(self._cap):
-            whole = _alone(self._problem, self._layer, self._problem.trace.num_tokens)
-            largest = spare.largest_L(whole, placement_of(held_EM[None]))[0]
+            _, load_EM = self._served.priced(np.arange(len(held_EM)), held_EM)
+            largest = (load_EM.sum(axis=0) / self._problem.topology.speed_M).max()
             if largest > self._cap * (1 + 1e-9):
                 return np.inf
         return float(self._judging.counted_L(placement_of(held_EM[None]))[0])
+
+    @functools.cached_property
+    def _served(self) -> hops_counts.Layer:
+        """All tokens, counted once: what any copies of an expert compute."""
+        problem, devices = self._problem, self._problem.num_devices
+        ids_TK = problem.trace.expert_ids_TLK[:, self._layer]
+        ways = hops.Ways(np.arange(devices), np.zeros((devices, devices)))
+        if problem.objective == "hops":
+            ways = problem.hop_ways[self._layer]
+        return hops_counts.Layer(ids_TK, problem.trace.num_experts, ways, problem.topology.nodes)
 
     def _best(self, stops: list[np.ndarray], deadline: float) -> int:
         if time.monotonic() >= deadline:
