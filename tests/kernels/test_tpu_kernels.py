@@ -155,6 +155,16 @@ def test_tiles_fit_on_chip_and_divide_what_is_summed(chip, widths):
     assert tile.rows % tiles.PART_ROWS == 0
 
 
+@pytest.mark.parametrize(
+    ("num_out", "width"),
+    [(1024, 512), (768, 384), (2880, 1024), (200, 200), (128, 128), (700, 256)],
+)
+def test_both_cores_of_a_chip_have_tiles(num_out, width):
+    operands, found = shaped(1024, 512, num_out)
+    with chips.assume("v5p"):
+        assert tiles.for_rows("a kind", operands, found).out == width
+
+
 def test_axes_that_cannot_be_cut_are_refused_by_name():
     operands, found = shaped(512, 128 * 1024 + 1, 256)
     with pytest.raises(Refused, match=r"no tile of 131073 x 256 weights fits .* implementation='c"):

@@ -214,11 +214,17 @@ def _cuts(num_sum: int) -> list[int]:
 
 
 def _outs(num_out: int) -> list[int]:
-    """Widths of a tile; the last one of an axis may reach beyond it."""
-    most = RULE.get().width
-    at_once = num_out <= _CHUNKS[-1] or num_out % _LANES == 0  # see chunk
-    whole = [num_out] if num_out <= most and at_once else []
-    return whole + [width for width in _WIDTHS if width < num_out and width <= most]
+    """Widths of a tile, the widest first; the last tile of an axis may reach beyond it. Cores share
+    the tiles, so each has at least one where the axis is wide enough."""
+    cores = chips.CHIPS[chips.current()].cores
+    share, most = num_out // cores, RULE.get().width
+    if share % _LANES or not share:
+        # see chunk: an uneven axis is a tile if it is short, and not worth two cores then
+        share = (
+            num_out if num_out <= _CHUNKS[-1] or (cores == 1 and num_out % _LANES == 0) else share
+        )
+    whole = [share] if share <= most and (share % _LANES == 0 or share == num_out) else []
+    return whole + [width for width in _WIDTHS if width < share and width <= most]
 
 
 def _budget() -> int:
