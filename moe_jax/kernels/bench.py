@@ -1,9 +1,11 @@
 """How fast the grouped operations are on this machine, next to a dense matmul of the same FLOPs.
 
-    python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode] [--patterns=zipf,...]
-                                    [--implementation=cpu] [--seconds=4] [--json]
+    python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode,decode16]
+                                    [--patterns=zipf,...] [--implementation=cpu]
+                                    [--seconds=4] [--json]
                                     [--opponents=ragged_dot,megablox,tokamax | --no-ragged]
 
+Shapes that nobody trains on are measured with transposed weights, too: as inference keeps them.
 `mixtral`, `olmoe`, `qwen3` and `deepseek_v3` (256 experts over 8 devices, the part of one) are
 made for accelerators: left out by default, bfloat16 there and float32 on CPU, where a call takes
 seconds to minutes.
@@ -56,6 +58,7 @@ SHAPES = {
     "g64": Shape("matmul", 4096, 4096, 512, 1024, 64, _ALL),
     "quickstart": Shape("ffn", 8192, 1500, 128, 256, 4, ("uniform", "multinomial", "zipf")),
     "decode": Shape("ffn", 64, 2, 128, 256, 4, ("half-empty",), directions=1),
+    "decode16": Shape("ffn", 64, 32, 512, 1024, 8, ("multinomial",), directions=1),
     "mixtral": Shape("matmul", 8192, 8192, 4096, 14336, 8, _ALL, by_default=False),
     "olmoe": Shape("matmul", 65536, 65536, 2048, 1024, 64, _ALL, by_default=False),
     "qwen3": Shape("matmul", 131072, 131072, 2048, 768, 128, _ALL, by_default=False),
@@ -133,6 +136,10 @@ def contenders(
         calls = {"dense": pair(dense_ffn, backward, x[:used], *local, dy[:used])}
         ours = functools.partial(gm.grouped_ffn, group_sizes_G=sizes, implementation=implementation)
         calls[implementation] = pair(ours, backward, x, *weights, dy)
+        if shape.directions == 1:
+            turned = [w.swapaxes(1, 2) for w in weights]
+            transposed = functools.partial(ours, transpose_w=True)
+            calls[f"{implementation}, transposed"] = pair(transposed, backward, x, *turned, dy)
         for name, dot in opponents.items():
             ffn = functools.partial(_ffn_of, lambda x, w, dot=dot: dot(x, w, sizes))
             calls[name] = pair(ffn, backward, x, *weights, dy)

@@ -25,10 +25,10 @@ def test_json_and_table_hold_every_contender(capsys):
     )
     assert (row["shape"], row["pattern"], row["direction"]) == ("decode", "half-empty", "forward")
     for name in ("milliseconds", "megabytes"):
-        assert set(row[name]) == {"dense", "cpu"}
+        assert set(row[name]) == {"dense", "cpu", "cpu, transposed"}
         assert all(value > 0 for value in row[name].values())
     for name in ("ratio", "cpu_ratio"):
-        assert set(row[name]) == {"cpu"}
+        assert set(row[name]) == {"cpu", "cpu, transposed"}
     lines = bench.table(found["rows"]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 3
