@@ -46,6 +46,7 @@ def distance(workdir: str) -> None:
     from moe_jax import checkpoint
     from moe_jax import mesh as mesh_lib
     from moe_jax.infer import load
+    from moe_jax.model import moe
     from moe_jax.upcycle import distance as of_experts
 
     source = load.find(workdir, None)
@@ -55,7 +56,7 @@ def distance(workdir: str) -> None:
     model = load.parameters(source, mesh_lib.of_config(source.config.mesh))
     named = checkpoint.flatten(model)
     found_L = of_experts.relative_L(
-        {name: np.asarray(named[f"blocks.moe.{name}"]) for name in of_experts.MATRICES}
+        {name: np.asarray(named[f"blocks.moe.{name}"]) for name in moe.MATRICES}
     )
     for layer, value in zip(source.config.model.moe_layer_ids, found_L, strict=True):
         print(f"layer {layer:3}   {value:.3e}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-MATRICES = ("gate_PDF", "up_PDF", "down_PFD")
+from moe_jax.model.moe import MATRICES
 
 
 def relative_L(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
