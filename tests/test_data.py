@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.errors import Refused
 from tests import tiny
@@ -45,3 +46,11 @@ def test_no_thread_is_refused():
     with pytest.raises(Refused) as refused:
         tiny.config(data={"seq_len": 16, "global_batch": 8, "read_threads": 0})
     assert refused.value.field == "data.read_threads"
+
+
+def test_a_run_is_the_same_with_another_number_of_threads():
+    digests = [
+        config_lib.digest(tiny.config(data={"seq_len": 16, "global_batch": 8, "read_threads": n}))
+        for n in (1, 4)
+    ]
+    assert digests[0] == digests[1]
