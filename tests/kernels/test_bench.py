@@ -67,9 +67,9 @@ def test_opponents_that_cannot_run_are_named_and_left_out(capsys):
     out, err = capsys.readouterr()
     (row,) = json.loads(out)["rows"]
     assert "decode: megablox left out: runs on TPUs, and this is a cpu" in err
-    assert set(row["ratio"]) == {"cpu", "ragged_dot"}
+    assert set(row["ratio"]) == {"cpu", "cpu, transposed", "ragged_dot"}
     assert row["left_out"] == {"megablox": "runs on TPUs, and this is a cpu"}
-    assert row["roofline"] == {"dense": None, "cpu": None, "ragged_dot": None}
+    assert row["roofline"] == dict.fromkeys(["dense", *row["ratio"]])  # no peaks are known
     with pytest.raises(Refused, match=r"'megablox': takes multiples of 128 rows, and the buffer h"):
         opponents.opponent("megablox", "tpu", 130)
     with pytest.raises(Refused, match=r"--opponents = 'cutlass': must be among ragged_dot, megabl"):
