@@ -84,13 +84,13 @@ class Engine:
         def prefill(model, table, token_BS, length_B, cache, *, all_logits):
             real_BS = jnp.arange(token_BS.shape[1])[None] < length_B[:, None]
             last_B = jnp.maximum(length_B - 1, 0)
-            only = {} if all_logits or apart else {"last_B": last_B}
-            output = forward(model, token_BS, table, real_BS=real_BS, cache=cache, **only)
+            wanted_B = None if all_logits else last_B
+            output = forward(model, token_BS, table, real_BS=real_BS, cache=cache, last_B=wanted_B)
             logits_BSV = output.logits_BSV
-            if only:
+            if not all_logits:
                 return None, logits_BSV[:, 0], output.cache, output.record
             last_BV = jnp.take_along_axis(logits_BSV, last_B[:, None, None], axis=1)[:, 0]
-            return logits_BSV if all_logits else None, last_BV, output.cache, output.record
+            return logits_BSV, last_BV, output.cache, output.record
 
         @functools.partial(jax.jit, donate_argnums=4)
         def decode(model, table, token_B, position_B, cache):

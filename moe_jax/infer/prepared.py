@@ -33,16 +33,18 @@ def prepared(
         return model
     weights, dtype = changed.blocks.moe, jnp.dtype(config.dtype)
     turned = _transposes(mesh) and not moe.is_transposed(weights)
-    if not turned and all(getattr(weights, name)[...].dtype == dtype for name in moe.MATRICES):
-        return model
     axes = moe.TRANSPOSED_AXES if turned or moe.is_transposed(weights) else moe.EXPERT_AXES
+    same = True
     for name, names in zip(moe.MATRICES, axes, strict=False):
         array = getattr(weights, name)[...]
+        if not turned and array.dtype == dtype:
+            continue
+        same = False
         placed = mesh_lib.sharding(mesh, "layer", *names)
         setattr(weights, name, nnx.Param(_changed(array, dtype, turned, placed), axes=names))
         if use_up:
             array.delete()
-    return changed
+    return model if same else changed
 
 
 def shapes(mesh: Mesh, abstract: transformer.Transformer) -> transformer.Transformer:

@@ -26,7 +26,7 @@ from moe_jax.pytree import Leaf
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache(cache_lib.LayerCache):
+class LayerCache(cache_lib.Kept):
     """Keys and values of one layer (of all layers when stacked): [B, C, G, Q] each."""
 
     key_BCGQ: Leaf
@@ -164,8 +164,9 @@ def attend(
         cache = cache and cache.with_prefix(key_BSGQ, value_BSGQ)
     else:
         cache = cache.with_one(position_BS[:, 0], key_BSGQ, value_BSGQ)
-        cached = cache.of_layer().key_BCGQ, cache.of_layer().value_BCGQ
-        seen_B1C = seen(position_BS, cached[0].shape[1], window)
+        kept = cache.of_layer()
+        seen_B1C = seen(position_BS, kept.key_BCGQ.shape[1], window)
+        cached = kept.key_BCGQ, kept.value_BCGQ
         mixed_BSHQ = mix(query_BSHQ, *cached, seen_B1C, weights.sink_H, setting.divisor)
     return project_out(mixed_BSHQ, weights), cache
 

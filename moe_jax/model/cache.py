@@ -7,37 +7,32 @@ Axes: B sequences, S tokens at hand, C cached positions, L layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 
 
-class LayerCache:
-    """Of one layer; its fields are the arrays, in the order in which new values are given."""
+class Kept:
+    """Of one layer: a dataclass of arrays [B, C, ...], in the order in which new ones are given."""
 
     def with_prefix(self, *new_BS: jax.Array) -> Any:
-        """With what belongs to the first S positions."""
-        return type(self)(*map(_write_prefix, self._arrays(), new_BS))
+        """With what belongs to the first S positions, [B, S, ...] each."""
+        return type(self)(*map(_write_prefix, jax.tree.leaves(self), new_BS))
 
     def with_one(self, position_B: jax.Array, *new_B1: jax.Array) -> Any:
-        """With one position a sequence; nothing is written at position -1."""
-        return type(self)(
-            *(
-                _select_one(a, new, position_B)
-                for a, new in zip(self._arrays(), new_B1, strict=True)
-            )
-        )
+        """With one position a sequence, [B, 1, ...] each; nothing is written at position -1."""
+        pairs = zip(jax.tree.leaves(self), new_B1, strict=True)
+        return type(self)(*(_select_one(array, new, position_B) for array, new in pairs))
 
     def of_layer(self) -> Any:
+        """Itself: what is attended to."""
         return self
-
-    def _arrays(self) -> list[jax.Array]:
-        return jax.tree.leaves(self)
 
 
 Write = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -45,10 +40,10 @@ Write = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class InStack:
-    """Of one layer, within that of all: the same methods.
+    """Of one layer, within that of all: the methods of `Kept`.
 
     Attributes:
-      whole: a `LayerCache` with arrays [L, B, C, ...].
+      whole: a `Kept` with arrays [L, B, C, ...].
       layer: int32 scalar.
       write: see `writer`.
     """
@@ -82,7 +77,8 @@ class InStack:
 
 
 def writer(mesh: Mesh, attention_batch: str) -> Write:
-    """`write(array_LBC, new_B1, layer, position_B)`: on the device that has the sequence.
+    """`write(array_LBC, new_B1, layer, position_B) -> array_LBC`, on the device that has the
+    sequence: keys and values [L, B, C, G, Q] are split over heads, too.
 
     Args:
       attention_batch: logical axis of the batch in attention, "batch" or "replica".
@@ -98,6 +94,12 @@ def writer(mesh: Mesh, attention_batch: str) -> Write:
         return local(array_LBC, new_B1, layer, position_B)
 
     return write
+
+
+@functools.cache  # another function would be compiled anew, for each batch of prompts
+def zeros(shape: tuple[int, ...], dtype: str, placed: NamedSharding) -> Callable[[], jax.Array]:
+    """Makes an empty array of a cache."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)
 
 
 def _write_one(array_LBC, new_B1, layer, position_B):

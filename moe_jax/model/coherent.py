@@ -35,6 +35,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.kernels import grouped_matmul
 from moe_jax.model import attention, layers, moe, parameter, router, shared, transformer
+from moe_jax.model import cache as cache_lib
 from moe_jax.model.dispatch import onward, schemes, sorting, stay, wire
 from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.table import Home, Table, experts_of, rule_position, slots_of
@@ -82,6 +83,7 @@ def build_forward(
         position_BS: Int[Array, "B S"] | None = None,
         real_BS: Bool[Array, "B S"] | None = None,
         cache: attention.LayerCache | None = None,
+        last_B: Int[Array, "B"] | None = None,
     ) -> transformer.Output:
         if position_BS is None:
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
@@ -90,6 +92,8 @@ def build_forward(
         embedding_VD = model.embedding_VD[...].astype(dtype)
         x_BSD = embedding_VD[token_BS]
         x_BSD, cache, record = stack(x_BSD, model.blocks, table, position_BS, real_BS, cache)
+        if last_B is not None:
+            x_BSD = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)
         x_BSD = layers.rms_norm(x_BSD, model.final_norm_D[...], eps)
         output_DV = None if model.output_DV is None else model.output_DV[...].astype(dtype)
         return transformer.Output(layers.logits(x_BSD, embedding_VD, output_DV), cache, record)
@@ -101,7 +105,7 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> a
     """As `transformer.empty_cache`; all devices of an expert group hold all its sequences."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.d_head)
     placed = jax.sharding.NamedSharding(mesh, PartitionSpec(None, _REPLICAS))
-    zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
+    zeros = cache_lib.zeros(shape, config.dtype, placed)
     return attention.LayerCache(zeros(), zeros())
 
 

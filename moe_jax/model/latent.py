@@ -34,7 +34,7 @@ NORM_EPS = 1e-6  # of both latent norms, whatever that of other norms is
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LatentCache(cache_lib.LayerCache):
+class LatentCache(cache_lib.Kept):
     """Rows of one layer (of all when stacked): [B, C, Z], latents normed and keys turned."""
 
     row_BCZ: Leaf

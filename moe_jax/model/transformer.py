@@ -291,20 +291,15 @@ def _empty_layers(
     if config.latent.kv_rank:
         shape = (num_layers, *size, config.latent.kv_rank + config.latent.d_rope)
         placed = mesh_lib.sharding(mesh, None, attention_batch, None, None)
-        return latent.LatentCache(_zeros(shape, config.dtype, placed)())
+        return latent.LatentCache(cache_lib.zeros(shape, config.dtype, placed)())
     num_kv_heads = config.num_kv_heads
     placed = mesh_lib.sharding(mesh, None, attention_batch, None, "head", None)
     if config.dispatch == "shuffled":
         num_kv_heads = max(num_kv_heads, mesh_lib.size(mesh, mesh_lib.EXPERT))
         placed = NamedSharding(mesh, PartitionSpec(None, *shuffled.CACHE))
     shape = (num_layers, *size, num_kv_heads, config.d_head)
-    zeros = _zeros(shape, config.dtype, placed)
+    zeros = cache_lib.zeros(shape, config.dtype, placed)
     return attention.LayerCache(zeros(), zeros())
-
-
-@functools.cache  # another function would be compiled anew, for each batch of prompts
-def _zeros(shape: tuple[int, ...], dtype: str, placed: NamedSharding) -> Callable[[], jax.Array]:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)
 
 
 def identity_table(num_layers: int, num_experts: int) -> Table:

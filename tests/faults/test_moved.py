@@ -16,7 +16,7 @@ from tests.faults import harness
 
 MOVES = {"replan__every": 8, "replan__record_steps": 4, "replan__seconds": 0.05}
 STEPS = 60
-KILLS = int(os.environ.get("FAULTS_MOVES", "6"))  # fewer where time is short
+KILLS = 6
 
 
 @contextlib.contextmanager

@@ -186,18 +186,14 @@ def _run(source: load.Source | published.Source, peer: asked.Peer | None) -> Non
     batch = positions // context
     engine = Engine(config, mesh, model, table, limits, source.text)
     ways = {"static": in_one_shape(static_lib.Engine(config, mesh, model, table), batch)}
-    if peer:
-        ways["transformers"] = by_transformers(peer)
     corpus = source.text.corpus(data.load_corpus(config.data).held_out)
 
     flood = make_load(corpus, 1e6, seed=0)  # all at once: compiles, and says what rate is high
     continuous(engine, flood)
-    for name, way in ways.items():
-        if name == "transformers":
-            assert peer
-            _use_the_faster(peer, way, flood, batch)
-        else:
-            static(way, flood, batch)
+    static(ways["static"], flood, batch)
+    if peer:
+        ways["transformers"] = by_transformers(peer)
+        _use_the_faster(peer, ways["transformers"], flood, batch)
     peak = REQUESTS / continuous(engine, flood).seconds
     metrics.say(
         f"{REQUESTS} requests on mesh {config.mesh}, cache of {positions:,} positions: "

@@ -31,8 +31,8 @@ def test_the_own_way_answers_as_the_engine_does(monkeypatch):
     """Each as long as it was asked for, and then nothing."""
     monkeypatch.setattr(serve_load, "_PROMPT", (2, 8))
     monkeypatch.setattr(serve_load, "_CONTEXT", 16)
-    config = tiny.config()
-    engine = Engine(config, tiny.mesh(config), tiny.model(), tiny.table(tiny.contiguous()))
+    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local")
+    engine = Engine(config, tiny.mesh(config), tiny.model(1, 1), tiny.table(tiny.contiguous(1)))
     prompts, answers = [row[: 2 + n] for n, row in enumerate(tiny.tokens(3, 8).tolist())], [5, 1, 3]
     fed = []
     decode = engine.decode
