@@ -33,9 +33,8 @@ GROUPS = {
 def small_tiles(monkeypatch):
     """Every operation with these tiles: rows, summed axis, result; chunks of 128 columns."""
     monkeypatch.setattr(tiles, "TABLE", _Everything())
-    token = tiles.RULE.set(tiles.Rule(products=1))
-    yield
-    tiles.RULE.reset(token)
+    with tiles.traced(tiles.Rule(products=1)):
+        yield
 
 
 class _Everything:

@@ -19,7 +19,7 @@ class Chip(NamedTuple):
     clock: of a core, in Hz.
     multiplier: columns of one: 2 * 128^2 or 2 * 256^2 operations a cycle.
     topology: the smallest slice that the compiler knows, for compiling ahead of time.
-    kind: how `jax.Device.device_kind` begins.
+    kind: as `jax.Device.device_kind` spells it, which differs between versions.
     """
 
     vmem: int

@@ -12,9 +12,6 @@ Kernels: y, dx, dw of `grouped_matmul`; of `grouped_ffn` gate_up (fused SwiGLU),
 dh_gate_up (backward with gate and up recomputed), dx2 and dw2 of gate and up, dw of down.
 """
 
-import argparse
-import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -23,13 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.errors import Refused
 from moe_jax.kernels import bench
 from moe_jax.kernels import grouped_matmul as gm
 from moe_jax.kernels.tpu import ahead, bundles, chips, table, tiles
 from moe_jax.kernels.tpu.table import TABLE
 
-SHAPES = ("mixtral", "olmoe", "qwen3", "deepseek_v3", "quickstart")
 PATTERNS = ("uniform", "multinomial", "zipf")
 # How to cut where the table says nothing, and what else is tried to fill it.
 RULES = [
@@ -116,26 +111,15 @@ def kernels(
     folder: pathlib.Path, chip: str, shape: bench.Shape, rule: tiles.Rule
 ) -> Iterator[Prediction]:
     """Compiles the operations for a chip, with the table's tiles where it has some."""
-    sharding = ahead.sharding(chip)
-
-    def array(*dims, dtype="bfloat16"):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-
-    n, d, f, g = shape.num_rows, shape.d_model, shape.d_ff, shape.num_groups
-    sizes = array(g, dtype="int32")
-    weights = [array(g, d, f), array(g, d, f), array(g, f, d)]
+    a = ahead.arrays(chip, shape)
+    weights = [a.w_GDF, a.w_GDF, a.w_GFD]
     programs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-        (_matmul, (array(n, d), weights[0], sizes, array(n, f))),
-        (_ffn, (array(n, d), weights, array(n, dtype="float32"), sizes, array(n, d))),
+        (_matmul, (a.x_ND, a.w_GDF, a.sizes_G, a.y_NF)),
+        (_ffn, (a.x_ND, weights, a.weight_N, a.sizes_G, a.x_ND)),
     ]
     for program, args in programs:
-        plans: list[tiles.Plan] = []
-        tokens = tiles.RULE.set(rule), tiles.PLANS.set(plans)
-        with chips.assume(chip):
-            # a program of its own: what JAX traced for another chip or rule must not be used again
-            jax.jit(functools.partial(program)).lower(*args).compile()
-        tiles.RULE.reset(tokens[0])
-        tiles.PLANS.reset(tokens[1])
+        with tiles.traced(rule) as plans:
+            ahead.compiled(chip, program, *args)
         found = bundles.read(folder)
         for plan in {p.kind: p for p in plans}.values():
             yield predict(plan, found[plan.kind], chips.CHIPS[chip], shape.used_rows)
@@ -232,34 +216,19 @@ TABLE: dict[tuple[str, str, str, int, int], tuple[int, int, int, int]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_jax.kernels.tpu.static")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of kernels.bench")
-    parser.add_argument("--chips", default=",".join(chips.CHIPS))
+    parser = ahead.parser("static")
     parser.add_argument("--choose", action="store_true", help="write table.py first")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    try:
-        names = bench.named("--shapes", args.shapes, SHAPES)
-        of_chips = bench.named("--chips", args.chips, chips.CHIPS)
-    except Refused as error:
-        print(error, file=sys.stderr)
-        return 1
-    ahead.prepare()
-    with bundles.dumped() as folder:
-        if args.choose:
-            choose(folder, names, of_chips)
-        rows = []
-        for name in names:
-            for chip in of_chips:
-                print(f"  compiling {name} for {chip}", file=sys.stderr, flush=True)
-                found = kernels(folder, chip, bench.SHAPES[name], tiles.Rule())
-                rows += [row(name, chip, prediction) for prediction in found]
-    if args.json:
-        print(json.dumps({"jax": jax.__version__, "rows": rows}))
-    else:
-        print(f"Predicted from compiled schedules, jax {jax.__version__}, bfloat16; not measured.")
-        print(f"\n{as_table(rows)}")
-    return 0
+
+    def rows(shapes: list[str], of_chips: list[str]) -> Iterator[dict[str, Any]]:
+        with bundles.dumped() as folder:
+            if args.choose:
+                choose(folder, shapes, of_chips)
+            for name, chip in ahead.pairs(shapes, of_chips):
+                for found in kernels(folder, chip, bench.SHAPES[name], tiles.Rule()):
+                    yield row(name, chip, found)
+
+    return ahead.run(args, rows, as_table, "Predicted from compiled schedules, not measured")
 
 
 if __name__ == "__main__":

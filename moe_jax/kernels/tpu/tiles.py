@@ -7,8 +7,9 @@ parts of 128 (the height at which multipliers of 128 x 128 load weights as fast 
 Axes: N rows, A the axis that is summed over, B the axis of the result.
 """
 
+import contextlib
 import contextvars
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -73,13 +74,25 @@ class Plan(NamedTuple):
     bytes: int
 
 
-RULE: contextvars.ContextVar[Rule] = contextvars.ContextVar("rule", default=Rule())  # noqa: B039
-PLANS: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("plans", default=None)
+_RULE: contextvars.ContextVar[Rule] = contextvars.ContextVar("rule", default=Rule())  # noqa: B039
+_PLANS: contextvars.ContextVar[list[Plan] | None] = contextvars.ContextVar("plans", default=None)
+
+
+@contextlib.contextmanager
+def traced(rule: Rule) -> Iterator[list[Plan]]:
+    """The kernels that are traced inside, cut by `rule` where the table says nothing."""
+    plans: list[Plan] = []
+    tokens = _RULE.set(rule), _PLANS.set(plans)
+    try:
+        yield plans
+    finally:
+        _RULE.reset(tokens[0])
+        _PLANS.reset(tokens[1])
 
 
 def note(plan: Plan) -> None:
     """Remembers a kernel where somebody listens."""
-    plans = PLANS.get()
+    plans = _PLANS.get()
     if plans is not None:
         plans.append(plan)
 
@@ -102,7 +115,7 @@ def for_rows(kind: str, operands: "Operands", results: "Sequence[Result]") -> Ti
     known = TABLE.get(key) if same else None
     if known is not None:
         return Tile(row_tile(num_rows, known[0]), *known[1:])
-    rows = row_tile(num_rows, RULE.get().rows)
+    rows = row_tile(num_rows, _RULE.get().rows)
     for part in _cuts(num_sum):
         for out in _outs(num_out):
             tile = Tile(rows, part, out, chunk(out, rows * part))
@@ -140,7 +153,7 @@ def for_columns(kind: str, x_ND: Array, dys: Sequence[Array], out_dtype: DTypeLi
     known = TABLE.get((chips.current(), kind, x_ND.dtype.name, d_model, d_ff))
     if known is not None:
         return Tile(row_tile(num_rows, known[0]), *known[1:])
-    rows = row_tile(num_rows, RULE.get().rows)
+    rows = row_tile(num_rows, _RULE.get().rows)
     pairs = [(d, f) for d in _outs(d_model) for f in _outs(d_ff)]
     per_result = len(dys) * (2 * jnp.dtype(out_dtype).itemsize + 2 * 4)
     # squares move the least for their work
@@ -194,7 +207,7 @@ def chunk(length: int, per_column: int) -> int:
     fitting = (
         c
         for c in _CHUNKS
-        if length % c == 0 and (c <= least or c * per_column <= RULE.get().products)
+        if length % c == 0 and (c <= least or c * per_column <= _RULE.get().products)
     )
     return next(fitting, _LANES)
 
@@ -217,12 +230,9 @@ def _outs(num_out: int) -> list[int]:
     """Widths of a tile, the widest first; the last tile of an axis may reach beyond it. Cores share
     the tiles, so each has at least one where the axis is wide enough."""
     cores = chips.CHIPS[chips.current()].cores
-    share, most = num_out // cores, RULE.get().width
-    if share % _LANES or not share:
-        # see chunk: an uneven axis is a tile if it is short, and not worth two cores then
-        share = (
-            num_out if num_out <= _CHUNKS[-1] or (cores == 1 and num_out % _LANES == 0) else share
-        )
+    share, most = num_out // cores, _RULE.get().width
+    if num_out <= _CHUNKS[-1] and (share % _LANES or not share):
+        share = num_out  # see chunk: an uneven axis is a tile if it is short, not worth two cores
     whole = [share] if share <= most and (share % _LANES == 0 or share == num_out) else []
     return whole + [width for width in _WIDTHS if width < share and width <= most]
 

@@ -8,22 +8,18 @@ index changes) and temporaries. Ways: `unfused`, three grouped matmuls with the 
 rows' weights left to XLA; `recompute` and `store`, `grouped_ffn` with these `pre_activations`.
 """
 
-import argparse
 import functools
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import Refused
 from moe_jax.kernels import bench
 from moe_jax.kernels import grouped_matmul as gm
 from moe_jax.kernels.activation import ACTIVATIONS
-from moe_jax.kernels.tpu import ahead, chips
-from moe_jax.kernels.tpu.static import SHAPES
+from moe_jax.kernels.tpu import ahead
 
 _KERNELS = "pallas_tpu"
 
@@ -49,21 +45,15 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 def measure(chip: str, shape: bench.Shape) -> dict[str, dict[str, dict[str, float]]]:
     """way -> "forward" or "forward+backward" -> gigabytes accessed and megabytes of temporaries."""
-    sharding = ahead.sharding(chip)
-
-    def array(*dims, dtype="bfloat16"):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-
-    n, d, f, g = shape.num_rows, shape.d_model, shape.d_ff, shape.num_groups
-    args = [array(n, d), array(g, d, f), array(g, d, f), array(g, f, d), array(n, dtype="float32")]
-    sizes_G, dy_ND = array(g, dtype="int32"), array(n, d)
+    a = ahead.arrays(chip, shape)
+    args, dy_ND = [a.x_ND, a.w_GDF, a.w_GDF, a.w_GFD, a.weight_N], a.x_ND
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, way in WAYS.items():
         found[name] = {}
         if name != "store":  # what is stored is stored for the backward pass
-            found[name]["forward"] = _compiled(chip, way, *args, sizes_G)
+            found[name]["forward"] = _compiled(chip, way, *args, a.sizes_G)
         both = functools.partial(_with_gradients, way)
-        found[name]["forward+backward"] = _compiled(chip, both, args, sizes_G, dy_ND)
+        found[name]["forward+backward"] = _compiled(chip, both, args, a.sizes_G, dy_ND)
     return found
 
 
@@ -73,8 +63,7 @@ def _with_gradients(way, args, sizes_G, dy_ND):
 
 
 def _compiled(chip: str, program: Callable[..., Any], *args: Any) -> dict[str, float]:
-    with chips.assume(chip):
-        compiled = jax.jit(functools.partial(program)).lower(*args).compile()
+    compiled = ahead.compiled(chip, program, *args)
     cost: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
     return {
@@ -100,29 +89,12 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_jax.kernels.tpu.traffic")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of kernels.bench")
-    parser.add_argument("--chips", default=",".join(chips.CHIPS))
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    try:
-        names = bench.named("--shapes", args.shapes, SHAPES)
-        of_chips = bench.named("--chips", args.chips, chips.CHIPS)
-    except Refused as error:
-        print(error, file=sys.stderr)
-        return 1
-    ahead.prepare()
-    rows = []
-    for name in names:
-        for chip in of_chips:
-            print(f"  compiling {name} for {chip}", file=sys.stderr, flush=True)
-            rows.append({"shape": name, "chip": chip, "ways": measure(chip, bench.SHAPES[name])})
-    if args.json:
-        print(json.dumps({"jax": jax.__version__, "rows": rows}))
-    else:
-        print(f"From compiled programs, jax {jax.__version__}, bfloat16; nothing was run.")
-        print(f"\n{as_table(rows)}")
-    return 0
+    def rows(shapes: list[str], of_chips: list[str]) -> Iterator[dict[str, Any]]:
+        for name, chip in ahead.pairs(shapes, of_chips):
+            yield {"shape": name, "chip": chip, "ways": measure(chip, bench.SHAPES[name])}
+
+    args = ahead.parser("traffic").parse_args(argv)
+    return ahead.run(args, rows, as_table, "From compiled programs, nothing was run")
 
 
 if __name__ == "__main__":
