@@ -9,16 +9,17 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
-from tests.kernels.test_grouped_matmul import (
+from tests.kernels.oracle import (
     BOUNDS,
     OPS,
+    SLOW,
     VARIANTS,
+    among_others,
     assert_close,
     make,
     numpy_answer,
 )
 
-SLOW = pytest.mark.slow
 STORED = [
     pytest.param(True, False, marks=SLOW),
     pytest.param(False, True, marks=SLOW),
@@ -111,11 +112,7 @@ def test_bits_of_a_row_depend_on_no_other_row(d_model, d_ff, dtype):
 
     def run(num_rows, before, chosen, after):
         sizes_G = jnp.asarray([before, len(chosen), after], jnp.int32)
-        buffers = []
-        for rows_XD in (x_XD, dy_XD):
-            others_ND = rng.normal(size=(num_rows, d_model)).astype(rows_XD.dtype)
-            others_ND[before : before + len(chosen)] = rows_XD[chosen]
-            buffers.append(jnp.asarray(others_ND))
+        buffers = [among_others(a, num_rows, before, chosen, rng) for a in (x_XD, dy_XD)]
         args = (buffers[0], weights, sizes_G, jnp.int32(0), buffers[1])
         y, dx, _ = program("ffn", "cpu", True, False)(*args)
         return [np.asarray(a)[before : before + len(chosen)] for a in (y, dx)]

@@ -16,9 +16,8 @@ from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
 from moe_jax.kernels.tpu import chips, tiles
 from moe_jax.kernels.tpu.rows import Operands, Result, Weight
-from tests.kernels.test_grouped_matmul import BOUNDS, assert_close
+from tests.kernels.oracle import BOUNDS, OPS, SLOW, assert_close, make
 
-SLOW = pytest.mark.slow
 # rows of the buffer, rows of each group
 GROUPS = {
     "edges inside tiles": (700, [130, 0, 255, 1, 200, 0]),
@@ -48,23 +47,17 @@ class _Everything:
 @functools.cache
 def case(op, groups, dtype, d_model=256, d_ff=300):
     num_rows, sizes = GROUPS[groups]
-    rng, num_groups, used = np.random.default_rng(0), len(sizes), sum(sizes)
-    widths = [(d_model, d_ff), (d_model, d_ff), (d_ff, d_model)]
-    widths = widths[: {"matmul": 1, "swiglu": 2, "ffn": 3}[op]]
+    x_ND, weights, sizes_G, dy = make(op, num_rows, sizes, dtype, d_model=d_model, d_ff=d_ff)
+    rng, num_groups, used = np.random.default_rng(1), len(sizes), sum(sizes)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    weights = [(normal(num_groups, a, b) / a**0.5).astype(dtype) for a, b in widths]
-    x_ND, dy = normal(num_rows, d_model), normal(num_rows, widths[-1][1])
-    x_ND, dy = (a.at[used:].set(jnp.nan).astype(dtype) for a in (x_ND, dy))
+    x_ND, dy = (a.at[used:].set(jnp.nan) for a in (x_ND, dy))
     named = {}
     if op != "matmul":
         named = {"bias_gate_GF": normal(num_groups, d_ff), "bias_up_GF": normal(num_groups, d_ff)}
     if op == "ffn":
         named["bias_down_GD"] = normal(num_groups, d_model)
         named["row_weight_N"] = normal(num_rows).at[used:].set(jnp.nan)
-    return x_ND, weights, named, jnp.asarray(sizes, jnp.int32), dy
-
-
-OPS = {"matmul": gm.grouped_matmul, "swiglu": gm.grouped_swiglu, "ffn": gm.grouped_ffn}
+    return x_ND, weights, named, sizes_G, dy
 
 
 def results(op, args, **how):
