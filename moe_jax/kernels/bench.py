@@ -3,7 +3,7 @@
     python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode,decode16]
                                     [--patterns=zipf,...] [--implementation=cpu]
                                     [--seconds=4] [--json]
-                                    [--opponents=ragged_dot,megablox,tokamax | --no-ragged]
+                                    [--opponents=ragged_dot,megablox,tokamax]
 
 Shapes that nobody trains on are measured with transposed weights, too: as inference keeps them.
 `mixtral`, `olmoe`, `qwen3` and `deepseek_v3` (256 experts over 8 devices, the part of one) are
@@ -17,8 +17,9 @@ that of the process's time over all its threads: it says nothing of threads that
 another, but hardly moves when the machine is busy; leave it aside where an accelerator computes.
 Dense means one matrix (or FFN) over the rows that are really used, whatever the buffer's length.
 MB: temporaries and results of the compiled program, in 10^6 bytes, by the compiler's own account.
-Roofline: the least time of `roofline.py` / ours, where the device's peaks are known. Opponents that
-cannot run a shape here are named, with the reason, and left out. For TPUs that are not there, see
+Roofline: the least time of `roofline.py` / ours, where the device's peaks are known. `--opponents=`
+with nothing behind it measures none; those that cannot run a shape here are named, with the reason,
+and left out. For TPUs that are not there, see
 `python -m moe_jax.kernels.tpu.static` and `.traffic`.
 """
 
@@ -291,8 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--patterns", default=",".join(_ALL), help="rows per group: of these")
     parser.add_argument("--implementation", default=None, help="default: by platform")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of a row")
-    parser.add_argument("--opponents", default="ragged_dot", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--no-ragged", action="store_true", help="no opponents")
+    parser.add_argument(
+        "--opponents", default="ragged_dot", help=f"of {', '.join(NAMES)}, or empty"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
@@ -303,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
             rule = f"none is measured for {args.shapes}"
             raise Refused("--patterns", args.patterns, rule, "Leave it out to see those that are")
         implementation = args.implementation or gm.default_implementation()
-        opponents = [] if args.no_ragged else named("--opponents", args.opponents, NAMES)
+        opponents = named("--opponents", args.opponents, NAMES) if args.opponents else []
         rows = list(measure(cases, implementation, args.seconds, opponents))
     except Refused as error:
         print(error, file=sys.stderr)

@@ -7,28 +7,24 @@ where the group stands in the buffer, nor on the other groups, N or G.
 
 Axes: N rows, D d_model, F d_ff, G groups, T rows of one tile.
 
-Algorithm: an outer loop visits the non-empty groups and slices their weights once. A group's first
-rows go into one tile, of the smallest size that holds them, such that what is left is whole tiles
-of one size. Only that first tile can reach beyond its group: it alone is read and written through a
-mask, and no buffer needs padding. It sets dw, the whole tiles add to it.
-
-A row gets the same bits in a tile of any of these sizes. Matmul libraries compute few rows another
-way than many (XLA's does not pack the weights for fewer than about 50, and rounds otherwise), so no
-tile has fewer than 64. Transposed weights are always packed: there forward tiles start at 4 rows.
+Algorithm: every pass is one walk over tiles of each group's rows (cpu_tiles.py). A row gets the
+same bits in a tile of any size used here. Matmul libraries compute few rows another way than many
+(XLA's does not pack the weights for fewer than about 50, and rounds otherwise), so no tile has
+fewer than 64. Transposed weights are always packed: there forward tiles start at 4 rows.
 
 Backward passes recompute the pre-activations in the tile: nothing but the inputs is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from moe_jax.kernels.activation import Activation
+from moe_jax.kernels.cpu_tiles import Groups, Sizes, Tile, for_each_tile
 from moe_jax.kernels.scaled import Scaled
 
 
@@ -54,31 +50,12 @@ class _Linear(NamedTuple):
         return _dot_xt(dy_TF, x_TD) if self.transposed else _dot_xt(x_TD, dy_TF)
 
 
-class _Groups(NamedTuple):
-    """Rows of each group, and which of the weights belongs to the first one."""
-
-    size_G: Array
-    first: Array
-
-
-class _Sizes(NamedTuple):
-    """Rows of a tile: `whole` ones, and the choices for the first of a group, ascending.
-
-    Each size is a loop to compile, so there are few. They depend on nothing but D and F: that makes
-    the bits of dw independent of the buffer. Where weights are large each tile pays for reading
-    them, and rows that a first tile has too many cost more than where they are small.
-    """
-
-    whole: int
-    first: tuple[int, ...]
-
-
-_SMALL, _LARGE = _Sizes(128, (64, 128)), _Sizes(256, (64, 96, 128, 192, 256, 320))
+_SMALL, _LARGE = Sizes(128, (64, 128)), Sizes(256, (64, 96, 128, 192, 256, 320))
 _FEW = (4, 8, 16, 32, 48)  # where transposed weights allow them
 _NARROW = 16  # below, transposed weights are not always packed either
 
 
-def _sizes_of(w_GDF: Array | Scaled, linear: _Linear) -> _Sizes:
+def _sizes_of(w_GDF: Array | Scaled, linear: _Linear) -> Sizes:
     """Of tiles whose only matmuls are `linear.y`."""
     sizes = _sizes_of_any(w_GDF)
     if linear.transposed and min(w_GDF.shape[1:]) >= _NARROW:
@@ -86,135 +63,11 @@ def _sizes_of(w_GDF: Array | Scaled, linear: _Linear) -> _Sizes:
     return sizes
 
 
-def _sizes_of_any(w_GDF: Array | Scaled) -> _Sizes:
+def _sizes_of_any(w_GDF: Array | Scaled) -> Sizes:
     return _LARGE if w_GDF.shape[1] * w_GDF.shape[2] >= 2**18 else _SMALL
 
 
-# --- the tiles of the groups -----------------------------------------------------------------
-
-
-class _Tile(NamedTuple):
-    """`size` consecutive rows of one group from `start` on, `real` of them its own.
-
-    `group` is the index of its weights.
-    """
-
-    group: Array
-    size: int
-    start: Array
-    real: Array | None  # of a group's first tile; None: a whole tile, which lies inside the buffer
-
-    def read(self, x_ND: Array) -> Array:
-        """The tile's rows in float32; those past `real` are zero."""
-        if self.real is None:
-            return _f32(lax.dynamic_slice_in_dim(x_ND, self.start, self.size))
-        start, shift = self._inside(x_ND.shape[0])
-        x_TD = _rotate(lax.dynamic_slice_in_dim(x_ND, start, self.size), shift)
-        row_T1 = np.arange(self.size, dtype=np.int32)[:, None]
-        return jnp.where(row_T1 < self.real, _f32(x_TD), 0.0)
-
-    def write(self, out_ND: Array, y_TD: Array) -> Array:
-        y_TD = y_TD.astype(out_ND.dtype)
-        if self.real is None:
-            return lax.dynamic_update_slice_in_dim(out_ND, y_TD, self.start, 0)
-        start, shift = self._inside(out_ND.shape[0])
-        row_T1 = np.arange(self.size, dtype=np.int32)[:, None] - shift
-        mine_T1 = (row_T1 >= 0) & (row_T1 < self.real)
-        old_TD = lax.dynamic_slice_in_dim(out_ND, start, self.size)
-        new_TD = jnp.where(mine_T1, _rotate(y_TD, -shift), old_TD)
-        return lax.dynamic_update_slice_in_dim(out_ND, new_TD, start, 0)
-
-    def add(self, dw_GDF: Array, dw_DF: Array) -> Array:
-        """Adds to the tile's group, in place; the first tile finds nothing there yet."""
-        if self.real is None:
-            dw_DF = dw_DF + lax.dynamic_index_in_dim(dw_GDF, self.group, keepdims=False)
-        return lax.dynamic_update_index_in_dim(dw_GDF, dw_DF, self.group, 0)
-
-    def _inside(self, num_rows: int) -> tuple[Array, Array]:
-        """Where to slice so that the tile ends inside the buffer, and by how much that is early."""
-        start = jnp.minimum(self.start, num_rows - self.size)
-        return start, self.start - start
-
-
-def _rotate(x_TD: Array, shift: Array) -> Array:
-    """Row i of the result is row (i + shift) mod T of x_TD, for |shift| < T.
-
-    Only a tile at the end of the buffer has a shift: a loop of no turns copies nothing.
-    """
-
-    def turn(_, x_TD):
-        start = jnp.where(shift < 0, shift + x_TD.shape[0], shift)
-        return lax.dynamic_slice_in_dim(jnp.concatenate([x_TD, x_TD]), start, x_TD.shape[0])
-
-    return _repeat((shift != 0).astype(jnp.int32), turn, x_TD)
-
-
-def _for_each_tile(
-    groups: _Groups,
-    weights: Sequence[Array | Scaled | None],
-    buffers: Any,
-    visit: Callable[[Any, Any, "_Tile"], Any],
-    num_rows: int,
-    sizes: _Sizes,
-) -> Any:
-    """Runs `buffers = visit(buffers, weights of the group, tile)` over all tiles of all groups.
-
-    A weight that is None is not there.
-    """
-    ends_G = jnp.minimum(jnp.cumsum(groups.size_G), num_rows)
-    starts_G = jnp.concatenate([jnp.zeros_like(ends_G[:1]), ends_G[:-1]])
-    occupied_G = ends_G > starts_G
-    (groups_G,) = jnp.nonzero(occupied_G, size=occupied_G.shape[0], fill_value=0)
-
-    def group_body(visited: Array, buffers: Any) -> Any:
-        group = groups_G[visited]
-        of = groups.first + group
-        group_weights = jax.tree.map(
-            lambda w: _f32(lax.dynamic_index_in_dim(w, of, keepdims=False)), list(weights)
-        )
-        for size, first, times, real in _cut(sizes, starts_G[group], ends_G[group], num_rows):
-
-            def tile_body(i, buffers, size=size, first=first, real=real):
-                return visit(buffers, group_weights, _Tile(of, size, first + i * size, real))
-
-            buffers = _repeat(times, tile_body, buffers)
-        return buffers
-
-    return _repeat(jnp.sum(occupied_G, dtype=jnp.int32), group_body, buffers)
-
-
-def _cut(
-    sizes: _Sizes, start: Array, end: Array, num_rows: int
-) -> list[tuple[int, Array, Array, Array | None]]:
-    """(tile size, first row, number of tiles, real rows of a first tile) in row order.
-
-    Exactly one of the first sizes has a tile; those no group can need are left out.
-    """
-    cuts: list[tuple[int, Array, Array, Array | None]] = []
-    num_whole = jnp.maximum(end - start - 1 - sizes.first[-1] + sizes.whole, 0) // sizes.whole
-    rest, smaller = end - start - num_whole * sizes.whole, 0
-    for size in sizes.first:
-        fits = (smaller < rest) & (rest <= size)
-        cuts.append((size, start, fits.astype(jnp.int32), rest))
-        smaller = size
-        if size >= num_rows:
-            return cuts
-    return [*cuts, (sizes.whole, start + rest, num_whole, None)]
-
-
-def _repeat(times: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
-    def step(state):
-        i, carry = state
-        return i + 1, body(i, carry)
-
-    return lax.while_loop(lambda state: state[0] < times, step, (jnp.int32(0), carry))[1]
-
-
 # --- small helpers ---------------------------------------------------------------------------
-
-
-def _f32(x: Array) -> Array:
-    return x.astype(jnp.float32)
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
@@ -257,11 +110,11 @@ def _with_room(x_ND: Array, w_GDF: Array | Scaled) -> Array:
     return jnp.pad(x_ND, ((0, missing), (0, 0))) if missing else x_ND
 
 
-def _groups(group_sizes_G: Array, first_group: Array | None) -> _Groups:
-    return _Groups(group_sizes_G, jnp.int32(0) if first_group is None else first_group)
+def _groups(group_sizes_G: Array, first_group: Array | None) -> Groups:
+    return Groups(group_sizes_G, jnp.int32(0) if first_group is None else first_group)
 
 
-def _add_rows(tile: _Tile, dbias_GF: Array | None, dy_TF: Array) -> Array | None:
+def _add_rows(tile: Tile, dbias_GF: Array | None, dy_TF: Array) -> Array | None:
     """The gradient of a bias, where there is one: the sum over the rows that it was added to."""
     return None if dbias_GF is None else tile.add(dbias_GF, jnp.sum(dy_TF, axis=0))
 
@@ -291,7 +144,7 @@ def _matmul_impl(linear, out_dtype, x_ND, w_GDF, groups):
     num_rows = x_ND.shape[0]
     y_NF = _zeros((num_rows, linear.width(w_GDF)), out_dtype, x_ND)
     sizes = _sizes_of(w_GDF, linear)
-    return _for_each_tile(groups, (w_GDF,), y_NF, visit, num_rows, sizes)
+    return for_each_tile(groups, (w_GDF,), y_NF, visit, num_rows, sizes)
 
 
 def _matmul_fwd(linear, out_dtype, *args):
@@ -308,7 +161,7 @@ def _matmul_bwd(linear, out_dtype, saved, dy_NF):
         return tile.write(dx_ND, linear.dx(dy_TF, w_DF)), tile.add(dw_GDF, linear.dw(x_TD, dy_TF))
 
     grads = _zero_grads(x_ND, weights)
-    grads = _for_each_tile(groups, weights, grads, visit, x_ND.shape[0], _sizes_of_any(weights[0]))
+    grads = for_each_tile(groups, weights, grads, visit, x_ND.shape[0], _sizes_of_any(weights[0]))
     return _as_cotangents(grads, weights)
 
 
@@ -349,7 +202,7 @@ def _swiglu_impl(linear, activation, x_ND, *rest):
     num_rows, w_gate_GDF = x_ND.shape[0], weights[0]
     h_NF = _zeros((num_rows, linear.width(w_gate_GDF)), x_ND.dtype, x_ND)
     sizes = _sizes_of(w_gate_GDF, linear)
-    return _for_each_tile(groups, weights, h_NF, visit, num_rows, sizes)
+    return for_each_tile(groups, weights, h_NF, visit, num_rows, sizes)
 
 
 def _swiglu_fwd(linear, activation, *args):
@@ -374,7 +227,7 @@ def _swiglu_bwd(linear, activation, saved, dh_NF):
         )
 
     grads = _zero_grads(x_ND, weights)
-    grads = _for_each_tile(groups, weights, grads, visit, x_ND.shape[0], _sizes_of_any(weights[0]))
+    grads = for_each_tile(groups, weights, grads, visit, x_ND.shape[0], _sizes_of_any(weights[0]))
     return _as_cotangents(grads, weights)
 
 
@@ -420,7 +273,7 @@ def _ffn_impl(linear, activation, x_ND, *rest):
 
     y_ND = _zeros(x_ND.shape, x_ND.dtype, x_ND)
     sizes = _sizes_of(weights[0], linear)
-    return _for_each_tile(groups, weights, y_ND, visit, x_ND.shape[0], sizes)
+    return for_each_tile(groups, weights, y_ND, visit, x_ND.shape[0], sizes)
 
 
 def _ffn_fwd(linear, activation, *args):
@@ -460,7 +313,7 @@ def _ffn_bwd(linear, activation, saved, dy_ND):
     dweight_N1 = None if weight_N1 is None else _zeros(weight_N1.shape, weight_N1.dtype, x_ND)
     buffers = _zero_grads(x_ND, weights), dweight_N1
     sizes = _sizes_of_any(weights[0])
-    grads, dweight_N1 = _for_each_tile(groups, weights, buffers, visit, x_ND.shape[0], sizes)
+    grads, dweight_N1 = for_each_tile(groups, weights, buffers, visit, x_ND.shape[0], sizes)
     return *_as_cotangents(grads, weights), dweight_N1
 
 
