@@ -19,21 +19,39 @@ from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
 from moe_jax.kernels.tpu import tiles
 
-
-@pytest.mark.skipif(
+COMPILER = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu, the compiler for TPUs, is not installed (pip install libtpu; Linux x86-64)",
 )
-def test_compiles_for_tpu_v5e_inside_shard_map():
+TOPOLOGIES = [
+    "v5e:2x4",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p:2x2x1", "v6e:2x4")),
+]
+
+
+def compiled(topology, what):
     script = pathlib.Path(__file__).with_name("compile_for_tpu.py")
     run = subprocess.run(
-        [sys.executable, script, "v5e:2x4"], capture_output=True, text=True, timeout=300
+        [sys.executable, script, topology, what], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@COMPILER
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_compiles_inside_shard_map(topology):
     # forward gate with up, and down; backward dh with gate and up again, dx, dw of gate with up, dw
     # of down; weights are read either way, never transposed in memory, but their dw are then two
-    report = json.loads(run.stdout.splitlines()[-1])
+    report = compiled(topology, "both")
     assert list(report.values()) == [{"kernels": n, "transposes": 0} for n in (6, 6, 7)]
+
+
+@COMPILER
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_weights_in_8_bits_compile_and_are_widened_only_on_chip(topology):
+    report = compiled(topology, "narrow")
+    assert set(map(str, report.values())) == {str({"kernels": 2, "widened": 0})}, report
 
 
 def test_types_the_hardware_has_not_are_refused():
