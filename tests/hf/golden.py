@@ -1,4 +1,5 @@
-"""What transformers computed for tiny models of every family; see tests/golden/make_hf.py."""
+"""What transformers computed for tiny models of every family; see tests/golden/make_hf.py and,
+for prompts that it padded on the left, make_hf_left.py."""
 
 import dataclasses
 import functools
@@ -35,7 +36,7 @@ _NONE = np.zeros((0, 0, 0))  # of a model without experts
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A prompt with its continuation, and what transformers says of it."""
+    """A prompt with its continuation, and what transformers says of it (of some: no experts)."""
 
     prompt: list[int]
     tokens: list[int]
@@ -44,9 +45,19 @@ class Text:
     logits_RV: np.ndarray
 
 
-@functools.cache
 def texts(family: str) -> tuple[Text, ...]:
-    found = np.load(ROOT / family / "golden.npz", allow_pickle=False)
+    """Each computed alone."""
+    return _texts(family, "golden.npz", 2)
+
+
+def padded_on_the_left(family: str) -> tuple[Text, ...]:
+    """Computed in one batch, with a mask."""
+    return _texts(family, "left.npz", 3)
+
+
+@functools.cache
+def _texts(family: str, file: str, count: int) -> tuple[Text, ...]:
+    found = np.load(ROOT / family / file, allow_pickle=False)
     return tuple(
         Text(
             found[f"prompt_{n}"].tolist(),
@@ -55,7 +66,7 @@ def texts(family: str) -> tuple[Text, ...]:
             found[f"rows_{n}"],
             found[f"logits_{n}"],
         )
-        for n in (0, 1)
+        for n in range(count)
     )
 
 

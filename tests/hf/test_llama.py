@@ -29,7 +29,7 @@ DENSE = {"num_experts": 1, "top_k": 1, "num_dense_layers": 2, "d_ff": 24, "d_ff_
 
 @pytest.mark.parametrize("dispatch", ["local", "exchange"])
 def test_logits_and_greedy_tokens_with_a_cache(dispatch):
-    texts = golden.texts("llama")
+    texts = (*golden.texts("llama"), *golden.padded_on_the_left("llama"))
     engine = golden.engine("llama", dispatch)  # "exchange": tokens of 4 devices
     generation = engine.generate([text.prompt for text in texts], 64, golden.GREEDY)
     logits_BSV = np.asarray(generation.logits_BSV)

@@ -32,24 +32,33 @@ CASES = [  # most are slow; tests/model/test_parts.py has every part in every di
 
 @pytest.mark.parametrize(("dispatch", "family"), CASES)
 def test_logits_routing_and_greedy_tokens_with_a_cache(dispatch, family):
-    texts = golden.texts(family)
+    """Prompts of five lengths in one batch, padded on the right here; transformers had two of them
+    alone and three in a batch padded on the left."""
+    texts, padded = golden.texts(family), golden.padded_on_the_left(family)
     engine = golden.engine(family, dispatch)
-    generation = engine.generate([text.prompt for text in texts], 64, golden.GREEDY)
+    prompts = [text.prompt for text in (*texts, *padded)]
+    generation = engine.generate(prompts, 64, golden.GREEDY)
+    assert_same(generation, (*texts, *padded))
     routed = record.routed_tokens([generation], 8)
     model = golden.config(family).model
     trace = record.trace([generation], golden.config(family), "")
     assert trace.layer_ids == tuple(range(model.num_dense_layers, model.num_layers))
-    logits_BSV = np.asarray(generation.logits_BSV)
     start = 0
-    for number, text in enumerate(texts):
-        assert generation.tokens[number] == text.tokens
+    for text in texts:
         length = len(text.experts_SLK)
         np.testing.assert_array_equal(
             routed.expert_TLK[start : start + length], text.experts_SLK, strict=False
         )
         start += length
-        prompt = len(text.prompt)
-        assert golden.deviation(logits_BSV[number, :prompt], text.logits_RV[:prompt]) <= BOUND
+
+
+def assert_same(generation: engine_lib.Generation, texts: tuple[golden.Text, ...]) -> None:
+    """Tokens, and logits of the prompts."""
+    logits_BSV = np.asarray(generation.logits_BSV)
+    for number, text in enumerate(texts):
+        assert generation.tokens[number] == text.tokens
+        length = len(text.prompt)
+        assert golden.deviation(logits_BSV[number, :length], text.logits_RV[:length]) <= BOUND
 
 
 @pytest.mark.parametrize("dispatch", ["shuffled", "coherent"])
