@@ -34,9 +34,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]
     own = _BATCH if is_latent else _HEADS  # one row for all heads, or keys and values of each
     in_place = paged.spec(config)
     on_shard = jax.shard_map(
-        functools.partial(
-            _on_shard, layout=layout, per_row=paged.tokens_in_row(config), divisor=divisor
-        ),
+        functools.partial(_on_shard, layout=layout, divisor=divisor),
         mesh=mesh,
         in_specs=(
             *(_HEADS, own, own, in_place, PartitionSpec(), _BATCH),
@@ -77,36 +75,31 @@ def _on_shard(
     sink_H: jax.Array | None,
     *,
     layout: Layout,
-    per_row: int,
     divisor: float,
 ) -> tuple[jax.Array, paged.Pages]:
     """Writes this shard's keys and values, then lets every token attend to its own text."""
     limits, count = layout.limits, layout.num_tokens
-    position_F, table_RW, seat_P = (fields[name][0] for name in ("position", "table", "seat"))
-    seat_R = jnp.arange(limits.seats, dtype=jnp.int32)
-    seat_F = jnp.concatenate([seat_R, jnp.repeat(seat_P, limits.chunk)])
+    position_F, table_RW, row_P = (fields[name][0] for name in ("position", "table", "row"))
+    row_R = jnp.arange(layout.rows, dtype=jnp.int32)
+    row_F = jnp.concatenate([row_R, jnp.repeat(row_P, limits.chunk)])
     at_F = jnp.maximum(position_F, 0)
-    block_F = table_RW[seat_F, at_F // limits.block_size]
+    block_F = table_RW[row_F, at_F // limits.block_size]
     nowhere = pages.key_LNGCQ.shape[1]
     block_F = jnp.where(position_F >= 0, block_F, nowhere)
     new = (key_TGQ[:count], None if value_TGQ is None else value_TGQ[:count])
     pages = paged.write(pages, layer, *new, block_F, at_F % limits.block_size)
 
-    alone, chunks = query_THQ[: limits.seats], query_THQ[limits.seats : count]
-    rest = ((0, 0), (0, per_row - 1))
-    query_AJHQ = jnp.pad(alone[:, None], (*rest, (0, 0), (0, 0)))
-    position_AJ = jnp.pad(position_F[: limits.seats, None], rest, constant_values=-1)
-    table_AW = table_RW
+    def mixed(rows: slice, per_row: int, table_AW: jax.Array) -> jax.Array:
+        query_AJHQ = query_THQ[rows].reshape(-1, per_row, *query_THQ.shape[1:])
+        position_AJ = position_F[rows].reshape(-1, per_row)
+        mixed_AJHQ = paged.mix(
+            query_AJHQ, position_AJ, pages, layer, table_AW, divisor, window, sink_H
+        )
+        return mixed_AJHQ.reshape(-1, *query_THQ.shape[1:])
+
+    mixed_THQ = mixed(slice(0, layout.rows), 1, table_RW)
     if layout.chunk_rows:
-        query_AJHQ = jnp.concatenate([query_AJHQ, chunks.reshape(-1, per_row, *chunks.shape[1:])])
-        chunk_AJ = position_F[limits.seats :].reshape(-1, per_row)
-        position_AJ = jnp.concatenate([position_AJ, chunk_AJ])
-        rows_of_chunk = limits.chunk // per_row
-        table_AW = jnp.concatenate([table_RW, table_RW[jnp.repeat(seat_P, rows_of_chunk)]])
-    mixed_AJHQ = paged.mix(query_AJHQ, position_AJ, pages, layer, table_AW, divisor, window, sink_H)
-    mixed_THQ = mixed_AJHQ[: limits.seats, 0]
-    if layout.chunk_rows:
-        of_chunks = mixed_AJHQ[limits.seats :].reshape(-1, *query_THQ.shape[1:])
+        of_chunks = mixed(slice(layout.rows, count), limits.chunk, table_RW[row_P])
         mixed_THQ = jnp.concatenate([mixed_THQ, of_chunks])
     missing = ((0, query_THQ.shape[0] - count), (0, 0), (0, 0))
     return jnp.pad(mixed_THQ, missing), pages

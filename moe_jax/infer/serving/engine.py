@@ -4,7 +4,7 @@
     request = engine.submit(prompt, Options(max_tokens=64), deliver)
     while engine.step(): ...
 
-One thread calls it; service.py puts a thread and a lock around it. Both shapes of a step are
+One thread calls it; service.py puts a thread and a lock around it. All shapes of a step are
 compiled when the engine is made, and nothing after that.
 
 Axes: as in packing.py; L layers, P slots of experts, M devices that hold experts.
@@ -96,10 +96,7 @@ class Engine:
         self._packed_sharding = mesh_lib.sharding(mesh, "batch", None)
         self._state = self._empty_state()
         width = paged.table_width(limits.max_len, limits.block_size)
-        self._programs = {}
-        for with_chunks in (False, True):
-            layout = packing.Layout(limits, width, with_chunks)
-            self._programs[with_chunks] = layout, self._compiled(layout)
+        self._programs = [(fits, self._compiled(fits)) for fits in packing.layouts(limits, width)]
 
     def _empty_state(self) -> program.State:
         limits, model, mesh = self.limits, self.config.model, self._mesh
@@ -182,15 +179,16 @@ class Engine:
         step = self.scheduler.plan()
         if step is None:
             return False
-        layout, run = self._programs[bool(step.chunks)]
-        packed = self._pack(step, layout)
+        rows = self._rows(step)
+        layout, run = self._program(step, rows)
+        packed = self._pack(step, rows, layout)
         put = jax.device_put(packed, self._packed_sharding)
         dispatched = self._clock()
         self._state, out, logits = run(self._leaves, self._table, self._state, put)
         out = np.asarray(out)
         arrived = self._clock()
         token, logprob, top, top_logprob = packing.read_out(out)
-        index = [job.shard * self.limits.seats + job.seat for job in step.ends]
+        index = [job.shard * layout.rows + rows[job] for job in step.ends]
         tokens = token[index].tolist()
         if self.watch:
             logits = np.asarray(logits)
@@ -226,34 +224,53 @@ class Engine:
                 self._finish(request, finish)
             request.deliver(Part(token, text, found, finish))
 
-    def _pack(self, step: Step, layout: packing.Layout) -> np.ndarray:
+    def _rows(self, step: Step) -> dict[Job, int]:
+        """A row of its shard for everyone in the step; those whose last token runs alone first."""
+        taken = [0] * self.limits.shards
+        rows = {}
+        for job in dict.fromkeys([*step.decodes, *(chunk.job for chunk in step.chunks)]):
+            rows[job] = taken[job.shard]
+            taken[job.shard] += 1
+        return rows
+
+    def _program(self, step: Step, rows: dict[Job, int]) -> tuple[packing.Layout, Any]:
+        """The first that the step fits in."""
+        most_rows = 1 + max(rows.values())
+        most_chunks = max((chunk.row + 1 for chunk in step.chunks), default=0)
+        return next(
+            (layout, run)
+            for layout, run in self._programs
+            if most_rows <= layout.rows and most_chunks <= layout.chunk_rows
+        )
+
+    def _pack(self, step: Step, rows: dict[Job, int], layout: packing.Layout) -> np.ndarray:
         """What the program reads, see packing.py."""
         packed, fields = layout.empty()
         limits, recorder = self.limits, self.recorder
         for job in step.decodes:
-            at, position = (job.shard, job.seat), job.computed - 1
+            at, position = (job.shard, rows[job]), job.computed - 1
             fields["token"][at] = job.tokens[-1]
             fields["position"][at] = position
-            fields["sample"][at] = job.seat
+            fields["sample"][at] = rows[job]
             fields["table"][at][: len(job.blocks)] = job.blocks
             if recorder:
                 self._meet(recorder, job, position)
                 fields["record"][at] = recorder.place(job, position, 1)[0]
         for chunk in step.chunks:
-            job, shard = chunk.job, chunk.job.shard
-            first = limits.seats + chunk.row * limits.chunk
-            rows, end = slice(first, first + chunk.length), chunk.start + chunk.length
-            fields["token"][shard, rows] = job.tokens[chunk.start : end]
-            fields["position"][shard, rows] = np.arange(chunk.start, end)
-            fields["seat"][shard, chunk.row] = job.seat
-            fields["table"][shard, job.seat, : len(job.blocks)] = job.blocks
+            job, shard, row = chunk.job, chunk.job.shard, rows[chunk.job]
+            first = layout.rows + chunk.row * limits.chunk
+            tokens, end = slice(first, first + chunk.length), chunk.start + chunk.length
+            fields["token"][shard, tokens] = job.tokens[chunk.start : end]
+            fields["position"][shard, tokens] = np.arange(chunk.start, end)
+            fields["row"][shard, chunk.row] = row
+            fields["table"][shard, row, : len(job.blocks)] = job.blocks
             if end == len(job.tokens):
-                fields["sample"][shard, job.seat] = first + chunk.length - 1
+                fields["sample"][shard, row] = first + chunk.length - 1
             if recorder:
                 self._meet(recorder, job, chunk.start)
-                fields["record"][shard, rows] = recorder.place(job, chunk.start, chunk.length)
+                fields["record"][shard, tokens] = recorder.place(job, chunk.start, chunk.length)
         for job in step.ends:
-            at, options = (job.shard, job.seat), self._requests[job].options
+            at, options = (job.shard, rows[job]), self._requests[job].options
             fields["draw"][at] = len(job.tokens)
             fields["temperature"][at] = options.temperature
             if options.temperature > 0:

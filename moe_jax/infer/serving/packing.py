@@ -2,8 +2,9 @@
 
 The array is [shards, words]; each shard reads its own row. Floats lie in it by their bits.
 
-F tokens of a shard: first one for each seat (that of a request past its prompt), then those of the
-chunk rows. Axes: R seats, P chunk rows, S tokens of a chunk, W blocks in a table.
+Every request of a step has a row on its shard. F tokens of a shard: first one for each row (that of
+a request past its prompt), then those of the chunks. Axes: R rows, P chunks, S tokens of a chunk, W
+blocks in a table.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 from moe_jax.infer.serving.scheduler import Limits
 
 FLOATS = ("temperature", "top_p")
+_FEW_ROWS, _FEW_CHUNKS = 16, 4
 TOP = 20  # most likely tokens that a step reports for each token that it makes
 
 
@@ -25,42 +27,39 @@ class Layout:
     Attributes:
       limits: sizes of the engine.
       width: W.
-      with_chunks: whether a step has chunk rows at all.
+      rows, chunk_rows: R and P, at most those of `limits`.
     """
 
     limits: Limits
     width: int
-    with_chunks: bool
-
-    @property
-    def chunk_rows(self) -> int:
-        return self.limits.chunk_rows if self.with_chunks else 0
+    rows: int
+    chunk_rows: int
 
     @property
     def num_tokens(self) -> int:
         """F."""
-        return self.limits.seats + self.chunk_rows * self.limits.chunk
+        return self.rows + self.chunk_rows * self.limits.chunk
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The fields, of one shard, in order.
 
         token_F, position_F: -1 as a position: there is no token.
         record_F: where in the recorder's buffer its experts go; -1 = nowhere.
-        table_RW: blocks of the request on each seat; 0 where there is none.
-        seat_P: of the request in each chunk row.
-        sample_R: the token (0..F-1) whose logits give the next token of each seat; -1 = none.
+        table_RW: blocks of the request in each row; 0 where there is none.
+        row_P: of the request that each chunk is from.
+        sample_R: the token (0..F-1) whose logits give the next token of each row; -1 = none.
         draw_R: position of that next token; choice_R: number of the answer to one prompt.
         logprobs_R: how many of the most likely tokens are wanted; -1 = not even the chosen one's.
         """
-        seats, tokens = (self.limits.seats,), (self.num_tokens,)
+        rows, tokens = (self.rows,), (self.num_tokens,)
         return {
             "token": tokens,
             "position": tokens,
             "record": tokens,
-            "table": (self.limits.seats, self.width),
-            "seat": (self.chunk_rows,),
-            **dict.fromkeys(("sample", "draw", "choice", "seed", "top_k", "logprobs"), seats),
-            **dict.fromkeys(FLOATS, seats),
+            "table": (self.rows, self.width),
+            "row": (self.chunk_rows,),
+            **dict.fromkeys(("sample", "draw", "choice", "seed", "top_k", "logprobs"), rows),
+            **dict.fromkeys(FLOATS, rows),
         }
 
     @property
@@ -89,10 +88,20 @@ class Layout:
         return fields
 
 
+def layouts(limits: Limits, width: int) -> list[Layout]:
+    """Shapes of a step, the cheapest first: few rows or all, without chunks and with them."""
+    few = min(_FEW_ROWS, limits.seats)
+    some = min(_FEW_CHUNKS, limits.chunk_rows)
+    shapes = [(few, 0), (limits.seats, 0), (few, some), (limits.seats, limits.chunk_rows)]
+    if few == limits.seats:
+        shapes = shapes[1::2]
+    return [Layout(limits, width, *shape) for shape in shapes]
+
+
 OUT_WORDS = 2 + 2 * TOP
 
 
 def read_out(out_SX: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(token, logprob, TOP most likely tokens, their logprobs) of every seat of every shard."""
+    """(token, logprob, TOP most likely tokens, their logprobs) of every row of every shard."""
     floats = out_SX.view(np.float32)
     return out_SX[:, 0], floats[:, 1], out_SX[:, 2 : 2 + TOP], floats[:, 2 + TOP :]

@@ -7,23 +7,24 @@ Promise (float32 on CPU, tested): what attention gives a token depends on the to
 keys and values at its positions 0..p alone. Not on who else is in the batch, on how its prompt was
 cut into chunks, on whether it ran alone or in a chunk, on how long the tables are. Why this needs a
 formulation of its own: matrix libraries add up in another order when a matrix has another number of
-rows or columns, and attention over a dense cache has as many columns as the cache has positions. So
-there is one shape of matmul here, whatever the batch is:
+rows or columns, and attention over a dense cache has as many columns as the cache has positions.
+What does not change a row's bits is the number of rows, from 2 on, against a matrix that lies
+transposed in memory (kernels/README.md). So there are two matmuls here, each against a block:
 
-  [64 positions, Q] @ [Q, X columns]     the columns: query heads of one key/value head x tokens
+  scores  [X, Q] @ [C, Q]^T        mixed  [X, C] @ [Q, C]^T
 
-A row holds X / heads neighbouring tokens of one request (a token that runs alone has a row to
-itself, and the other columns are zeros). Tiles of 64 positions are visited in order with a running
-maximum and sum (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135). A tile
-beyond a row's last position changes nothing: it adds exact zeros and multiplies by an exact one.
+X rows are the query heads of one key/value head times neighbouring tokens of one request: one token
+that runs alone, or a chunk of a prompt. Four blocks are visited at a time, in order, with a running
+maximum and sum (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135). One beyond
+a row's last position changes nothing: it adds exact zeros and multiplies by an exact one. Sums over
+positions are written out as a tree: the order of a reduction depends on the shape around it, too.
 
-Axes: T tokens on this shard, A rows, X columns, J tokens in a row, G key/value heads, R query heads
-of one of them, H = G R, Q d_head, N blocks, C positions in a block, W blocks in a table, L layers,
-Y = 64 positions of a tile.
+Axes: T tokens on this shard, A rows of the batch, J tokens in one, G key/value heads, R query heads
+of one of them, H = G R, X = R J query rows, Q d_head, N blocks, C positions in a block, W blocks in
+a table, L layers, B blocks visited at a time.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +36,22 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.pytree import Leaf
 
-TILE = 64  # positions
-_COLUMNS = 16  # float32 lanes of the widest CPU registers
+TILE = 64  # positions visited at a time
+LEAST_BLOCK = 16  # positions; with fewer, bits depend on the number of rows
+_LEAST_ROWS = 2
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Keys and values of all layers: [L, shards N, G, C, Q] each.
+    """Keys and values of all layers: [L, shards N, G, C, Q], values with C and Q exchanged.
 
     Of latent attention the key is the row of model/latent.py, one for all heads, and the value is
     the beginning of the same row: there is no second array.
     """
 
     key_LNGCQ: Leaf
-    value_LNGCQ: Leaf | None
+    value_LNGQC: Leaf | None
 
 
 def spec(config: ModelConfig) -> PartitionSpec:
@@ -64,16 +66,14 @@ def empty(config: ModelConfig, mesh: Mesh, blocks: int, block_size: int) -> Page
     heads, width = config.num_kv_heads, config.d_head
     if ranks.kv_rank:
         heads, width = 1, ranks.kv_rank + ranks.d_rope
-    shape = (config.num_layers, shards * blocks, heads, block_size, width)
+    front = (config.num_layers, shards * blocks, heads)
     placed = NamedSharding(mesh, spec(config))
-    zeros = jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)
-    return Pages(zeros(), None if ranks.kv_rank else zeros())
 
+    def zeros(*shape: int) -> Array:
+        return jax.jit(lambda: jnp.zeros(shape, config.dtype), out_shardings=placed)()
 
-def tokens_in_row(config: ModelConfig) -> int:
-    """J: so many tokens of one request share a row of queries."""
-    groups = 1 if config.latent.kv_rank else config.num_kv_heads
-    return max(1, _COLUMNS // (config.num_heads // groups))
+    key_LNGCQ = zeros(*front, block_size, width)
+    return Pages(key_LNGCQ, None if ranks.kv_rank else zeros(*front, width, block_size))
 
 
 def write(
@@ -86,12 +86,12 @@ def write(
 ) -> Pages:
     """The cache with these tokens; block N is nowhere. Inside `shard_map`."""
 
-    def put(cached_LNGCQ: Any, new_TGQ: Array | None) -> Array | None:
-        if new_TGQ is None:
-            return None
-        return cached_LNGCQ.at[layer, block_T, :, offset_T].set(new_TGQ, mode="drop")
-
-    return Pages(put(pages.key_LNGCQ, key_TGQ), put(pages.value_LNGCQ, value_TGQ))
+    at, offset = {"mode": "drop"}, (layer, block_T, slice(None))
+    key_LNGCQ = pages.key_LNGCQ.at[*offset, offset_T].set(key_TGQ, **at)
+    value_LNGQC = pages.value_LNGQC
+    if value_LNGQC is not None:
+        value_LNGQC = value_LNGQC.at[*offset, :, offset_T].set(value_TGQ, **at)
+    return Pages(key_LNGCQ, value_LNGQC)
 
 
 def mix(
@@ -107,7 +107,7 @@ def mix(
     """softmax(q k / divisor) v over positions 0..p; zeros where p is -1. Inside `shard_map`.
 
     Where there are no values, keys stand for them. Softmax in float32. The loop ends with the last
-    tile that a row of this shard needs.
+    block that a row of this shard needs.
 
     Args:
       window: positions that a token attends to, itself included; None or 0 = all.
@@ -116,63 +116,83 @@ def mix(
     rows, per_row, num_heads, width = query_AJHQ.shape
     _, _, groups, block_size, _ = pages.key_LNGCQ.shape
     per_group = num_heads // groups
-    columns = per_group * per_row
-    per_tile = TILE // block_size
-    # Heads h = g * R + r; columns are (r, j).
-    query_AGQX = query_AJHQ.reshape(rows, per_row, groups, per_group, width)
-    query_AGQX = query_AGQX.transpose(0, 2, 4, 3, 1).reshape(rows, groups, width, columns)
-    limit_A11X = jnp.tile(position_AJ, (1, per_group))[:, None, None, :]
-    scale = np.float32(1 / divisor)
-
-    def tile_of(cached_LNGCQ: Array, tile: Array) -> Array:
-        block_AB = jax.lax.dynamic_slice_in_dim(table_AW, tile * per_tile, per_tile, axis=1)
-        taken_ABGCQ = cached_LNGCQ[layer, block_AB]
-        return taken_ABGCQ.swapaxes(1, 2).reshape(rows, groups, TILE, width)
+    at_a_time = TILE // block_size
+    # Heads h = g * R + r; rows x are (r, j).
+    query_AGXQ = query_AJHQ.reshape(rows, per_row, groups, per_group, width)
+    query_AGXQ = query_AGXQ.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
+    limit_AX = jnp.tile(position_AJ, (1, per_group))
+    used = per_group * per_row
+    num_rows = max(used, _LEAST_ROWS)
+    missing = (0, num_rows - used)
+    # Scaled here: scores that are scaled where they are multiplied are rounded otherwise in some
+    # of the shapes (jax 0.12.0.1).
+    query_AGXQ = (query_AGXQ * np.float32(1 / divisor)).astype(query_AJHQ.dtype)
+    query_AGXQ = jnp.pad(query_AGXQ, ((0, 0), (0, 0), missing, (0, 0)))
+    limit_A11X1 = jnp.pad(limit_AX, ((0, 0), missing), constant_values=-1)[:, None, None, :, None]
+    query_ABGXQ = jnp.repeat(query_AGXQ[:, None], at_a_time, axis=1)
+    offset_1B11C = np.arange(TILE, dtype=np.int32).reshape(1, at_a_time, 1, 1, block_size)
 
     def step(state):
-        tile, most_AG1X, sum_AG1X, mixed_AGQX = state
-        key_AGYQ = tile_of(pages.key_LNGCQ, tile)
-        value_AGYQ = key_AGYQ
-        if pages.value_LNGCQ is not None:
-            value_AGYQ = tile_of(pages.value_LNGCQ, tile)
-        logits_AGYX = _dot("agyq,agqx->agyx", key_AGYQ, query_AGQX) * scale
-        here_11Y1 = (tile * TILE + jnp.arange(TILE, dtype=jnp.int32))[None, None, :, None]
-        back_A1YX = limit_A11X - here_11Y1
-        seen_A1YX = back_A1YX >= 0
+        first, most_AGX1, sum_AGX1, mixed_AGXQ = state
+        block_AB = jax.lax.dynamic_slice_in_dim(table_AW, first, at_a_time, axis=1)
+        key_ABGCQ = pages.key_LNGCQ[layer, block_AB]
+        if pages.value_LNGQC is None:
+            value_ABGQC = key_ABGCQ.swapaxes(3, 4)
+        else:
+            value_ABGQC = pages.value_LNGQC[layer, block_AB]
+        # Both lie in memory as they are written here: no matmul is to read one the other way.
+        key_ABGCQ, value_ABGQC = jax.lax.optimization_barrier((key_ABGCQ, value_ABGQC))
+        logits_ABGXC = _dot("abgxq,abgcq->abgxc", query_ABGXQ, key_ABGCQ)
+        back_AB1XC = limit_A11X1 - (first * block_size + offset_1B11C)
+        seen_AB1XC = back_AB1XC >= 0
         if window is not None:
-            seen_A1YX &= (back_A1YX < window) | (window == 0)
-        logits_AGYX = jnp.where(seen_A1YX, logits_AGYX, -jnp.inf)
-        new_AG1X = jnp.maximum(most_AG1X, logits_AGYX.max(axis=2, keepdims=True))
-        # A column that has seen nothing yet has no maximum; any number serves.
-        base_AG1X = jnp.where(new_AG1X == -jnp.inf, 0.0, new_AG1X)
-        share_AGYX = jnp.exp(logits_AGYX - base_AG1X)
-        kept_AG1X = jnp.exp(most_AG1X - base_AG1X)
-        sum_AG1X = sum_AG1X * kept_AG1X + share_AGYX.sum(axis=2, keepdims=True)
-        new_AGQX = _dot("agyq,agyx->agqx", value_AGYQ, share_AGYX.astype(value_AGYQ.dtype))
-        return tile + 1, new_AG1X, sum_AG1X, mixed_AGQX * kept_AG1X + new_AGQX
+            seen_AB1XC &= (back_AB1XC < window) | (window == 0)
+        logits_ABGXC = jnp.where(seen_AB1XC, logits_ABGXC, -jnp.inf)
+        new_AGX1 = jnp.maximum(most_AGX1, logits_ABGXC.max(axis=(1, 4))[..., None])
+        # A row that has seen nothing yet has no maximum; any number serves.
+        base_AGX1 = jnp.where(new_AGX1 == -jnp.inf, 0.0, new_AGX1)
+        share_ABGXC = jnp.exp(logits_ABGXC - base_AGX1[:, None])
+        kept_AGX1 = jnp.exp(most_AGX1 - base_AGX1)
+        mixed_ABGXQ = _dot("abgxc,abgqc->abgxq", share_ABGXC.astype(value_ABGQC.dtype), value_ABGQC)
+        # Products that are rounded by themselves: the compiler may make one operation of a product
+        # and an addition, and does so in some loops only.
+        sum_AGX1, mixed_AGXQ = jax.lax.optimization_barrier(
+            (sum_AGX1 * kept_AGX1, mixed_AGXQ * kept_AGX1)
+        )
+        sum_AGX1 += _sum(_sum(share_ABGXC, 4), 1)[:, 0]
+        mixed_AGXQ += _sum(mixed_ABGXQ, 1)[:, 0]
+        return first + at_a_time, new_AGX1, sum_AGX1, mixed_AGXQ
 
     varying = tuple(jax.typeof(query_AJHQ).manual_axis_type.varying)
 
-    def filled(shape: tuple[int, ...], value: float) -> Array:
-        array = jnp.full(shape, value, jnp.float32)
+    def filled(columns: int, value: float) -> Array:
+        array = jnp.full((rows, groups, num_rows, columns), value, jnp.float32)
         return jax.lax.pcast(array, varying, to="varying") if varying else array
 
-    one = (rows, groups, 1, columns)
-    most_AG1X, sum_AG1X = filled(one, -jnp.inf), filled(one, 0.0)
+    most_AGX1, sum_AGX1 = filled(1, -jnp.inf), filled(1, 0.0)
     if sink_H is not None:
         sink_GX = jnp.repeat(sink_H.reshape(groups, per_group), per_row, axis=1)
-        most_AG1X = jnp.maximum(most_AG1X, sink_GX[None, :, None].astype(jnp.float32))
-        sum_AG1X = sum_AG1X + 1.0
-    start = most_AG1X, sum_AG1X, filled((rows, groups, width, columns), 0.0)
+        sink_GX = jnp.pad(sink_GX, ((0, 0), missing))
+        most_AGX1 = jnp.maximum(most_AGX1, sink_GX[None, :, :, None].astype(jnp.float32))
+        sum_AGX1 = sum_AGX1 + 1.0
+    start = most_AGX1, sum_AGX1, filled(width, 0.0)
     last = position_AJ.max()
-    tile = last * 0  # of the same mesh axes as the positions
-    _, _, sum_AG1X, mixed_AGQX = jax.lax.while_loop(
-        lambda state: state[0] * TILE <= last, step, (tile, *start)
+    first = last * 0  # of the same mesh axes as the positions
+    _, _, sum_AGX1, mixed_AGXQ = jax.lax.while_loop(
+        lambda state: state[0] * block_size <= last, step, (first, *start)
     )
-    mixed_AGQX = mixed_AGQX / jnp.where(sum_AG1X > 0, sum_AG1X, 1.0)
-    mixed_AJHQ = mixed_AGQX.reshape(rows, groups, width, per_group, per_row)
-    mixed_AJHQ = mixed_AJHQ.transpose(0, 4, 1, 3, 2).reshape(query_AJHQ.shape)
+    mixed_AGXQ = (mixed_AGXQ / jnp.where(sum_AGX1 > 0, sum_AGX1, 1.0))[:, :, :used]
+    mixed_AJHQ = mixed_AGXQ.reshape(rows, groups, per_group, per_row, width)
+    mixed_AJHQ = mixed_AJHQ.transpose(0, 3, 1, 2, 4).reshape(query_AJHQ.shape)
     return mixed_AJHQ.astype(query_AJHQ.dtype)
+
+
+def _sum(x: Array, axis: int) -> Array:
+    """Over an axis of 2^n numbers, which keeps a length of 1: halves are added, and so on."""
+    while x.shape[axis] > 1:
+        low, high = jnp.split(x, 2, axis)
+        x = low + high
+    return x
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:

@@ -4,10 +4,10 @@ All tokens of a step are rows of one [T, 1, D] array, split over the shards; pad
 nowhere and written nowhere. Everything but attention is a function of a row; on CPU a row keeps its
 bits among 64 rows or more (kernels/README.md), so a shard has at least so many.
 
-Two shapes are compiled, with chunks of prompts and without.
+A few shapes are compiled (`packing.layouts`); a step runs in the first that it fits in.
 
 Axes: T tokens of all shards (of one shard inside `shard_map`), F those that packing.py names, R
-seats, P chunk rows, A rows of attention, J tokens in one, and those of paged.py.
+rows, P chunks, A rows of attention, J tokens in one, and those of paged.py.
 """
 
 import dataclasses
@@ -66,7 +66,6 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
 
     `out` is int32 [shards R, OUT_WORDS], see packing.py; `logits_RV` float32 of the same rows.
     """
-    limits = layout.limits
     least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, 8)
     num_rows = max(least, layout.num_tokens)
     window_L = attention.windows(config)
@@ -76,12 +75,12 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
     on_shards = functools.partial(jax.shard_map, mesh=mesh)
     attend = attending.build(config, mesh, layout)
     pick = on_shards(
-        functools.partial(_pick, num_rows=max(least, limits.seats)),
+        functools.partial(_pick, num_rows=max(least, layout.rows)),
         in_specs=(_BATCH, _BATCH),
         out_specs=_BATCH,
     )
     sample = on_shards(
-        functools.partial(_sample, seats=limits.seats),
+        functools.partial(_sample, num_rows=layout.rows),
         in_specs=(_BATCH, _BATCH),
         out_specs=(_BATCH, _BATCH),
     )
@@ -159,14 +158,14 @@ def _pick(x_T1D: jax.Array, sample_1R: jax.Array, *, num_rows: int) -> jax.Array
 
 
 def _sample(
-    logits_XV: jax.Array, fields: dict[str, jax.Array], *, seats: int
+    logits_XV: jax.Array, fields: dict[str, jax.Array], *, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
     names = ("temperature", "top_p", "top_k", "seed", "choice", "draw", "logprobs")
     own = {name: fields[name][0] for name in names}
     for name in FLOATS:
         own[name] = jax.lax.bitcast_convert_type(own[name], jnp.float32)
     settings = rows.Settings(**{f"{name}_R": own[name] for name in names})
-    logits_RV = logits_XV[:seats]
+    logits_RV = logits_XV[:num_rows]
     return rows.report(logits_RV, rows.choose(logits_RV, settings), settings), logits_RV
 
 

@@ -31,7 +31,7 @@ def choose(logits_RV: jax.Array, settings: Settings) -> jax.Array:
 
     The largest K are taken first, then the nucleus of what is left.
     """
-    greedy_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+    greedy_R = _first_of_the_largest(logits_RV)
     drawn = settings.temperature_R > 0
 
     def draw(logits_RV):
@@ -48,6 +48,14 @@ def choose(logits_RV: jax.Array, settings: Settings) -> jax.Array:
         return jnp.where(drawn, jax.vmap(one)(*rows).astype(jnp.int32), greedy_R)
 
     return jax.lax.cond(drawn.any(), draw, lambda _: greedy_R, logits_RV)
+
+
+def _first_of_the_largest(logits_RV: jax.Array) -> jax.Array:
+    """int32 [R]: `argmax` of finite logits. XLA makes one scalar loop of that on CPU; these two
+    reductions are vectors."""
+    id_1V = jnp.arange(logits_RV.shape[1], dtype=jnp.int32)[None]
+    largest_R1 = logits_RV.max(axis=-1, keepdims=True)
+    return jnp.where(logits_RV == largest_R1, id_1V, logits_RV.shape[1] - 1).min(axis=-1)
 
 
 def keep(logits_RV: jax.Array, settings: Settings) -> jax.Array:

@@ -79,7 +79,7 @@ class Job:
       arrival: its place in the order.
       tokens: of the prompt and of the answer so far.
       max_tokens: of the answer.
-      shard, seat: where it runs; -1 while it waits.
+      shard: where it runs; -1 while it waits.
       blocks: of its positions, in order.
       computed: positions whose keys and values are written by the steps planned so far.
       keys: of its full blocks.
@@ -93,7 +93,6 @@ class Job:
     tokens: list[int]
     max_tokens: int
     shard: int = -1
-    seat: int = -1
     blocks: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
     keys: list[bytes] = dataclasses.field(default_factory=list)
@@ -159,7 +158,7 @@ class Scheduler:
         self.blocks = [Blocks(limits.blocks) for _ in range(limits.shards)]
         self.waiting: list[Job] = []  # by arrival
         self.running: list[Job] = []  # by arrival
-        self._seats: list[list[int]] = [list(range(limits.seats)) for _ in range(limits.shards)]
+        self._free_seats = [limits.seats] * limits.shards
         self.homes: CostOfShards | None = None
         self.found = self.admitted = self.at_home = 0
         self._arrivals = 0
@@ -248,9 +247,9 @@ class Scheduler:
 
     def _leave(self, job: Job) -> None:
         self.blocks[job.shard].release(job.blocks)
-        self._seats[job.shard].append(job.seat)
+        self._free_seats[job.shard] += 1
         self.running.remove(job)
-        job.blocks, job.shard, job.seat = [], -1, -1
+        job.blocks, job.shard = [], -1
         job.computed = job.named = job.reused = 0
 
     def _admit(self) -> None:
@@ -260,7 +259,8 @@ class Scheduler:
             pool = self.blocks[shard]
             pool.hold(found)
             job.blocks = found + pool.take(self._missing(job, found))
-            job.shard, job.seat = shard, self._seats[shard].pop()
+            job.shard = shard
+            self._free_seats[shard] -= 1
             job.computed = job.reused = len(found) * self.limits.block_size
             job.named = len(found)
             self.found += job.reused
@@ -292,12 +292,12 @@ class Scheduler:
         findable = job.keys[: (len(job.tokens) - 1) // limits.block_size]
         fits = []  # shards with room: what is found there, and the room beyond what is missing
         for shard, pool in enumerate(self.blocks):
-            if not self._seats[shard]:
+            if not self._free_seats[shard]:
                 continue
             found = pool.find(findable)
             room = pool.available - pool.num_idle(found) - self._missing(job, found)
             # One block more where others run, or they would preempt it in the next steps.
-            if room >= (len(self._seats[shard]) < limits.seats):
+            if room >= (self._free_seats[shard] < limits.seats):
                 fits.append((shard, found, room))
         if not fits:
             return None

@@ -5,13 +5,12 @@ from jax.sharding import Mesh
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
-from moe_jax.infer.serving import paged
 from moe_jax.infer.serving.scheduler import Limits
 
-BLOCK_SIZE, CHUNK = 16, 64
+BLOCK_SIZE, CHUNK = 16, 16
 _CONTEXT = 4096  # where nothing is said, at most
 _SEATS = 64  # over all shards, at least
-_CHUNK_ROWS = 4  # over all shards, at least
+_CHUNK_ROWS, _LEAST_CHUNK_ROWS = 16, 4  # over all shards; on each, at least
 
 
 def limits(
@@ -42,14 +41,14 @@ def limits(
         if blocks < 1:
             least = shards * BLOCK_SIZE
             raise Refused("--cache_tokens", cache_tokens, f"must be at least {least}", "raise it")
-    chunk_rows = -(-_CHUNK_ROWS // shards)
+    chunk_rows = max(_LEAST_CHUNK_ROWS, -(-_CHUNK_ROWS // shards))
     all_rows = shards * (seats_each + chunk_rows * CHUNK)
     return Limits(
         shards=shards,
         seats=seats_each,
         blocks=blocks,
         block_size=BLOCK_SIZE,
-        chunk=max(CHUNK, paged.tokens_in_row(model)),
+        chunk=CHUNK,
         chunk_rows=chunk_rows,
         budget=all_rows if budget is None else budget,
         max_len=context,

@@ -74,8 +74,6 @@ def check(config: Config, mesh: Mesh, limits: Limits) -> None:
         raise Refused("--context", limits.max_len, rule, f"use {model.max_seq_len}")
     if limits.shards != mesh_lib.size(mesh, mesh_lib.BATCH):
         raise Refused("shards", limits.shards, "must be the devices of tokens", "see sizes.py")
-    if paged.TILE % limits.block_size:
-        raise Refused("block_size", limits.block_size, f"must divide {paged.TILE}", "use 16")
-    if limits.chunk % paged.tokens_in_row(model):
-        rule = f"must be a multiple of {paged.tokens_in_row(model)}"
-        raise Refused("chunk", limits.chunk, rule, "use 64")
+    if limits.block_size < paged.LEAST_BLOCK or paged.TILE % limits.block_size:
+        rule = f"must be at least {paged.LEAST_BLOCK} and divide {paged.TILE}"
+        raise Refused("block_size", limits.block_size, rule, "use 16")

@@ -12,7 +12,7 @@ from moe_jax import migrate, permute
 from moe_jax.errors import Refused
 from moe_jax.infer import record, sampling
 from moe_jax.infer.engine import Engine as StaticEngine
-from moe_jax.infer.serving import supported
+from moe_jax.infer.serving import packing, supported
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
@@ -102,7 +102,15 @@ def static():
 
 @pytest.fixture(scope="module")
 def shared():
-    return make(recorder=Recorder(2, 8, 64))
+    """Its steps have all four shapes: two rows or four, without chunks, with one or two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_FEW_ROWS", 2)
+        patch.setattr(packing, "_FEW_CHUNKS", 1)
+        engine = make(recorder=Recorder(2, 8, 64))
+    assert [(way.rows, way.chunk_rows) for way, _ in engine._programs] == [
+        *((2, 0), (4, 0), (2, 1), (4, 2))
+    ]
+    return engine
 
 
 @pytest.fixture

@@ -79,12 +79,11 @@ class World:
 
     def check_blocks(self):
         held = collections.Counter()
-        seats = set()
+        seats = collections.Counter(job.shard for job in self.scheduler.running)
+        assert all(count <= self.limits.seats for count in seats.values())
         for job in self.scheduler.running:
             held.update((job.shard, block) for block in job.blocks)
             assert len(job.blocks) >= self.limits.blocks_of(job.computed)
-            seats.add((job.shard, job.seat))
-        assert len(seats) == len(self.scheduler.running)
         for shard, pool in enumerate(self.scheduler.blocks):
             counts = [pool.holders(block) for block in range(pool.num_blocks)]
             assert counts == [held[shard, block] for block in range(pool.num_blocks)]
