@@ -3,7 +3,7 @@
 Axes: E experts, M devices, H held (expert, device) pairs, X candidates.
 
 An expert's hops depend on its own copies alone (hops_counts.py), so what a copy adds, removes or
-changes by going elsewhere is known exactly, expert by expert; loads add up. `filled` takes a plan
+changes by going elsewhere is known exactly, expert by expert; loads add up. `filled_EM` takes one
 without copies, adds the copy that saves most, slot by slot, and then descends by replacing a copy
 with one of another expert on its device, or by exchanging two copies between devices. What is above
 a load cap goes first. Small machines ask an integer program over all sets of devices first
@@ -14,10 +14,9 @@ Not proven to be best; hops_bound.py says how far off it is.
 import time
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 
 from moe_jax.placement import hops_counts, hops_sets
-from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 
 FIRST = 1e6  # what an overload of 1 counts, in hops of all assignments
@@ -26,41 +25,46 @@ ENOUGH = 1e-9  # relative gain below which a change is none
 MOST = 2**24  # numbers in a table of pairs of changes; larger ones are looked at in part
 
 
-def filled(
+def filled_EM(
     problem: Problem,
-    device_LE: Int[np.ndarray, "L E"],
-    cap_L: Float[np.ndarray, " L"],
+    layer: int,
+    holds_EM: Bool[np.ndarray, "E M"],
+    cap: float,
     seed: int,
     deadline: float,
-) -> Placement:
-    """The plan `device_LE` with its spare slots filled, and improved until the deadline."""
+) -> Bool[np.ndarray, "E M"]:
+    """One layer of a plan without copies, its spare slots filled and improved until the deadline.
+
+    Args:
+      problem: of the objective `hops`.
+      layer: its number.
+      holds_EM: who holds what so far.
+      cap: largest load of a device, over its speed.
+      seed: of the restarts.
+      deadline: of time.monotonic().
+    """
     assert problem.num_slots is not None
-    ids_TLK, devices = problem.trace.expert_ids_TLK, problem.num_devices
-    layers, experts = device_LE.shape
-    rows = []
-    for layer, ways in enumerate(problem.hop_ways):
-        counts = hops_counts.Layer(ids_TLK[:, layer], experts, ways, problem.topology.nodes)
-        cap_M = cap_L[layer] * problem.topology.speed_M
-        one = _Slots(counts, device_LE[layer][:, None] == np.arange(devices), cap_M)
-        one.fill(problem.num_slots // devices)
-        now = time.monotonic()
-        end = now + (deadline - now) / (layers - layer)
-        best = one.descended(end)
-        if hops_sets.small(experts, devices) and time.monotonic() < end:
-            sets = hops_sets.Sets(counts, devices, problem.num_slots // devices)
-            held_EM = sets.program(cap_M, end - time.monotonic())
-            if held_EM is not None:
-                best = min(best, _Slots(counts, held_EM, cap_M).descended(end), key=_first)
-        else:
-            rng = np.random.default_rng((seed, layer))
-            for _ in range(KICKS):
-                if time.monotonic() >= end:
-                    break
-                again = _Slots(counts, best[1], cap_M)
-                again.kick(rng)
-                best = min(best, again.descended(end), key=_first)
-        rows.append(np.nonzero(best[1].T)[1])
-    return Placement(np.stack(rows), experts, devices)
+    experts, devices = holds_EM.shape
+    ids_TK, ways = problem.trace.expert_ids_TLK[:, layer], problem.hop_ways[layer]
+    counts = hops_counts.Layer(ids_TK, experts, ways, problem.topology.nodes)
+    cap_M = cap * problem.topology.speed_M
+    one = _Slots(counts, holds_EM, cap_M)
+    one.fill(problem.num_slots // devices)
+    best = one.descended(deadline)
+    if hops_sets.small(experts, devices) and time.monotonic() < deadline:
+        sets = hops_sets.Sets(counts, devices, problem.num_slots // devices)
+        held_EM = sets.program(cap_M, deadline - time.monotonic())
+        if held_EM is not None:
+            best = min(best, _Slots(counts, held_EM, cap_M).descended(deadline), key=_first)
+        return best[1]
+    rng = np.random.default_rng((seed, layer))
+    for _ in range(KICKS):
+        if time.monotonic() >= deadline:
+            break
+        again = _Slots(counts, best[1], cap_M)
+        again.kick(rng)
+        best = min(best, again.descended(deadline), key=_first)
+    return best[1]
 
 
 def _first(one: tuple[float, np.ndarray]) -> float:

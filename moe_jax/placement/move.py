@@ -13,7 +13,7 @@ changes neither rows nor seconds:
 Devices of a node stay together in either case, and only devices and nodes that are alike change
 places; on a torus, for `seconds`, none do. Of two numberings the placement keeps the one it
 has unless the other moves less. With replicas this holds but for the order of copies, which the
-copy rule takes them in.
+copy rule takes them in; shares of copies (shares.py) go with them, and those of a node with it.
 
 Pins are worth more than all moves together: a placement that keeps them still does afterwards.
 
@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 
 from moe_jax.placement import chain
 from moe_jax.placement import seconds as seconds_lib
-from moe_jax.placement.limits.previous import arrivals_L, holds_LEM, placement_of
+from moe_jax.placement.limits.previous import arrivals_L, holds_LEM, placement_of, shares_moved
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.topology import Topology
@@ -73,7 +73,18 @@ def move(before: Placement, after: Placement, topology: Topology, expert_bytes: 
 
 def relabelled(problem: Problem, before: Placement, after: Placement) -> Placement:
     """`after` with the device numbers that move least; see the head of this file."""
-    return placement_of(numbered(problem, holds_LEM(before), holds_LEM(after)))
+    new_LEM = holds_LEM(after)
+    device_LM = _devices_LM(problem, holds_LEM(before), new_LEM)
+    found = placement_of(_renumbered(new_LEM, device_LM))
+    if after.share_LNP is None:
+        return found
+    share_LNP = shares_moved(after, found.physical_to_logical_LP, device_LM)
+    assert share_LNP is not None
+    nodes = problem.topology.nodes
+    turned_LNP = share_LNP.copy()
+    for layer, device_M in enumerate(device_LM):
+        turned_LNP[layer, nodes.node_M[device_M[nodes.first_N]]] = share_LNP[layer, : nodes.count]
+    return dataclasses.replace(found, share_LNP=turned_LNP)
 
 
 def numbered(
@@ -86,15 +97,25 @@ def numbered(
       worth_LEM: what it is worth to have this expert on this device, 0 to 1.
       new_LEM: who holds what so far.
     """
+    return _renumbered(new_LEM, _devices_LM(problem, worth_LEM, new_LEM))
+
+
+def _devices_LM(problem: Problem, worth_LEM: np.ndarray, new_LEM: np.ndarray) -> np.ndarray:
+    """int64 [L, M]: the number that every device gets; arguments as of `numbered`."""
     worth_LEM = worth_LEM.astype(float)
     if problem.pins is not None:  # a pin outweighs all else
         worth_LEM = worth_LEM + (worth_LEM.size + 1) * problem.pins.held_LEM
     worth_LMM = worth_LEM.transpose(0, 2, 1) @ new_LEM.astype(float)
     if not problem.separable:
         worth_LMM = np.tile(worth_LMM.sum(axis=0), (len(new_LEM), 1, 1))
+    return np.stack([numbering(problem, worth_MM) for worth_MM in worth_LMM])
+
+
+def _renumbered(new_LEM: np.ndarray, device_LM: np.ndarray) -> np.ndarray:
+    """bool [L, E, M]: the same under other numbers of devices."""
     found_LEM = np.empty_like(new_LEM)
-    for layer, worth_MM in enumerate(worth_LMM):
-        found_LEM[layer][:, numbering(problem, worth_MM)] = new_LEM[layer]
+    for found_EM, new_EM, device_M in zip(found_LEM, new_LEM, device_LM, strict=True):
+        found_EM[:, device_M] = new_EM
     return found_LEM
 
 

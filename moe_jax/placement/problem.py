@@ -383,7 +383,7 @@ class Problem:
         ids_TLK, nodes = self.trace.expert_ids_TLK, self.topology.nodes
         return hops_counts.counted(ids_TLK, placement, self.hop_ways, nodes)
 
-    @property
+    @functools.cached_property
     def hop_ways(self) -> list[hops_lib.Ways]:
         """From where the tokens of every layer are sent, and where to."""
         sizes, block = (self.topology.hops_MM, self.trace.num_layers), self.block

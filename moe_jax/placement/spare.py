@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from moe_jax.errors import Refused
 from moe_jax.placement import at_speeds, copies, cost, hops_copies, replication
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.limits.previous import placement_of
 from moe_jax.placement.nodes import Nodes
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -46,9 +47,15 @@ def filled(
     deadline: float,
 ) -> Placement:
     """The plan `device_LE` with its spare slots filled; past the deadline, by loads alone."""
-    if problem.objective == "hops":
-        return hops_copies.filled(problem, device_LE, cap_L, seed, deadline)
     trace, devices = problem.trace, problem.num_devices
+    if problem.objective == "hops":
+        held = []
+        for layer, holds_EM in enumerate(device_LE[:, :, None] == np.arange(devices)):
+            now = time.monotonic()
+            end = now + (deadline - now) / (trace.num_layers - layer)
+            cap = float(cap_L[layer])
+            held.append(hops_copies.filled_EM(problem, layer, holds_EM, cap, seed, end))
+        return placement_of(np.stack(held))
     assert problem.num_slots is not None
     rng = np.random.default_rng(seed)
     most = max(WORK // (devices * trace.top_k**2), 256)

@@ -21,11 +21,13 @@ from moe_jax.placement import (
     staying,
     staying_program,
     topology,
+    verdict,
     with_copies,
 )
+from moe_jax.placement import move as move_lib
 from moe_jax.placement.formats import convert
 from moe_jax.placement.formats.hints import Hints
-from moe_jax.placement.limits.previous import Previous
+from moe_jax.placement.limits.previous import Previous, holds_LEM
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import synthetic
@@ -347,6 +349,32 @@ def test_slots_that_stay_take_their_shares_along():
     np.testing.assert_array_equal(moved.physical_to_logical_LP, old_LP)
     order_P = np.arange(12).reshape(4, 3)[:, ::-1].ravel()
     np.testing.assert_array_equal(moved.share_LNP, placement.share_LNP[:, :, order_P])
+
+
+@pytest.mark.parametrize("objective", ["exflow", "rows"])  # one numbering, and one per layer
+def test_new_device_numbers_take_shares_and_nodes_along(objective):
+    some = problem(devices=6, num_nodes=3, experts=12, slots=18)
+    after = shared(some)
+    turned_M = np.array([5, 4, 0, 1, 2, 3])  # nodes go round, and one turns
+    slots_LMS = after.physical_to_logical_LP.reshape(4, 6, 3)
+    before = Placement(slots_LMS[:, np.argsort(turned_M)].reshape(4, 18), 12, 6)
+    some = dataclasses.replace(some, objective=objective, dispatch="hierarchical")
+    found = move_lib.relabelled(some, before, after)
+    np.testing.assert_array_equal(holds_LEM(found), holds_LEM(before))
+    node_N = np.array([2, 0, 1, 3])  # the last row is of no node
+    for layer, slot in np.ndindex(4, 18):
+        expert = after.physical_to_logical_LP[layer, slot]
+        there_s = found.physical_to_logical_LP[layer].reshape(6, 3)[turned_M[slot // 3]]
+        now = 3 * turned_M[slot // 3] + there_s.tolist().index(expert)
+        for row in range(4):
+            share = after.share_LNP[layer, row, slot]
+            assert found.share_LNP[layer, node_N[row], now] == share
+
+
+def test_a_verdict_judges_under_the_rule_of_its_plan():
+    some = dataclasses.replace(problem(), dispatch="coherent")
+    found = verdict.verdict(some, settings=verdict.Settings(time_limit=0.0))
+    assert copies.rule_of(found.placement) == "stay"
 
 
 @pytest.mark.parametrize(("name", "out"), [("sglang", "s.json"), ("own", "o.json")])

@@ -106,26 +106,38 @@ class Previous:
                 self.placement.physical_to_logical_LP, placement.physical_to_logical_LP, strict=True
             )
         ]
-        slots_LP, share_LNP = np.stack(rows), placement.share_LNP
-        if share_LNP is not None:  # a device holds an expert once: they name the slot
-            share_LNP = _shares_moved(placement, slots_LP, share_LNP)
+        slots_LP = np.stack(rows)
+        share_LNP = shares_moved(placement, slots_LP)
         return Placement(slots_LP, placement.num_experts, placement.num_devices, share_LNP)
 
 
-def _shares_moved(placement: Placement, slots_LP: np.ndarray, share_LNP: np.ndarray):
-    device_P = np.arange(placement.num_slots) // placement.slots_per_device
-    key_LP, old_LP = (
-        device_P * placement.num_experts + map_LP
-        for map_LP in (slots_LP, placement.physical_to_logical_LP)
-    )
-    order_LP = np.argsort(old_LP, axis=1)
-    at_LP = np.stack(
-        [
-            order_P[np.searchsorted(old_P[order_P], key_P)]
-            for order_P, old_P, key_P in zip(order_LP, old_LP, key_LP, strict=True)
-        ]
-    )
-    return np.take_along_axis(share_LNP, at_LP[:, None, :], axis=2)
+def shares_moved(
+    placement: Placement, slots_LP: np.ndarray, device_LM: np.ndarray | None = None
+) -> np.ndarray | None:
+    """int32 [L, N + 1, P]: every copy's shares in its new slot; None where there are none.
+
+    A device holds an expert once: they name the slot.
+
+    Args:
+      placement: whose copies they are.
+      slots_LP: the same copies in other slots.
+      device_LM: int64, the number that every device of `placement` has there; None: its own.
+    """
+    share_LNP = placement.share_LNP
+    if share_LNP is None:
+        return None
+    if device_LM is None:
+        device_LM = np.tile(np.arange(placement.num_devices), (placement.num_layers, 1))
+    moved_LNP = np.empty_like(share_LNP)
+    at_P = np.arange(placement.num_slots) // placement.slots_per_device
+    for layer, (old_P, new_P) in enumerate(
+        zip(placement.physical_to_logical_LP, slots_LP, strict=True)
+    ):
+        key_P = device_LM[layer][at_P] * placement.num_experts + old_P
+        order_P = np.argsort(key_P)
+        from_P = order_P[np.searchsorted(key_P[order_P], at_P * placement.num_experts + new_P)]
+        moved_LNP[layer] = share_LNP[layer][:, from_P]
+    return moved_LNP
 
 
 def arrivals_L(before: Placement, after: Placement) -> np.ndarray:
