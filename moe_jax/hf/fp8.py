@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 BLOCK = 128
+ROWS = BLOCK  # rows of a weight that share their scales
 SCALES = "_scale_inv"
 # The tensors of a weight by the ends of their names, and the dtypes that each may have.
 PARTS = {"": ("F8_E4M3",), SCALES: ("F32",)}

@@ -16,6 +16,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
 from moe_jax.hf import fp8, mxfp4
 from moe_jax.hf.folder import Tensors
+from moe_jax.hf.pieces import Piece
 from moe_jax.hf.tables import Family, Row
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes
@@ -48,25 +49,26 @@ class Layout:
     beside: tuple[str, ...] = ()
 
     def view(self, stored: np.ndarray, row: Row, expert: int | None) -> np.ndarray:
-        """The array of a piece as the parameter has it: a view of its tensor, to read or fill."""
+        """The array of a piece as the parameter has it: a view of its tensor, to fill."""
         stored, letters = self._part(stored, row, expert)
-        return self._arranged(stored, row, letters)
+        sizes = self.sizes[row.parameter]
+        view = stored.reshape([sizes[letter] for letter in letters])
+        return view.transpose([letters.index(letter) for letter in row.axes])
 
-    def read(self, tensors: Tensors, key: Key, dtype: np.dtype) -> np.ndarray:
-        """A piece as the parameter has it: a view of the file, or decoded from its codes.
-
-        Args:
-          dtype: of what is decoded: narrow values are transposed faster.
-        """
+    def piece(self, tensors: Tensors, key: Key) -> Piece:
+        """Where a piece is, with nothing of it read."""
         name, row = self.pieces[key]
-        if not row.code:
-            return self.view(tensors.array(name), row, key[2])
+        code = CODES[row.code] if row.code else None
+        parts, letters = [], ""
         # Rows of codes ask for a part of a tensor only along axes that have no blocks.
-        code, parts, letters = CODES[row.code], [], ""
-        for end in code.PARTS:
-            part, letters = self._part(tensors.codes(name + end), row, key[2])
+        for end in code.PARTS if code else ("",):
+            stored = tensors.codes(name + end) if code else tensors.array(name)
+            part, letters = self._part(stored, row, key[2])
             parts.append(part)
-        return self._arranged(code.decode(*parts, dtype), row, letters)
+        blamed = name if name in self.shapes else f"{name}{mxfp4.SCALES}"
+        sizes = [self.sizes[row.parameter][letter] for letter in letters]
+        order = [letters.index(letter) for letter in row.axes]
+        return Piece(tensors.file_of[blamed], blamed, parts, code, sizes, order)
 
     def _part(self, stored: np.ndarray, row: Row, expert: int | None) -> tuple[np.ndarray, str]:
         """The part of a tensor that a row speaks of, and the letters of its axes in order."""
@@ -83,11 +85,6 @@ class Layout:
                 continue
             stored = stored[(slice(None),) * axis + (where,)]
         return stored, "".join(letter for letter in "".join(groups) if letter.isalpha())
-
-    def _arranged(self, stored: np.ndarray, row: Row, letters: str) -> np.ndarray:
-        sizes = self.sizes[row.parameter]
-        view = stored.reshape([sizes[letter] for letter in letters])
-        return view.transpose([letters.index(letter) for letter in row.axes])
 
 
 def abstract(config: ModelConfig) -> Any:

@@ -1,9 +1,8 @@
 """Tensors of a checkpoint -> parameters on the mesh, each device reading its own part only.
 
 A parameter is made by `jax.make_array_from_callback`: for each device the callback fills the
-slice that the device holds, piece by piece, out of memory-mapped files. Under a placement the
-expert of a slot is read into it, so nothing is permuted afterwards and no device reads another's
-experts.
+slice that the device holds, piece by piece (pieces.py). Under a placement the expert of a slot is
+read into it, so nothing is permuted afterwards and no device reads another's experts.
 
 Axes: L layers, P physical experts (slots).
 """
@@ -11,18 +10,17 @@ Axes: L layers, P physical experts (slots).
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, metrics
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.hf import mxfp4, safetensors
+from moe_jax.hf import pieces
 from moe_jax.hf.folder import Tensors
 from moe_jax.hf.layout import Layout, abstract
 from moe_jax.model import moe, transformer
@@ -70,21 +68,20 @@ class Reader:
         out = _empty([len(numbers) for numbers in ranges], dtype)
         stacked = [name for name in axes if name in ("layer", "expert")]
         inner = tuple(index[len(stacked) :])
-        for place in np.ndindex(*out.shape[: len(stacked)]):
-            number = [ranges[axis][i] for axis, i in enumerate(place)]
-            layer = number[0] if stacked else None
-            expert = None
-            if "expert" in stacked:
-                expert = int(self.placement.physical_to_logical_LP[layer, number[1]])
-            key = (parameter, layer, expert)
-            tensor, _ = self.layout.pieces[key]
-            piece = self.layout.read(self.tensors, key, dtype)
-            out[place] = (piece.T if parameter in self.transposed else piece)[inner]
-            if not finite(out[place]):
-                tensor = tensor if tensor in self.layout.shapes else f"{tensor}{mxfp4.SCALES}"
-                file = self.tensors.file_of[tensor].path
-                rule = "holds NaN or infinity, which no trained weight is"
-                safetensors.refuse(file, tensor, "NaN or inf", rule, "download it again")
+
+        def copies() -> Iterator[Callable[[], None]]:
+            for place in np.ndindex(*out.shape[: len(stacked)]):
+                number = [ranges[axis][i] for axis, i in enumerate(place)]
+                layer = number[0] if stacked else None
+                expert = None
+                if "expert" in stacked:
+                    expert = int(self.placement.physical_to_logical_LP[layer, number[1]])
+                piece = self.layout.piece(self.tensors, (parameter, layer, expert))
+                is_turned = parameter in self.transposed
+                target = out[place].T if is_turned else out[place]
+                yield from piece.copies(target, inner[::-1] if is_turned else inner)
+
+        pieces.run(copies())
         return out
 
 
@@ -94,19 +91,6 @@ def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + size].view(dtype).reshape(shape)
-
-
-def finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, a million at a time, so that little is allocated."""
-    flat = values.reshape(-1)
-    return all(_finite(flat[i : i + 2**20]) for i in range(0, flat.size, 2**20))
-
-
-def _finite(values: np.ndarray) -> bool:
-    if values.dtype == ml_dtypes.bfloat16:  # by its bits, which NumPy does not know
-        exponent = np.uint16(0x7F80)
-        return not ((values.view(np.uint16) & exponent) == exponent).any()
-    return bool(np.isfinite(values).all())
 
 
 def parameters(

@@ -16,6 +16,7 @@ GROUP = 32
 BLOCKS, SCALES = "_blocks", "_scales"
 # The tensors of a weight by the ends of their names, and the dtypes that each may have.
 PARTS = {BLOCKS: ("U8",), SCALES: ("U8", "F8_E8M0")}
+ROWS = 1  # rows of a weight that share their scales
 NO_NUMBER = 255  # the scale that means NaN
 
 _FLOAT32 = np.dtype(np.float32)

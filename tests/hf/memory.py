@@ -1,0 +1,94 @@
+"""Peak memory of one import, in a process of its own: python -m tests.hf.memory DIR DEVICES
+
+Prints bytes: by how much the peak of resident memory grew, the parameters, the largest tensor of
+the file. What is resident before is measured once a small model was read; the peak is the kernel's
+own (VmHWM), mapped files included, and set back when the import begins.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from moe_jax import mesh as mesh_lib
+from moe_jax.hf import config_json, folder, layout, load, safetensors
+from moe_jax.placement.plan import Placement
+from tests.hf import golden
+
+SIZES = {
+    **{"hidden_size": 1024, "vocab_size": 16384, "intermediate_size": 1024, "head_dim": 64},
+    **{"num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 2},
+}
+FP8 = {
+    "quantization_config": {
+        **{"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"},
+        "weight_block_size": [128, 128],
+    },
+    **{"moe_intermediate_size": 1024, "first_k_dense_replace": 1, "num_key_value_heads": 16},
+}
+# family, way of writing, dtype computed with, what config.json says otherwise
+CASES = {
+    "per expert": ("mixtral", "per expert", "bfloat16", {}),
+    "widened": ("mixtral", "per expert", "float32", {}),
+    "fused": ("gpt_oss", "fused", "bfloat16", {}),
+    "mxfp4": (
+        *("gpt_oss", "mxfp4", "bfloat16"),
+        {"quantization_config": {"quant_method": "mxfp4"}},
+    ),
+    "fp8": ("deepseek_v3", "fp8", "bfloat16", FP8),
+}
+
+
+def write(case: str, out: pathlib.Path) -> None:
+    """A model of 100 to 200 MB, each number the same."""
+    family, way, dtype, says = CASES[case]
+    said = json.loads((golden.ROOT / family / "config.json").read_text())
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps({**said, **SIZES, "dtype": dtype, **says}))
+    published = config_json.read(out)
+    found = layout.of_family(published.family, way, published.config.model)
+    named = {name: (found.codes.get(name, ["BF16"])[0], s) for name, s in found.shapes.items()}
+
+    def array(name: str) -> np.ndarray:
+        dtype, shape = named[name]
+        if dtype in ("U8", "F8_E4M3"):
+            return np.full(shape, 120, np.uint8)
+        return np.full(shape, 0.5, np.float32 if dtype == "F32" else ml_dtypes.bfloat16)
+
+    safetensors.write(out / folder.SINGLE, named, array)
+
+
+def read(path: pathlib.Path, devices: int) -> tuple[int, int]:
+    """Imports a model; returns bytes of its parameters and of the largest tensor of its file."""
+    published = config_json.read(path, devices=devices)
+    model = published.config.model
+    tensors = folder.tensors(path)
+    found = layout.find(published.family, model, tensors)
+    placement = Placement.contiguous(model.num_plan_layers, model.num_experts, devices)
+    mesh = mesh_lib.of_config(published.config.mesh)
+    made = load.parameters(model, found, tensors, placement, mesh, say=lambda line: None)
+    arrays = jax.block_until_ready(jax.tree.leaves(made))
+    entries = (tensors.file_of[name].tensors[name] for name in found.shapes)
+    largest = max(entry.stop - entry.start for entry in entries)
+    return sum(array.nbytes for array in arrays), largest
+
+
+def status(field: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    (found,) = (line.split() for line in lines if line.startswith(f"{field}:"))
+    return int(found[1]) * 1024
+
+
+def main(path: str, devices: str) -> None:
+    read(golden.ROOT / "mixtral", int(devices))
+    before = status("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    parameters, largest = read(pathlib.Path(path), int(devices))
+    print(json.dumps([status("VmHWM") - before, parameters, largest]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
