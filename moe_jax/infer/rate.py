@@ -42,7 +42,8 @@ def compare(folder: str | os.PathLike, rounds: int, *, training: bool) -> None:
     read_model()  # compiles nothing, but memory and devices are at hand then
     tensors = folder_lib.tensors(folder)
     paths, size = {file.path for file in tensors.file_of.values()}, tensors.num_bytes
-    for name, forgets in (("cold", True), ("warm", False)):
+    can_forget = hasattr(os, "posix_fadvise")
+    for name, forgets in ((("cold", True),) if can_forget else ()) + (("warm", False),):
         disk, ours = [], []
         for number in range(rounds):
             disk.append(size / _seconds(lambda: _sequentially(paths), paths, forgets))
