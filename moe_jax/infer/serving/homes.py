@@ -54,6 +54,11 @@ class Homes:
         return np.where(ahead_S < self.slack, priced_S, np.inf).tolist()
 
 
+def slack(seats: int) -> int:
+    """That of shards with so many seats."""
+    return max(2, seats // 4)
+
+
 def learn(
     problem: Problem,
     token_T: Int[np.ndarray, " T"],

@@ -196,18 +196,17 @@ class Placing:
         assert old is not None
         engine.recorder = Recorder(old.shards, old.regions, old.span, seed=engine.stats.steps)
         engine.read_counters()
-        self._tokens, self._steps, self._rows = engine.stats.tokens, engine.stats.steps, self._all()
-
-    def _all(self) -> int:
-        stats = self._engine.stats
-        parts = (stats.dispatch_LMM, stats.combine_LMM)
-        return sum(int(part.sum()) for part in parts if part is not None)
+        self._tokens, self._steps, self._rows = (
+            engine.stats.tokens,
+            engine.stats.steps,
+            engine.stats.moved,
+        )
 
     def _rows_per_token(self) -> float:
         """Counted in this window, per token and MoE layer."""
         self._engine.read_counters()
         layers = self.plan.placement.num_layers
-        return (self._all() - self._rows) / max(self._served * layers, 1)
+        return (self._engine.stats.moved - self._rows) / max(self._served * layers, 1)
 
     def _window_ended(self) -> None:
         trace = self._engine.trace()
@@ -258,7 +257,7 @@ class Placing:
                 model.dispatch,
                 num_slots=placement.num_slots if placement.has_replicas else None,
             )
-            slack = max(2, limits.seats // 4)
+            slack = homes_lib.slack(limits.seats)
             token_T, device_LE = np.concatenate(tokens), placement.device_LE
             return homes_lib.learn(problem, token_T, device_LE, model.vocab_size, slack)
 

@@ -7,7 +7,8 @@ until the longest answer is there; its program is the one of engine.py. With `--
 *transformers* does the same with `generate`, in a process of its own, on the same cores (peer/).
 Rounds alternate between the ways, and the median round counts.
 
-Then, by itself: what the host does in a step of 16 requests, and what the recorder costs in it.
+By themselves: what the host does in a step of 16 requests, what the recorder costs in it, and how
+many rows requests save that run where their experts are (homes.py).
 """
 
 import collections
@@ -18,17 +19,19 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from jax.sharding import Mesh
 
-from moe_jax import data, metrics, permute
+from moe_jax import auto, data, metrics, permute
 from moe_jax import mesh as mesh_lib
+from moe_jax.errors import Refused
 from moe_jax.infer import engine as static_lib
 from moe_jax.infer import load, published, sampling
 from moe_jax.infer.peer import asked
-from moe_jax.infer.serving import sizes
+from moe_jax.infer.serving import homes, sizes
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options, Part
+from moe_jax.infer.serving.stats import Stats
+from moe_jax.placement.problem import Problem
 
 REQUESTS, ROUNDS = 128, 3
 _PROMPT, _ANSWER = (16, 128), (8, 120)  # tokens, uniformly
@@ -201,7 +204,11 @@ def _run(source: load.Source | published.Source, peer: asked.Peer | None) -> Non
         f"{config.model.dtype}"
     )
     _host_share(engine, corpus)
-    _recorder_cost(source, mesh, engine, corpus)
+    recorder = Recorder(limits.shards, 64, limits.max_len)
+    recording = Engine(config, mesh, model, table, limits, source.text, recorder)
+    _recorder_cost(engine, recording, corpus)
+    if config.mesh.expert_devices > 1:
+        _worth_of_homes(recording, recorder, source, corpus)
     for name, rate in (("all at once", 1e6), ("at 0.7 of that rate", 0.7 * peak)):
         _compare(engine, ways, corpus, batch, rate, name)
 
@@ -272,16 +279,8 @@ def _host_share(engine: Engine, corpus: np.ndarray) -> None:
     )
 
 
-def _recorder_cost(
-    source: load.Source | published.Source, mesh: Mesh, engine: Engine, corpus: np.ndarray
-) -> None:
+def _recorder_cost(engine: Engine, recording: Engine, corpus: np.ndarray) -> None:
     """CPU time of all threads, step by step in turn: others on the machine count less in it."""
-    limits = engine.limits
-    recorder = Recorder(limits.shards, 64, limits.max_len)
-    table = permute.table(source.plan.placement)
-    recording = Engine(
-        source.config, mesh, load.model(source, mesh), table, limits, source.text, recorder
-    )
     ratios = []
     for _ in range(_RECORDER_ROUNDS):
         pairs = []
@@ -300,4 +299,40 @@ def _recorder_cost(
     metrics.say(
         f"the recorder: a step takes {np.median(ratios):.3f} x the CPU time "
         f"({min(ratios):.3f} to {max(ratios):.3f} in {_RECORDER_ROUNDS} rounds)"
+    )
+
+
+def _worth_of_homes(
+    engine: Engine, recorder: Recorder, source: load.Source | published.Source, corpus: np.ndarray
+) -> None:
+    """Learned from the requests of one load, worth what the dispatch counts in others."""
+    config, placement = source.config, source.plan.placement
+    continuous(engine, make_load(corpus, 1e6, seed=0))
+    trace = engine.trace()
+    assert trace is not None
+    try:
+        topology = auto.topology_of(config)
+        num_slots = placement.num_slots if placement.has_replicas else None
+        problem = Problem(trace, topology, "seconds", config.model.dispatch, num_slots=num_slots)
+        slack = homes.slack(engine.limits.seats)
+        model = config.model
+        learned = homes.learn(
+            problem, recorder.tokens(), placement.device_LE, model.vocab_size, slack
+        )
+    except Refused as refused:
+        metrics.say(f"requests have no homes here: {refused}")
+        return
+    rows, scheduler = {}, engine.scheduler
+    for way, of_requests in {"anywhere": None, "at home": learned}.items():
+        scheduler.homes = of_requests
+        engine.read_counters()
+        engine.stats = Stats()
+        for seed in range(1, ROUNDS + 1):
+            continuous(engine, make_load(corpus, 1e6, seed))
+        engine.read_counters()
+        rows[way] = engine.stats.moved / (engine.stats.tokens * placement.num_layers)
+    metrics.say(
+        f"rows per token and layer: {rows['anywhere']:.3f} where requests run anywhere, "
+        f"{rows['at home']:.3f} at homes learned from other requests "
+        f"({scheduler.at_home / scheduler.admitted:.0%} got theirs)"
     )

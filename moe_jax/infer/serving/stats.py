@@ -49,6 +49,12 @@ class Stats:
     combine_LMM: np.ndarray | None = None
     computed_LP: np.ndarray | None = None
 
+    @property
+    def moved(self) -> int:
+        """Rows, both ways, all layers, as far as they were read."""
+        parts = (self.dispatch_LMM, self.combine_LMM)
+        return sum(int(part.sum()) for part in parts if part is not None)
+
     def arrived(self, prompt_len: int) -> None:
         self.num_arrived += 1
         self.prompt_tokens += prompt_len

@@ -120,7 +120,7 @@ def rows_of(engine, placed, seed):
     """Answers to texts of eight kinds, and rows per token and layer that the dispatch counted."""
     rng = np.random.default_rng(seed)
     engine.read_counters()
-    before, answers = (placed._all(), engine.stats.tokens), []
+    before, answers = (engine.stats.moved, engine.stats.tokens), []
     for _ in range(60):
         parts = []
         answers.append(parts)
@@ -129,7 +129,7 @@ def rows_of(engine, placed, seed):
     while engine.step():
         placed.between_steps()
     engine.read_counters()
-    rows = (placed._all() - before[0]) / (engine.stats.tokens - before[1]) / tiny.LAYERS
+    rows = (engine.stats.moved - before[0]) / (engine.stats.tokens - before[1]) / tiny.LAYERS
     return [[part.token for part in parts] for parts in answers], rows
 
 
