@@ -22,7 +22,7 @@ import numpy as np
 
 from moe_jax.placement import bounds, semidefinite
 from moe_jax.placement.layout import Groups
-from moe_jax.placement.semidefinite import Relaxation
+from moe_jax.placement.semidefinite import Relaxation, Running
 
 EVERY = 20  # steps between two choices, at least
 LEAST_MIX = 0.1  # share of a new choice
@@ -92,7 +92,7 @@ class _Choices:
         self._mixed: _Choice | None = None
         self._count = 0
 
-    def __call__(self, run: Relaxation) -> np.ndarray:
+    def __call__(self, run: Running) -> np.ndarray:
         new, old = self.best(run.clique_Cnn()), self._mixed
         share = max(2 / (self._count + 2), LEAST_MIX)
         self._count += 1
@@ -108,7 +108,7 @@ class _Choices:
         largest = int(np.argmax(cells_C))
         x_nn, started = x_Cnn[largest], time.monotonic()
         for one in self._sets[largest]:
-            _chosen(one, x_nn, self._lines, np.zeros_like(x_nn))
+            chosen(one, x_nn, self._lines, np.zeros_like(x_nn))
         return (time.monotonic() - started) * sum(cells_C) / max(cells_C[largest], 1)
 
     def best(self, x_Cnn: np.ndarray) -> _Choice:
@@ -116,13 +116,13 @@ class _Choices:
         weight_Cnn, level_C = np.zeros_like(x_Cnn), np.zeros(len(x_Cnn))
         for c, (clique, x_nn) in enumerate(zip(self._sets, x_Cnn, strict=True)):
             for one in clique:
-                level_C[c] += _chosen(one, x_nn, self._lines, weight_Cnn[c])
+                level_C[c] += chosen(one, x_nn, self._lines, weight_Cnn[c])
         weight_N = self._layout.collected(weight_Cnn) / 2
         level_A = level_C if self._layout.width == 1 else level_C.sum(keepdims=True)
         return _Choice(level_A, weight_N)
 
 
-def _chosen(one: TokenSets, x_nn: np.ndarray, lines, weight_nn: np.ndarray) -> float:
+def chosen(one: TokenSets, x_nn: np.ndarray, lines, weight_nn: np.ndarray) -> float:
     """Adds the best choices' weights, on (i, j) and (j, i), to weight_nn; returns their level."""
     node_QK, size = one.node_QK, len(x_nn)
     real_QK = node_QK < size

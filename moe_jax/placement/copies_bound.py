@@ -18,6 +18,9 @@ Either way a layer's rows are at least a constant less a sum over copies, in whi
 an expert never adds more than the one before: one copy each and the P - E best of the others, at
 most M of an expert, are as much as any plan has. Weak where groups are few and large.
 
+Where there is time, a semidefinite relaxation of all devices together follows, set by set
+(copies_homes.py); it is closer where groups are many and small.
+
 Hierarchical dispatch, nodes being equal: rows between nodes are those of G = N nodes; inside nodes
 home's place is free, in each of the N nodes. Whatever the nodes, a plan has as many rows as in
 `exchange` at least: the relay gets one in place of the node's first device. Coherent dispatch:
@@ -25,20 +28,35 @@ d - 1 rows out and as many back, at least.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
-from moe_jax.placement import bounds
+from moe_jax.placement import bounds, copies_homes
 from moe_jax.placement.contacts import Sets
 from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
 
-def fewest_rows(problem: Problem) -> float:
-    """The objective `rows` of a plan with replicas is at least this."""
-    total = sum(_layer_rows(problem, _Counts.of(sets)) for sets in problem.sets)
-    return SAFETY * 2 * total / problem.token_layers
+def fewest_rows(problem: Problem, deadline: float = -math.inf) -> float:
+    """The objective `rows` of a plan with replicas is at least this.
+
+    Past the deadline, of time.monotonic(), by counting alone.
+    """
+    counted_L = np.array([_layer_rows(problem, _Counts.of(sets)) for sets in problem.sets])
+    homes = problem.dispatch != "coherent"
+    fewest_L = copies_homes.fewest_L(problem, homes, deadline)
+    if fewest_L is not None:
+        if not homes:  # one of the devices is where the token waits, and one where it goes on
+            fewest_L = fewest_L - [sets.count_Q.sum() for sets in problem.sets]
+        counted_L = np.maximum(counted_L, _least_row(problem) * fewest_L)
+    return SAFETY * 2 * float(counted_L.sum()) / problem.token_layers
+
+
+def _least_row(problem: Problem) -> float:
+    """What the cheapest row counts."""
+    return min(problem.tier_ratio, 1.0) if problem.dispatch == "hierarchical" else 1.0
 
 
 def _layer_rows(problem: Problem, counts: "_Counts") -> float:
@@ -50,8 +68,7 @@ def _layer_rows(problem: Problem, counts: "_Counts") -> float:
     if problem.dispatch == "coherent":
         apart = counts.tokens - copies.most(counts.inside_E(slots))
         return max(apart, counts.beyond(copies, slots, devices, None), 0.0)
-    least = min(problem.tier_ratio, 1.0) if problem.dispatch == "hierarchical" else 1.0
-    flat = least * max(
+    flat = _least_row(problem) * max(
         counts.leaving(copies, slots, devices),
         counts.beyond(copies, slots, devices, None),
         counts.beyond(copies, slots, devices, 1 / devices),

@@ -98,6 +98,27 @@ def _across(groups: Groups, rest_N: np.ndarray) -> float:
 
 
 @runtime_checkable  # for type checks while tests run
+class Running(Protocol):
+    """A relaxation on its way: `Relaxation`, or that of copies_relax.py.
+
+    Attributes:
+      weight_N: what is wanted together; may be changed between steps.
+    """
+
+    weight_N: np.ndarray
+
+    def step(self) -> None: ...
+
+    def separate(self) -> None:
+        """Adds violated inequalities."""
+
+    def clique_Cnn(self) -> np.ndarray: ...
+
+    def bound_A(self) -> np.ndarray:
+        """Most of weight_N @ x_N."""
+
+
+@runtime_checkable  # for type checks while tests run
 class Adapt(Protocol):
     """Changes the weights of a running relaxation; see contact_bound.py.
 
@@ -107,11 +128,11 @@ class Adapt(Protocol):
 
     every: int
 
-    def __call__(self, run: "Relaxation") -> np.ndarray:
+    def __call__(self, run: Running) -> np.ndarray:
         """Gives `run` new weights; returns the level_A that belongs to them."""
 
 
-def least(run: "Relaxation", deadline: float, steps: int, adapt: Adapt | None = None) -> np.ndarray:
+def least(run: Running, deadline: float, steps: int, adapt: Adapt | None = None) -> np.ndarray:
     """The best lower bound met of level_A - weight_N @ x_N; level_A is 0 without adapt.
 
     Args:
@@ -198,7 +219,7 @@ class Relaxation:
         inside = self._basis.T @ x_Cnn @ self._basis
         value_Cn, vector = np.linalg.eigh((inside + inside.transpose(0, 2, 1)) / 2)
         level, devices = self._level, self._groups.devices
-        value_Cn = _capped_simplex(value_Cn, level, level * (devices - 1))
+        value_Cn = capped_simplex(value_Cn, level, level * (devices - 1))
         vector = self._basis @ vector
         return 1 / devices + (vector * value_Cn[:, None, :]) @ vector.transpose(0, 2, 1)
 
@@ -240,7 +261,7 @@ class Relaxation:
         return own_L + np.where(np.isfinite(best_LEK), best_LEK, 0.0).sum(axis=(1, 2))
 
 
-def _capped_simplex(value_Cn: np.ndarray, level: float, total: float) -> np.ndarray:
+def capped_simplex(value_Cn: np.ndarray, level: float, total: float) -> np.ndarray:
     """The nearest rows with entries in [0, level] that sum to `total`."""
     low_C, high_C = value_Cn.min(axis=1) - level, value_Cn.max(axis=1)
     shift_C = (low_C + high_C) / 2

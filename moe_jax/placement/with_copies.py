@@ -12,13 +12,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import bounds, copies_bound, hops_bound, spare, staying
+from moe_jax.placement import bounds, copies_bound, copies_relax, hops_bound, spare, staying
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.layout import Layout
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.spare import Valued
 
 BASE_SHARE = 0.5  # of the time, for plans without replicas
+RELAX_SHARE = 0.5  # of the time for the bound, for relaxations: the search gains more by the rest
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
 
@@ -28,6 +30,8 @@ def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
         note = "bound: the way to the nearest copy (facility location, Lagrangian)"
         return hops_bound.fewest_hops(problem, deadline), note
     mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
+    now = time.monotonic()
+    deadline = now + RELAX_SHARE * (deadline - now)
     if problem.objective == "load":
         return 1.0, "bound: the fullest device has at least the mean load"
     if problem.objective == "seconds":
@@ -36,23 +40,32 @@ def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
         bound = SAFETY * float(each_LM.max(axis=1).mean())
         return bound, "bound: the fullest device computes at least the mean load"
     if problem.objective == "exflow":
-        note = "bound: copies of an expert reach so many experts of the next layer"
-        return max(SAFETY * problem.hops(_most_kept(problem)), 0.0), note
-    note = "bound: tokens inside home's slots, and companions of every copy, by counting"
-    return copies_bound.fewest_rows(problem), note
+        note = "bound: what devices hold of adjacent layers, counted and by a relaxation"
+        return max(SAFETY * problem.hops(_most_kept(problem, deadline)), 0.0), note
+    note = "bound: what devices and homes hold of a token's experts, counted and by a relaxation"
+    return copies_bound.fewest_rows(problem, deadline), note
 
 
-def _most_kept(problem: Problem) -> float:
+def _most_kept(problem: Problem, deadline: float) -> float:
     assert problem.num_slots is not None
     nodes, like = problem.topology.nodes, problem.node_likeness
-    total = 0.0
-    for keep_EE in problem.top1_LEE:
-        flat = bounds.kept_with_copies(keep_EE, problem.num_slots, problem.num_devices)
-        total += (1 - like) * flat
-        if like:  # as many slots in every node as the largest one has
-            slots = problem.num_slots // problem.num_devices * int(nodes.size_N.max()) * nodes.count
-            total += like * bounds.kept_with_copies(keep_EE, slots, nodes.count)
-    return total
+    flat, far = _most_kept_flat(problem, deadline), 0.0
+    for keep_EE in problem.top1_LEE if like else ():
+        # as many slots in every node as the largest one has
+        slots = problem.num_slots // problem.num_devices * int(nodes.size_N.max()) * nodes.count
+        far += bounds.kept_with_copies(keep_EE, slots, nodes.count)
+    return (1 - like) * flat + like * far
+
+
+def _most_kept_flat(problem: Problem, deadline: float) -> float:
+    """Most transitions that can stay on a device."""
+    assert problem.num_slots is not None
+    slots, devices, keep_LEE = problem.num_slots, problem.num_devices, problem.top1_LEE
+    counted = sum([bounds.kept_with_copies(keep_EE, slots, devices) for keep_EE in keep_LEE])
+    layout = Layout(problem.trace.num_layers, problem.trace.num_experts, 2)
+    nothing_LEE = np.zeros((layout.layers, layout.experts, layout.experts))
+    together_N = layout.flat(nothing_LEE, keep_LEE)
+    return min(counted, copies_relax.most(layout, devices, slots, together_N, deadline))
 
 
 @dataclasses.dataclass(eq=False)

@@ -379,7 +379,7 @@ def test_spare_slots_beat_none_and_balance_alone(objective, dispatch, nodes, cap
     assert 0 <= report.bound <= report.objective
     if objective == "rows":
         assert report.bound > 0
-        assert report.note.startswith("bound: tokens inside home's slots")
+        assert report.note.startswith("bound: what devices and homes hold")
         assert report.objective <= report.greedy * (1 + 1e-12)
     if cap is None and objective in ("rows", "exflow"):
         without = solve_lib.solve_problem(spare.without(problem), 0, 1.5).report.objective
@@ -478,7 +478,7 @@ def test_compare_with_slots_adds_eplb_and_its_doubled_slots(trace_path, tmp_path
     assert run(*words) == 0
     text = capsys.readouterr().out
     assert "doubled)" in text
-    assert "bound: tokens inside home's slots" in text
+    assert "bound: what devices and homes hold" in text
 
 
 @pytest.mark.parametrize(
