@@ -10,13 +10,10 @@ Exit codes: 0 done, 1 refused, 2 usage.
 """
 
 import argparse
-import dataclasses
-import pathlib
 import sys
 from collections.abc import Callable
 
 from moe_jax import errors
-from moe_jax.errors import Refused
 
 # (total, active) as published, in G: Mixtral 8x7B: arXiv 2401.04088 and its announcement; OLMoE:
 # arXiv 2409.02060, table 1; Qwen3: arXiv 2505.09388 and its model card; Qwen1.5-MoE: its card.
@@ -91,45 +88,23 @@ def export(workdir: str, out: str, like: str) -> None:
     Raises:
       Refused: no run, no good step, a folder of other sizes, or OUT that is there already.
     """
-    from moe_jax import checkpoint, metrics
-    from moe_jax import config as config_lib
-    from moe_jax.hf import config_json, layout, save
+    from moe_jax.hf import config_json, layout, run, save
     from moe_jax.hf import folder as folder_lib
 
-    kept = pathlib.Path(workdir) / "config.json"
-    if not kept.is_file():
-        raise Refused("WORKDIR", workdir, "must be the work directory of a run", "train first")
-    config = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
+    config = run.config(workdir)
     published = config_json.read(like)
-    theirs = dataclasses.asdict(published.config.model)
-    differ = [
-        f"model.{name} = {value} in the run, {theirs[name]} in {like}"
-        for name, value in dataclasses.asdict(config.model).items()
-        if name not in config_lib.BESIDE_WEIGHTS and value != theirs[name]
-    ]
-    if differ:
-        rule = "must have the sizes and parts of the run"
-        raise Refused("--like", "; ".join(differ[:3]), rule, "give another folder")
-    found = checkpoint.newest_good(pathlib.Path(workdir) / "checkpoints", metrics.fail)
-    if found is None:
-        raise Refused("WORKDIR", workdir, "has no checkpoint", "train at least one interval")
-    step, contents = found
-    stored = checkpoint.restore_numpy(step, contents)
-    arrays = {
-        name.removeprefix("model."): array
-        for name, array in stored.items()
-        if name.startswith("model.")
-    }
+    run.check_same(config, published.config, "--like", like)
+    step, arrays = run.arrays(workdir)
     tensors = folder_lib.tensors(like)
     written = save.export(
         arrays,
         layout.find(published.family, published.config.model, tensors),
-        contents.plan.placement,
+        step.plan.placement,
         out,
         dtypes={name: tensors.dtype(name) for name in tensors.file_of},
         like=like,
     )
-    print(f"{out}: step {contents.step}, {len(written)} file(s) of tensors")
+    print(f"{out}: step {step.step}, {len(written)} file(s) of tensors")
 
 
 def from_gguf(file: str, out: str) -> None:

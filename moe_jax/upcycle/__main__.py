@@ -2,6 +2,8 @@
 
     --gguf=FILE | --hf=DIR, --workdir=DIR   a Llama -> a work directory
     --distance --workdir=DIR                how far a run's experts are from each other
+    --loss --workdir=DIR [--hf=DIR]         held-out loss of a run, beside that of its dense model
+    --export=OUT --workdir=DIR              a run's newest step as a published folder (a Mixtral)
 
 Exit codes: 0 done, 1 refused, 2 usage.
 """
@@ -66,6 +68,20 @@ def distance(workdir: str) -> None:
     )
 
 
+def loss(given: argparse.Namespace) -> None:
+    """Prints held-out losses. Raises `Refused`."""
+    from moe_jax.upcycle import loss as of_run
+
+    of_run.compare(given.workdir, given.hf, given.sequences)
+
+
+def export(given: argparse.Namespace) -> None:
+    """Writes a published folder. Raises `Refused`."""
+    from moe_jax.upcycle import export as of_run
+
+    of_run.export(given.workdir, given.export)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -81,9 +97,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first-dense", type=int, default=0, help="so many layers stay dense")
     parser.add_argument("--seed", type=int, default=0, help="of the router")
     parser.add_argument("--distance", action="store_true", help="measure, and make nothing")
+    parser.add_argument("--loss", action="store_true", help="measure, and make nothing")
+    parser.add_argument("--sequences", type=int, default=64, help="held-out windows of --loss")
+    parser.add_argument("--export", metavar="OUT", help="a new folder: the run, published")
     given = parser.parse_args(argv)
     if given.distance:
         return errors.exit_code(lambda: distance(given.workdir))
+    if given.loss:
+        return errors.exit_code(lambda: loss(given))
+    if given.export:
+        return errors.exit_code(lambda: export(given))
     return errors.exit_code(lambda: upcycle(given))
 
 

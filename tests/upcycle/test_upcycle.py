@@ -287,3 +287,44 @@ def test_the_real_file(tmp_path):
     off = np.abs(found - expected).max() / np.ptp(expected)
     print(f"largest difference of logits: {off:.2e} of their range")
     assert off <= REAL_BOUND
+
+
+def test_an_upcycled_model_is_published_as_a_mixtral(upcycled, tmp_path, capsys):
+    """Bit for bit, experts in logical order, with its tokenizer and its ends."""
+    out = tmp_path / "out"
+    assert command.main([f"--workdir={upcycled}", f"--export={out}"]) == 0
+    published = config_json.read(out)
+    assert published.family.model_type == "mixtral"
+    assert published.ends == config_json.ends(upcycled / "tokenizer", 264)
+    tensors = folder.tensors(out)
+    found = layout.find(published.family, published.config.model, tensors)
+    mesh, plan = mesh_lib.make(), Placement.contiguous(2, 4, 1)
+    again = checkpoint.flatten(load.parameters(published.config.model, found, tensors, plan, mesh))
+    source = infer_load.find(str(upcycled), None)
+    stored = checkpoint.flatten(infer_load.parameters(source, mesh))
+    assert again.keys() == stored.keys()
+    for name in stored:
+        np.testing.assert_array_equal(again[name], stored[name], name)
+    assert command.main([f"--workdir={upcycled}", f"--export={out}"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_dense_layers_are_not_published(dense, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    make.make(dense, workdir, make.Wanted(2, 1, first_dense=1))
+    assert command.main([f"--workdir={workdir}", f"--export={tmp_path / 'out'}"]) == 1
+    assert "model.num_dense_layers = 1: must be 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_loss_is_that_of_the_dense_model_at_step_0(dense, texts, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    config = make.make(dense, workdir, make.Wanted(4, 2))
+    plain = json.loads(config_lib.to_json(config))
+    plain["data"].update(texts)
+    (workdir / "config.json").write_text(json.dumps(plain))
+    asked = [f"--workdir={workdir}", f"--hf={dense}", "--loss", "--sequences=3"]
+    assert command.main(asked) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "nats" in line]
+    step_0, of_dense = (float(line.split(": ")[1].split()[0]) for line in lines)
+    assert abs(step_0 - of_dense) < 1e-4

@@ -1,0 +1,73 @@
+"""Held-out loss of a run's newest step, and of the dense model that it came from, on one text."""
+
+import os
+import pathlib
+
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import config as config_lib
+from moe_jax import data, metrics, permute
+from moe_jax import mesh as mesh_lib
+from moe_jax.hf import config_json, folder, layout
+from moe_jax.hf import load as hf_load
+from moe_jax.infer import load
+from moe_jax.model.dispatch.table import Table
+from moe_jax.placement.plan import Placement
+from moe_jax.train import loop
+from moe_jax.train import step as step_lib
+
+
+def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> None:
+    """Prints nats a token of the run, of the dense model if there is one, and their difference.
+
+    Args:
+      workdir: of an upcycled run.
+      dense: folder of the published dense model.
+      sequences: held-out windows, the same for both.
+
+    Raises:
+      Refused: no run, no good step, too few windows, or a folder that is no published model.
+    """
+    source = load.find(workdir, None)
+    corpus, _ = loop.prepare(source.config, pathlib.Path(workdir))
+    window_BS1 = data.held_out_windows(corpus, source.config.data.seq_len, sequences)
+    mesh_lib.initialize(source.config.platform, source.virtual_devices, "off")
+    mesh = mesh_lib.of_config(source.config.mesh)
+    model = load.parameters(source, mesh)
+    table = permute.table(source.contents.plan.placement)
+    ours_B = _losses(source.config, mesh, model, table, window_BS1)
+    del model
+    metrics.say(f"step {source.contents.step}: {_told(ours_B)} nats a token")
+    if dense is None:
+        return
+    published = config_json.read(dense)
+    config, tensors = published.config, folder.tensors(dense)
+    found = layout.find(published.family, config.model, tensors)
+    mesh, idle = mesh_lib.of_config(config.mesh), Placement.contiguous(1, 1, 1)
+    model = hf_load.parameters(config.model, found, tensors, idle, mesh)
+    dense_B = _losses(config, mesh, model, permute.table(idle), window_BS1)
+    metrics.say(f"{dense}: {_told(dense_B)} nats a token")
+    better = int((ours_B < dense_B).sum())
+    metrics.say(
+        f"difference {_told(ours_B - dense_B)}; the run is better in {better} of {len(dense_B)} "
+        f"windows (+- is a standard error over windows)"
+    )
+
+
+def _told(value_B: np.ndarray) -> str:
+    error = value_B.std(ddof=1) / len(value_B) ** 0.5 if len(value_B) > 1 else float("nan")
+    return f"{value_B.mean():.4f} +- {error:.4f}"
+
+
+def _losses(
+    config: config_lib.Config, mesh: Mesh, model: object, table: Table, window_BS1: np.ndarray
+) -> np.ndarray:
+    """Of each window alone, float64 [B]."""
+    evaluate = step_lib.build_eval(config, mesh)
+    return np.array(
+        [
+            float(evaluate(model, mesh_lib.put_batch(mesh, one_S1[None]), table))
+            for one_S1 in window_BS1
+        ]
+    )
