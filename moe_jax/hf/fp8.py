@@ -10,10 +10,12 @@ rounded to 8 bits as well, where a reference computes in them, is left out.
 Axes: O, I out and in of a projection; P, J blocks of each.
 """
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 BLOCK = 128
+LARGEST = 448.0
 ROWS = BLOCK  # rows of a weight that share their scales
 SCALES = "_scale_inv"
 # The tensors of a weight by the ends of their names, and the dtypes that each may have.
@@ -36,6 +38,11 @@ def shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {"": shape, SCALES: tuple(-(-size // BLOCK) for size in shape)}
 
 
+def shape(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the weight that codes of this shape hold."""
+    return blocks
+
+
 def decode(
     weights_OI: UInt8[np.ndarray, "O I"],
     scales_PJ: Float32[np.ndarray, "P J"],
@@ -52,3 +59,29 @@ def decode(
             scales_I = np.repeat(scales_J, BLOCK)[: weights_OI.shape[1]]
             values_OI[rows] = _VALUES[weights_OI[rows]] * scales_I[None]
     return values_OI
+
+
+def encode(
+    values_OI: Float[np.ndarray, "O I"],
+    weights_OI: UInt8[np.ndarray, "O I"],
+    scales_PJ: Float32[np.ndarray, "P J"],
+) -> tuple[UInt8[np.ndarray, "O I"], Float32[np.ndarray, "P J"]]:
+    """Codes of values; blocks that mean what they did before keep their codes, byte for byte.
+
+    In others the scale is that of which the largest value is 448 times (the published way, arXiv
+    2412.19437, section 3.3), and values are rounded to the nearest, ties to even.
+
+    Args:
+      weights_OI, scales_PJ: the codes before.
+    """
+    weights_OI, scales_PJ = weights_OI.copy(), scales_PJ.copy()
+    before_OI = decode(weights_OI, scales_PJ, values_OI.dtype)
+    for p, j in np.ndindex(*scales_PJ.shape):
+        block = (slice(p * BLOCK, (p + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK))
+        if (before_OI[block] == values_OI[block]).all():
+            continue
+        values = values_OI[block].astype(np.float32)
+        scale = np.abs(values).max() / np.float32(LARGEST) or np.float32(1)
+        rounded = np.clip(values / scale, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn)
+        weights_OI[block], scales_PJ[p, j] = rounded.view(np.uint8), scale
+    return weights_OI, scales_PJ

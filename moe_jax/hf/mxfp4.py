@@ -4,7 +4,8 @@
     NAME_scales  uint8 [..., G]      the power of two of each 32 values, less 127 (E8M0)
 
 A value has a sign, two bits of exponent and one of mantissa (E2M1). All of them times their scales
-are numbers that bfloat16 holds exactly, down to 2^-128, so nothing is rounded here.
+are numbers that bfloat16 holds exactly, down to 2^-128, so nothing is rounded when they are read.
+A value has several codes (0.5 x 2 = 1 x 1): what is written keeps those that it had.
 
 Axes: G groups of 32 values.
 """
@@ -21,6 +22,9 @@ NO_NUMBER = 255  # the scale that means NaN
 
 _FLOAT32 = np.dtype(np.float32)
 _MAGNITUDES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+# From here on a size is rounded to the next magnitude; in the middle to the one of even mantissa.
+_MIDDLES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
+_ROUND_UP = np.where(np.arange(7) % 2, _MIDDLES, np.nextafter(_MIDDLES, np.float32(8)))
 _VALUES = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 _BYTE = np.arange(256)
 # Of every byte: both values side by side, looked up as one number of 8 bytes, which takes a third
@@ -39,6 +43,12 @@ def shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {BLOCKS: (*groups, GROUP // 2), SCALES: groups}
 
 
+def shape(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the weight that blocks of this shape hold."""
+    *outer, groups, _ = blocks
+    return (*outer, groups * GROUP)
+
+
 def decode(
     blocks_ZGX: UInt8[np.ndarray, "*Z G 16"],
     scales_ZG: UInt8[np.ndarray, "*Z G"],
@@ -49,3 +59,30 @@ def decode(
     with np.errstate(over="ignore"):  # it becomes infinity, and the reader refuses that
         values_ZGV *= _POWERS[scales_ZG][..., None]
     return values_ZGV.reshape(*scales_ZG.shape[:-1], -1).astype(dtype, copy=False)
+
+
+def encode(
+    values_ZV: Float[np.ndarray, "*Z V"],
+    blocks_ZGX: UInt8[np.ndarray, "*Z G 16"],
+    scales_ZG: UInt8[np.ndarray, "*Z G"],
+) -> tuple[UInt8[np.ndarray, "*Z G 16"], UInt8[np.ndarray, "*Z G"]]:
+    """Codes of values; groups that mean what they did before keep their codes, byte for byte.
+
+    In others the scale is by the standard (section 6.3): the power of two of the largest value,
+    less two, so that it lies below 8; values are rounded to the nearest, ties to even, at most 6.
+
+    Args:
+      blocks_ZGX, scales_ZG: the codes before.
+    """
+    blocks_ZGX, scales_ZG = blocks_ZGX.copy(), scales_ZG.copy()
+    before_ZV = decode(blocks_ZGX, scales_ZG, values_ZV.dtype)
+    grouped_ZGV = values_ZV.reshape(*scales_ZG.shape, GROUP)
+    changed_ZG = (before_ZV.reshape(grouped_ZGV.shape) != grouped_ZGV).any(-1)
+    values_NV = grouped_ZGV[changed_ZG].astype(np.float32)
+    power_N = np.frexp(np.abs(values_NV).max(-1, initial=0))[1] - 1 - 2  # frexp is from 0.5 on
+    power_N = np.clip(power_N, -127, 127)
+    size_NV = np.ldexp(np.abs(values_NV), -power_N[:, None])
+    code_NV = np.searchsorted(_ROUND_UP, size_NV, side="right") | (np.signbit(values_NV) << 3)
+    blocks_ZGX[changed_ZG] = code_NV[:, ::2] | code_NV[:, 1::2] << 4
+    scales_ZG[changed_ZG] = power_N + 127
+    return blocks_ZGX, scales_ZG

@@ -13,11 +13,12 @@ from moe_jax import checkpoint
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
-from moe_jax.hf import config_json, folder, layout, load, mxfp4, save
+from moe_jax.hf import config_json, folder, layout, load, mxfp4, pieces, save
 from tests.hf import golden
 
 FAMILY = "gpt_oss"
 EXPERTS = "model.layers.{}.mlp.experts."
+PARTS = ("blocks", "scales")
 
 
 def by_the_standard(blocks_RGX, scales_RG):
@@ -112,13 +113,67 @@ def test_a_model_in_codes_is_that_in_bfloat16(models, dtype, capsys):
     assert "(mxfp4)" in capsys.readouterr().out
 
 
-def test_codes_are_not_written(models, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codes_are_written_back_byte_for_byte(models, dtype, tmp_path):
+    placement = golden.random_placement(FAMILY, seed=2)
+    way, arrays = loaded(models[0], dtype, placement)
+    save.export(arrays, way, placement, tmp_path / "out", dtypes="BF16", like=models[0])
+    written, coded = folder.tensors(tmp_path / "out"), folder.tensors(models[0])
+    assert written.file_of.keys() == coded.file_of.keys()
+    for name in coded.file_of:
+        assert written.dtype(name) == coded.dtype(name)
+        assert written.codes(name).tobytes() == coded.codes(name).tobytes(), name
+
+
+def test_only_groups_that_changed_have_other_codes(models, tmp_path):
+    way, arrays = loaded(models[0], "float32")
+    name = "blocks.moe.gate_PDF"
+    changed = np.array(arrays[name])
+    changed[1, 3, 5, 7] = 100.0  # layer, expert, and place in row 14 of gate and up in turns
+    placement = golden.contiguous(FAMILY)
+    out = tmp_path / "out"
+    save.export(arrays | {name: changed}, way, placement, out, dtypes="BF16", like=models[0])
+    written, coded = folder.tensors(out), folder.tensors(models[0])
+    for tensor in coded.file_of:
+        differ = written.codes(tensor) != coded.codes(tensor)
+        if tensor in [EXPERTS.format(1) + f"gate_up_proj_{part}" for part in PARTS]:
+            assert {tuple(place[:3]) for place in np.argwhere(differ)} == {(3, 14, 0)}
+        else:
+            assert not differ.any(), tensor
+    blocks, scales = (written.codes(EXPERTS.format(1) + f"gate_up_proj_{part}") for part in PARTS)
+    assert scales[3, 14, 0] == 127 + 4  # 100 lies from 4 x 16 on
+    assert mxfp4.decode(blocks, scales)[3, 14, 5] == 96
+
+
+def test_values_are_rounded_to_the_nearest_by_the_standard():
+    """Against every magnitude with its scale; ties go to the even mantissa."""
+    rng = np.random.default_rng(0)
+    values_NV = (rng.standard_normal((300, 32)) * np.exp(rng.normal(size=(300, 1)) * 8)).astype(
+        np.float32
+    )
+    values_NV[0] = [6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25] * 4
+    values_NV[1] = 0
+    blocks, scales = np.zeros((300, 1, 16), np.uint8), np.full((300, 1), 200, np.uint8)
+    blocks[1] = 3  # not what it means
+    made = mxfp4.encode(values_NV, blocks, scales)
+    decoded_NV = mxfp4.decode(*made)
+    for values_V, scale, decoded_V in zip(
+        values_NV[2:], made[1][2:, 0], decoded_NV[2:], strict=True
+    ):
+        assert int(scale) - 127 == int(np.floor(np.log2(np.abs(values_V).max()))) - 2
+        sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]) * 2.0 ** (int(scale) - 127)
+        nearest = np.abs(np.abs(values_V[:, None].astype(float)) - sizes).min(axis=1)
+        np.testing.assert_array_equal(np.abs(values_V.astype(float) - decoded_V), nearest)
+    np.testing.assert_array_equal(decoded_NV[0], [6, 4, 4, 2, 2, 1, 1, 0] * 4)
+    assert not decoded_NV[1].any()
+
+
+def test_codes_are_not_made_up(models, tmp_path):
+    """A folder without codes to go by; and a model that was read in codes as one in bfloat16."""
     way, arrays = loaded(models[0], "bfloat16")
     placement = golden.contiguous(FAMILY)
-    with pytest.raises(
-        Refused, match=r"--like.*quantised weights.*like a folder of the same model in bfloa"
-    ):
-        save.export(arrays, way, placement, tmp_path / "out", dtypes="BF16", like=models[0])
+    with pytest.raises(Refused, match=r"--like.*must hold the quantised weights"):
+        save.export(arrays, way, placement, tmp_path / "out", dtypes="BF16", like=models[1])
     assert not (tmp_path / "out").exists()
     published = config_json.read(models[1])
     fused = layout.of_family(published.family, "fused", published.config.model)
@@ -131,6 +186,7 @@ def test_codes_are_not_written(models, tmp_path):
 def test_a_device_decodes_its_own_experts_only(models, monkeypatch):
     decoded = []
     decode = mxfp4.decode
+    monkeypatch.setattr(pieces, "THREADS", 1)  # in order
     monkeypatch.setattr(mxfp4, "decode", lambda *a: decoded.append(a[0]) or decode(*a))
     published = config_json.read(models[0])
     tensors = folder.tensors(models[0])
