@@ -4,7 +4,7 @@ Axes: L MoE layers, M devices. A sum is at least the sum of its terms' minima, a
 devices at least their mean; so fewest contacts (token, device) and (token, node), smallest largest
 load, and most transitions that can stay are all that is needed. Where nodes differ in size, a
 contact with a node counts as one with the node that costs least, and what fits into a node is what
-fits into the largest.
+fits into the largest; contacts with nodes of their own sizes are bounded by uneven_bound.py.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.placement import bounds, contact_bound, hops, semidefinite, wire_bound
+from moe_jax.placement import bounds, contact_bound, hops, semidefinite, uneven_bound, wire_bound
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.contact_bound import TokenSets
 from moe_jax.placement.layout import Groups, Layout
@@ -51,11 +51,13 @@ class _Contacts:
     Attributes:
       device_L, node_L: fewest (token, device) and (token, node) contacts by layer.
       coherent: fewest rows both ways of all layers together; 0 for other dispatches.
+      weighted_L: least of what contacts with nodes of different sizes cost, as _node_costs; or 0.
     """
 
     device_L: np.ndarray
     node_L: np.ndarray
     coherent: float
+    weighted_L: np.ndarray | float = 0.0
 
 
 def _contacts(problem: Problem, deadline: float, steps: int) -> _Contacts:
@@ -68,17 +70,43 @@ def _contacts(problem: Problem, deadline: float, steps: int) -> _Contacts:
     clock = _Shares(deadline, 1 + (nodes > 1))
     device_L = _fewest_L(problem, problem.num_devices, clock.next(), steps)
     if nodes > 1:
-        return _Contacts(device_L, _fewest_L(problem, nodes, clock.next(), steps), 0.0)
+        end = clock.next()
+        rows = problem.objective == "rows" and problem.dispatch == "hierarchical"
+        if rows and not problem.topology.nodes.equal:
+            costs_N, _ = _node_costs(problem)
+            pairs_L = _from_pairs_L(problem, nodes)
+            return _Contacts(device_L, pairs_L, 0.0, _uneven_L(problem, costs_N, end))
+        return _Contacts(device_L, _fewest_L(problem, nodes, end, steps), 0.0)
     return _Contacts(device_L, tokens_L, 0.0)
 
 
 def _fewest_L(problem: Problem, count: int, deadline: float, steps: int) -> np.ndarray:
     """Fewest contacts with `count` devices or nodes, by layer."""
     if not _alike(problem, count):
-        return _from_pairs_L(problem, count)
+        found_L = _from_pairs_L(problem, count)
+        return np.maximum(found_L, _uneven_L(problem, np.ones(count), deadline))
     sets = [[TokenSets(one.expert_QK, one.count_Q)] for one in problem.sets]
     fewest_L = contact_bound.fewest(sets, _groups(problem, count, 1), deadline, steps)
     return np.maximum(fewest_L, _from_pairs_L(problem, count))
+
+
+def _uneven_L(problem: Problem, weight_N: np.ndarray, deadline: float) -> np.ndarray:
+    """Least weighted contacts with nodes of different sizes, by layer; 0 where there is no time."""
+    sets = [TokenSets(one.expert_QK, one.count_Q) for one in problem.sets]
+    size_N = problem.slots * problem.topology.nodes.size_N
+    return uneven_bound.fewest_L(sets, problem.trace.num_experts, size_N, weight_N, deadline)
+
+
+def _node_costs(problem: Problem) -> tuple[np.ndarray, float]:
+    """Costs of contacts in hierarchical rows one way, times M.
+
+    Of the first contact with a device of each node, the row to the node included, what it costs
+    above any other contact; and what any contact costs at least.
+    """
+    devices, nodes = problem.num_devices, problem.topology.nodes
+    most_N = np.maximum.reduceat(nodes.relayed_M, nodes.first_N)
+    base = float(devices - most_N.max())
+    return (devices - nodes.size_N) * problem.tier_ratio + (devices - most_N) - base, base
 
 
 def _from_pairs_L(problem: Problem, count: int) -> np.ndarray:
@@ -181,16 +209,14 @@ def _sums_of_nodes(problem: Problem, value_M: np.ndarray) -> float:
 
 def _least_rows(problem: Problem, contacts: _Contacts) -> float:
     """Fewest (weighted) rows of all layers and both ways, over the whole trace."""
-    devices, topology = problem.num_devices, problem.topology
+    devices = problem.num_devices
     if problem.dispatch == "coherent":
         return contacts.coherent
     if problem.dispatch == "hierarchical":
-        nodes = topology.nodes
         # every contact with a node is one with a device of it, and the other ones come on top
-        most_N = np.maximum.reduceat(nodes.relayed_M, nodes.first_N)
-        node_N = (devices - nodes.size_N) * problem.tier_ratio + (devices - most_N)
-        more_L = np.maximum(contacts.device_L - contacts.node_L, 0.0)
-        rows_L = contacts.node_L * node_N.min() + more_L * (devices - most_N.max())
+        cost_N, base = _node_costs(problem)
+        more_L = np.maximum(contacts.device_L, contacts.node_L) * base
+        rows_L = np.maximum(contacts.node_L * cost_N.min(), contacts.weighted_L) + more_L
         return float(2 * rows_L.sum() / devices)
     return float(2 * contacts.device_L.sum() * (devices - 1) / devices)
 
