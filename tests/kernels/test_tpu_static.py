@@ -63,13 +63,16 @@ def test_predictions_by_hand():
     """One chunk of 4,096 bundles a tile: exactly the peak of a chip with four multipliers."""
     chip = chips.CHIPS["v5e"]._replace(flops=2 * 4 * 128 * 128 * 1.5e9)
     tile = tiles.Tile(512, 1024, 512, 512)
-    plan = tiles.Plan("y", tile, 4096, 4, 1024, 2048, 1, bytes=0)
+    plan = tiles.Plan("y", tile, 4096, 4, 1024, 2048, 1, bytes=0, most_bytes=0)
     found = bundles.Bundles(step=0, whole=4096, part=4096, group=9999)
     prediction = static.predict(plan, found, chip, 4096)
     assert prediction.share["uniform"] == pytest.approx(1.0)
     assert prediction.share["multinomial"] < 1.0
     slow = static.predict(plan._replace(bytes=819_000_000), found, chip, 4096)
     assert (slow.bound, slow.seconds["uniform"]) == ("bytes", pytest.approx(1e-3))
+    uneven = static.predict(plan._replace(most_bytes=819_000_000_000), found, chip, 4096)
+    assert uneven.seconds["uniform"] == prediction.seconds["uniform"]
+    assert uneven.seconds["zipf"] == pytest.approx(1.0)
     two = static.predict(plan, found, chip._replace(cores=2), 4096)
     assert two.seconds["uniform"] == pytest.approx(prediction.seconds["uniform"])  # multipliers
     assert two.bound == "multipliers"

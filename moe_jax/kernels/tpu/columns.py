@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from moe_jax.kernels.tpu import tiles
+from moe_jax.kernels.tpu import cost, tiles
 from moe_jax.kernels.tpu import work as items
-from moe_jax.kernels.tpu.tiles import PART_ROWS, Tile
+from moe_jax.kernels.tpu.cost import PART_ROWS
 
 
 def grouped_columns(
@@ -36,7 +36,7 @@ def grouped_columns(
     """dw [G, D, F] for each dy [N, F]; `kind` names the operation in the table of tiles."""
     (num_rows, d_model), d_ff = x_ND.shape, dys[0].shape[1]
     num_groups = group_sizes_G.shape[0]
-    tile = tiles.for_columns(kind, x_ND, dys, out_dtype)
+    tile = tiles.for_columns(kind, x_ND, dys, num_groups, out_dtype)
     tile_rows, tile_d, tile_f, tile_chunk = tile
     sizes_G = items.cut_off(group_sizes_G, num_rows)
     work = items.list_work(sizes_G, num_rows, tile_rows, least=1)
@@ -121,8 +121,8 @@ def grouped_columns(
     x_spec = pl.BlockSpec(
         (tile_rows, tile_d), lambda d, f, item, *refs: (items.Work(*refs).tile_W[item], d)
     )
-    moved = _bytes_moved(x_ND, dys, num_groups, out_dtype, tile)
-    sizes = num_rows, num_groups, d_model, d_ff, len(dys), moved
+    moved = cost.bytes_of_columns(x_ND, dys, num_groups, out_dtype, tile)
+    sizes = num_rows, num_groups, d_model, d_ff, len(dys), moved, moved
     tiles.note(tiles.Plan(kind, tile, *sizes))
     found = pl.pallas_call(
         kernel,
@@ -147,18 +147,6 @@ def grouped_columns(
         name=f"grouped_{kind}",
     )(*work, x_ND, *dys)
     return list(found)
-
-
-def _bytes_moved(
-    x_ND: Array, dys: Sequence[Array], num_groups: int, out_dtype: DTypeLike, tile: Tile
-) -> int:
-    """Bytes between HBM and the chip, if all groups have equally many rows: x is read once for each
-    tile of F, every dy once for each tile of D."""
-    (num_rows, d_model), d_ff = x_ND.shape, dys[0].shape[1]
-    rows = tiles.num_items(num_rows, num_groups, tile.rows) * tile.rows
-    total = pl.cdiv(d_ff, tile.out) * rows * d_model * x_ND.dtype.itemsize
-    total += pl.cdiv(d_model, tile.sum) * rows * d_ff * sum(dy.dtype.itemsize for dy in dys)
-    return total + len(dys) * num_groups * d_model * d_ff * jnp.dtype(out_dtype).itemsize
 
 
 def _dot(x_TD: Array, dy_TF: Array) -> Array:

@@ -7,10 +7,10 @@ exactly zero in every result.
 Axes: N rows, G groups, T rows of a tile, S rows of a part of it, A the axis that is summed over,
 B the axis of the result.
 
-Algorithm: a work item is (group, tile of rows), see work.py. The summed axis is whole wherever it
-fits on chip: then weights stay there while the tiles of their group pass, and no sum is kept. A
-tile inside its group is one product; at a group's edge only the parts of S rows that the group
-touches are computed, and its own rows written over what the neighbours left.
+Algorithm: a work item is (group, tile of rows), see work.py. Where the summed axis is whole,
+weights stay on chip while the tiles of their group pass, and no sum is kept. A tile inside its
+group is one product; at a group's edge only the parts of S rows that the group touches are
+computed, and its own rows written over what the neighbours left.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from moe_jax.kernels.tpu import tiles
+from moe_jax.kernels.tpu import cost, tiles
 from moe_jax.kernels.tpu import work as items
-from moe_jax.kernels.tpu.tiles import PART_ROWS
+from moe_jax.kernels.tpu.cost import PART_ROWS
 
 
 class Weight(NamedTuple):
@@ -82,7 +82,7 @@ def grouped_rows(
     """Results [N, B], or [N] for sums of rows; `kind` names the operation in the table of tiles."""
     lhs, weights, products, by_group, by_row, by_both = operands
     num_rows, num_sum = lhs[0].shape
-    num_groups, num_out = weights[0].array.shape[0], tiles.width(operands)
+    num_groups, num_out = weights[0].array.shape[0], cost.width(operands)
     tile = tiles.for_rows(kind, operands, results)
     tile_rows, tile_sum, tile_out, tile_chunk = tile
     steps, num_tiles = num_sum // tile_sum, pl.cdiv(num_out, tile_out)
@@ -213,8 +213,11 @@ def grouped_rows(
     ]
     num_items = work.group_W.shape[0]
     num_products = sum(len(terms) for terms in products)
-    moved = tiles.bytes_moved(operands, results, tile)
-    sizes = num_rows, num_groups, num_sum, num_out, num_products, moved
+    moved, most_moved = (
+        cost.bytes_of_rows(operands, results, tile, count(num_rows, num_groups, tile_rows))
+        for count in (cost.equal_items, cost.uneven_items)
+    )
+    sizes = num_rows, num_groups, num_sum, num_out, num_products, moved, most_moved
     tiles.note(tiles.Plan(kind, tile, *sizes))
     found = pl.pallas_call(
         kernel,

@@ -5,8 +5,9 @@
 
 prints a row for each shape, chip and kernel: the tile, bundles of a whole tile's products, HBM
 bytes, and the share of the chip's bfloat16 peak. **Predicted**: the longest of the bundles at one a
-cycle, the multipliers' own time and the bytes at full bandwidth; nothing was run. `--choose` tries
-several rules for tiles and writes the best of each kernel to table.py.
+cycle, the multipliers' own time and the bytes at full bandwidth; nothing was run. `--choose` first
+compiles the rule's tiles, the table's and a longer unrolling, and writes to table.py what is faster
+than the rule.
 
 Kernels: y, dx, dw of `grouped_matmul`; of `grouped_ffn` gate_up (fused SwiGLU), down,
 dh_gate_up (backward with gate and up recomputed), dx2 and dw2 of gate and up, dw of down.
@@ -26,14 +27,8 @@ from moe_jax.kernels.tpu import ahead, bundles, chips, table, tiles
 from moe_jax.kernels.tpu.table import TABLE
 
 PATTERNS = ("uniform", "multinomial", "zipf")
-# How to cut where the table says nothing, and what else is tried to fill it.
-RULES = [
-    tiles.Rule(),
-    tiles.Rule(rows=1024),
-    tiles.Rule(rows=1024, products=2**29),
-    tiles.Rule(rows=1024, width=1024),
-    tiles.Rule(width=1024),
-]
+# What is tried beside the rule to fill the table.
+OTHERS = [tiles.Rule(products=2**29)]
 _KERNELS = "pallas_tpu"
 COLUMNS = ("dw", "dw2", "dbias")  # kernels that sum over rows
 
@@ -73,7 +68,8 @@ def predict(plan: tiles.Plan, found: bundles.Bundles, chip: chips.Chip, used: in
     seconds, share, bound = {}, {}, ""
     for pattern in PATTERNS:
         sizes_G = bench.group_sizes(pattern, used, plan.num_groups)
-        times = _times(plan, found, chip, sizes_G)
+        moved = plan.bytes if pattern == "uniform" else plan.most_bytes
+        times = _times(plan, found, chip, sizes_G) | {"bytes": moved / chip.bandwidth}
         seconds[pattern] = max(times.values())
         flops = 2.0 * used * plan.num_sum * plan.num_out * plan.num_products
         share[pattern] = flops / (seconds[pattern] * chip.flops)
@@ -103,7 +99,6 @@ def _times(
     return {
         "bundles": float(cycles * turns / chip.clock),
         "multipliers": 2.0 * computed * plan.num_products / chip.flops,
-        "bytes": plan.bytes / chip.bandwidth,
     }
 
 
@@ -176,39 +171,47 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 
 def choose(folder: pathlib.Path, names: list[str], of_chips: list[str]) -> None:
-    """Compiles every rule for every shape and keeps each kernel's fastest tile, patterns added up.
+    """Keeps a tile in the table where it is faster than the rule's by more than a hundredth, the
+    patterns added up: one that stands there, or one of `OTHERS`.
 
-    Among those within a hundredth the least unrolled: it compiles faster. The table is written
-    after every shape.
+    The table is written after every shape.
     """
     held = dict(TABLE)
-    TABLE.clear()
     for chip in of_chips:
         for name in names:
             tried: dict[tuple[str, str, str, int, int], list[Prediction]] = {}
-            for rule in RULES:
+            for known, rule in [
+                ({}, tiles.Rule()),
+                (held, tiles.Rule()),
+                *(({}, r) for r in OTHERS),
+            ]:
+                TABLE.clear()
+                TABLE.update(known)
                 for found in kernels(folder, chip, bench.SHAPES[name], rule):
                     plan = found.plan
                     key = chip, plan.kind, "bfloat16", plan.num_sum, plan.num_out
                     tried.setdefault(key, []).append(found)
-            for key, several in tried.items():
-                seconds = [sum(p.seconds.values()) for p in several]
-                good = [
-                    p for p, t in zip(several, seconds, strict=True) if t <= 1.01 * min(seconds)
-                ]
-                kept = min(good, key=lambda p: (p.bundles.whole, p.plan.tile))
-                rows, part, out, chunk = kept.plan.tile
-                held[key] = rows, part, out, chunk
+            for key, (by_rule, *others) in tried.items():
+                held.pop(key, None)
+                fastest = min(others, key=_all_patterns)
+                if _all_patterns(fastest) < 0.99 * _all_patterns(by_rule):
+                    rows, part, out, width = fastest.plan.tile
+                    held[key] = rows, part, out, width
             print(f"  {chip} {name}: {len(tried)} kernels", file=sys.stderr, flush=True)
             lines = "".join(f"    {key!r}: {tile!r},\n" for key, tile in sorted(held.items()))
             pathlib.Path(table.__file__).write_text(_HEAD + lines.replace("'", '"') + "}\n")
+    TABLE.clear()
     TABLE.update(held)
+
+
+def _all_patterns(prediction: Prediction) -> float:
+    return sum(prediction.seconds.values())
 
 
 _HEAD = '''"""Tiles (rows, sum, out, chunk) by chip, operation, dtype and widths; none is measured.
 
-Chosen by what the compiler's schedules predict, written by
-`python -m moe_jax.kernels.tpu.static --choose`: do not edit.
+Only those whose compiled schedules beat the rule in tiles.py; what is not here is cut by the rule.
+Written by `python -m moe_jax.kernels.tpu.static --choose`: do not edit.
 """
 
 TABLE: dict[tuple[str, str, str, int, int], tuple[int, int, int, int]] = {

@@ -3,9 +3,10 @@
     python -m moe_jax.kernels.tpu.traffic [--chips=v5e,v5p,v6e] [--shapes=mixtral,...] [--json]
 
 compiles each way ahead of time and prints what the compiled program says of itself: bytes accessed
-(XLA's own count for its fusions, `tiles.bytes_moved` for our kernels: every block as often as its
+(XLA's own count for its fusions, `cost.py` for our kernels: every block as often as its
 index changes) and temporaries. Ways: `unfused`, three grouped matmuls with the activation and the
-rows' weights left to XLA; `recompute` and `store`, `grouped_ffn` with these `pre_activations`.
+rows' weights left to XLA; `recompute` and `store`, `grouped_ffn` with these `pre_activations`. The
+last columns name the way with the fewest bytes and the one with the least memory.
 """
 
 import functools
@@ -72,11 +73,17 @@ def _compiled(chip: str, program: Callable[..., Any], *args: Any) -> dict[str, f
     }
 
 
+def fewest(ways: dict[str, dict[str, dict[str, float]]], direction: str, quantity: str) -> str:
+    """The way that is to be taken where this quantity is what is short."""
+    there = {way: found[direction][quantity] for way, found in ways.items() if direction in found}
+    return min(there, key=lambda way: there[way])
+
+
 def as_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| shape | chip | pass | GB unfused | recompute | store | MB of temporaries unfused |"
-        " recompute | store |",
-        "|---" * 9 + "|",
+        " recompute | store | fewest GB | fewest MB |",
+        "|---" * 11 + "|",
     ]
     for r in rows:
         for way in ("forward", "forward+backward"):
@@ -84,6 +91,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
             for quantity, digits in (("gigabytes", 2), ("temporary_megabytes", 1)):
                 values = [r["ways"][name].get(way, {}).get(quantity) for name in WAYS]
                 cells += ["" if v is None else f"{v:.{digits}f}" for v in values]
+            cells += [fewest(r["ways"], way, q) for q in ("gigabytes", "temporary_megabytes")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
