@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels import bench
-from moe_jax.kernels.tpu import bundles, chips, static, table, tiles
+from moe_jax.kernels.tpu import bundles, chips, static, table, tiles, traffic
 
 COMPILER = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -124,6 +124,20 @@ def test_fused_moves_fewer_bytes_than_unfused(name):
     for way in ("recompute", "store"):
         for quantity in ("gigabytes", "temporary_megabytes"):
             assert both[way][quantity] < both["unfused"][quantity]
+
+
+def test_the_way_with_the_fewest_bytes_and_the_one_with_the_least_memory_are_named():
+    def found(gigabytes, megabytes):
+        return {"gigabytes": gigabytes, "temporary_megabytes": megabytes}
+
+    ways = {
+        "unfused": {"forward": found(3.0, 9.0), "forward+backward": found(9.0, 30.0)},
+        "recompute": {"forward": found(2.0, 1.0), "forward+backward": found(8.0, 10.0)},
+        "store": {"forward+backward": found(7.0, 20.0)},
+    }
+    *_, forward, both = traffic.as_table([{"shape": "s", "chip": "v5e", "ways": ways}]).splitlines()
+    assert forward.endswith("| recompute | recompute |")
+    assert both.endswith("| 7.00 | 30.0 | 10.0 | 20.0 | store | recompute |")
 
 
 @pytest.mark.parametrize("module", ["static", "traffic"])
