@@ -13,7 +13,8 @@ is at least (Lagrange)
 since a device holds s experts at most. Any multipliers prove; the best ones are duals of the linear
 relaxation (HiGHS), cut to their ranges, so that no error of the solver matters. Layers that it has
 no time for take full weights for small balls, and none for others. On small machines prices of
-slots over all sets of devices (hops_sets.py), which know the copy rule itself, come after that.
+slots over all sets of devices (hops_sets.py; on one node of up to 16 devices hops_ranks.py), which
+know the copy rule itself, come after that.
 Load caps do not enter.
 """
 
@@ -23,12 +24,13 @@ import time
 import numpy as np
 from scipy import optimize, sparse
 
-from moe_jax.placement import hops_counts, hops_sets
+from moe_jax.placement import hops_counts, hops_ranks, hops_sets
 from moe_jax.placement.hops import Ways
 from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 LARGEST = 2**20  # unknowns of a relaxation
+NEAREST = 0.2  # of the time, for ways to the nearest copy, where ranks come after them
 
 
 def fewest_hops(problem: Problem, deadline: float) -> float:
@@ -36,10 +38,13 @@ def fewest_hops(problem: Problem, deadline: float) -> float:
     assert problem.num_slots is not None
     slots, experts = problem.num_slots // problem.num_devices, problem.trace.num_experts
     least, every = [], problem.hop_ways
+    started = time.monotonic()
+    ranked = hops_ranks.knows(problem) and not hops_sets.small(experts, problem.num_devices)
+    nearest = started + NEAREST * (deadline - started) if ranked else deadline
     for load_E, ways in zip(problem.load_LE, every, strict=True):
         one = _Layer(load_E, ways, slots)
         found = one.proves_at_once()
-        left = deadline - time.monotonic()
+        left = nearest - time.monotonic()
         if left > 0 and one.weight_EB.size + experts * problem.num_devices < LARGEST:
             duals = one.duals(left)
             found = found if duals is None else max(found, one.proves(*duals))
@@ -53,6 +58,8 @@ def fewest_hops(problem: Problem, deadline: float) -> float:
             sets = hops_sets.Sets(counts, problem.num_devices, slots)
             price_M = sets.prices(deadline - time.monotonic())
             least[layer] = max(least[layer], sets.proves(price_M))
+    elif ranked:
+        least = np.maximum(least, hops_ranks.fewest_L(problem, deadline)).tolist()
     return SAFETY * float(sum(least)) / problem.token_layers
 
 

@@ -27,7 +27,7 @@ SAFETY = 1 - 1e-9  # of sums of rounded numbers
 def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
     """No placement with so many slots has less; and the argument in words."""
     if problem.objective == "hops":
-        note = "bound: the way to the nearest copy (facility location, Lagrangian)"
+        note = "bound: ways to the nearest copy, or prices of slots over all sets of devices"
         return hops_bound.fewest_hops(problem, deadline), note
     mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
     now = time.monotonic()

@@ -201,7 +201,7 @@ def test_the_command(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["unit"] == "hops per token and layer"
     assert 0 < found["bound"] <= found["objective"]
-    assert "facility location" in found["note"]
+    assert "nearest copy" in found["note"]
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
