@@ -19,7 +19,7 @@ from moe_jax.placement.plan import Placement
 from tests.hf import golden
 
 SIZES = {
-    **{"hidden_size": 1024, "vocab_size": 16384, "intermediate_size": 1024, "head_dim": 64},
+    **{"hidden_size": 1024, "vocab_size": 32768, "intermediate_size": 1024, "head_dim": 64},
     **{"num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 2},
 }
 FP8 = {

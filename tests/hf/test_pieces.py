@@ -22,7 +22,11 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize(
     "shape", [(70,), (70, 130), (3, 70, 130), (130, 3, 70), (5, 1, 70), (0, 4)]
 )
-def test_put_is_an_assignment(shape, dtypes):
+@pytest.mark.parametrize("host", ["", "none"])
+def test_put_is_an_assignment(shape, dtypes, host, monkeypatch):
+    monkeypatch.setattr(pieces, "SMALL", 100)
+    if host:  # JAX has an accelerator alone
+        monkeypatch.setattr(pieces, "_host", lambda: None)
     values = RNG.standard_normal(shape).astype(dtypes[0])
     for order in itertools.permutations(range(len(shape))):
         target = np.empty([shape[axis] for axis in order], dtypes[1])
@@ -37,7 +41,7 @@ def test_small_blocks_change_nothing(family, monkeypatch):
     mesh = mesh_lib.make(fsdp=2, expert=2, tensor=2)
     expected = golden.model(family, placement, mesh)
     monkeypatch.setattr(pieces, "BLOCK", 100)
-    monkeypatch.setattr(pieces, "TILE", (3, 5))
+    monkeypatch.setattr(pieces, "SMALL", 7)
     jax.tree.map(np.testing.assert_array_equal, golden.model(family, placement, mesh), expected)
 
 
