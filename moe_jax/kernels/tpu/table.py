@@ -1,7 +1,7 @@
 """Tiles (rows, sum, out, chunk) by chip, operation, dtype and widths; none is measured.
 
 Only those whose compiled schedules beat the rule in tiles.py; what is not here is cut by the rule.
-Written by `python -m moe_jax.kernels.tpu.static --choose`: do not edit.
+`python -m moe_jax.kernels.tpu.static --choose` writes this file; see ../README.md.
 """
 
 TABLE: dict[tuple[str, str, str, int, int], tuple[int, int, int, int]] = {
