@@ -284,7 +284,7 @@ def words_for(folder, *more) -> list[str]:
 
 
 CASES = {
-    "replicas": (["--slots=12", "--objective=rows"], "companions of every copy, by counting"),
+    "replicas": (["--slots=12", "--objective=rows"], "what devices and homes hold of a token"),
     "gathered": (["--dispatch=gathered"], "moves the same rows whatever the plan"),
     "exflow": (["--objective=exflow", "--dispatch=coherent"], "transitions leave their device"),
     "load": (["--objective=load"], "The fullest device computes"),
