@@ -11,10 +11,14 @@ import pytest
 from tests.hf import memory
 
 ROOT = pathlib.Path(__file__).parents[2]
+_QUICK = ("per expert", "fp8")  # tensors as they are, and what is decoded
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-@pytest.mark.parametrize("case", memory.CASES)
+@pytest.mark.parametrize(
+    "case",
+    [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in memory.CASES],
+)
 def test_peak_is_the_parameters_and_1_2_of_the_largest_tensor(case, tmp_path):
     memory.write(case, tmp_path / "model")
     for devices in (1, 2) if case in ("per expert", "mxfp4") else (1,):

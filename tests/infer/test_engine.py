@@ -104,9 +104,8 @@ def test_answers_are_bit_identical_under_placements_and_rows_are_predicted(engin
         np.testing.assert_array_equal(measured[1], predicted.combine_LMM)
 
 
-@pytest.mark.parametrize(
-    "stay_on_nodes", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["local", "stay"]
-)
+@pytest.mark.slow  # by default: serving/test_placing.py, model/test_copies.py
+@pytest.mark.parametrize("stay_on_nodes", [0, 1], ids=["local", "stay"])
 def test_replicas_answer_alike_and_the_measurement_is_predicted(engine, tmp_path, stay_on_nodes):
     """Logits within rounding: on CPU a row's bits depend on how many rows its expert has."""
     from moe_jax.sim import measurement, replay

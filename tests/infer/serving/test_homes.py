@@ -169,6 +169,7 @@ def test_requests_run_where_their_experts_are():
     assert engine.scheduler.at_home > 0.5 * engine.scheduler.admitted > 0
 
 
+@pytest.mark.slow  # the refusal itself: test_homes_are_refused_where_they_change_nothing
 def test_dispatches_without_homes_say_so_once():
     engine = test_engine.make(
         test_placing.ROOMY,
