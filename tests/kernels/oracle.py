@@ -91,3 +91,20 @@ def among_others(rows_XD, num_rows, before, chosen, rng):
     others_ND = rng.normal(size=(num_rows, rows_XD.shape[1])).astype(rows_XD.dtype)
     others_ND[before : before + len(chosen)] = rows_XD[chosen]
     return jnp.asarray(others_ND)
+
+
+def assert_rows_keep_their_bits(run, counts, rng):
+    """Rows that are chosen out of 300 have the bits that they have among all.
+
+    Args:
+      run: (rows of the buffer, rows before, chosen, rows after) -> arrays of the chosen rows.
+      counts: how many are chosen.
+    """
+    whole = run(700, 0, np.arange(300), 0)
+    for count in counts:
+        chosen = rng.choice(300, int(count), replace=bool(rng.integers(2)))
+        for num_rows in (700, 41) if count <= 41 else (700,):
+            before = int(rng.integers(num_rows - count + 1))
+            after = int(rng.integers(num_rows - count - before + 1))
+            for found, expected in zip(run(num_rows, before, chosen, after), whole, strict=True):
+                np.testing.assert_array_equal(found, expected[chosen])

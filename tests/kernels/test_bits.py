@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.kernels.oracle import OPS, among_others, make, value_and_grads
+from tests.kernels.oracle import (
+    OPS,
+    among_others,
+    assert_rows_keep_their_bits,
+    make,
+    value_and_grads,
+)
 
 
 def split_rows(array, sizes):
@@ -80,17 +86,9 @@ def test_bits_of_a_row_depend_on_no_other_row(d_model, d_ff, dtype, counts):
         y, dx, *_ = value_and_grads("ffn", buffers[0], weights, sizes_G, buffers[1])
         return [a[before : before + len(chosen)] for a in (y, dx)]
 
-    whole = run(700, 0, np.arange(300), 0)
-    few = rng.integers(0, 41, 8)
-    for count in (
-        [1, 16, 63, 64, 65, 255, *few, *rng.integers(0, 301, 8)] if counts is None else counts
-    ):
-        chosen = rng.choice(300, int(count), replace=bool(rng.integers(2)))
-        for num_rows in (700, 41) if count <= 41 else (700,):
-            before = int(rng.integers(num_rows - count + 1))
-            after = int(rng.integers(num_rows - count - before + 1))
-            for found, expected in zip(run(num_rows, before, chosen, after), whole, strict=True):
-                np.testing.assert_array_equal(found, expected[chosen])
+    if counts is None:
+        counts = [1, 16, 63, 64, 65, 255, *rng.integers(0, 41, 8), *rng.integers(0, 301, 8)]
+    assert_rows_keep_their_bits(run, counts, rng)
 
 
 @pytest.mark.parametrize("op", ["swiglu", "ffn"])
