@@ -9,7 +9,7 @@ cut into chunks, on whether it ran alone or in a chunk, on how long the tables a
 formulation of its own: matrix libraries add up in another order when a matrix has another number of
 rows or columns, and attention over a dense cache has as many columns as the cache has positions.
 What does not change a row's bits is the number of rows, from 2 on, against a matrix that lies
-transposed in memory (kernels/README.md). So there are two matmuls here, each against a block:
+transposed in memory (../README.md). So there are two matmuls here, each against a block:
 
   scores  [X, Q] @ [C, Q]^T        mixed  [X, C] @ [Q, C]^T
 
