@@ -205,7 +205,13 @@ def write(
     with files.atomic_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in tensors.items():
-            values = np.ascontiguousarray(array(name))
-            assert values.dtype == WEIGHTS.get(dtype, np.uint8), (name, values.dtype, dtype)
-            assert values.shape == shape, (name, values.shape, shape)
-            file.write(values.view(np.uint8).data if values.size else b"")
+            # No name for the array: it would live until the next one is made.
+            file.write(_bytes(array(name), name, dtype, shape))
+
+
+def _bytes(array: np.ndarray, name: str, dtype: str, shape: tuple[int, ...]) -> memoryview | bytes:
+    """An array as it is written."""
+    values = np.ascontiguousarray(array)
+    assert values.dtype == WEIGHTS.get(dtype, np.uint8), (name, values.dtype, dtype)
+    assert values.shape == shape, (name, values.shape, shape)
+    return values.view(np.uint8).data if values.size else b""

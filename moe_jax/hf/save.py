@@ -3,7 +3,8 @@
 The same layout and dtypes as were read give the same bytes for every tensor: float32 holds bfloat16
 and float16 exactly, and quantised weights that did not change keep the codes of the folder that is
 written like (others are quantised anew: mxfp4.py, fp8.py). A file is written tensor by tensor, each
-taken from the devices when its turn comes.
+taken from the devices an expert at a time when its turn comes: what is held beside the parameters
+is the tensor that is written, and one expert's array of it.
 
 Axes: L layers, E experts, R copies.
 """
@@ -14,15 +15,16 @@ import os
 import pathlib
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
-from moe_jax.hf import safetensors
+from moe_jax.hf import pieces, safetensors
 from moe_jax.hf.layout import CODES, Key, Layout
 from moe_jax.hf.tables import Row
 from moe_jax.placement.plan import Placement
@@ -67,21 +69,14 @@ def export(
         codes = _Codes(layout, folder_lib.tensors(like))
         named |= codes.dtypes
     shards = _shards(layout, named, shard_bytes)
-    pieces: dict[str, list[tuple[Key, Row]]] = defaultdict(list)
-    for key, (name, row) in layout.pieces.items():
-        pieces[name].append((key, row))
-    source = _Source(arrays, placement)
-
-    def numbers(name: str, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
-        stored = np.empty(shape, dtype or source.array(pieces[name][0][0]).dtype)
-        for key, row in pieces[name]:
-            layout.view(stored, row, key[2])[...] = source.array(key)
-        return stored
+    source = _Source(arrays, layout, placement)
 
     def tensor(name: str) -> np.ndarray:
         if codes and name in layout.codes:
-            return codes.array(name, lambda base, shape: numbers(base, shape, None))
-        return numbers(name, layout.shapes[name], safetensors.WEIGHTS[named[name]])
+            return codes.array(name, source)
+        stored = np.empty(layout.shapes[name], safetensors.WEIGHTS[named[name]])
+        source.fill(stored, name)
+        return stored
 
     written = []
     with folder_lib.new(out) as made:
@@ -101,24 +96,58 @@ def export(
 
 
 class _Source:
-    """Arrays of pieces on the host, a layer of a parameter at a time."""
+    """The numbers of tensors, an array of one layer and one expert at a time on the host."""
 
-    def __init__(self, arrays: Mapping[str, Any], placement: Placement):
-        self._arrays = arrays
+    def __init__(self, arrays: Mapping[str, Any], layout: Layout, placement: Placement):
+        self._arrays, self._layout = arrays, layout
         self._slot_LE = placement.logical_to_physical_LER[:, :, 0]
-        self._layer: int | None = None
-        self._at_hand: dict[str, np.ndarray] = {}
+        self._pieces: dict[str, list[tuple[Key, Row]]] = defaultdict(list)
+        for key, (name, row) in layout.pieces.items():
+            self._pieces[name].append((key, row))
 
-    def array(self, key: Key) -> np.ndarray:
+    def fill(self, stored: np.ndarray, name: str) -> None:
+        """A whole tensor."""
+        for key, row in self._pieces[name]:
+            self._put(key, self._layout.view(stored, row, key[2]))
+
+    def parts(self, name: str) -> list[int | None]:
+        """What `values` is asked for: the experts of a tensor that has several, or None = all."""
+        experts = dict.fromkeys(key[2] for key, _ in self._pieces[name])
+        return list(experts) if len(experts) > 1 else [None]
+
+    def values(self, name: str, shape: tuple[int, ...], expert: int | None) -> np.ndarray:
+        """A tensor, or that part of it, [1, ...], which is one expert's; dtype of the parameter."""
+        of_part = [piece for piece in self._pieces[name] if expert in (None, piece[0][2])]
+        stored = np.empty(shape, self._arrays[of_part[0][0][0]].dtype)
+        for key, row in of_part:
+            where = key[2] if expert is None else 0
+            self._put(key, self._layout.view(stored, row, where))
+        return stored
+
+    def _put(self, key: Key, target: np.ndarray) -> None:
         name, layer, expert = key
-        if layer is None:
-            return np.asarray(self._arrays[name])
-        if layer != self._layer:
-            self._layer, self._at_hand = layer, {}
-        if name not in self._at_hand:
-            self._at_hand[name] = np.asarray(self._arrays[name][layer])
-        of_layer = self._at_hand[name]
-        return of_layer if expert is None else of_layer[self._slot_LE[layer, expert]]
+        index: tuple[int, ...] = () if layer is None else (layer,)
+        if layer is not None and expert is not None:
+            index = (layer, int(self._slot_LE[layer, expert]))
+        _copy(self._arrays[name], index, target)
+
+
+def _copy(array: Any, index: tuple[int, ...], target: np.ndarray) -> None:
+    """target[...] = array[index], bit for bit.
+
+    Each device cuts its own part: an index into an array that is split over devices becomes a sum
+    of what they have, in which -0 + 0 = 0.
+    """
+    if not isinstance(array, jax.Array):
+        target[...] = array[index]
+        return
+    for shard in array.addressable_shards:
+        ranges = [
+            range(*part.indices(size)) for part, size in zip(shard.index, array.shape, strict=True)
+        ]
+        if shard.replica_id == 0 and all(map(range.__contains__, ranges, index)):
+            local = tuple(map(range.index, ranges, index))
+            target[shard.index[len(index) :]] = shard.data[local] if local else shard.data
 
 
 class _Codes:
@@ -139,19 +168,29 @@ class _Codes:
         }
         self._at_hand: dict[str, np.ndarray] = {}
 
-    def array(self, name: str, numbers: Callable[[str, tuple[int, ...]], np.ndarray]) -> np.ndarray:
-        """One tensor of codes.
-
-        Args:
-          numbers: the weight by the beginning of its tensors' names, and its shape.
-        """
+    def array(self, name: str, source: _Source) -> np.ndarray:
+        """One tensor of codes; those of the same weight are made together."""
         if name not in self._at_hand:
+            self._at_hand = {}  # those before are written
             base, row = self._base_of[name]
-            code = CODES[row.code]
-            before = [self._before.codes(base + end) for end in code.PARTS]
-            made = code.encode(numbers(base, code.shape(before[0].shape)), *before)
-            self._at_hand = dict(zip((base + end for end in code.PARTS), made, strict=True))
-        return self._at_hand[name]
+            self._at_hand = self._made(base, CODES[row.code], source)
+        return self._at_hand.pop(name)
+
+    def _made(self, base: str, code: Any, source: _Source) -> dict[str, np.ndarray]:
+        """All tensors of a weight, coded expert by expert where it has several."""
+        mapped = {base + end: self._before.codes(base + end) for end in code.PARTS}
+        made = {name: np.empty(view.shape, view.dtype) for name, view in mapped.items()}
+        for expert in source.parts(base):
+            rows = slice(None) if expert is None else slice(expert, expert + 1)
+            # Read, not touched where it is mapped: a page that was touched stays in memory.
+            before = [
+                pieces.fetch(self._before.file_of[name], view[rows])
+                for name, view in mapped.items()
+            ]
+            values = source.values(base, code.shape(before[0].shape), expert)
+            for name, codes in zip(made, code.encode(values, *before), strict=True):
+                made[name][rows] = codes
+        return made
 
 
 def _bytes(layout: Layout, dtypes: Mapping[str, str], name: str) -> int:

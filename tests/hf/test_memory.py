@@ -1,4 +1,4 @@
-"""Host memory of an import: the parameters, and little beside them."""
+"""Host memory of an import and of an export: the parameters, and little beside them."""
 
 import json
 import os
@@ -19,23 +19,33 @@ _QUICK = ("per expert", "fp8")  # tensors as they are, and what is decoded
     "case",
     [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in memory.CASES],
 )
-def test_peak_is_the_parameters_and_1_2_of_the_largest_tensor(case, tmp_path):
+def test_peaks_are_the_parameters_and_1_2_of_the_largest_tensor(case, tmp_path):
     memory.write(case, tmp_path / "model")
     for devices in (1, 2) if case in ("per expert", "mxfp4") else (1,):
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        folders = (str(tmp_path / "model"), str(devices), str(tmp_path / f"out {devices}"))
         ended = subprocess.run(
-            [sys.executable, "-m", "tests.hf.memory", str(tmp_path / "model"), str(devices)],
+            [sys.executable, "-m", "tests.hf.memory", *folders],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            env={
+                **os.environ,
+                "PYTHONPATH": ".",
+                "JAX_PLATFORMS": "cpu",
+                **flags,
+                **memory.NO_POOL,
+            },
             capture_output=True,
             text=True,
         )
         assert ended.returncode == 0, ended.stderr[-2000:]
-        grown, parameters, largest = json.loads(ended.stdout)
-        beside = (grown - parameters) / largest
+        imported, exported, parameters, largest = json.loads(ended.stdout)
+        beside, beside_export = (imported - parameters) / largest, exported / largest
         print(
-            f"{case}, {devices} device(s): parameters {parameters / 1e6:,.0f} MB, peak "
-            f"{grown / 1e6:,.0f} MB, beside them {beside:.2f} of the largest tensor"
+            f"{case}, {devices} device(s): parameters {parameters / 1e6:,.0f} MB, largest tensor "
+            f"{largest / 1e6:,.0f}; beside the parameters, of that tensor: import {beside:.2f}, "
+            f"export {beside_export:.2f}"
         )
         assert beside <= 1.2
-        assert grown > 0.9 * parameters  # what is measured is there
+        assert beside_export <= 1.2
+        assert imported > 0.9 * parameters  # what is measured is there
+        assert beside_export > 0.9
