@@ -4,9 +4,10 @@ What runs is decided once, before any device work, and said with the figures it 
 Rows are those of the plan on a recorded trace (`config.trace`) or, without one, on tokens that
 choose their experts uniformly; seconds are those of placement/seconds.py on `config.topology`.
 
-`shuffled` is not among the candidates: it splits attention by heads over the expert axis, for which
-the activations of every layer are gathered and scattered (the bytes of `gathered`, placement or
-not) before a row goes to an expert. It is worth its bytes only where attention has to be split.
+`shuffled` is not among the candidates, and the choice says so: it splits attention by heads over
+the expert axis, for which the activations of every layer are gathered and scattered (the bytes of
+`gathered`, placement or not) before a row goes to an expert. It is worth its bytes only where
+attention has to be split, and that is not this model's to decide.
 """
 
 import dataclasses
@@ -27,6 +28,10 @@ from moe_jax.routing import trace as trace_lib
 # In the order of preference where seconds are equal.
 CANDIDATES = ("local", "exchange", "hierarchical", "gathered", "coherent")
 SAMPLE = 4096  # tokens that rows are counted on
+SPLITS = (
+    "shuffled: it splits attention too, which gathers and scatters every layer's activations; "
+    "where attention has to be split, name it"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,7 @@ def resolve(
         ), f"dispatch {fixed}: this run was started with it"
     topology = topology_of(config)
     ids_TLK, routing = _routing(config, placement)
-    options, reasons = [], []
+    options, reasons = [], [SPLITS]
     for dispatch in CANDIDATES:
         try:
             tried = config_lib.with_dispatch(config, dispatch)
@@ -159,7 +164,7 @@ def judge(
     """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform.
 
     Args:
-      dispatch: of CANDIDATES, not "local".
+      dispatch: of CANDIDATES, not "local"; or "shuffled".
       ids_TLK: experts of T tokens in every layer.
       placement: of as many devices as the topology has.
       topology: links and device speed.
@@ -167,8 +172,9 @@ def judge(
       combine: where rows are summed.
     """
     nodes = topology.devices_per_node
-    rows = cost.rows(ids_TLK, placement, dispatch, combine=combine, devices_per_node=nodes)
-    computed_LM = cost.computed_LM(ids_TLK, placement, dispatch, devices_per_node=nodes)
+    where = (nodes, None, work.batch_tokens)
+    rows = cost.rows(ids_TLK, placement, dispatch, None, combine, *where)
+    computed_LM = cost.computed_LM(ids_TLK, placement, dispatch, None, *where)
     spent = seconds_lib.seconds(rows, computed_LM, topology, work, dispatch, len(ids_TLK))
     each = ids_TLK.shape[0] * ids_TLK.shape[1]
     return Option(

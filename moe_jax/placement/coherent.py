@@ -1,4 +1,4 @@
-"""Search for coherent dispatch, where tokens stay with the best expert of the layer before.
+"""Search where tokens are with the best expert of the layer before: coherent, shuffled dispatch.
 
 Axes: T tokens, L MoE layers, E experts, K experts per token, M devices, Q distinct sets of a layer,
 J distinct (best expert before, set) pairs, P swaps.
@@ -12,6 +12,11 @@ The first sum is each partition's own; the second ties adjacent layers and is li
 of the layer before. Hence both are exact in chain.Pool (an assignment per pair of partitions, then
 dynamic programming), and contacts.Sets gives the rows after every swap of a layer, its neighbours
 being fixed: a contact of set q with device m costs 2 count_q - (tokens of q that wait on m).
+
+In shuffled dispatch rows come back to h: 2 |S| - 2 [h in S], the same with twice the worth of
+waiting at the right place (`saves`). There h is where *most* of the layer before were, and no
+device has more than its share (row_homes.py); the best expert stands for that, and caps on loads
+(the ladder) for the share, so this search is a proxy.
 
 Annealing (anneal.py) cannot count sets. It sees pairs: best-to-all transitions, and co-activation
 at `OWN` times its worth, since three experts on one device save two contacts, not three.
@@ -31,6 +36,7 @@ from moe_jax.placement import chainwise, contacts, layerwise
 from moe_jax.placement.problem import Problem
 
 OWN = (0.25, 0.35, 0.5)  # of a co-activation, turn by turn
+SAVES = {"coherent": 1.0, "shuffled": 2.0}  # rows
 CLUSTERED = 0.2  # of the time, where the whole search follows
 DESCENT = 0.75  # of that time, before swaps on exact rows
 DESCENDED = 3  # best copies of a round that descend on exact rows
@@ -45,6 +51,7 @@ class WaitingSets(contacts.Sets):
       before_J: int64, the best expert of the layer before.
       count_J: float64, tokens.
       first: there is no layer before; tokens wait anywhere.
+      saves: rows, both ways, of a token that waits on a device which its set touches.
       wait_QM: float64, tokens that wait on each device, once `waiting` has set it.
     """
 
@@ -52,6 +59,7 @@ class WaitingSets(contacts.Sets):
     before_J: np.ndarray
     count_J: np.ndarray
     first: bool
+    saves: float
     wait_QM: np.ndarray | None = None
 
     def waiting(self, before_E: np.ndarray, devices: int) -> "WaitingSets":
@@ -68,11 +76,11 @@ class WaitingSets(contacts.Sets):
     def weight_QM(self, devices: int) -> np.ndarray:
         """Rows out and back that a contact costs."""
         assert self.wait_QM is not None
-        return 2.0 * self.count_Q[:, None] - self.wait_QM
+        return 2.0 * self.count_Q[:, None] - self.saves * self.wait_QM
 
     def contacts(self, part_E: np.ndarray, devices: int) -> float:
         """(token, device) pairs, wherever tokens wait; in the first layer less what they save."""
-        share = 1.0 / devices if self.first else 0.0
+        share = self.saves / devices if self.first else 0.0
         return (2.0 - share) / 2.0 * float(self.count_Q @ self.touches_QM(part_E, devices).sum(1))
 
     def touches_QM(self, part_E: np.ndarray, devices: int) -> np.ndarray:
@@ -80,8 +88,8 @@ class WaitingSets(contacts.Sets):
         return self._experts_on(part_E, devices) > 0
 
     def ahead_EM(self, part_E: np.ndarray, devices: int) -> np.ndarray:
-        """float64 [E, M]: tokens that wait on an expert of the layer before and touch a device."""
-        touches_JM = self.touches_QM(part_E, devices)[self.set_J]
+        """float64 [E, M]: saved by tokens that wait on an expert of the layer before, by device."""
+        touches_JM = self.saves * self.touches_QM(part_E, devices)[self.set_J]
         return np.stack(
             [
                 np.bincount(self.before_J, self.count_J * touches_J, minlength=self.num_experts)
@@ -108,6 +116,7 @@ def sets_of(problem: Problem, layer: int) -> WaitingSets:
         pair_J % experts,
         count_J.astype(float),
         first=layer == 0,
+        saves=SAVES[problem.dispatch],
     )
 
 
@@ -167,7 +176,7 @@ def _swapped(chain: CoherentChain, device_LE: np.ndarray, layer: int) -> np.ndar
     least = 1e-9 * (1.0 + sets.count_Q.sum())
     while True:
         e_P, f_P = np.nonzero(np.triu(device_E[:, None] != device_E[None, :]))
-        gain_P = _gains(chain, layer, sets, ahead_EM, device_E, e_P, f_P)
+        gain_P = gains_P(chain, layer, sets, ahead_EM, device_E, e_P, f_P)
         used_M = np.zeros(devices, bool)
         for p in np.argsort(-gain_P, kind="stable"):  # swaps between other devices add up exactly
             a, b = device_E[e_P[p]], device_E[f_P[p]]
@@ -180,7 +189,7 @@ def _swapped(chain: CoherentChain, device_LE: np.ndarray, layer: int) -> np.ndar
             return device_E
 
 
-def _gains(chain, layer, sets, ahead_EM, device_E, e_P, f_P) -> np.ndarray:
+def gains_P(chain, layer, sets, ahead_EM, device_E, e_P, f_P) -> np.ndarray:
     """float64 [P]: rows saved by each swap; -inf for those that add load above the cap."""
     devices, load_E = chain.num_devices, chain.load_LE[layer]
     if not len(e_P):
@@ -214,14 +223,14 @@ class _Search(chainwise.Search):
 def search(
     problem: Problem, device_LE: np.ndarray, rng: np.random.Generator, deadline: float
 ) -> Iterator[np.ndarray]:
-    """Yields placements for coherent dispatch; the caller keeps what is better.
+    """Yields placements for tied dispatches; the caller keeps what is better.
 
     Clusterings by co-activation with aligned labels first, for `seconds` under a ladder of load
     caps, rows and balance being at odds; each also after swaps on exact rows. For `rows` the whole
     search follows; for `seconds` coherent_seconds.py goes on from here.
     """
     factors = (np.inf,) if problem.objective == "rows" else layerwise.LADDER
-    chains = _chains(problem, factors)
+    chains = chains_of(problem, factors)
     yield chain_lib.align(chains[0], problem.balanced_LE)
     now = time.monotonic()
     first = now + (CLUSTERED * (deadline - now) if len(chains) == 1 else deadline - now)
@@ -237,11 +246,16 @@ def search(
         start_LE = descended(chain, start_LE, share)
         yield start_LE
     if len(chains) == 1:
-        ways = _Search(chain, problem.balanced_LE, rng, 2.0 * problem.coactivation_LEE)
+        ways = _Search(
+            chain,
+            problem.balanced_LE,
+            rng,
+            2.0 / SAVES[problem.dispatch] * problem.coactivation_LEE,
+        )
         yield from ways.run(start_LE, deadline)
 
 
-def _chains(problem: Problem, factors: tuple[float, ...]) -> list[CoherentChain]:
+def chains_of(problem: Problem, factors: tuple[float, ...]) -> list[CoherentChain]:
     """The chain under each cap of the ladder, never above the problem's own."""
     plain = problem.chain(problem.best_to_all_LEE)
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}

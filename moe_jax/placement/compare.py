@@ -161,7 +161,7 @@ def _judged(
         seconds,
         plan.value_of(placement),
         judge.value_of(placement),
-        evidence.judge(judge.trace, placement, judge.topology),
+        evidence.judge(judge.trace, placement, judge.topology, step_tokens=judge.work.batch_tokens),
         method_costs.costs(judge, placement),
         0 if plan.pins is None else plan.pins.broken(holds_LEM(placement)),
     )

@@ -21,8 +21,13 @@ Dispatches
   answers take the same way back.
 - coherent (ExFlow, arXiv 2401.08383): the token does not return; it goes on from the device of its
   best expert, known as soon as the layer is routed. Layer l sends from where layer l - 1 left it.
+- shuffled: an exchange from homes that every layer chooses anew, by where the experts of the layer
+  before were and equally many on each device (row_homes.py, with the rule and what a step is). So
+  homes are always known, and `home_T` does not matter. What moves the rows there is not counted:
+  split attention gathers and scatters them in any case.
 
-A token without an expert in a layer sends nothing there, in any dispatch, and stays where it is.
+A token without an expert in a layer sends nothing there, in any dispatch, and but for shuffled
+dispatch stays where it is.
 """
 
 import dataclasses
@@ -33,12 +38,13 @@ import numpy as np
 from jaxtyping import Float, Int, Integer, Num
 
 from moe_jax.errors import Refused
-from moe_jax.placement import copies
+from moe_jax.placement import copies, row_homes
 from moe_jax.placement import nodes as nodes_lib
 from moe_jax.placement.nodes import DevicesPerNode, Nodes
 from moe_jax.placement.plan import Placement
 
-DISPATCHES = ("exchange", "hierarchical", "coherent", "gathered")
+DISPATCHES = ("exchange", "hierarchical", "coherent", "shuffled", "gathered")
+TIED = ("coherent", "shuffled")  # of them: where tokens are depends on the layer before
 COMBINES = ("partial", "exact", "reproducible")
 UNKNOWN = -1
 
@@ -69,6 +75,7 @@ def rows(
     combine: str = "partial",
     devices_per_node: DevicesPerNode | None = None,
     position_T: Int[np.ndarray, " T"] | None = None,
+    step_tokens: int | None = None,
 ) -> Rows:
     """Counts the rows of every layer; see the head of this file.
 
@@ -81,12 +88,13 @@ def rows(
       devices_per_node: needed for `hierarchical`, and where the copy rule is to know of nodes;
         devices are numbered node by node.
       position_T: what the copy rule goes by; None: the index. Only with replicas does it matter.
+      step_tokens: tokens of a step, for `shuffled`; None: all are one step.
     """
     _check(expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node)
-    where = (devices_per_node, position_T)
+    where = (devices_per_node, position_T, step_tokens)
     each = [
         _rows(expert_ids_TLK, placement, dispatch, homes_T, combine, *where)
-        for homes_T in homes(placement, len(expert_ids_TLK), home_T)
+        for homes_T in homes(placement, len(expert_ids_TLK), home_T, dispatch, step_tokens)
     ]
     if len(each) == 1:
         return each[0]
@@ -98,12 +106,13 @@ def rows(
 
 @no_type_check  # annotations of what `rows` has checked
 def _rows(
-    expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node, position_T
+    expert_ids_TLK, placement, dispatch, home_T, combine, devices_per_node, position_T, step_tokens
 ) -> Rows:
     devices = placement.num_devices
     unknown = bool((home_T < 0).any())
     there, back = [], []
-    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node, position_T)
+    where = (devices_per_node, position_T, step_tokens)
+    steps = walk(expert_ids_TLK, placement, dispatch, home_T, *where)
     for device_TK, home_T, next_T in steps:
         if dispatch == "gathered":
             each_T = (device_TK >= 0).sum(axis=1)
@@ -123,7 +132,9 @@ def _rows(
             first_TK = first_of(device_TK)
             out_MM = _direct(device_TK, first_TK, home_T, devices)
             sent_TK = device_TK >= 0 if combine == "exact" else first_TK
-            back_MM = _direct(device_TK, sent_TK, next_T, devices).T
+            back_MM = out_MM.T
+            if sent_TK is not first_TK or next_T is not home_T:
+                back_MM = _direct(device_TK, sent_TK, next_T, devices).T
         there.append(out_MM)
         back.append(back_MM)
     kind = np.float64 if unknown else np.int64
@@ -151,8 +162,13 @@ def walk(
     home_T: Int[np.ndarray, " T"],
     devices_per_node: DevicesPerNode | None = None,
     position_T: Int[np.ndarray, " T"] | None = None,
+    step_tokens: int | None = None,
 ) -> Iterator[Step]:
-    """Layer by layer, where tokens are and where their experts are computed."""
+    """Layer by layer, where tokens are and where their experts are computed.
+
+    Args:
+      home_T: one of `homes` of the same dispatch.
+    """
     where = (devices_per_node, position_T)
     for layer in range(placement.num_layers):
         device_TK = devices_TK(expert_ids_TLK, placement, layer, home_T, *where)
@@ -161,12 +177,33 @@ def walk(
             next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
         yield Step(device_TK, home_T, next_T)
         home_T = next_T
+        if dispatch == "shuffled":
+            first_TK = _first_copies(expert_ids_TLK, placement, layer, device_TK)
+            home_T = row_homes.balanced(first_TK, placement.num_devices, step_tokens)
+
+
+def _first_copies(ids_TLK, placement: Placement, layer: int, device_TK: np.ndarray) -> np.ndarray:
+    """int64 [T, K]: the device of every assignment's first copy, whichever one computes it."""
+    if not placement.has_replicas:
+        return device_TK
+    first_E = placement.logical_to_physical_LER[layer, :, 0] // placement.slots_per_device
+    ids_TK = np.where(device_TK >= 0, ids_TLK[:, layer].astype(np.int64), 0)
+    return np.where(device_TK >= 0, first_E[ids_TK], UNKNOWN)
 
 
 def homes(
-    placement: Placement, tokens: int, home_T: Int[np.ndarray, " T"] | None = None
+    placement: Placement,
+    tokens: int,
+    home_T: Int[np.ndarray, " T"] | None = None,
+    dispatch: str = "exchange",
+    step_tokens: int | None = None,
 ) -> list[np.ndarray]:
-    """The homes whose mean is the expectation: as they are, or each device for those unknown."""
+    """The homes whose mean is the expectation: as they are, or each device for those unknown.
+
+    In shuffled dispatch they are never unknown: a step begins in order, whatever is given.
+    """
+    if dispatch == "shuffled":
+        return [row_homes.first(tokens, placement.num_devices, step_tokens)]
     home_T = np.full(tokens, UNKNOWN) if home_T is None else home_T.astype(np.int64)
     if not placement.has_replicas or not (home_T < 0).any():
         return [home_T]
@@ -180,6 +217,7 @@ def computed_LP(
     home_T: Int[np.ndarray, " T"] | None = None,
     devices_per_node: DevicesPerNode | None = None,
     position_T: Int[np.ndarray, " T"] | None = None,
+    step_tokens: int | None = None,
 ) -> Num[np.ndarray, "L P"]:
     """Rows that every physical expert computes: int64, or float64 expected.
 
@@ -193,19 +231,20 @@ def computed_LP(
             # one expert more, without load, for slots that are empty (-1; uneven.py)
             load_LE.append(np.bincount(ids, minlength=placement.num_experts + 1))
         return np.take_along_axis(np.stack(load_LE), placement.physical_to_logical_LP, axis=1)
-    where = (devices_per_node, position_T)
+    where = (devices_per_node, position_T, step_tokens)
     each = [
         _computed(expert_ids_TLK, placement, dispatch, homes_T, *where)
-        for homes_T in homes(placement, len(expert_ids_TLK), home_T)
+        for homes_T in homes(placement, len(expert_ids_TLK), home_T, dispatch, step_tokens)
     ]
     return each[0] if len(each) == 1 else np.sum(each, axis=0) / len(each)
 
 
 def _computed(
-    expert_ids_TLK, placement, dispatch, home_T, devices_per_node, position_T
+    expert_ids_TLK, placement, dispatch, home_T, devices_per_node, position_T, step_tokens
 ) -> np.ndarray:
     load_LP = np.empty((placement.num_layers, placement.num_slots), np.int64)
-    steps = walk(expert_ids_TLK, placement, dispatch, home_T, devices_per_node, position_T)
+    where = (devices_per_node, position_T, step_tokens)
+    steps = walk(expert_ids_TLK, placement, dispatch, home_T, *where)
     for layer, step in enumerate(steps):
         # a device holds an expert once, so device and expert name the slot
         slot_ME = np.full((placement.num_devices, placement.num_experts), UNKNOWN)
@@ -226,9 +265,10 @@ def computed_LM(
     home_T: Int[np.ndarray, " T"] | None = None,
     devices_per_node: DevicesPerNode | None = None,
     position_T: Int[np.ndarray, " T"] | None = None,
+    step_tokens: int | None = None,
 ) -> Num[np.ndarray, "L M"]:
     """Rows that every device computes; see computed_LP."""
-    where = (devices_per_node, position_T)
+    where = (devices_per_node, position_T, step_tokens)
     load_LP = computed_LP(expert_ids_TLK, placement, dispatch, home_T, *where)
     return load_LP.reshape(len(load_LP), placement.num_devices, -1).sum(axis=2)
 

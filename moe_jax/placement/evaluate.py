@@ -60,15 +60,17 @@ def evaluate(
         dispatch: Problem(trace, topology, "seconds", dispatch, work).value_of(placement)
         for dispatch in cost.DISPATCHES
     }
-    figures = evidence.judge(trace, placement, topology)
-    rows = recorded_rows(trace, placement, topology)
+    figures = evidence.judge(trace, placement, topology, step_tokens=work.batch_tokens)
+    rows = recorded_rows(trace, placement, topology, work.batch_tokens)
     true = {name: figure.value for name, figure in figures.rows.items()}
     against = proxies.of(pairs, placement, topology, true)
     return Evaluated(str(path), plan.digest, topology.name, figures, seconds, rows, against)
 
 
-def recorded_rows(trace: Trace, placement: Placement, topology: Topology) -> RecordedRows | None:
-    """Exact integer rows with the homes in the trace."""
+def recorded_rows(
+    trace: Trace, placement: Placement, topology: Topology, step_tokens: int
+) -> RecordedRows | None:
+    """Exact integer rows with the homes in the trace (but shuffled dispatch chooses its own)."""
     if trace.seq_home is None or int(trace.seq_home.max()) >= placement.num_devices:
         return None
     found: RecordedRows = {}
@@ -82,6 +84,7 @@ def recorded_rows(trace: Trace, placement: Placement, topology: Topology) -> Rec
                 trace.home_T,
                 combine,
                 topology.devices_per_node,
+                step_tokens=step_tokens,
             )
             out, back = int(rows.dispatch_LMM.sum()), int(rows.combine_LMM.sum())
             found[dispatch][combine] = {"out": out, "back": back}
@@ -91,7 +94,7 @@ def recorded_rows(trace: Trace, placement: Placement, topology: Topology) -> Rec
 def text(evaluated: Sequence[Evaluated]) -> str:
     """The table, its legend, proxies, and the rows of recorded homes where there are any."""
     heads = ["plan", *(name for name, _ in tables.COLUMNS)]
-    heads += [f"ms {dispatch}" for dispatch in ("exch.", "hier.", "coh.", "gath.")]
+    heads += [f"ms {dispatch}" for dispatch in ("exch.", "hier.", "coh.", "shuf.", "gath.")]
     rows = [
         [
             pathlib.Path(one.path).name,

@@ -5,7 +5,8 @@ first, because a bootstrap over tokens is 5 to 9 times too narrow: tokens of a s
 Intervals are 95 % percentile intervals over BOOTSTRAPS resamples of the sequences.
 
 Rows are counted as a deduplicating exchange moves them (partial sums, one row each way per device)
-with homes drawn uniformly, per token and layer; `coherent` also as cost.py counts it.
+with homes drawn uniformly, per token and layer; `coherent` and `shuffled` also as cost.py counts
+them. Resampled sequences keep the homes that shuffled dispatch gave them in the steps of the trace.
 
 With replicas the copy rule needs a home, so everything is the mean over all homes, each followed
 through the layers. Locality is then counted where tokens stay (coherent dispatch), everything else
@@ -52,6 +53,7 @@ class Tally:
     exchange_S: Float[np.ndarray, " S"]  # rows of exchange dispatch, both ways
     hierarchical_S: Float[np.ndarray, " S"]  # ... of hierarchical dispatch
     coherent_S: Float[np.ndarray, " S"]  # ... of coherent dispatch
+    shuffled_S: Float[np.ndarray, " S"]  # ... of shuffled dispatch
     load_SLM: Num[np.ndarray, "S L M"]  # rows computed
 
 
@@ -95,9 +97,20 @@ class Evidence:
         return {**fields, "load_max_over_mean": loads}
 
 
-def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0) -> Evidence:
-    """All figures of one placement on one trace."""
-    tally = count(trace, placement, topology)
+def judge(
+    trace: Trace,
+    placement: Placement,
+    topology: Topology,
+    seed: int = 0,
+    step_tokens: int | None = None,
+) -> Evidence:
+    """All figures of one placement on one trace.
+
+    Args:
+      seed: of the resamples.
+      step_tokens: for shuffled dispatch, see row_homes.py; None: the trace is one step.
+    """
+    tally = count(trace, placement, topology, step_tokens)
     weight_BS = resamples(trace.num_sequences, seed)
     devices = topology.num_devices
     distinct = _ratio(tally.distinct_S, tally.token_layers_S, weight_BS)
@@ -106,6 +119,7 @@ def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0)
         "exchange": tally.exchange_S,
         "hierarchical": tally.hierarchical_S,
         "coherent": tally.coherent_S,
+        "shuffled": tally.shuffled_S,
         "gathered": tally.token_layers_S * (2.0 * (devices - 1)),
     }
     load_LM = tally.load_SLM.sum(axis=0)
@@ -129,22 +143,42 @@ def judge(trace: Trace, placement: Placement, topology: Topology, seed: int = 0)
     )
 
 
-def count(trace: Trace, placement: Placement, topology: Topology) -> Tally:
-    """The sums per sequence."""
-    if not placement.has_replicas:
-        return _count(trace, placement, topology, np.full(trace.num_tokens, cost.UNKNOWN))
-    each = [
-        _count(trace, placement, topology, home_T)
-        for home_T in cost.homes(placement, trace.num_tokens)
-    ]
+def count(
+    trace: Trace, placement: Placement, topology: Topology, step_tokens: int | None = None
+) -> Tally:
+    """The sums per sequence; `step_tokens` as of `judge`."""
+    shuffled_S = _shuffled(trace, placement, topology, step_tokens)
+    homes = cost.homes(placement, trace.num_tokens)
+    each = [_count(trace, placement, topology, home_T, shuffled_S) for home_T in homes]
+    if len(each) == 1:
+        return each[0]
     names = [field.name for field in dataclasses.fields(Tally)]
     return Tally(**{n: np.mean([getattr(one, n) for one in each], axis=0) for n in names})
 
 
+def _shuffled(trace: Trace, placement: Placement, topology: Topology, step_tokens) -> np.ndarray:
+    """float64 [S]: rows of shuffled dispatch, both ways."""
+    away_T, dispatch, devices = np.zeros(trace.num_tokens), "shuffled", placement.num_devices
+    (home_T,) = cost.homes(placement, trace.num_tokens, None, dispatch, step_tokens)
+    where = (topology.devices_per_node, None, step_tokens)
+    for step in cost.walk(trace.expert_ids_TLK, placement, dispatch, home_T, *where):
+        away_T += _away(step.device_TK, cost.first_of(step.device_TK), step.home_T, devices)
+    return np.add.reduceat(2 * away_T, _starts(trace))
+
+
+def _starts(trace: Trace) -> np.ndarray:
+    """int64 [S]: the first token of every sequence."""
+    return np.concatenate([[0], np.cumsum(trace.seq_len[:-1], dtype=np.int64)])
+
+
 def _count(
-    trace: Trace, placement: Placement, topology: Topology, home_T: Int[np.ndarray, " T"]
+    trace: Trace,
+    placement: Placement,
+    topology: Topology,
+    home_T: Int[np.ndarray, " T"],
+    shuffled_S: Float[np.ndarray, " S"],
 ) -> Tally:
-    start_S = np.concatenate([[0], np.cumsum(trace.seq_len[:-1], dtype=np.int64)])
+    start_S = _starts(trace)
     per_token = {name: np.zeros(trace.num_tokens, np.int64) for name in _PER_TOKEN}
     rows = {name: np.zeros(trace.num_tokens) for name in ("exchange", "hierarchical", "coherent")}
     load_SLM = np.zeros(
@@ -185,7 +219,7 @@ def _count(
     sums |= {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in rows.items()}
     if not placement.has_replicas:
         sums["exchange_S"] = sums["distinct_S"] * (2 * (nodes.devices - 1) / nodes.devices)
-    return Tally(**sums, load_SLM=load_SLM)
+    return Tally(**sums, shuffled_S=shuffled_S, load_SLM=load_SLM)
 
 
 _PER_TOKEN = ("token_layers", "distinct", "nodes", "moves", "stays", "pairs", "pair_stays")

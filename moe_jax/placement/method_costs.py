@@ -68,6 +68,7 @@ def costs(judge: Problem, placement: Placement) -> Costs:
         judge.dispatch,
         None,
         judge.topology.devices_per_node,
+        step_tokens=judge.work.batch_tokens,
     )
     over_L = evidence.over_mean(load_LM, judge.topology.speed_M)
     cv_L = evidence.variation(load_LM, judge.topology.speed_M)

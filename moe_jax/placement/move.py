@@ -10,6 +10,7 @@ changes neither rows nor seconds:
   `solve` adds for free: it pays nothing in these dispatches.)
 - coherent dispatch, and the objective exflow: a token goes from device to device over all layers,
   so there is one numbering for all of them.
+- shuffled dispatch: devices keep their numbers, which decide between homes of equal worth.
 Devices of a node stay together in either case, and only devices and nodes that are alike change
 places; on a torus, for `seconds`, none do. Of two numberings the placement keeps the one it
 has unless the other moves less. With replicas this holds but for the order of copies, which the

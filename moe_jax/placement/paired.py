@@ -9,7 +9,8 @@ placements differ by exactly 0 in every sample; homes are uniform, as everywhere
 What a layer needs (contacts, rows, load) is tallied per sequence; a sample adds the sequences up
 as often as they were drawn, and only then looks for the slowest device and link of each layer,
 which is another one in every sample. Both placements get the same draws, so what they share
-(harder text, a hot expert) cancels out, and the interval is that of the difference.
+(harder text, a hot expert) cancels out, and the interval is that of the difference. In shuffled
+dispatch a drawn sequence keeps the homes that it got among its neighbours in the trace.
 
 The slowest of many is larger in a sample than in truth, the more so the more even the placement:
 window B is off by a bias, and a resample of it by twice that. The percentile interval is therefore
@@ -76,23 +77,22 @@ def weights(num_sequences: int, seed: int) -> Float[np.ndarray, "B S"]:
 
 def sample(problem: Problem, placement: Placement, weight_BS: Float[np.ndarray, "B S"]) -> Samples:
     """Judges a placement on every sample of the problem's trace."""
-    trace, devices = problem.trace, problem.num_devices
+    trace, devices, step_tokens = problem.trace, problem.num_devices, problem.work.batch_tokens
     tokens_B = weight_BS @ trace.seq_len.astype(float)
     scale_B = problem.work.batch_tokens / np.maximum(tokens_B, 1.0)
     layers = Layers(problem, weight_BS, scale_B)
     seconds_B, load_B, rows_B, active_B = (np.zeros(len(weight_BS)) for _ in range(4))
-    home_T = np.full(trace.num_tokens, cost.UNKNOWN)
-    for layer in range(trace.num_layers):
-        device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer)
+    (home_T,) = cost.homes(placement, trace.num_tokens, None, problem.dispatch, step_tokens)
+    where = (None, None, step_tokens)
+    for step in cost.walk(trace.expert_ids_TLK, placement, problem.dispatch, home_T, *where):
+        device_TK = step.device_TK
         load_BM = layers.sums(device_TK, devices)
         load_B += layers.fullest(load_BM)
         seconds_B += layers.computing(load_BM)
         layer_active_B = layers.active(device_TK)
         active_B += layer_active_B
-        if problem.dispatch == "coherent":
-            next_T = np.where(device_TK[:, 0] >= 0, device_TK[:, 0], home_T)
-            wire = layers.staying(device_TK, home_T, next_T)
-            home_T = next_T
+        if problem.dispatch in cost.TIED:
+            wire = layers.from_homes(device_TK, step.home_T, step.next_T)
         else:
             wire = layers.returning(device_TK, layer_active_B)
         rows_B += wire.rows_B
@@ -191,8 +191,8 @@ class Layers:
             return _Wire(active_B * (2.0 * (topology.num_devices - 1)), seconds_B)
         return _Wire(ways.rows(topology, problem.dispatch, touched_BM, node_BN, 1.0), seconds_B)
 
-    def staying(self, device_TK: np.ndarray, home_T: np.ndarray, next_T: np.ndarray) -> _Wire:
-        """Coherent dispatch: from where the token was to its experts, and on to the best one."""
+    def from_homes(self, device_TK: np.ndarray, home_T: np.ndarray, next_T: np.ndarray) -> _Wire:
+        """Coherent, shuffled dispatch: from where the token is to its experts, and on or back."""
         out_BMM, back_BMM = self._pairs(device_TK, home_T), self._pairs(device_TK, next_T)
         return self.sent(out_BMM, back_BMM.transpose(0, 2, 1))
 
@@ -206,8 +206,8 @@ class Layers:
             bytes_BMM = rows_BMM * self._bytes_B1[:, :, None]
             seconds_B += seconds_lib.exchange_seconds(bytes_BMM, problem.topology, one_after_other)
             rows_B += rows_BMM.sum(axis=(1, 2))
-        if problem.dispatch == "coherent":
-            seconds_B += seconds_lib.gather_seconds(problem.topology, problem.work)
+        where = (problem.topology, problem.work, problem.dispatch)
+        seconds_B += seconds_lib.attention_seconds(*where)
         return _Wire(rows_B, seconds_B)
 
     def _pairs(self, device_TK: np.ndarray, home_T: np.ndarray) -> np.ndarray:

@@ -6,10 +6,13 @@ The copy rule needs to know where a token is, so each home is followed through t
 as cost.py does; tokens keep their positions when their sequence is drawn again.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from jaxtyping import Float
 
 from moe_jax.placement import cost, evidence, paired
+from moe_jax.placement.cost import Step
 from moe_jax.placement.paired import Samples
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
@@ -31,9 +34,8 @@ def home_by_home(
     scale_B = problem.work.batch_tokens / np.maximum(tokens_B, 1.0)
     layers = paired.Layers(problem, weight_BS, scale_B)
     seconds_B, load_B, rows_B, active_B = (np.zeros(len(weight_BS)) for _ in range(4))
-    homes = [np.full(trace.num_tokens, home) for home in range(problem.num_devices)]
-    for layer in range(trace.num_layers):
-        counts = _Counts(problem, placement, layer, homes)
+    for steps in zip(*_walks(problem, placement), strict=True):
+        counts = _Counts(problem, steps)
         load_BM = weight_BS @ counts.load_SM
         load_B += layers.fullest(load_BM)
         seconds_B += layers.computing(load_BM)
@@ -45,10 +47,20 @@ def home_by_home(
             wire = layers.sent(weight_BS @ counts.out_SX, weight_BS @ counts.back_SX)
         rows_B += wire.rows_B
         seconds_B += wire.seconds_B
-        homes = counts.next_homes
     count = trace.num_layers
     rows_B /= np.maximum(active_B, 1e-300)
     return Samples(tokens_B, seconds_B / count, rows_B, load_B / count)
+
+
+def _walks(problem: Problem, placement: Placement) -> list[Iterator[Step]]:
+    """From each home; from those that shuffled dispatch begins with."""
+    trace, step_tokens = problem.trace, problem.work.batch_tokens
+    homes = [np.full(trace.num_tokens, home) for home in range(problem.num_devices)]
+    if problem.dispatch == "shuffled":
+        homes = cost.homes(placement, trace.num_tokens, None, problem.dispatch, step_tokens)
+    where = (problem.topology.devices_per_node, None, step_tokens)
+    tokens = (trace.expert_ids_TLK, placement, problem.dispatch)
+    return [cost.walk(*tokens, home_T, *where) for home_T in homes]
 
 
 class _Counts:
@@ -58,33 +70,26 @@ class _Counts:
       load_SM: rows that devices compute.
       out_SX, back_SX: rows from a device to another, out to the experts and back from them.
       device_TK: where assignments are computed, for the last home.
-      next_homes: where tokens are after the layer.
     """
 
-    def __init__(self, problem: Problem, placement: Placement, layer: int, homes: list[np.ndarray]):
+    def __init__(self, problem: Problem, steps: Sequence[Step]):
         trace, devices = problem.trace, problem.num_devices
         self._nodes = problem.topology.nodes
         self._sequence_T = np.repeat(np.arange(trace.num_sequences), trace.seq_len)
         self._sequences = trace.num_sequences
         self.load_SM = np.zeros((trace.num_sequences, devices))
         self.out_SX, self.back_SX = np.zeros((2, trace.num_sequences, devices**2))
-        self.next_homes = []
-        each = problem.topology.devices_per_node
-        for home_T in homes:
-            self.device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer, home_T, each)
-            self.load_SM += self._by_sequence(self.device_TK, devices) / len(homes)
-            next_T = home_T
-            if problem.dispatch == "coherent":
-                next_T = np.where(self.device_TK[:, 0] >= 0, self.device_TK[:, 0], home_T)
-            self.next_homes.append(next_T)
+        for step in steps:
+            self.device_TK = step.device_TK
+            self.load_SM += self._by_sequence(self.device_TK, devices) / len(steps)
             if problem.dispatch == "hierarchical":
-                out_SX = self._relayed(home_T)
+                out_SX = self._relayed(step.home_T)
                 back_SX = _turned(out_SX, devices)
             else:
-                out_SX = self._direct(home_T)
-                back_SX = _turned(self._direct(next_T), devices)
-            self.out_SX += out_SX / len(homes)
-            self.back_SX += back_SX / len(homes)
+                out_SX = self._direct(step.home_T)
+                back_SX = _turned(self._direct(step.next_T), devices)
+            self.out_SX += out_SX / len(steps)
+            self.back_SX += back_SX / len(steps)
 
     def _by_sequence(self, index_TK: np.ndarray, size: int) -> np.ndarray:
         return evidence.per_sequence(index_TK, self._sequence_T, (self._sequences, size))

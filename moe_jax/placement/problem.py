@@ -17,7 +17,11 @@ Objectives (all per layer, so that layers of different traces compare):
 Where devices differ in speed, the load of a device counts over its speed (topology.speed_M, 1 on
 average), in the objective `load` and in every cap: 1 is still what nothing can be below.
 
-Except for `exflow`, `moetuner` and coherent dispatch a layer's value depends on that layer alone.
+Shuffled dispatch is counted in steps of `work.batch_tokens` tokens, in the order of the trace
+(row_homes.py).
+
+Except for `exflow`, `moetuner`, coherent and shuffled dispatch a layer's value depends on that
+layer alone.
 
 `num_slots` above E asks for replicas. Placements that have some are valued by counting, under the
 copy rule and with homes drawn uniformly (`value_of`); closed forms and searches are for the others.
@@ -109,6 +113,9 @@ class Problem:
                 "MoETuner has no replicas",
                 "Leave --slots out, or choose --objective=seconds",
             )
+        if self.dispatch == "shuffled" and self.has_replicas:
+            rule = "no copies are planned for shuffled dispatch, whose homes follow first copies"
+            raise Refused("num_slots", self.num_slots, rule, "Leave --slots out")
         if self.dispatcher not in hops_lib.DISPATCHERS:
             known = ", ".join(hops_lib.DISPATCHERS)
             raise Refused("dispatcher", self.dispatcher, "not known", f"Use one of {known}")
@@ -142,7 +149,7 @@ class Problem:
     def separable(self) -> bool:
         """A layer's value depends on that layer alone."""
         return self.objective in ("load", "hops") or (
-            self.objective not in ("exflow", "moetuner") and self.dispatch != "coherent"
+            self.objective not in ("exflow", "moetuner") and self.dispatch not in cost.TIED
         )
 
     @functools.cached_property
@@ -246,9 +253,10 @@ class Problem:
 
     @property
     def labels_count(self) -> bool:
-        """Even devices of one kind may not change places: hops matter."""
+        """Even devices of one kind may not change places: hops matter, or ties of homes."""
         on_torus = self.objective == "seconds" and self.topology.torus is not None
-        return on_torus or self.objective == "hops"
+        by_number = self.dispatch == "shuffled" and not self.separable
+        return on_torus or by_number or self.objective == "hops"
 
     @functools.cached_property
     def hop_costs(self) -> hops_lib.Costs:
@@ -363,7 +371,10 @@ class Problem:
         if self.objective == "load":
             relative_LM = load_LM / self.topology.speed_M
             return relative_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
-        rows = cost.rows(ids_TLK, placement, self.dispatch, devices_per_node=each)
+        step_tokens = self.work.batch_tokens
+        rows = cost.rows(
+            *(ids_TLK, placement, self.dispatch), devices_per_node=each, step_tokens=step_tokens
+        )
         if self.objective == "rows":
             weighted_LMM = rows.total_LMM * self.row_weight_MM
             return weighted_LMM.sum(axis=(1, 2)) * (self.trace.num_layers / self.token_layers)
@@ -374,9 +385,10 @@ class Problem:
     def computed_LM(self, placement: Placement) -> np.ndarray:
         """float64 [L, M]: rows that every device computes; the mean over homes."""
         ids_TLK, topology = self.trace.expert_ids_TLK, self.topology
-        if placement.has_replicas and self.dispatch != "coherent":
+        if placement.has_replicas and self.dispatch not in cost.TIED:
             return hops_counts.loads_LM(ids_TLK, placement, topology.nodes)
-        return cost.computed_LM(ids_TLK, placement, self.dispatch, None, topology.devices_per_node)
+        where = (topology.devices_per_node, None, self.work.batch_tokens)
+        return cost.computed_LM(ids_TLK, placement, self.dispatch, None, *where)
 
     def counted_hops(self, placement: Placement) -> hops_counts.Counted:
         """Hops and loads of the objective `hops`, counted token by token."""
@@ -434,6 +446,7 @@ class Problem:
             self.trace.expert_ids_TLK,
             uneven.of_devices(device_LE, self.num_devices),
             self.dispatch,
+            step_tokens=self.work.batch_tokens,
         )
         if self.objective == "rows":
             return rows.total_LMM.sum(axis=(1, 2)) * (self.trace.num_layers / self.token_layers)

@@ -14,6 +14,11 @@ says, in rows per token and layer, both ways, homes drawn uniformly:
   device; the first layer's homes are uniform. Exact for one expert per token.
 - coherent, transitions of the best expert (ExFlow, arXiv 2401.08383): those that leave their
   device. Exact for one expert per token, blind to the other experts.
+- shuffled, co-activation and transitions: a token is taken to be where its best expert of the layer
+  before is, which saves a row both ways: 2 (experts - pairs - pairs (best expert, any expert of the
+  next layer)). Blind to the other experts' pull, and to homes being full.
+- shuffled, the best expert's device: the same homes, but sets of experts counted as they are. Not
+  one of pairs, yet what its search goes by (coherent.py): the error is that of homes alone.
 - gathered moves the same rows under every placement.
 
 Pairs do not say which copy of an expert serves a token: there is no proxy of plans with replicas.
@@ -119,6 +124,12 @@ def of(
             _coherent(pairs, device_LE, devices, contacts) / share,
         ),
         ("coherent", "transitions of the best expert", _leaving(pairs, device_LE) / share),
+        (
+            "shuffled",
+            "co-activation and transitions",
+            _shuffled(pairs, device_LE, devices, contacts) / share,
+        ),
+        ("shuffled", "the best expert's device", _waiting(true, devices)),
         ("gathered", "the same under every placement", 2.0 * (devices - 1)),
     ]
     return tuple(Proxy(name, what, float(value), true[name]) for name, what, value in found)
@@ -131,14 +142,31 @@ def _contacts(pairs: Pairs, group_LE: np.ndarray) -> float:
 
 def _coherent(pairs: Pairs, device_LE: np.ndarray, devices: int, contacts: float) -> float:
     """Every token-layer: away from where it arrives, and away from where it goes on."""
-    home = _contacts(
-        dataclasses.replace(
-            pairs, together_LEE=pairs.together_LEE[:1], experts_L=pairs.experts_L[:1]
-        ),
-        device_LE[:1],
+    saved = _at_hand(pairs, device_LE, devices)
+    return 2 * contacts - pairs.token_layers - saved
+
+
+def _shuffled(pairs: Pairs, device_LE: np.ndarray, devices: int, contacts: float) -> float:
+    """Every token-layer: away from where it is, and back."""
+    return 2 * contacts - 2 * _at_hand(pairs, device_LE, devices)
+
+
+def _waiting(true: dict[str, float], devices: int) -> float:
+    """Rows of an exchange from where coherent dispatch waits: what goes out there, both ways.
+
+    What comes back there is one row less than there are devices of a token's experts.
+    """
+    distinct = true["exchange"] * devices / (2 * (devices - 1)) if devices > 1 else 1.0
+    return 2 * (true["coherent"] - distinct + 1)
+
+
+def _at_hand(pairs: Pairs, device_LE: np.ndarray, devices: int) -> float:
+    """Contacts with the device that a token is on; in layer 0 on any one."""
+    first = dataclasses.replace(
+        pairs, together_LEE=pairs.together_LEE[:1], experts_L=pairs.experts_L[:1]
     )
     arrives = _kept(pairs.best_to_all_LEE, device_LE[:-1], device_LE[1:])
-    return 2 * contacts - pairs.token_layers - arrives - home / devices
+    return arrives + _contacts(first, device_LE[:1]) / devices
 
 
 def _leaving(pairs: Pairs, device_LE: np.ndarray) -> float:

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.placement import bounds, contact_bound, hops, semidefinite, uneven_bound, wire_bound
+from moe_jax.placement import (
+    bounds,
+    contact_bound,
+    cost,
+    hops,
+    semidefinite,
+    uneven_bound,
+    wire_bound,
+)
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.contact_bound import TokenSets
 from moe_jax.placement.layout import Groups, Layout
@@ -50,13 +58,13 @@ class _Contacts:
 
     Attributes:
       device_L, node_L: fewest (token, device) and (token, node) contacts by layer.
-      coherent: fewest rows both ways of all layers together; 0 for other dispatches.
+      tied: fewest rows both ways of all layers together, in coherent and shuffled dispatch; or 0.
       weighted_L: least of what contacts with nodes of different sizes cost, as _node_costs; or 0.
     """
 
     device_L: np.ndarray
     node_L: np.ndarray
-    coherent: float
+    tied: float
     weighted_L: np.ndarray | float = 0.0
 
 
@@ -67,6 +75,9 @@ def _contacts(problem: Problem, deadline: float, steps: int) -> _Contacts:
         return _Contacts(tokens_L, tokens_L, 0.0)
     if problem.dispatch == "coherent":
         return _Contacts(tokens_L, tokens_L, _least_coherent(problem, deadline, steps))
+    if problem.dispatch == "shuffled":  # a token saves one row each way at most: to its home
+        device_L = _fewest_L(problem, problem.num_devices, deadline, steps)
+        return _Contacts(tokens_L, tokens_L, float(2 * (device_L - tokens_L).sum()))
     clock = _Shares(deadline, 1 + (nodes > 1))
     device_L = _fewest_L(problem, problem.num_devices, clock.next(), steps)
     if nodes > 1:
@@ -210,8 +221,8 @@ def _sums_of_nodes(problem: Problem, value_M: np.ndarray) -> float:
 def _least_rows(problem: Problem, contacts: _Contacts) -> float:
     """Fewest (weighted) rows of all layers and both ways, over the whole trace."""
     devices = problem.num_devices
-    if problem.dispatch == "coherent":
-        return contacts.coherent
+    if problem.dispatch in cost.TIED:
+        return contacts.tied
     if problem.dispatch == "hierarchical":
         # every contact with a node is one with a device of it, and the other ones come on top
         cost_N, base = _node_costs(problem)
@@ -228,11 +239,11 @@ def _seconds_lower_L(problem: Problem, contacts: _Contacts) -> np.ndarray:
     devices, nodes = problem.num_devices, topology.nodes
     to_bytes = work.batch_tokens / tokens * work.row_bytes / devices
     fast, slow = topology.fast, topology.slow
-    if problem.dispatch == "coherent":
+    if problem.dispatch in cost.TIED:
         # a tier's share is free: at best both are busy all the time
         wire = fast.bandwidth * _links(problem) + (slow.bandwidth if nodes.count > 1 else 0.0)
-        gather = seconds_lib.gather_seconds(topology, work)
-        rows = contacts.coherent / problem.trace.num_layers  # of a layer, on average
+        gather = seconds_lib.attention_seconds(topology, work, problem.dispatch)
+        rows = contacts.tied / problem.trace.num_layers  # of a layer, on average
         return compute_L + gather + rows * to_bytes / wire
     if problem.dispatch == "gathered":
         return compute_L + 2 * _gathered_L(problem)

@@ -8,6 +8,10 @@ latency of as many hops as the longest way has; the two hops of hierarchical dis
 other (they add up). Compute is the slowest device's rows, over its own speed. Counts are scaled
 from the trace to a batch of `batch_tokens`.
 
+In shuffled dispatch attention gathers all rows on every device before a layer and scatters them
+after: the bytes of a gathered dispatch, whatever the placement. They count, since where tokens
+return home attention sends nothing; what is gathered of homes and ids beside them does not.
+
 Shared experts compute every token on the device that holds it, an equal share each (in coherent
 dispatch too, where tokens do not lie evenly: attention has the same imbalance and is left out).
 """
@@ -113,10 +117,8 @@ def seconds(
     gathered = dispatch == "gathered"
     one_after_other = dispatch == "hierarchical"
     there_L = exchange_seconds(rows.dispatch_LMM * to_bytes, topology, one_after_other, gathered)
-    if dispatch == "coherent":
-        there_L = there_L + gather_seconds(topology, work)
     return Seconds(
-        there_L,
+        there_L + attention_seconds(topology, work, dispatch),
         compute_seconds(computed_LM, topology, work, num_tokens).max(axis=1),
         exchange_seconds(rows.combine_LMM * to_bytes, topology, one_after_other, gathered),
     )
@@ -190,10 +192,22 @@ def _torus_seconds(bytes_LMM, topology: Topology, torus: Torus, gathered: bool) 
     return busiest_LM / topology.fast.bandwidth + latency * hops_L1 * (busiest_LM > 0)
 
 
-def gather_seconds(topology: Topology, work: Work) -> float:
-    """All-gather of the new keys and values of one layer, which coherent dispatch needs."""
+def attention_seconds(topology: Topology, work: Work, dispatch: str) -> float:
+    """What attention sends in a layer because of the dispatch, the same under every placement.
+
+    Coherent: an all-gather of new keys and values. Shuffled: one of rows, and a reduce-scatter.
+    """
+    if dispatch == "coherent":
+        return gather_seconds(topology, work, work.kv_values)
+    if dispatch == "shuffled":
+        return 2 * gather_seconds(topology, work, work.d_model)
+    return 0.0
+
+
+def gather_seconds(topology: Topology, work: Work, values: int) -> float:
+    """An all-gather of so many values of every token of a step."""
     devices = topology.num_devices
-    share = work.batch_tokens / devices * work.kv_values * work.value_bytes
+    share = work.batch_tokens / devices * values * work.value_bytes
     bytes_MM = np.full((1, devices, devices), share)
     bytes_MM[0, np.arange(devices), np.arange(devices)] = 0
     return float(exchange_seconds(bytes_MM, topology, False, gathered=True)[0])

@@ -34,6 +34,7 @@ from moe_jax.placement import (
     moetuner_moves,
     moetuner_search,
     relax,
+    shuffled,
     solve_copies,
     starts,
     steady,
@@ -367,8 +368,10 @@ def _steps(problem: Problem, start_LE, rng, deadline: float) -> Iterator[np.ndar
         return moetuner_search.search(problem.tuner, start_LE, even_LE, rng, deadline)
     if problem.separable:
         return layerwise.search(problem, start_LE, rng, deadline)
-    if problem.objective == "seconds":
+    if problem.objective == "seconds" and problem.dispatch == "coherent":
         return coherent_seconds.search(problem, start_LE, rng, deadline)
+    if problem.dispatch == "shuffled":
+        return shuffled.search(problem, start_LE, rng, deadline)
     return coherent.search(problem, start_LE, rng, deadline)
 
 

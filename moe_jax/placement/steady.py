@@ -30,7 +30,7 @@ def steadied(
     if problem.objective not in OBJECTIVES or problem.trace.num_sequences < 2:
         return None
     if not problem.separable:
-        if not coherent_seconds.quick(problem):
+        if problem.dispatch == "shuffled" or not coherent_seconds.quick(problem):
             return None
         model = coherent_seconds.model(problem)
     rng = np.random.default_rng((seed, SEED))

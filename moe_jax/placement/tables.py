@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from moe_jax.placement.evidence import Evidence, Figure
 from moe_jax.placement.plan import Placement
 
+DISPATCHES = ("exchange", "hierarchical", "coherent", "shuffled")
 COLUMNS = (
     ("exchange", "rows per token and layer, exchange dispatch (both ways, one per device)"),
     ("hierarch.", "the same, hierarchical dispatch"),
     ("coherent", "the same, coherent dispatch (keys and values not counted)"),
+    ("shuffled", "the same, shuffled dispatch (what attention sends not counted)"),
     ("top1", "share of best-expert transitions that stay on their device"),
     ("pairs", "the same over all K x K transitions"),
     ("devices", "distinct devices per token and layer"),
@@ -21,7 +23,7 @@ COLUMNS = (
 def evidence_cells(evidence: Evidence) -> list[str]:
     """One cell for each of COLUMNS."""
     return [
-        *(f"{evidence.rows[name].value:.3f}" for name in ("exchange", "hierarchical", "coherent")),
+        *(f"{evidence.rows[name].value:.3f}" for name in DISPATCHES),
         *(f"{f.value:.3f}" for f in (evidence.top1, evidence.all_pairs)),
         *(f"{f.value:.3f}" for f in (evidence.distinct_devices, evidence.distinct_nodes)),
         *(f"{f.value:.3f}" for f in (evidence.load_mean, evidence.load_worst)),

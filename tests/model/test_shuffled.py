@@ -14,38 +14,9 @@ from moe_jax.infer import sampling
 from moe_jax.infer.engine import Engine
 from moe_jax.model import transformer
 from moe_jax.model.dispatch import homes
-from moe_jax.placement import cost
+from moe_jax.placement import cost, row_homes
 from moe_jax.train import step as step_lib
-from tests import tiny
-
-
-def slow_homes(device_XK, num_devices):
-    """The rule of homes.balanced, one row after the other."""
-    num_rows, top_k = device_XK.shape
-    free, home = [num_rows // num_devices] * num_devices, [-1] * num_rows
-    score = [[0] * num_devices for _ in range(num_rows)]
-    for x, devices in enumerate(device_XK.tolist()):
-        for k, device in enumerate(devices):
-            if device >= 0:
-                score[x][device] += top_k - k
-    while True:
-        wants = {m: [] for m in range(num_devices)}
-        for x in range(num_rows):
-            options = [m for m in range(num_devices) if free[m] > 0 and score[x][m] > 0]
-            if home[x] < 0 and options:
-                best = max(options, key=lambda m: (score[x][m], -m))
-                wants[best].append((-score[x][best], x))
-        if not any(wants.values()):
-            break
-        for m, asked in wants.items():
-            for _, x in sorted(asked)[: free[m]]:
-                home[x] = m
-            free[m] -= min(free[m], len(asked))
-    for x in range(num_rows):
-        if home[x] < 0:
-            home[x] = next(m for m in range(num_devices) if free[m] > 0)
-            free[home[x]] -= 1
-    return home
+from tests import slow_homes, tiny
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -56,7 +27,9 @@ def test_homes_follow_the_rule(seed):
     device_XK = np.minimum(device_XK, rng.integers(0, num_devices))  # uneven
     device_XK[rng.random(len(device_XK)) < 0.2] = -1
     home_X = homes.balanced(jnp.asarray(device_XK, jnp.int32), num_devices)
-    assert np.asarray(home_X).tolist() == slow_homes(device_XK, num_devices)
+    assert np.asarray(home_X).tolist() == slow_homes.balanced(device_XK, num_devices)
+    planned_X = row_homes.balanced(device_XK, num_devices, None)
+    np.testing.assert_array_equal(planned_X, home_X)
 
 
 def sized(dispatch, mesh, **model):
@@ -85,19 +58,38 @@ def run(dispatch, mesh, placement, top_k=2, num_kv_heads=2, length=13):
     slots_LP = placement.physical_to_logical_LP
     layer_L1 = np.arange(len(slots_LP))[:, None]
     experts = model.blocks.moe
-    for name in ("gate_PDF", "up_PDF", "down_PFD"):
+    for name in EXPERT_ARRAYS:
         param = getattr(experts, name)
         param[...] = param[...][layer_L1, slots_LP]
     token_BS = tiny.tokens(16, length)
     real_BS = np.arange(length)[None] < np.random.default_rng(1).integers(4, length + 1, (16, 1))
     (_, (logits_BSV, record)), grads = compiled(model, token_BS, real_BS, tiny.table(placement))
     logical_LP = np.argsort(slots_LP, axis=1)
-    for name in ("gate_PDF", "up_PDF", "down_PFD"):
+    for name in EXPERT_ARRAYS:
         grad = getattr(grads.blocks.moe, name)
         grad[...] = grad[...][layer_L1, logical_LP]
     return np.asarray(logits_BSV), real_BS, record, [np.asarray(g) for g in jax.tree.leaves(grads)]
 
 
+def assert_planned(record, placement, groups, combine, position_T=None):
+    """Homes, rows and computed rows of all layers are what cost.py says from expert ids alone."""
+    ids_TLK = np.asarray(record.expert_BSK).transpose(1, 2, 0, 3).reshape(-1, tiny.LAYERS, 2)
+    step_tokens = len(ids_TLK) // groups
+    where = {"position_T": position_T, "step_tokens": step_tokens}
+    rows = cost.rows(ids_TLK, placement, "shuffled", None, combine, **where)
+    assert rows.dispatch_LMM.dtype == np.int64
+    assert rows.dispatch_LMM.any()
+    np.testing.assert_array_equal(record.traffic.dispatch_MM, rows.dispatch_LMM)
+    np.testing.assert_array_equal(record.traffic.combine_MM, rows.combine_LMM)
+    computed_LP = cost.computed_LP(ids_TLK, placement, "shuffled", **where)
+    np.testing.assert_array_equal(record.traffic.computed_P, computed_LP)
+    begun = cost.homes(placement, len(ids_TLK), None, "shuffled", step_tokens)[0]
+    steps = cost.walk(ids_TLK, placement, "shuffled", begun, **where)
+    home_LT = np.asarray(record.home_BS).reshape(tiny.LAYERS, -1)
+    np.testing.assert_array_equal([step.home_T for step in steps], home_LT)
+
+
+EXPERT_ARRAYS = ("gate_PDF", "up_PDF", "down_PFD")
 MESHES = [{"data": 2, "expert": 4}, {"data": 1, "expert": 8}, {"data": 1, "node": 2, "expert": 2}]
 
 
@@ -139,6 +131,7 @@ def test_placement_and_rows(mesh):
         placement = tiny.random_placement(seed, devices)
         logits_BSV, real_BS, record, _ = run("shuffled", mesh, placement)
         np.testing.assert_array_equal(logits_BSV[real_BS], expected_BSV[real_BS])
+        assert_planned(record, placement, mesh["data"], "exact")
         for layer in range(tiny.LAYERS):
             ids_TK = np.asarray(record.expert_BSK[layer]).reshape(-1, 2)
             home_T = np.asarray(record.home_BS[layer]).reshape(-1)
@@ -152,6 +145,26 @@ def test_placement_and_rows(mesh):
             np.testing.assert_array_equal(record.traffic.combine_MM[layer], rows.combine_LMM[0])
             moved += (home_T != np.asarray(record.home_BS[0]).reshape(-1)).sum()
     assert moved > 0
+
+
+def test_rows_of_plans_with_copies():
+    """Homes follow the first copies; the copy that serves is chosen from there. Partial sums."""
+    config = sized("shuffled", {"data": 2, "expert": 4}, combine="partial")
+    forward = jax.jit(transformer.build_forward(config.model, tiny.mesh(config)))
+    model, layer_L1 = (
+        transformer.Transformer(jax.random.key(1), config.model),
+        np.arange(2)[:, None],
+    )
+    placements = [tiny.replicated_placement(seed, slots=12) for seed in range(3)]
+    token_BS = tiny.tokens(16, 13)
+    real_BS = np.arange(13)[None] < np.random.default_rng(1).integers(4, 14, (16, 1))
+    position_T = (np.arange(16)[:, None] + np.arange(13)).ravel()
+    single = {name: getattr(model.blocks.moe, name)[...] for name in EXPERT_ARRAYS}
+    for placement in placements:
+        for name, whole in single.items():
+            getattr(model.blocks.moe, name)[...] = whole[layer_L1, placement.physical_to_logical_LP]
+        record = forward(model, token_BS, tiny.table(placement), real_BS=real_BS).record
+        assert_planned(record, placement, 2, "partial", position_T)
 
 
 @pytest.mark.slow

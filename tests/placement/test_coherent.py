@@ -36,7 +36,7 @@ def labels(some, rng):
 )
 def test_the_chain_counts_the_rows_of_every_token(devices, top_k, layers):
     some = problem(0, devices, 8, top_k, layers)
-    (one,) = coherent._chains(some, (np.inf,))
+    (one,) = coherent.chains_of(some, (np.inf,))
     rng = np.random.default_rng(0)
     for _ in range(5):
         device_LE = labels(some, rng)
@@ -54,7 +54,7 @@ def test_sets_too_many_for_one_whole_number_count_as_well():
         "rows",
         "coherent",
     )
-    (one,) = coherent._chains(some, (np.inf,))
+    (one,) = coherent.chains_of(some, (np.inf,))
     device_LE = labels(some, np.random.default_rng(1))
     rows = some.value(device_LE) * some.token_layers
     assert -one.value(device_LE) - some.token_layers == pytest.approx(rows)
@@ -63,7 +63,7 @@ def test_sets_too_many_for_one_whole_number_count_as_well():
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_every_swap_is_priced_exactly(layer):
     some = problem(1, cap="1.3x")
-    (one,) = coherent._chains(some, (np.inf,))
+    (one,) = coherent.chains_of(some, (np.inf,))
     device_LE = labels(some, np.random.default_rng(2))
     device_E = device_LE[layer]
     sets = one.sets[layer].waiting(device_LE[layer - 1], 4)
@@ -71,7 +71,7 @@ def test_every_swap_is_priced_exactly(layer):
     if layer < 3:
         ahead_EM = one.ahead_EM(layer + 1, device_LE[layer + 1])
     e_P, f_P = np.nonzero(np.triu(device_E[:, None] != device_E[None, :]))
-    gain_P = coherent._gains(one, layer, sets, ahead_EM, device_E, e_P, f_P)
+    gain_P = coherent.gains_P(one, layer, sets, ahead_EM, device_E, e_P, f_P)
     seen = set()
     for e, f, gain in zip(e_P, f_P, gain_P, strict=True):
         swapped_LE = device_LE.copy()
@@ -90,7 +90,7 @@ def test_every_swap_is_priced_exactly(layer):
 @pytest.mark.parametrize("cap", [None, "1.2x"])
 def test_descent_gains_until_no_swap_does_and_keeps_the_cap(cap):
     some = problem(3, cap=cap)
-    (one,) = coherent._chains(some, (np.inf,))
+    (one,) = coherent.chains_of(some, (np.inf,))
     start_LE = some.balanced_LE if cap else labels(some, np.random.default_rng(4))
     end_LE = coherent.descended(one, start_LE, NEVER)
     assert one.value(end_LE) > one.value(start_LE)
@@ -105,7 +105,7 @@ def test_descent_gains_until_no_swap_does_and_keeps_the_cap(cap):
 
 def test_the_pool_joins_partitions_by_their_exact_rows():
     some = problem(5, devices=2, experts=4, layers=3)
-    (one,) = coherent._chains(some, (np.inf,))
+    (one,) = coherent.chains_of(some, (np.inf,))
     rng = np.random.default_rng(0)
     pool, members = chain.Pool(one, 8), [labels(some, rng) for _ in range(3)]
     for device_LE in members:
@@ -130,7 +130,7 @@ def test_tiny_cases_are_solved_to_the_optimum(seed):
 
 def test_annealing_counts_what_a_layer_keeps_by_itself():
     some = problem(6)
-    (one,) = coherent._chains(some, (np.inf,))
+    (one,) = coherent.chains_of(some, (np.inf,))
     own_LEE = some.coactivation_LEE
     rng = np.random.default_rng(0)
     state = anneal._State.of(one, np.stack([labels(some, rng) for _ in range(3)]), own_LEE)

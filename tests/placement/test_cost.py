@@ -9,6 +9,7 @@ from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.routing import synthetic
 from moe_jax.routing.trace import Trace
+from tests import slow_homes
 
 
 def holey_trace(seed: int, experts: int = 8, top_k: int = 3, layers: int = 3) -> Trace:
@@ -25,17 +26,24 @@ def holey_trace(seed: int, experts: int = 8, top_k: int = 3, layers: int = 3) ->
     return Trace(ids, experts, np.array([10, 5, 15]))
 
 
-def oracle(trace, placement, dispatch, homes, combine, per_node):
+def oracle(trace, placement, dispatch, homes, combine, per_node, step_tokens=30):
     """Follows each token: the set of (from, to) rows it sends, out and back."""
     layers, devices = placement.num_layers, placement.num_devices
+    chosen_LT = None
+    if dispatch == "shuffled":
+        of_expert_LE = np.column_stack([placement.device_LE, np.full(layers, -1)])
+        ids_LTK = np.minimum(trace.expert_ids_TLK, trace.num_experts).transpose(1, 0, 2)
+        device_LTK = [of_expert_LE[n][ids_TK] for n, ids_TK in enumerate(ids_LTK)]
+        chosen_LT = slow_homes.of_layers(device_LTK, devices, step_tokens)
     out, back = (np.zeros((layers, devices, devices), int) for _ in range(2))
 
     def send(table, layer, source, destination, times=1):
         if source != destination:
             table[layer, source, destination] += times
 
-    for token, home in zip(trace.expert_ids_TLK.tolist(), homes, strict=True):
+    for number, (token, home) in enumerate(zip(trace.expert_ids_TLK.tolist(), homes, strict=True)):
         for layer, chosen in enumerate(token):
+            home = chosen_LT[layer][number] if chosen_LT else home
             places = [int(placement.device_LE[layer, e]) for e in chosen if e != 255]
             if dispatch == "gathered":
                 if places:
@@ -100,6 +108,20 @@ def test_unknown_homes_give_the_mean_over_all_homes(dispatch, combine):
     np.testing.assert_allclose(expected.combine_LMM, np.mean(backs, axis=0), atol=1e-12)
 
 
+@pytest.mark.parametrize("step_tokens", [1, 7, 12, 30, 100])
+@pytest.mark.parametrize("combine", cost.COMBINES)
+def test_steps_of_shuffled_dispatch(step_tokens, combine):
+    """Steps that do not fill up, that four devices do not divide, that hold one token only."""
+    trace = holey_trace(9)
+    placement = Placement.from_device_LE(baselines.random(3, 8, 4, 9), 4)
+    counted = cost.rows(
+        trace.expert_ids_TLK, placement, "shuffled", None, combine, step_tokens=step_tokens
+    )
+    out, back = oracle(trace, placement, "shuffled", [0] * 30, combine, 2, step_tokens)
+    np.testing.assert_array_equal(counted.dispatch_LMM, out)
+    np.testing.assert_array_equal(counted.combine_LMM, back)
+
+
 def test_some_unknown_homes():
     trace = holey_trace(8)
     placement = Placement.from_device_LE(baselines.random(3, 8, 4, 8), 4)
@@ -140,7 +162,7 @@ def test_relabelling_experts_or_devices_changes_nothing():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dispatch": "shuffled"},
+        {"dispatch": "scattered"},
         {"combine": "none"},
         {"dispatch": "hierarchical"},
         {"dispatch": "hierarchical", "devices_per_node": 3},

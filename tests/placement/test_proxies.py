@@ -39,10 +39,11 @@ def by_loops(trace: Trace, placement: Placement, machine) -> dict[tuple[str, str
     """What the head of proxies.py says, token by token and pair by pair."""
     devices, nodes = machine.num_devices, machine.num_nodes
     each = devices // nodes
-    total = dict.fromkeys(["exchange", "slow", "fast", "coherent", "best"], 0.0)
+    names = ["exchange", "slow", "fast", "coherent", "best", "shuffled", "waits"]
+    total = dict.fromkeys(names, 0.0)
     token_layers = 0
     for ids_LK in trace.expert_ids_TLK.tolist():
-        before = None
+        before, at = None, None
         for layer, ids_K in enumerate(ids_LK):
             on = [int(placement.device_LE[layer, e]) for e in ids_K if e != 255]
             pairs = [(on[i], on[j]) for i in range(len(on)) for j in range(i)]
@@ -53,19 +54,26 @@ def by_loops(trace: Trace, placement: Placement, machine) -> dict[tuple[str, str
             total["fast"] += (len(on) - same) * 2 * (each - 1) / each
             total["slow"] += (len(on) - same_node) * 2 * (nodes - 1) / nodes
             total["coherent"] += 2 * (len(on) - same) - bool(on)
+            total["shuffled"] += 2 * (len(on) - same)
+            away = len(set(on) - {at}) if at is not None else len(set(on)) * (1 - 1 / devices)
+            total["waits"] += 2 * away
             if layer == 0:
                 total["coherent"] -= (len(on) - same) / devices
+                total["shuffled"] -= 2 * (len(on) - same) / devices
                 total["best"] += bool(on) * (devices - 1) / devices
             elif before is not None and on:
                 total["coherent"] -= sum(d == before for d in on)
+                total["shuffled"] -= 2 * sum(d == before for d in on)
                 total["best"] += on[0] != before
-            before = on[0] if on else None
+            before, at = (on[0] if on else None), (on[0] if on else at)
     share = {name: value / token_layers for name, value in total.items()}
     return {
         ("exchange", "co-activation"): share["exchange"],
         ("hierarchical", "co-activation, by tier"): share["slow"] + share["fast"],
         ("coherent", "co-activation and transitions"): share["coherent"],
         ("coherent", "transitions of the best expert"): share["best"],
+        ("shuffled", "co-activation and transitions"): share["shuffled"],
+        ("shuffled", "the best expert's device"): share["waits"],
         ("gathered", "the same under every placement"): 2.0 * (devices - 1),
     }
 
@@ -101,9 +109,12 @@ def test_truth_is_what_cost_counts(machine):
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_exact_where_they_claim_to_be(machine):
-    """Two experts per token: return-home dispatches. One: every dispatch."""
+    """Two experts per token: return-home dispatches. One: all but shuffled, whose homes fill up."""
     for seed in range(3):
-        for proxy in found(made(1, seed), placed(seed), MACHINES[machine]):
+        proxies_of_one = found(made(1, seed), placed(seed), MACHINES[machine])
+        pairs, device = [proxy for proxy in proxies_of_one if proxy.dispatch == "shuffled"]
+        assert pairs.value == pytest.approx(device.value)
+        for proxy in set(proxies_of_one) - {pairs, device}:
             assert proxy.value == pytest.approx(proxy.true)
         for proxy in found(made(2, seed), placed(seed), topology.flat(4)):
             if proxy.dispatch in ("exchange", "hierarchical", "gathered"):

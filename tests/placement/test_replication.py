@@ -16,6 +16,7 @@ from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
+from tests import slow_homes
 
 # The example of EPLB's own README: 2 layers x 12 experts, 16 replicas, 4 groups, 2 nodes, 8 GPUs.
 EPLB_LOADS = [
@@ -196,6 +197,19 @@ def serving(placement, layer: int, expert: int, home: int, turn: int, per_node: 
     return choice[turn % len(choice)]
 
 
+def shuffled_homes(trace, placement) -> list:
+    """[L][T]: as the first copies of the experts before ask, all tokens being one step."""
+    each, none = placement.slots_per_device, 255
+    device_LTK = [
+        [
+            [-1 if e == none else slots_P.index(e) // each for e in token[layer]]
+            for token in trace.expert_ids_TLK.tolist()
+        ]
+        for layer, slots_P in enumerate(placement.physical_to_logical_LP.tolist())
+    ]
+    return slow_homes.of_layers(device_LTK, placement.num_devices, trace.num_tokens)
+
+
 def oracle(trace, placement, dispatch, homes, combine, per_node, positions=None):
     """Follows each token: rows out, rows back, rows computed by slot."""
     layers, devices = placement.num_layers, placement.num_devices
@@ -207,9 +221,11 @@ def oracle(trace, placement, dispatch, homes, combine, per_node, positions=None)
             table[layer, source, destination] += times
 
     positions = range(len(homes)) if positions is None else positions
+    chosen_LT = shuffled_homes(trace, placement) if dispatch == "shuffled" else None
     tokens = zip(trace.expert_ids_TLK.tolist(), homes, positions, strict=True)
-    for token, home, position in tokens:
+    for number, (token, home, position) in enumerate(tokens):
         for layer, chosen in enumerate(token):
+            home = chosen_LT[layer][number] if chosen_LT else home
             slots = {
                 k: serving(placement, layer, e, home, position + k, per_node)
                 for k, e in enumerate(chosen)

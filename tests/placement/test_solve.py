@@ -237,7 +237,7 @@ def test_alignment_is_the_best_relabelling(nodes):
     ("arguments", "message"),
     [
         ({"objective": "jumps"}, "objective"),
-        ({"dispatch": "shuffled"}, "dispatch"),
+        ({"dispatch": "scattered"}, "dispatch"),
         ({"objective": "rows", "dispatch": "gathered"}, "same rows under every placement"),
         ({"time_limit": -1}, "time_limit"),
         ({"time_limit": float("nan")}, "time_limit"),

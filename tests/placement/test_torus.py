@@ -108,7 +108,9 @@ def test_a_ring_by_hand():
     assert seconds_lib.exchange_seconds(bytes_LMM, line, False)[0] == pytest.approx(11 + 2e-3)
     # an all-gather is passed on: every device receives its 3 shares over its two links
     work = Work(kv_values=1000, value_bytes=2, batch_tokens=4000)
-    assert seconds_lib.gather_seconds(machine, work) == pytest.approx(3 * 2e6 / 2e9 + 2e-3)
+    assert seconds_lib.gather_seconds(machine, work, work.kv_values) == pytest.approx(
+        3 * 2e6 / 2e9 + 2e-3
+    )
 
 
 @pytest.mark.parametrize("torus", TORI[:-1], ids=str)

@@ -109,7 +109,8 @@ def test_home_by_home_is_the_same_without_replicas(dispatch, machine):
 @pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
 def test_the_first_sample_of_a_plan_with_replicas_is_what_is_counted(dispatch, machine):
     trace = realistic()
-    problem = Problem(trace, machine, "seconds", dispatch, num_slots=12)
+    slots = None if dispatch == "shuffled" else 12  # no copies are planned for it; they are judged
+    problem = Problem(trace, machine, "seconds", dispatch, num_slots=slots)
     load_LE = np.random.default_rng(0).lognormal(0, 1, (3, 8))
     placement = replication.balanced_slots(load_LE, 12, 4)
     samples = paired_copies.sample(problem, placement, paired.weights(trace.num_sequences, 0))
@@ -120,7 +121,8 @@ def test_the_first_sample_of_a_plan_with_replicas_is_what_is_counted(dispatch, m
     assert samples.load_B[0] == pytest.approx(as_load.value_of(placement), rel=1e-12)
 
 
-@pytest.mark.parametrize("dispatch", cost.DISPATCHES)
+# in shuffled dispatch a drawn sequence keeps the homes it had among its neighbours in the trace
+@pytest.mark.parametrize("dispatch", [one for one in cost.DISPATCHES if one != "shuffled"])
 def test_a_sample_is_the_trace_with_its_sequences_drawn(dispatch):
     uneven = np.array([5, 95, 10, 90, 20, 80, 30, 70, 40, 60, 50, 50], np.int32)
     trace = dataclasses.replace(realistic(), seq_len=uneven)
@@ -352,7 +354,11 @@ def test_new_device_numbers_change_nothing_but_the_move(dispatch, machine):
         value = problem.value(after.device_LE)
         assert problem.value(found.device_LE) == pytest.approx(value, rel=1e-12)
         moved = int((before.device_LE != found.device_LE).sum())
-        assert moved == fewest_moves(before, after, machine, problem.separable)
+        fewest = fewest_moves(before, after, machine, problem.separable)
+        if dispatch == "shuffled":  # devices keep their numbers
+            assert found == after
+            continue
+        assert moved == fewest
         assert moved <= int((before.device_LE != after.device_LE).sum())
 
 

@@ -56,7 +56,12 @@ def run(options: argparse.Namespace) -> str:
     with interrupt.leaving(f"wrote {options.out}, not judged"):
         held_out = None
         if halves:
-            held_out = evidence.judge(halves.judge_half, placement, problem.topology)
+            held_out = evidence.judge(
+                halves.judge_half,
+                placement,
+                problem.topology,
+                step_tokens=problem.work.batch_tokens,
+            )
     if options.report:
         with interrupt.leaving(f"wrote {options.out}, not {options.report}"):
             _write_page(options, trace, problem, placement, report, halves)

@@ -62,6 +62,7 @@ def check(problem: Problem) -> None:
     if problem.dispatch not in DISPATCHES:
         why = {
             "coherent": "tokens do not return: the home matters to the first layer only",
+            "shuffled": "every layer chooses homes anew, by its experts",
             "gathered": "every token goes everywhere, wherever it lives",
         }
         raise Refused(

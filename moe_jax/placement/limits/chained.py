@@ -8,8 +8,8 @@ Axes: L layers, E experts, M devices, C options of a layer.
   gains most per move, or loses least per move saved (paths.py). Their rows are the options.
   The mixes of some numbers of moves are refined, layer by layer by an exact program that limits the
   moves, and join the options.
-- coherent dispatch, moetuner: options are those of exchange dispatch (menu.py), in seconds for
-  moetuner.
+- coherent and shuffled dispatch, moetuner: options are those of exchange dispatch (menu.py), in
+  seconds for moetuner.
 
 Two neighbouring layers have a value together that no other layer enters (knapsack.chained), exactly
 so where every token has an expert in every layer. Long traces are sampled for it; plans are valued

@@ -4,7 +4,7 @@ Axes: L MoE layers, M devices. The seconds of a layer (seconds.py) are those of 
 and its slowest link, phase after phase. Of them
 - compute is the mean over devices of the time each needs for its own rows;
 - exchange is the mean over devices of the time each needs to send and receive its own rows on the
-  way out and back (and to gather keys and values, in coherent dispatch);
+  way out and back (and what attention sends in coherent and shuffled dispatch);
 - waiting is the rest: the mean over devices of the time each waits, in every phase, for the
   slowest one.
 They add up to the seconds of the layer exactly. A perfectly even layer has no waiting.
@@ -48,8 +48,7 @@ def clock(
     to_bytes = work.batch_tokens / num_tokens * work.row_bytes
     exchange_LM = own_seconds(rows.dispatch_LMM * to_bytes, topology, dispatch)
     exchange_LM = exchange_LM + own_seconds(rows.combine_LMM * to_bytes, topology, dispatch)
-    if dispatch == "coherent":  # the same on every device
-        exchange_LM = exchange_LM + seconds_lib.gather_seconds(topology, work)
+    exchange_LM = exchange_LM + seconds_lib.attention_seconds(topology, work, dispatch)  # on each
     compute_L, exchange_L = compute_LM.mean(axis=1), exchange_LM.mean(axis=1)
     waiting_L = np.maximum(whole.total_L - compute_L - exchange_L, 0.0)  # rounding
     return Clock(compute_L, exchange_L, waiting_L)

@@ -63,8 +63,9 @@ class View:
 def view(name: str, judge: Problem, placement: Placement) -> View:
     """Looks at a placement on the trace of `judge`."""
     ids_TLK, each = judge.trace.expert_ids_TLK, judge.topology.devices_per_node
-    rows = cost.rows(ids_TLK, placement, judge.dispatch, devices_per_node=each)
-    load_LM = cost.computed_LM(ids_TLK, placement, judge.dispatch, None, each)
+    step = judge.work.batch_tokens
+    rows = cost.rows(ids_TLK, placement, judge.dispatch, devices_per_node=each, step_tokens=step)
+    load_LM = cost.computed_LM(ids_TLK, placement, judge.dispatch, None, each, None, step)
     tokens = judge.trace.num_tokens
     return View(
         name=name,
@@ -76,7 +77,7 @@ def view(name: str, judge: Problem, placement: Placement) -> View:
         clock=clock_lib.clock(rows, load_LM, judge.topology, judge.work, judge.dispatch, tokens),
         flow_JMM=flow_JMM(judge, placement),
         order_LE=order_LE(placement),
-        figures=evidence.judge(judge.trace, placement, judge.topology),
+        figures=evidence.judge(judge.trace, placement, judge.topology, step_tokens=step),
     )
 
 
