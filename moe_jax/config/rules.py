@@ -398,7 +398,9 @@ def _validate_replanning(config: Config) -> None:
         )
     if config.model.dispatch == "shuffled" or config.mesh.expert_devices == 1:
         one = config.mesh.expert_devices == 1
-        why = "experts are on one device" if one else "shuffled dispatch has no planner of its own"
+        why = "experts are on one device"
+        if not one:
+            why = "gradients follow the rows in shuffled dispatch, so a new plan changes the curve"
         raise Refused("replan.every", replan.every, f"must be 0 here: {why}", "use 0")
 
 
