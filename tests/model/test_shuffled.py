@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import mesh as mesh_lib
+from moe_jax import permute
 from moe_jax.errors import Refused
 from moe_jax.infer import sampling
 from moe_jax.infer.engine import Engine
@@ -151,19 +152,14 @@ def test_rows_of_plans_with_copies():
     """Homes follow the first copies; the copy that serves is chosen from there. Partial sums."""
     config = sized("shuffled", {"data": 2, "expert": 4}, combine="partial")
     forward = jax.jit(transformer.build_forward(config.model, tiny.mesh(config)))
-    model, layer_L1 = (
-        transformer.Transformer(jax.random.key(1), config.model),
-        np.arange(2)[:, None],
-    )
-    placements = [tiny.replicated_placement(seed, slots=12) for seed in range(3)]
+    model, single = transformer.Transformer(jax.random.key(1), config.model), tiny.contiguous()
     token_BS = tiny.tokens(16, 13)
     real_BS = np.arange(13)[None] < np.random.default_rng(1).integers(4, 14, (16, 1))
     position_T = (np.arange(16)[:, None] + np.arange(13)).ravel()
-    single = {name: getattr(model.blocks.moe, name)[...] for name in EXPERT_ARRAYS}
-    for placement in placements:
-        for name, whole in single.items():
-            getattr(model.blocks.moe, name)[...] = whole[layer_L1, placement.physical_to_logical_LP]
-        record = forward(model, token_BS, tiny.table(placement), real_BS=real_BS).record
+    for seed in range(3):
+        placement = tiny.replicated_placement(seed, slots=12)
+        moved = jax.tree.map(np.asarray, permute.apply(model, single, placement))
+        record = forward(moved, token_BS, tiny.table(placement), real_BS=real_BS).record
         assert_planned(record, placement, 2, "partial", position_T)
 
 
