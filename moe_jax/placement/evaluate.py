@@ -68,7 +68,7 @@ def evaluate(
 
 
 def recorded_rows(
-    trace: Trace, placement: Placement, topology: Topology, step_tokens: int
+    trace: Trace, placement: Placement, topology: Topology, step_tokens: int | None = None
 ) -> RecordedRows | None:
     """Exact integer rows with the homes in the trace (but shuffled dispatch chooses its own)."""
     if trace.seq_home is None or int(trace.seq_home.max()) >= placement.num_devices:

@@ -41,7 +41,7 @@ def test_solve_writes_a_plan_and_prints_one_object(trace_path, tmp_path, capsys)
     assert answer["gap"] == pytest.approx(gap)
     assert answer["seconds"] > 0
     held_out = answer["held_out"]
-    assert set(held_out["rows"]) == {"exchange", "hierarchical", "coherent", "gathered"}
+    assert set(held_out["rows"]) == {"exchange", "hierarchical", "coherent", "shuffled", "gathered"}
     for figure in (
         *held_out["rows"].values(),
         held_out["top1"],
