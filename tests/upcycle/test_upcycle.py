@@ -21,7 +21,7 @@ from moe_jax.placement.plan import Placement
 from moe_jax.train import loop, resume
 from moe_jax.upcycle import __main__ as command
 from moe_jax.upcycle import distance, make
-from tests.hf import golden, tiny_gguf
+from tests.hf import golden
 from tests.hf.test_infer import request
 
 # |difference| of upcycled and dense logits over the dense logits' range, both in float32: weights
@@ -29,33 +29,6 @@ from tests.hf.test_infer import request
 BOUND = 1e-6
 REAL_BOUND = 3e-6  # of 30 layers
 TOKENS = np.random.default_rng(0).integers(0, 264, (2, 24), np.int32)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    root = tmp_path_factory.mktemp("dense")
-    gguf_llama.convert(tiny_gguf.write(root / "tiny.gguf"), root / "folder")
-    return root / "folder"
-
-
-@pytest.fixture(scope="module")
-def upcycled(dense, tmp_path_factory):
-    """The command, from the GGUF file on."""
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    file = dense.parent / "tiny.gguf"
-    assert command.main([f"--gguf={file}", f"--workdir={workdir}", "--num-experts=4"]) == 0
-    assert [path.name for path in workdir.parent.iterdir()] == ["run"]  # nothing is left beside it
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A folder of small files, about half of them held out."""
-    folder_ = tmp_path_factory.mktemp("texts")
-    for number in range(24):
-        words = " ".join(f"in the 12 th {number * i % 37}" for i in range(40))
-        (folder_ / f"{number}.txt").write_text(f"{words} é\n")
-    return {"path": str(folder_), "held_out_fraction": 0.5, "seq_len": 16, "global_batch": 8}
 
 
 def config_of(workdir, texts, **changes):
