@@ -3,9 +3,7 @@
 from moe_jax.config.fields import LatentConfig, ModelConfig
 from moe_jax.errors import Refused
 
-_APART = ("shuffled", "coherent")  # dispatches with layers of their own,
-# and what those do not know
-_NOT_APART = ("embedding_scale", "residual_scale", "logits_divisor", "norm", "output_bias")
+_APART = ("shuffled", "coherent")  # dispatches with layers of their own: MoE layers, heads apart
 
 
 def validate(model: ModelConfig) -> None:
@@ -28,13 +26,6 @@ def validate(model: ModelConfig) -> None:
         raise Refused("model.d_ff_dense", model.d_ff_dense, rule, "set both, or none")
     if model.num_dense_layers and model.dispatch in _APART:
         _refuse_apart("model.num_dense_layers", model.num_dense_layers, model)
-    for name in _NOT_APART:
-        value = getattr(model, name)
-        if value != getattr(ModelConfig, name) and model.dispatch in _APART:
-            _refuse_apart(f"model.{name}", value, model)
-    if model.rope.kind == "longrope" and model.dispatch == "coherent":
-        rule = "goes by the length of each text, whose tokens are elsewhere in coherent dispatch"
-        raise Refused("model.rope.kind", "longrope", rule, "use another dispatch")
     for name in ("embedding_scale", "residual_scale", "logits_divisor"):
         if not (value := getattr(model, name)) > 0:
             raise Refused(f"model.{name}", value, "must be above 0", "use 1 where there is none")

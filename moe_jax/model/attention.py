@@ -176,15 +176,21 @@ def project(
     weights: Attention | Heads,
     position_BS: Int[Array, "B S"],
     setting: Setting,
+    reached_BS: Int[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B S H Q"], Float[Array, "B S G Q"], Float[Array, "B S G Q"]]:
-    """Queries, keys and values; queries and keys are normed and turned by their positions."""
+    """Queries, keys and values; queries and keys are normed and turned by their positions.
+
+    Args:
+      reached_BS: see `rope.rotate`.
+    """
     query_BSHQ = _heads(x_BSD, weights.query_DHQ, weights.query_bias_HQ)
     key_BSGQ = _heads(x_BSD, weights.key_DGQ, weights.key_bias_GQ)
     value_BSGQ = _heads(x_BSD, weights.value_DGQ, weights.value_bias_GQ)
     query_BSHQ = norm_heads(query_BSHQ, weights.query_norm_Z, setting)
     key_BSGQ = norm_heads(key_BSGQ, weights.key_norm_Z, setting)
-    query_BSHQ = rope_lib.rotate(query_BSHQ, position_BS, setting.rope)
-    return query_BSHQ, rope_lib.rotate(key_BSGQ, position_BS, setting.rope), value_BSGQ
+    turned = (position_BS, setting.rope, reached_BS)
+    query_BSHQ = rope_lib.rotate(query_BSHQ, *turned)
+    return query_BSHQ, rope_lib.rotate(key_BSGQ, *turned), value_BSGQ
 
 
 def windows(config: ModelConfig) -> np.ndarray | None:

@@ -70,7 +70,8 @@ def build_forward(
 ) -> transformer.Forward:
     """As `transformer.build_forward`, with a cache from `empty_cache`, and `Apart` in the record.
 
-    Logits at positions without a token are 0; the router's losses are not computed.
+    Rows at positions without a token are 0 before the last norm; the router's losses are not
+    computed.
     """
     dtype, eps = jnp.dtype(config.dtype), config.norm_eps
     stack = _build_stack(config, mesh, implementation)
@@ -90,13 +91,15 @@ def build_forward(
         if real_BS is None:
             real_BS = jnp.ones(token_BS.shape, bool)
         embedding_VD = model.embedding_VD[...].astype(dtype)
-        x_BSD = embedding_VD[token_BS]
+        x_BSD = layers.times(config.embedding_scale, embedding_VD[token_BS])
         x_BSD, cache, record = stack(x_BSD, model.blocks, table, position_BS, real_BS, cache)
         if last_B is not None:
             x_BSD = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)
-        x_BSD = layers.rms_norm(x_BSD, model.final_norm_D[...], eps)
+        norm_bias_D = parameter.value(model.final_norm_bias_D)
+        x_BSD = layers.norm(x_BSD, model.final_norm_D[...], norm_bias_D, eps)
         output_DV = None if model.output_DV is None else model.output_DV[...].astype(dtype)
-        return transformer.Output(layers.logits(x_BSD, embedding_VD, output_DV), cache, record)
+        of_output = (output_DV, parameter.value(model.output_bias_V), config.logits_divisor)
+        return transformer.Output(layers.logits(x_BSD, embedding_VD, *of_output), cache, record)
 
     return forward
 
@@ -140,7 +143,11 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
             setting = schemes.Setting(
                 mesh_lib.EXPERT, num_physical, wire.transport_of(mesh), config.combine
             )
-            group = _Group(config, setting, implementation, position_BS, decoding(x_bSD, cache))
+            reached_B = jnp.where(real_BS, position_BS, 0).max(axis=1)
+            group = _Group(
+                *(config, setting, implementation, position_BS, reached_B),
+                decoding(x_bSD, cache),
+            )
             x_bSD, cache, expert_LbSK, traffic, shared, home_MM = group.run(
                 x_bSD, blocks, table, real_BS, cache
             )
@@ -165,12 +172,14 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
 class _Group:
     """The layers as one device of an expert group computes them. Inside `shard_map`."""
 
-    def __init__(self, config, setting, implementation, position_BS, decoding: bool):
+    def __init__(self, config, setting, implementation, position_BS, reached_B, decoding: bool):
+        """`reached_B`: the last position of each sequence at hand."""
         self._config, self._setting, self._decoding = config, setting, decoding
         self._attention = attention.setting_of(config)
         self._implementation = implementation
         self._batch, self._sequence = position_BS.shape
         self._position_X = position_BS.reshape(-1).astype(jnp.int32)
+        self._reached_X = jnp.repeat(reached_B, self._sequence)
         first_row = jax.lax.axis_index(_REPLICAS) * self._batch  # of the whole batch
         self._turn_X = rule_position(position_BS).reshape(-1).astype(jnp.int32) + first_row
         self._num_group = position_BS.size
@@ -227,9 +236,9 @@ class _Group:
             x_RD, at_X, traffic = move_on(
                 slot_XK,
                 weight_XK,
-                self._norm_of(block.moe_norm_D),
+                self._norm_of(block.moe_norm_D, block.moe_norm_bias_D),
                 self._experts_of(block.moe),
-                self._beside(block),
+                self._add_of(block),
             )
         shared_M = stay.shared_M(here, setting.axes)
         padding_M = stay.shared_padding_M(here, self._num_tokens)
@@ -242,14 +251,17 @@ class _Group:
         """Queries of the tokens here, and their keys and values side by side, packed."""
         config, tile = self._config, self._tile
         heads, groups, width = config.num_heads, config.num_kv_heads, config.d_head
+        norm = self._norm_of(block.attention_norm_D, block.attention_norm_bias_D)
 
         def compute(i):
             start = i * tile
             x_WD = jax.lax.dynamic_slice_in_dim(x_RD, start, tile)
-            position_W = self._position_X[jax.lax.dynamic_slice_in_dim(here.token_R, start, tile)]
-            normed_WD = self._norm_of(block.attention_norm_D)(x_WD)
+            token_W = jax.lax.dynamic_slice_in_dim(here.token_R, start, tile)
+            position_W, reached_W = self._position_X[token_W], self._reached_X[token_W]
+            normed_WD = norm(x_WD)
             query, key, value = attention.project(
-                normed_WD[None], block.attention, position_W[None], self._attention
+                *(normed_WD[None], block.attention, position_W[None], self._attention),
+                reached_W[None],
             )
             kv_WZ = jnp.concatenate([key[0].reshape(tile, -1), value[0].reshape(tile, -1)], axis=1)
             return start, (query[0], kv_WZ)
@@ -313,8 +325,8 @@ class _Group:
                     sink_H,
                     self._attention.divisor,
                 )
-            x_WD = cut(x_RD) + attention.project_out(mixed_1WHQ, block.attention)[0]
-            normed_WD = self._norm_of(block.moe_norm_D)(x_WD)
+            x_WD = self._added(cut(x_RD), attention.project_out(mixed_1WHQ, block.attention)[0])
+            normed_WD = self._norm_of(block.moe_norm_D, block.moe_norm_bias_D)(x_WD)
             with jax.named_scope("route"):
                 routing = router.route(
                     normed_WD,
@@ -354,10 +366,15 @@ class _Group:
 
         return end_B[-1], place
 
-    def _norm_of(self, scale_D: nnx.Param) -> Callable[[jax.Array], jax.Array]:
+    def _norm_of(
+        self, scale_D: nnx.Param, bias_D: nnx.Param | None
+    ) -> Callable[[jax.Array], jax.Array]:
         """[N, D] -> [N, D]"""
-        eps = self._config.norm_eps
-        return lambda x_ND: layers.rms_norm(x_ND[None], scale_D[...], eps)[0]
+        norm = (scale_D[...], parameter.value(bias_D), self._config.norm_eps)
+        return lambda x_ND: layers.norm(x_ND[None], *norm)[0]
+
+    def _added(self, x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
+        return x_ND + layers.times(self._config.residual_scale, y_ND)
 
     def _experts_of(self, weights: moe.MoE) -> schemes.ExpertsFn:
         def experts_fn(rows_AD, group_sizes_e):
@@ -371,14 +388,15 @@ class _Group:
 
         return experts_fn
 
-    def _beside(self, block: transformer.Block) -> Callable[[jax.Array], jax.Array] | None:
-        """What each residual row [N, D] adds to itself: the shared expert, where there is one."""
-        expert, norm = block.moe.shared, self._norm_of(block.moe_norm_D)
-        if expert is None:
-            return None
+    def _add_of(self, block: transformer.Block) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Residual rows [N, D] with what their experts say and, where there is one, the shared."""
+        expert = block.moe.shared
+        norm = self._norm_of(block.moe_norm_D, block.moe_norm_bias_D)
 
-        def beside(x_ND):
-            cast = jax.tree.map(lambda a: a.astype(x_ND.dtype), expert)
-            return shared.compute(norm(x_ND), cast)
+        def add(x_ND, y_ND):
+            if expert is not None:
+                cast = jax.tree.map(lambda a: a.astype(x_ND.dtype), expert)
+                y_ND = y_ND + shared.compute(norm(x_ND), cast)
+            return self._added(x_ND, y_ND)
 
-        return beside
+        return add

@@ -42,14 +42,35 @@ def layer_norm(
     return y_BSD.astype(x_BSD.dtype)
 
 
-def logits(x_BSD: Float[Array, "B S D"], embedding_VD: jax.Array, output_DV: jax.Array | None):
+def norm(x_BSD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
+    """The norm that a model has: a layer norm where there is a bias, else an RMS norm."""
+    if bias_D is None:
+        return rms_norm(x_BSD, scale_D, eps)
+    return layer_norm(x_BSD, scale_D, bias_D, eps)
+
+
+def times(scale: float, x_BSD: jax.Array) -> jax.Array:
+    """A multiplier of the model; 1 is no operation."""
+    return x_BSD if scale == 1 else scale * x_BSD
+
+
+def logits(
+    x_BSD: Float[Array, "B S D"],
+    embedding_VD: jax.Array,
+    output_DV: jax.Array | None,
+    bias_V: jax.Array | None = None,
+    divisor: float = 1.0,
+):
     """float32 [B, S, V] of normed rows, by the output projection or, where it is None, the
     embedding."""
     if output_DV is None:
         logits_BSV = jnp.einsum("bsd,vd->bsv", x_BSD, embedding_VD)
     else:
         logits_BSV = jnp.einsum("bsd,dv->bsv", x_BSD, output_DV)
-    return logits_BSV.astype(jnp.float32)
+    logits_BSV = logits_BSV.astype(jnp.float32)
+    if bias_V is not None:
+        logits_BSV += bias_V[None, None]
+    return logits_BSV if divisor == 1 else logits_BSV / divisor
 
 
 # (normed rows, attention weights as they are computed with) -> (what attention adds, what it keeps)
@@ -95,7 +116,7 @@ class Layers:
     def embed(self, model: Any, token_BS: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array]:
         """Rows of the embedding, [B, S, D], and the embedding as it is computed with, [V, D]."""
         embedding_VD = self._whole(model.embedding_VD, dtype=self._dtype)[...]
-        x_BSD = self._place(_times(self._config.embedding_scale, embedding_VD[token_BS]))
+        x_BSD = self._place(times(self._config.embedding_scale, embedding_VD[token_BS]))
         return x_BSD, embedding_VD
 
     def dense(self, x_BSD: jax.Array, block: Any, attend: Attend) -> tuple[jax.Array, Any]:
@@ -139,12 +160,10 @@ class Layers:
         output_DV = None
         if model.output_DV is not None:
             output_DV = self._whole(model.output_DV, dtype=self._dtype)[...]
-        logits_BSV = logits(x_BSD, embedding_VD, output_DV)
+        bias_V = None
         if model.output_bias_V is not None:
-            logits_BSV += self._whole(model.output_bias_V)[...][None, None]
-        if self._config.logits_divisor != 1:
-            logits_BSV /= self._config.logits_divisor
-        return logits_BSV
+            bias_V = self._whole(model.output_bias_V)[...]
+        return logits(x_BSD, embedding_VD, output_DV, bias_V, self._config.logits_divisor)
 
     def _attended(
         self, x_BSD: jax.Array, block: Any, attend: Attend, bias_D: Any = None
@@ -156,17 +175,11 @@ class Layers:
         return self._place(self._added(x_BSD, self._place(mixed_BSD))), kept
 
     def _normed(self, x_BSD: jax.Array, scale_D: Any, bias_D: Any = None) -> jax.Array:
-        eps = self._config.norm_eps
-        if bias_D is None:
-            return rms_norm(x_BSD, self._whole(scale_D)[...], eps)
-        return layer_norm(x_BSD, self._whole(scale_D)[...], self._whole(bias_D)[...], eps)
+        whole_bias_D = None if bias_D is None else self._whole(bias_D)[...]
+        return norm(x_BSD, self._whole(scale_D)[...], whole_bias_D, self._config.norm_eps)
 
     def _added(self, x_BSD: jax.Array, y_BSD: jax.Array) -> jax.Array:
-        return x_BSD + _times(self._config.residual_scale, y_BSD)
+        return x_BSD + times(self._config.residual_scale, y_BSD)
 
     def _place(self, x_BSD: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x_BSD, self._split)
-
-
-def _times(scale: float, x_BSD: jax.Array) -> jax.Array:
-    return x_BSD if scale == 1 else scale * x_BSD

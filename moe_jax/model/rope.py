@@ -77,10 +77,20 @@ def logit_scale(config: RopeConfig) -> float:
 
 
 def rotate(
-    x_BSHQ: Float[Array, "B S H Q"], position_BS: Int[Array, "B S"], rope: Rope
+    x_BSHQ: Float[Array, "B S H Q"],
+    position_BS: Int[Array, "B S"],
+    rope: Rope,
+    reached_BS: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H Q"]:
-    """Turns each pair of values by position x frequency."""
-    angle_BSF = position_BS.astype(jnp.float32)[:, :, None] * _frequency(rope, position_BS)
+    """Turns each pair of values by position x frequency.
+
+    Args:
+      reached_BS: the last position of each token's text, where the tokens at hand are not those of
+        one text a row; None = the last one of the row.
+    """
+    if reached_BS is None:
+        reached_BS = position_BS.max(axis=1, keepdims=True)
+    angle_BSF = position_BS.astype(jnp.float32)[:, :, None] * _frequency(rope, reached_BS)
     cos, sin = (rope.scale * turn(angle_BSF)[:, :, None] for turn in (jnp.cos, jnp.sin))
     x32_BSHQ = x_BSHQ.astype(jnp.float32)
     if rope.interleaved:
@@ -91,14 +101,14 @@ def rotate(
     return turned.astype(x_BSHQ.dtype)
 
 
-def _frequency(rope: Rope, position_BS: jax.Array) -> jax.Array:
-    """[1 or B, 1, F]"""
+def _frequency(rope: Rope, reached_BS: jax.Array) -> jax.Array:
+    """[1, 1, F], or of each text [B, S or 1, F]"""
     frequency_11F = jnp.array(rope.frequencies, jnp.float32)[None, None]
     if not rope.long_frequencies:
         return frequency_11F
     long_11F = jnp.array(rope.long_frequencies, jnp.float32)[None, None]
-    is_long_B = position_BS.max(axis=1) >= rope.long_from
-    return jnp.where(is_long_B[:, None, None], long_11F, frequency_11F)
+    is_long_BS = reached_BS >= rope.long_from
+    return jnp.where(is_long_BS[:, :, None], long_11F, frequency_11F)
 
 
 def _plain(config: RopeConfig, power_F: np.ndarray, theta: float) -> Rope:

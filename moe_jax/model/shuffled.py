@@ -13,7 +13,6 @@ heads, G key/value heads, C cached positions.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import mesh as mesh_lib
-from moe_jax.model import attention
+from moe_jax.config import ModelConfig
+from moe_jax.model import attention, parameter
+from moe_jax.model import layers as layers_lib
 from moe_jax.model.attention import Heads, LayerCache
 from moe_jax.model.dispatch import homes as homes_lib
 from moe_jax.model.dispatch.table import Table
@@ -53,7 +54,7 @@ class Rows:
     real_N: Leaf
 
 
-Norm = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BSD, scale_D) -> x_BSD
+Norm = tuple[jax.Array, jax.Array | None]  # scale [D], and bias [D] of a layer norm
 
 
 def layers(
@@ -78,11 +79,12 @@ def layers(
     def layer(rows, of_layer):
         block, table, cache, window = of_layer
         with jax.named_scope("attention"):
-            scale_D = block.attention_norm_D[...]
+            norm = (block.attention_norm_D[...], parameter.value(block.attention_norm_bias_D))
             of_sequences = (position_BS, real_BS, cache, window)
-            rows, cache = steps.attend(rows, scale_D, block.attention, *of_sequences)
+            rows, cache = steps.attend(rows, norm, block.attention, *of_sequences)
         x_BSD = rows.x_ND.reshape(*shape, -1)
-        normed_BSD = steps.norm(x_BSD, block.moe_norm_D[...])
+        norm = (block.moe_norm_D[...], parameter.value(block.moe_norm_bias_D))
+        normed_BSD = steps.normed(x_BSD, norm)
         turn_N = steps.of_rows(turn_BS, rows.token_N)
         at_hand = (turn_N.reshape(shape), rows.real_N.reshape(shape))
         y_BSD, record = steps.moe(normed_BSD, block.moe, *at_hand, table)
@@ -94,7 +96,7 @@ def layers(
         )
         rows = dataclasses.replace(
             rows,
-            x_ND=(x_BSD + y_BSD).reshape(rows.x_ND.shape),
+            x_ND=steps.added(x_BSD, y_BSD).reshape(rows.x_ND.shape),
             device_NK=steps.devices_of(expert_NK, table, len(block.moe.gate_PDF[...])),
         )
         return rows, (cache, record)
@@ -106,20 +108,21 @@ def layers(
 class Steps:
     """The parts of a layer, built once for a mesh."""
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        moe: MoELayer,
-        norm: Norm,
-        num_kv_heads: int,
-        setting: attention.Setting,
-        top_k: int,
-    ):
+    def __init__(self, config: ModelConfig, mesh: Mesh, moe: MoELayer, setting: attention.Setting):
         self._mesh, self._groups = mesh, mesh_lib.size(mesh, _GROUP)
         self._devices = mesh_lib.size(mesh, mesh_lib.EXPERT)
-        self._num_kv_heads, self._top_k = num_kv_heads, top_k
+        self._num_kv_heads, self._top_k = config.num_kv_heads, config.top_k
+        self._norm_eps, self._residual_scale = config.norm_eps, config.residual_scale
         self._setting = dataclasses.replace(setting, heads_over=mesh_lib.EXPERT)
-        self.moe, self.norm = moe, norm
+        self.moe = moe
+
+    def normed(self, x_BSD: jax.Array, norm: Norm) -> jax.Array:
+        """Rows as attention and experts see them."""
+        return layers_lib.norm(x_BSD, *norm, self._norm_eps)
+
+    def added(self, x_ZZ: jax.Array, y_ZZ: jax.Array) -> jax.Array:
+        """The residual stream with what attention or experts add to it."""
+        return x_ZZ + layers_lib.times(self._residual_scale, y_ZZ)
 
     def start(self, x_BSD: Float[Array, "B S D"], real_BS: Bool[Array, "B S"]) -> Rows:
         """All rows at home: nothing is known of their experts."""
@@ -138,7 +141,7 @@ class Steps:
     def attend(
         self,
         rows: Rows,
-        scale_D: jax.Array,
+        norm: Norm,
         weights: attention.Attention,
         position_BS: Int[Array, "B S"],
         real_BS: Bool[Array, "B S"],
@@ -148,7 +151,7 @@ class Steps:
         """Attention and its residual; each row then lies where its experts were.
 
         Args:
-          scale_D: of the norm before attention.
+          norm: before attention.
           window: of the layer, see `attention.seen`.
         """
         num_local_kv = max(1, self._num_kv_heads // self._devices)
@@ -167,7 +170,7 @@ class Steps:
             first, axis = me * self._num_kv_heads // size, axes[name].index("head")
             return jax.lax.dynamic_slice_in_dim(_vary(part), first, num_local_kv, axis=axis)
 
-        def on_device(rows, scale_D, parts, position_BS, real_BS, cache, window):
+        def on_device(rows, norm, parts, position_BS, real_BS, cache, window):
             size = jax.lax.axis_size(mesh_lib.EXPERT)
             heads = Heads(**{name: of_device(name, part) for name, part in parts.items()})
             x_XD, token_X, device_XK = _gathered((rows.x_ND, rows.token_N, rows.device_NK))
@@ -175,9 +178,9 @@ class Steps:
             x_XD = _permuted(x_XD, position_X, token_X)
             x_BSD = x_XD.reshape(*position_BS.shape, -1)
             position_BS = _vary_over_devices(position_BS)
+            normed_BSD = self.normed(x_BSD, jax.tree.map(_vary, norm))
             mixed_BSD, cache = attention.attend(
-                *(self.norm(x_BSD, _vary(scale_D)), heads, position_BS, self._setting, cache),
-                window,
+                *(normed_BSD, heads, position_BS, self._setting, cache, window)
             )
 
             home_X = homes_lib.balanced(device_XK[position_X], size)
@@ -185,7 +188,8 @@ class Steps:
             position_X = _inverse(token_X)
             mixed_XD = _permuted(mixed_BSD.reshape(x_XD.shape), token_X, position_X)
             x_TD = _mine(_permuted(x_XD, token_X, position_X))
-            x_TD = x_TD + jax.lax.psum_scatter(mixed_XD, mesh_lib.EXPERT, tiled=True)
+            mixed_TD = jax.lax.psum_scatter(mixed_XD, mesh_lib.EXPERT, tiled=True)
+            x_TD = self.added(x_TD, mixed_TD)
             real_X = _vary_over_devices(real_BS).reshape(-1)[token_X]
             token_T, real_T = _mine(token_X), _mine(real_X)
             return Rows(x_TD, token_T, jnp.full_like(rows.device_NK, -1), real_T), cache
@@ -199,7 +203,7 @@ class Steps:
             out_specs=(_ROWS, CACHE),
         )
         cast = {name: param[...].astype(rows.x_ND.dtype) for name, param in params.items()}
-        return step(rows, scale_D, cast, position_BS, real_BS, cache, window)
+        return step(rows, norm, cast, position_BS, real_BS, cache, window)
 
     def in_order(self, value_NK: jax.Array, token_N: jax.Array) -> jax.Array:
         """What belongs to rows, in the order of tokens, each at its sequence's home."""

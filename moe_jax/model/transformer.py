@@ -180,10 +180,7 @@ def build_forward(
     window_L = None if window_L is None else window_L[config.num_dense_layers :]
     steps = None
     if config.dispatch == "shuffled":
-        norm = functools.partial(layers_lib.rms_norm, eps=config.norm_eps)
-        steps = shuffled.Steps(
-            *(mesh, layers.moe_layer, norm, config.num_kv_heads, setting, config.top_k)
-        )
+        steps = shuffled.Steps(config, mesh, layers.moe_layer, setting)
 
     def forward(
         model: Transformer,

@@ -1,6 +1,7 @@
 """Multipliers, layer norms and a bias of logits: Granite-MoE and Phi-3.5-MoE have them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.model import layers, parameter, transformer
+from moe_jax.model import coherent, layers, parameter, transformer
 from tests import tiny
 from tests.model.test_parts import shaken
 
@@ -29,16 +30,23 @@ def config_with(parts, dispatch="local", **mesh):
     return tiny.config(mesh=mesh, model__dispatch=dispatch, **named)
 
 
-def logits_of(config, model):
+def run(config, model, **of_tokens):
+    """(logits, experts of every token)"""
     mesh = tiny.mesh(config)
     model = jax.tree.map(
         lambda a, names: jax.device_put(a, mesh_lib.sharding(mesh, *names)),
         model,
         parameter.logical_axes(model),
     )
-    forward = transformer.build_forward(config.model, mesh, "reference")
+    layers_of = coherent if config.model.dispatch == "coherent" else transformer
+    forward = layers_of.build_forward(config.model, mesh, "reference")
     table = transformer.identity_table(tiny.LAYERS, tiny.EXPERTS)
-    return np.asarray(jax.jit(forward)(model, jnp.asarray(TOKEN_BS), table).logits_BSV)
+    output = jax.jit(forward)(model, jnp.asarray(TOKEN_BS), table, **of_tokens)
+    return np.asarray(output.logits_BSV), np.asarray(output.record.expert_BSK)
+
+
+def logits_of(config, model):
+    return run(config, model)[0]
 
 
 def test_multipliers_are_those_of_weights():
@@ -92,12 +100,47 @@ def test_meshes_equal_one_device(dispatch, mesh):
     np.testing.assert_allclose(actual_BSV, expected_BSV, rtol=0, atol=1e-5 * np.ptp(expected_BSV))
 
 
-@pytest.mark.parametrize("dispatch", ["shuffled", "coherent"])
-@pytest.mark.parametrize("name", ["embedding_scale", "residual_scale", "logits_divisor", *NORMS])
-def test_layers_written_apart_refuse_them(dispatch, name):
-    value = (MULTIPLIERS | NORMS)[name]
-    with pytest.raises(Refused, match=f"model.{name} = .*whose layers are written apart"):
-        config_with({name: value}, dispatch, expert=2)
+LONGROPE = {
+    **{"kind": "longrope", "factor": 2.0, "original_seq_len": 5},
+    **{"short_factor": (1.0, 1.5), "long_factor": (2.0, 8.0)},
+}
+LENGTH_B = np.array([8, 5, 6, 3, 8, 1, 5, 7])  # of texts, on both sides of `original_seq_len`
+
+
+@functools.cache
+def trained(shared=0):
+    parts = {**MULTIPLIERS, **NORMS, "rope": LONGROPE, "d_ff_shared": shared}
+    return parts, shaken(transformer.Transformer(jax.random.key(0), config_with(parts).model))
+
+
+@functools.cache
+def on_one_device(shared):
+    return of_real(config_with(trained(shared)[0]), trained(shared)[1])
+
+
+def of_real(config, model):
+    """Logits and experts of texts of several lengths, 0 and -1 elsewhere."""
+    real_BS = np.arange(8)[None] < LENGTH_B[:, None]
+    logits_BSV, expert_LBSK = run(config, model, real_BS=jnp.asarray(real_BS))
+    return np.where(real_BS[:, :, None], logits_BSV, 0), expert_LBSK
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "mesh", "shared"),
+    [
+        ("shuffled", {"expert": 2}, 0),
+        ("coherent", {"expert": 2}, 0),
+        pytest.param("shuffled", {"data": 2, "expert": 4}, 0, marks=pytest.mark.slow),
+        pytest.param("coherent", {"data": 2, "expert": 4}, 12, marks=pytest.mark.slow),
+    ],
+)
+def test_layers_written_apart_have_them(dispatch, mesh, shared):
+    """And LongRoPE, by the length of each text."""
+    parts, model = trained(shared)
+    expected_BSV, expected_LBSK = on_one_device(shared)
+    actual_BSV, actual_LBSK = of_real(config_with(parts, dispatch, **mesh), model)
+    np.testing.assert_array_equal(actual_LBSK, expected_LBSK)
+    np.testing.assert_allclose(actual_BSV, expected_BSV, rtol=0, atol=1e-5 * np.ptp(expected_BSV))
 
 
 def test_what_is_not_trained_is_refused():
@@ -106,7 +149,3 @@ def test_what_is_not_trained_is_refused():
         config_lib.check_trainable(config)
     with pytest.raises(Refused, match=r"router_scores = 'sigmoid': does not go with"):
         config_with({"router_weights": "sparse_mixer", "router_scores": "sigmoid"})
-    longrope = {"kind": "longrope", "factor": 2.0, "original_seq_len": 8,
-                "short_factor": (1.0, 1.0), "long_factor": (2.0, 2.0)}  # fmt: skip
-    with pytest.raises(Refused, match=r"rope.kind = 'longrope': goes by the length of each text"):
-        config_with({"rope": longrope}, "coherent", expert=2)

@@ -48,7 +48,7 @@ class Onward:
         weight_XK: jax.Array,
         norm: Callable[[jax.Array], jax.Array],
         experts_fn: ExpertsFn,
-        beside: Callable[[jax.Array], jax.Array] | None = None,
+        add: Callable[[jax.Array, jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array, Traffic]:
         """Moves the tokens on.
 
@@ -58,7 +58,8 @@ class Onward:
           weight_XK: float32.
           norm: [N, D] -> [N, D], of the rows that experts see.
           experts_fn: the experts here.
-          beside: [N, D] -> [N, D], what a residual row adds to itself where the token goes on from.
+          add: [N, D] and [N, D] -> [N, D], residual rows and what the experts say of them -> the
+            rows that tokens go on with, where they go on from.
 
         Returns:
           x_RD of the tokens that are here then, packed; at_X, where all are; this device's traffic.
@@ -96,10 +97,7 @@ class Onward:
             token_W = jax.lax.dynamic_slice_in_dim(there.token_R, i * self.tile, self.tile)
             y_WD = combine.total(token_W, sorting_lib.take_rows(rows_ND, row_XK[token_W]))
             x_WD = arrived_XD[arrival_X[token_W]]
-            y_WD = y_WD.astype(self.x_RD.dtype)
-            if beside is not None:
-                y_WD = y_WD + beside(x_WD)
-            return i * self.tile, x_WD + y_WD
+            return i * self.tile, add(x_WD, y_WD.astype(self.x_RD.dtype))
 
         tiles = stay.num_tiles(there.count, self.tile)
         x_RD = stay.fill(compute, tiles, jnp.zeros_like(self.x_RD))
