@@ -138,6 +138,23 @@ class Starter:
                 self._started.put(message["pid"])
 
 
+def as_a_user(
+    workdir: pathlib.Path,
+    num_steps: int,
+    *,
+    log: pathlib.Path,
+    more: Sequence[str] = (),
+    **fields: object,
+) -> Process:
+    """As a `Starter` does, by a new interpreter, which does at its end what it does for users."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(workdir, num_steps, **fields)]
+    with open(log, "ab") as said:
+        process = subprocess.Popen([*command, *more], cwd=ROOT, stdout=said, stderr=said)
+    ended: queue.Queue[int] = queue.Queue()
+    threading.Thread(target=lambda: ended.put(process.wait()), daemon=True).start()
+    return Process(process.pid, workdir, log, ended)
+
+
 def rows(workdir: pathlib.Path) -> list[tuple]:
     """What must have the same bits in every run: step, loss, gradient norm, held-out loss."""
     found = metrics.read(workdir / "metrics.jsonl")[1]

@@ -1,7 +1,9 @@
-"""Two processes: one of them is told to go, and both save the same step; then one goes on."""
+"""Several processes: one of them is told to go, and all save the same step; then one goes on. One
+of them is killed, and the other ends; then both go on."""
 
 import signal
 import socket
+import time
 
 import pytest
 
@@ -9,7 +11,7 @@ from tests.faults import harness
 
 
 def start_all(start, workdir, num_steps, processes, logs):
-    """The processes of one run, each with one device and a log of its own."""
+    """The processes of one run, each with a device and a log of its own; two share experts."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -19,7 +21,8 @@ def start_all(start, workdir, num_steps, processes, logs):
             num_steps,
             log=logs / f"{number}.log",
             more=[f"--distributed=localhost:{port},{processes},{number}"],
-            virtual_devices=2 // processes,
+            virtual_devices=1,
+            mesh__data=processes // 2,
         )
         for number in range(processes)
     ]
@@ -30,25 +33,28 @@ def ended(processes):
         assert process.wait() == 0, process.said()[-3000:]
 
 
-def told_to_go(start, workdir, num_steps, number, logs):
-    """One start of two processes, one of which gets a SIGTERM; whether a step was lost."""
+def told_to_go(start, workdir, num_steps, number, logs, count=2):
+    """One start of several processes, one of which gets a SIGTERM; whether a step was lost."""
     steps = number % 2 + 1  # of this start before the signal
     beyond = harness.last_step(workdir) + steps - 1
-    processes = start_all(start, workdir, num_steps, 2, logs)
+    processes = start_all(start, workdir, num_steps, count, logs)
     harness.moves_on(processes[0], beyond)
-    processes[(number + 1) % 2].kill(signal.SIGTERM)
+    told = processes[(number + 1) % count]
+    told.kill(signal.SIGTERM)
     ended(processes)
+    assert [p for p in processes if "SIGTERM: saving" in p.said()] == [told]  # the others agreed
     assert harness.newest_step(workdir) < num_steps
     return harness.newest_step(workdir) != harness.last_step(workdir)
 
 
 @pytest.mark.slow
-def test_term_of_one_process_of_two(start, tmp_path):
-    """The step is agreed on, exit code 0 for both; one process alone goes on from there."""
+@pytest.mark.parametrize(("count", "number"), [(2, 0), (4, 2), (4, 3)])
+def test_term_of_one_process(count, number, start, tmp_path):
+    """The step is agreed on, exit code 0 for all; one process alone goes on from there."""
     workdir, num_steps = tmp_path / "run", 200
-    lost = told_to_go(start, workdir, num_steps, 0, tmp_path)
+    lost = told_to_go(start, workdir, num_steps, number, tmp_path, count)
     saved = harness.newest_step(workdir)
-    process = start(workdir, num_steps)
+    process = start(workdir, num_steps, virtual_devices=count, mesh__data=count // 2)
     harness.moves_on(process, saved)
     process.kill(signal.SIGTERM)
     ended([process])
@@ -76,3 +82,29 @@ def test_terms_of_one_process_of_two(start, tmp_path):
     processes = start_all(start, workdir, num_steps + 2, 2, tmp_path)
     ended(processes)
     assert harness.resumed_after(processes[0]) == num_steps + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kill_of_one_process_of_two(start, tmp_path):
+    """The other fails and ends, when heartbeats are missed; both go on with the bits of a run that
+    was left alone."""
+    whole, workdir, num_steps = tmp_path / "whole" / "run", tmp_path / "run", 60
+    whole.parent.mkdir()
+    ended(start_all(start, whole, num_steps, 2, whole.parent))
+    for killed in (1, 0):
+        before = harness.newest_step(workdir)
+        processes = start_all(harness.as_a_user, workdir, num_steps, 2, tmp_path)
+        harness.saves(processes[0], before + 1)
+        processes[killed].kill(signal.SIGKILL)
+        since = time.monotonic()
+        code = processes[1 - killed].wait(timeout=300)
+        seconds = time.monotonic() - since
+        print(f"\nprocess {killed} killed: the other ends after {seconds:.0f} s, code {code}")
+        assert code != 0
+        assert before < harness.newest_step(workdir) < num_steps
+    saved = harness.newest_step(workdir)
+    processes = start_all(start, workdir, num_steps, 2, tmp_path)
+    ended(processes)
+    assert harness.resumed_after(processes[0]) == saved
+    assert harness.same_end(workdir, whole)
