@@ -140,19 +140,15 @@ def test_experts_move_in_several_processes(tmp_path):
 @pytest.mark.parametrize("share", [0, 1])
 def test_a_damaged_step_is_left_by_all_processes(share, tmp_path):
     """One process finds the file that is wrong, in its share; none of them takes the step."""
-    small = ("--config.virtual_devices=1", *sizes(2), "--config.model.d_model=64")
-
-    def start(num_steps):
-        return run_all([command(tmp_path, num_steps, *small, flag) for flag in apart_flags(2)])
-
-    start(4)
+    devices = "--config.virtual_devices=4"
+    run_all([command(tmp_path, 4, devices, flag) for flag in apart_flags(2)])
     newest = tmp_path / "checkpoints" / "4"
     listed = json.loads((newest / integrity.MANIFEST).read_text())
     large = sorted(name for name in listed if listed[name]["size"] > integrity.SMALL_BYTES)
     data = bytearray((newest / large[share]).read_bytes())
     data[len(data) // 2] ^= 1
     (newest / large[share]).write_bytes(data)
-    said = start(6)
+    said = run_all([command(tmp_path, 6, devices, flag) for flag in apart_flags(2)])
     assert "skipping checkpoint 4: " in said[0]
     assert large[share] in said[0]
     assert "resuming after step 2" in said[0]
