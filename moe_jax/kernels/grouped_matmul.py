@@ -27,12 +27,20 @@ from moe_jax.kernels import checks
 from moe_jax.kernels.activation import ACTIVATIONS, Activation
 from moe_jax.kernels.scaled import Scaled
 
-IMPLEMENTATIONS = ("reference", "cpu", "pallas_tpu", "pallas_tpu_interpret")
-# "cpu" is plain JAX: it runs on a GPU as well, correct but not fast.
+IMPLEMENTATIONS = (
+    "reference",
+    "cpu",
+    "pallas_tpu",
+    "pallas_tpu_interpret",
+    "pallas_gpu",
+    "pallas_gpu_interpret",
+)
+# "cpu" is plain JAX: it runs on a GPU as well, correct but not fast. The kernels for Hopper have
+# not been run on one yet: they are there by name.
 _BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu", "tpu": "pallas_tpu"}
 # They read transposed weights where they lie, and those of one layer among several; for the others
 # such weights are transposed and cut out first.
-_TRANSPOSED_IN_PLACE = ("cpu", "pallas_tpu", "pallas_tpu_interpret")
+_TRANSPOSED_IN_PLACE = tuple(name for name in IMPLEMENTATIONS if name != "reference")
 _LAYERS_IN_PLACE = ("cpu",)
 # They can keep pre-activations for the backward pass.
 _STORING = ("pallas_tpu", "pallas_tpu_interpret")

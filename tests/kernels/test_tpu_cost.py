@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels import bench
+from moe_jax.kernels.operands import Operands, Result, Weight
 from moe_jax.kernels.tpu import chips, cost, tiles, traffic, work
-from moe_jax.kernels.tpu.rows import Operands, Result, Weight
 
 BFLOAT16 = jnp.dtype("bfloat16")
 

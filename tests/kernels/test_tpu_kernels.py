@@ -14,8 +14,8 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
+from moe_jax.kernels.operands import Operands, Result, Weight
 from moe_jax.kernels.tpu import chips, tiles
-from moe_jax.kernels.tpu.rows import Operands, Result, Weight
 from tests.kernels.oracle import BOUNDS, OPS, SLOW, assert_close, make
 
 # rows of the buffer, rows of each group

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from moe_jax.kernels.tpu.chips import Chip
 
 if TYPE_CHECKING:
-    from moe_jax.kernels.tpu.rows import Operands, Result
+    from moe_jax.kernels.operands import Operands, Result
 
 Shaped = Array | jax.ShapeDtypeStruct
 PART_ROWS = 128

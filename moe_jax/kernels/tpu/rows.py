@@ -14,61 +14,18 @@ computed, and its own rows written over what the neighbours left.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
+from moe_jax.kernels.operands import Epilogue, Operands, Result
 from moe_jax.kernels.tpu import cost, tiles
 from moe_jax.kernels.tpu import work as items
 from moe_jax.kernels.tpu.cost import PART_ROWS
-
-
-class Weight(NamedTuple):
-    """Attributes:
-    array: [G, A, B], or [G, B, A] where `transposed`.
-    """
-
-    array: Array
-    transposed: bool = False
-
-
-class Operands(NamedTuple):
-    """What a kernel reads, and which products are summed to what.
-
-    Attributes:
-      lhs: [N, A] each.
-      weights: one or several.
-      products: for each sum the pairs (index of lhs, index of weight) that add up to it.
-      by_group: [G, B] each, for the epilogue.
-      by_row: [N] each, for the epilogue.
-      by_both: [N, B] each, for the epilogue.
-    """
-
-    lhs: Sequence[Array]
-    weights: Sequence[Weight]
-    products: Sequence[Sequence[tuple[int, int]]]
-    by_group: Sequence[Array] = ()
-    by_row: Sequence[Array] = ()
-    by_both: Sequence[Array] = ()
-
-
-class Result(NamedTuple):
-    """Attributes:
-    dtype: of the result.
-    row_sum: the epilogue's value is summed over B: the result is [N], in float32.
-    """
-
-    dtype: DTypeLike
-    row_sum: bool = False
-
-
-# (sums, by_group, by_row, by_both) of a tile, all float32 -> a value [T, B] for each result
-Epilogue = Callable[[list[Array], list[Array], list[Array], list[Array]], Sequence[Array]]
 
 
 def grouped_rows(

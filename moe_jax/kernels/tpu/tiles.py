@@ -24,7 +24,7 @@ from moe_jax.kernels.tpu.cost import PART_ROWS, Tile
 from moe_jax.kernels.tpu.table import TABLE
 
 if TYPE_CHECKING:
-    from moe_jax.kernels.tpu.rows import Operands, Result
+    from moe_jax.kernels.operands import Operands, Result
 
 _LANES = 128
 _ROWS = (256, 512, 1024)

@@ -1,0 +1,57 @@
+"""Which rows of which group a block of threads takes: one list for any number of groups.
+
+Copies of the tensor memory accelerator begin at multiples of 8 rows, where tiles in shared memory
+are swizzled. So a group's first tile begins up to 7 rows before it, and each item says which of
+its rows are the group's own. What a row's result is does not depend on where its tile begins.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+ALIGNED = 8  # rows: a swizzled tile's height
+
+
+class Work(NamedTuple):
+    """Items (group, tile of rows), W of them; those that are left over have no rows.
+
+    Attributes:
+      group_W: G for rows of no group.
+      eighth_W: the tile begins at row 8 eighth.
+      low_W, high_W: rows low <= i < high of the tile are the group's.
+    """
+
+    group_W: Array
+    eighth_W: Array
+    low_W: Array
+    high_W: Array
+
+
+def list_work(group_sizes_G: Array, num_rows: int, tile_rows: int) -> tuple[Work, Array]:
+    """The items in order of rows, and for each row [N] item * tile_rows + its place in the tile.
+
+    Args:
+      group_sizes_G: cut off where they sum to more than num_rows.
+    """
+    ends_G = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), num_rows)
+    ends_H = jnp.append(ends_G, jnp.int32(num_rows))  # H: the groups, and the rows of none
+    starts_H = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G])
+    first_H = starts_H - starts_H % ALIGNED
+    tiles_H = jnp.where(ends_H > starts_H, -(-(ends_H - first_H) // tile_rows), 0)
+    last_H = jnp.cumsum(tiles_H)
+    num_groups = ends_H.shape[0]
+    num_items = (num_rows + (ALIGNED - 1) * num_groups) // tile_rows + num_groups
+    item_W = jnp.arange(num_items, dtype=jnp.int32)
+    group_W = jnp.searchsorted(last_H, item_W, side="right").astype(jnp.int32)
+    there_W = group_W < num_groups
+    group_W = jnp.minimum(group_W, num_groups - 1)
+    base_W = first_H[group_W] + (item_W - (last_H - tiles_H)[group_W]) * tile_rows
+    low_W = jnp.clip(starts_H[group_W] - base_W, 0, tile_rows)
+    high_W = jnp.where(there_W, jnp.clip(ends_H[group_W] - base_W, 0, tile_rows), low_W)
+    eighth_W = jnp.where(there_W, base_W, 0) // ALIGNED
+    row_N = jnp.arange(num_rows, dtype=jnp.int32)
+    group_N = jnp.searchsorted(ends_H, row_N, side="right")
+    before_N = row_N - first_H[group_N]
+    place_N = (last_H - tiles_H)[group_N] * tile_rows + before_N
+    return Work(group_W, eighth_W, low_W, high_W), place_N.astype(jnp.int32)

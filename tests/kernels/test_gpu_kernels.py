@@ -1,0 +1,183 @@
+"""The Hopper kernels, interpreted with a look out for races; values against the oracle.
+
+Interpreting is slow: few shapes, chosen to end within tiles, with groups that are empty, whole, and
+of every kind of end. What is compiled for a GPU is lowered here, as far as it goes without one.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.errors import Refused
+from moe_jax.kernels import grouped_matmul as gm
+from moe_jax.kernels import pallas_gpu, scaled
+from moe_jax.kernels.gpu import work
+from moe_jax.kernels.operands import Operands, Result, Weight
+from tests.kernels.oracle import BOUNDS, SLOW, assert_close, make, numpy_answer, value_and_grads
+
+INTERPRETED = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="this JAX interprets no GPU kernels"
+)
+LOWERED = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="this JAX lowers no sums of rows for GPUs"
+)
+# rows of the buffer, rows of each group
+PATTERNS = {
+    "uneven": (150, [37, 0, 70, 3, 0]),
+    "nothing": (70, [0, 0]),
+    "one group": (140, [0, 140, 0]),
+    "full": (136, [8, 64, 64]),
+}
+interpreted = functools.partial(value_and_grads, implementation="pallas_gpu_interpret")
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("op", "pattern"),
+    [
+        ("matmul", "uneven"),
+        *(pytest.param("matmul", name, marks=SLOW) for name in list(PATTERNS)[1:]),
+        *(pytest.param(op, name, marks=SLOW) for op in ("ffn", "swiglu") for name in PATTERNS),
+    ],
+)
+def test_values_and_gradients(op, pattern):
+    args = make(op, *PATTERNS[pattern], dtype="bfloat16", d_model=72, d_ff=88)
+    assert_close(interpreted(op, *args), numpy_answer(op, *args), BOUNDS["bfloat16"])
+
+
+@INTERPRETED
+@pytest.mark.slow
+def test_several_tiles_of_columns():
+    args = make("matmul", *PATTERNS["uneven"], dtype="float16", d_model=136, d_ff=456)
+    assert_close(interpreted("matmul", *args), numpy_answer("matmul", *args), BOUNDS["bfloat16"])
+
+
+@INTERPRETED
+@pytest.mark.slow
+def test_weights_that_are_stored_transposed():
+    x_ND, (w_GDF,), sizes_G, dy = make("matmul", 60, [9, 0, 30], dtype="bfloat16")
+    args = x_ND, [w_GDF.swapaxes(1, 2)], sizes_G, dy
+    y, dx, dw = interpreted("matmul", *args, transpose_w=True)
+    expected = numpy_answer("matmul", x_ND, [w_GDF], sizes_G, dy)
+    assert_close([y, dx, dw.swapaxes(1, 2)], expected, BOUNDS["bfloat16"])
+
+
+@INTERPRETED
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
+def test_biases_and_weights_of_rows(activation):
+    x_ND, weights, sizes_G, dy = make("ffn", 90, [37, 0, 40], dtype="bfloat16", d_model=72)
+    rng = np.random.default_rng(1)
+    wide = [jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (80, 80, 72)]
+    weight_N = jnp.asarray(rng.uniform(size=90), jnp.float32).at[77:].set(jnp.nan)
+
+    def run(implementation):
+        def f(x_ND, weights, biases, weight_N):
+            names = ("bias_gate_GF", "bias_up_GF", "bias_down_GD")
+            kwargs = dict(zip(names, biases, strict=True), row_weight_N=weight_N)
+            kwargs |= {"activation": activation, "implementation": implementation}
+            return gm.grouped_ffn(x_ND, *weights, sizes_G, **kwargs)
+
+        y, vjp = jax.vjp(f, x_ND, weights, wide, weight_N)
+        return [np.asarray(a, np.float64) for a in jax.tree.leaves((y, vjp(dy.astype(y.dtype))))]
+
+    assert_close(run("pallas_gpu_interpret"), run("reference"), 2 * BOUNDS["bfloat16"])
+
+
+@INTERPRETED
+def test_others_may_hold_anything():
+    """NaN in rows of no group reaches no result; in rows of a group, that group alone."""
+    x_ND, weights, sizes_G, dy = make("matmul", 70, [13, 21, 20], dtype="bfloat16", d_model=64)
+    dirty = (a.at[13:34].set(jnp.nan).at[54:].set(jnp.nan) for a in (x_ND, dy))
+    x_NaN, dy_NaN = dirty
+    y, dx, dw = interpreted("matmul", x_NaN, weights, sizes_G, dy_NaN)
+    clean = numpy_answer("matmul", x_ND, weights, sizes_G, dy)
+    clean[0][13:34], clean[1][13:34], clean[2][1] = 0, 0, 0
+    y[13:34], dx[13:34], dw[1] = 0, 0, 0
+    assert_close([y, dx, dw], clean, BOUNDS["bfloat16"])
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 300])
+def test_every_row_has_one_item(num_rows):
+    rng = np.random.default_rng(num_rows)
+    for _ in range(50):
+        sizes = rng.multinomial(rng.integers(num_rows + 1), rng.dirichlet(np.full(5, 0.3)))
+        found, place_N = work.list_work(jnp.asarray(sizes, jnp.int32), num_rows, 128)
+        group_W, eighth_W, low_W, high_W = map(np.asarray, found)
+        groups = np.full(num_rows, -1)
+        for item, (group, eighth) in enumerate(zip(group_W, eighth_W, strict=True)):
+            for place in range(low_W[item], high_W[item]):
+                row = 8 * eighth + place
+                assert groups[row] == -1
+                assert place_N[row] == item * 128 + place
+                groups[row] = group
+        unused = num_rows - sizes.sum()
+        np.testing.assert_array_equal(groups, np.repeat(np.arange(6), [*sizes, unused]))
+
+
+def lower(f, *shapes):
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+B16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+
+
+def test_a_product_is_lowered():
+    def y(x_ND, w_GDF, sizes_G):
+        operands = Operands([x_ND], [Weight(w_GDF)], (((0, 0),),))
+        return pallas_gpu.COMPILED.rows("y", operands, sizes_G, lambda s, *_: s, [Result(B16)])
+
+    assert "mosaic_gpu" in lower(y, ((1024, 256), B16), ((4, 256, 512), B16), ((4,), I32))
+
+
+def test_a_gradient_of_weights_is_lowered():
+    def dw(x_ND, dy, sizes_G):
+        return pallas_gpu.COMPILED.columns("dw", x_ND, [dy], sizes_G, B16)
+
+    assert "mosaic_gpu" in lower(dw, ((1024, 256), B16), ((1024, 512), B16), ((4,), I32))
+
+
+@LOWERED
+@pytest.mark.slow
+def test_an_ffn_is_lowered():
+    """All kernels of both passes, under a mesh whose axes are checked."""
+    mesh = jax.make_mesh((1,), ("expert",))
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P(), *[P("expert")] * 3, P(), P()), out_specs=P()
+    )
+    def loss(x_ND, gate, up, down, sizes_G, weight_N):
+        args = x_ND, gate, up, down, sizes_G
+        y_ND = gm.grouped_ffn(*args, row_weight_N=weight_N, implementation="pallas_gpu")
+        return jax.lax.psum(y_ND.astype(F32).sum(), "expert")
+
+    up, down = ((4, 256, 512), B16), ((4, 512, 256), B16)
+    shapes = ((1024, 256), B16), up, up, down, ((4,), I32), ((1024,), F32)
+    text = lower(jax.grad(loss, argnums=(0, 1, 2, 3, 5)), *shapes)
+    assert text.count("custom_call @mosaic_gpu") >= 6
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dtype": "float32"}, "bfloat16 and float16"),
+        ({"scale": True}, "no weights in int8"),
+        ({"pre_activations": "store"}, "only recomputes"),
+        ({}, "runs on GPUs"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(change, named):
+    x_ND, weights, sizes_G, _ = make("swiglu", 8, [3], dtype=change.get("dtype", "bfloat16"))
+    how = {"pre_activations": change.get("pre_activations", "recompute")}
+    if "scale" in change:
+        narrow = [scaled.quantised(w, "int8") for w in weights]
+        weights = [w.values for w in narrow]
+        how |= {"w_gate_scale_GF": narrow[0].scale, "w_up_scale_GF": narrow[1].scale}
+    with pytest.raises(Refused, match=named):
+        gm.grouped_swiglu(x_ND, *weights, sizes_G, implementation="pallas_gpu", **how)
