@@ -55,7 +55,7 @@ def grouped_rows(
     num_groups = weights[0].array.shape[0]
     num_out = weights[0].array.shape[1 if weights[0].transposed else 2]
     width, stages = tiles.for_rows(operands, results, num_out)
-    piece = tiles.piece(width)
+    piece, late = tiles.piece(width), tiles.late(stages)
     work, place_N = items.list_work(group_sizes_G, num_rows, TILE)
     num_items, num_tiles = work.group_W.shape[0], pl.cdiv(num_out, width)
     # read past the end of the rows by the last tile, without the copies that would fill it up
@@ -65,7 +65,8 @@ def grouped_rows(
 
     def pipeline(body, context):
         def spec(shape, along):
-            return plgpu.BlockSpec(shape, lambda k: tuple(k if a == along else 0 for a in (0, 1)))
+            place = (lambda k: (0, k)) if along else (lambda k: (k, 0))
+            return plgpu.BlockSpec(shape, place, delay_release=late)
 
         rows = [spec((TILE, SUMMED), 1) for _ in lhs]
         columns = [
@@ -146,7 +147,7 @@ def grouped_rows(
                             if weights[j].transposed:
                                 block = block.transpose((1, 0))
                             plgpu.wgmma(ref, blocks[i].at[own], block)
-                    plgpu.wgmma_wait(0)
+                    plgpu.wgmma_wait(late)
                     return sums
 
                 def of_columns(ref, weight):
