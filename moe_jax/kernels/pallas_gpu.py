@@ -18,6 +18,7 @@ from moe_jax.kernels.gpu.rows import grouped_rows
 from moe_jax.kernels.operands import Kernels
 from moe_jax.kernels.scaled import Scaled
 
+OLDEST = 0, 11  # JAX
 MULTIPROCESSORS = 132  # of an H100 or H200 (SXM); a GPU with fewer runs the blocks in turns
 
 
@@ -70,6 +71,12 @@ def check_types(x_ND: Array, *args: Any) -> None:
 
 def _check(x_ND: Array, *args: Any) -> None:
     check_types(x_ND, *args)
+    if jax.__version_info__ < OLDEST:
+        rule = (
+            f"needs JAX 0.11 or newer, which compiles all of its kernels; this is {jax.__version__}"
+        )
+        fix = "Use Python 3.12 or newer, or pass implementation='cpu'"
+        raise Refused("implementation", "pallas_gpu", rule, fix)
     if isinstance(x_ND, jax.core.Tracer):
         return  # a program that is traced may be compiled for a GPU that is not there
     platforms = {device.platform for device in x_ND.devices()}
