@@ -67,7 +67,7 @@ def digest(config: Config) -> str:
     for field in PARTS:
         if getattr(config.model, field) == getattr(ModelConfig, field):
             del plain["model"][field]
-    del plain["data"]["read_threads"]
+    del plain["data"]["read_threads"], plain["model"]["kernels"]
     if not config.data.tokenizer:
         del plain["data"]["tokenizer"]
     if not config.train.spike_sigma:

@@ -7,6 +7,7 @@ INFERENCE_ONLY = ("coherent",)  # of them: not for training
 AUTO = "auto"  # the one that the cost model finds fastest (auto.py); no model is built with it
 COMBINES = ("exact", "partial", "reproducible")
 WIRE_DTYPES = ("", "float8_e4m3fn")
+KERNELS = ("", "reference", "cpu", "pallas_tpu", "pallas_gpu")  # kernels/grouped_matmul.py
 OVERLAP_DEGREES = (1, 2, 4, 8)
 DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
@@ -82,6 +83,7 @@ class ModelConfig:
     capacity_factor: float = 0.0  # of the mean load of an expert; 0 = nothing is dropped
     wire_dtype: str = ""  # of rows to the experts: "" = dtype, or "float8_e4m3fn"; gradients: dtype
     overlap_degree: int = 1  # chunks of tokens whose exchange and experts may overlap
+    kernels: str = ""  # of the experts' matmuls: a name in `KERNELS`; "" = by platform
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.001
     # What published families differ in (moe_jax/hf); names in `PARTS`.
@@ -151,7 +153,7 @@ PARTS = (
 # Fields of `ModelConfig` that may change and leave the weights with their meaning.
 BESIDE_WEIGHTS = (
     *("dtype", "dispatch", "combine", "capacity_factor", "wire_dtype", "overlap_degree"),
-    *("load_balance_coef", "z_loss_coef", "max_seq_len"),
+    *("kernels", "load_balance_coef", "z_loss_coef", "max_seq_len"),
 )
 
 

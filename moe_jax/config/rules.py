@@ -17,6 +17,7 @@ from moe_jax.config.fields import (
     FAILED_SAVES,
     GROUP_SCORES,
     INFERENCE_ONLY,
+    KERNELS,
     MESH_AXES,
     NORMS,
     OVERLAP_DEGREES,
@@ -93,6 +94,10 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of("model.combine", model.combine, COMBINES)
     _one_of("model.dtype", model.dtype, DTYPES)
     _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
+    _one_of("model.kernels", model.kernels, KERNELS)
+    if model.kernels == "pallas_gpu" and model.dtype == "float32":
+        rule = "computes in 16 bits, and model.dtype = 'float32'"
+        raise Refused("model.kernels", model.kernels, rule, "set model.dtype = 'bfloat16'")
     _one_of("model.router_weights", model.router_weights, ROUTER_WEIGHTS)
     _one_of("model.router_scores", model.router_scores, ROUTER_SCORES)
     _one_of("model.router_group_scores", model.router_group_scores, GROUP_SCORES)

@@ -83,7 +83,7 @@ class Layers:
     """The math of layers around their attention, for every forward pass; chosen once.
 
     Args:
-      implementation: of the grouped matmul; None = by platform.
+      implementation: of the grouped matmul; None = the config's, or by platform.
       attention_batch: logical axis of the batch in attention, "batch" or "replica".
 
     Attributes:
@@ -106,7 +106,7 @@ class Layers:
             wire_dtype=config.wire_dtype,
             scheme=router.scheme_of(config),
             activation=config.activation,
-            implementation=implementation,
+            implementation=implementation or config.kernels or None,
         )
         self._mesh, self._config, self._dtype = mesh, config, jnp.dtype(config.dtype)
         self._split = mesh_lib.sharding(mesh, "batch", None, None)

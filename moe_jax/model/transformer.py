@@ -160,7 +160,7 @@ def build_forward(
     """Chooses the parts of the model once.
 
     Args:
-      implementation: of the grouped matmul; None = by platform.
+      implementation: of the grouped matmul; None = the config's, or by platform.
       attention_batch: logical axis of the batch in attention, "batch" or "replica".
       remat: the backward pass computes each layer again from its input.
 

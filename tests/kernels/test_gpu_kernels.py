@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.config import fields
 from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
 from moe_jax.kernels import pallas_gpu, scaled
@@ -161,6 +162,11 @@ def test_an_ffn_is_lowered():
     shapes = ((1024, 256), B16), up, up, down, ((4,), I32), ((1024,), F32)
     text = lower(jax.grad(loss, argnums=(0, 1, 2, 3, 5)), *shapes)
     assert text.count("custom_call @mosaic_gpu") >= 6
+
+
+def test_a_config_may_name_them():
+    named = {name for name in gm.IMPLEMENTATIONS if "interpret" not in name}
+    assert named == set(fields.KERNELS) - {""}
 
 
 @pytest.mark.parametrize(
