@@ -49,7 +49,7 @@ def _one(
     (num_rows, padded_d), padded_f = x_ND.shape, dy_NF.shape[1]
     num_groups = group_sizes_G.shape[0]
     width, stages = tiles.for_columns(padded_f, x_ND.dtype.itemsize, jnp.dtype(dtype).itemsize)
-    piece, late = tiles.piece(width), tiles.late(stages)
+    piece = tiles.piece(width)
     tiles_d, tiles_f = pl.cdiv(padded_d, TILE_D), pl.cdiv(padded_f, width)
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), num_rows)
     starts_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
@@ -61,8 +61,8 @@ def _one(
                 grid=(steps,),
                 memory_registers=40,
                 in_specs=[
-                    plgpu.BlockSpec((SUMMED, TILE_D), lambda k: (k, 0), delay_release=late),
-                    plgpu.BlockSpec((SUMMED, width), lambda k: (k, 0), delay_release=late),
+                    plgpu.BlockSpec((SUMMED, TILE_D), lambda k: (k, 0)),
+                    plgpu.BlockSpec((SUMMED, width), lambda k: (k, 0)),
                 ],
                 wg_axis="wg",
                 num_compute_wgs=WARPGROUPS,
@@ -120,7 +120,7 @@ def _one(
                         plgpu.barrier_wait(both_masked)
 
                     plgpu.wgmma(sum_ref, x_block.at[:, own].transpose((1, 0)), dy_block)
-                    plgpu.wgmma_wait(late)
+                    plgpu.wgmma_wait(0)
                     return sum_ref
 
                 @pl.when(start < end)

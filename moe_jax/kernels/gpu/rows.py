@@ -55,7 +55,7 @@ def grouped_rows(
     num_groups = weights[0].array.shape[0]
     num_out = weights[0].array.shape[1 if weights[0].transposed else 2]
     width, stages = tiles.for_rows(operands, results, num_out)
-    piece, late = tiles.piece(width), tiles.late(stages)
+    piece = tiles.piece(width)
     work, place_N = items.list_work(group_sizes_G, num_rows, TILE)
     num_items, num_tiles = work.group_W.shape[0], pl.cdiv(num_out, width)
     # read past the end of the rows by the last tile, without the copies that would fill it up
@@ -66,7 +66,7 @@ def grouped_rows(
     def pipeline(body, context):
         def spec(shape, along):
             place = (lambda k: (0, k)) if along else (lambda k: (k, 0))
-            return plgpu.BlockSpec(shape, place, delay_release=late)
+            return plgpu.BlockSpec(shape, place)
 
         rows = [spec((TILE, SUMMED), 1) for _ in lhs]
         columns = [
@@ -147,7 +147,7 @@ def grouped_rows(
                             if weights[j].transposed:
                                 block = block.transpose((1, 0))
                             plgpu.wgmma(ref, blocks[i].at[own], block)
-                    plgpu.wgmma_wait(late)
+                    plgpu.wgmma_wait(0)
                     return sums
 
                 def of_columns(ref, weight):

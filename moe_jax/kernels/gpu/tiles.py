@@ -62,11 +62,6 @@ def piece(tile: int) -> int:
     return PIECE if tile % PIECE == 0 else PIECE // 2
 
 
-def late(stages: int) -> int:
-    """Steps whose products may still be under way when the next ones begin."""
-    return 1 if stages > 2 else 0
-
-
 def _widest(width: int, most: int, stages) -> tuple[int, int]:
     """Of the tiles that fit, the widest of those that reach least beyond the end."""
     fit = [tile for tile in WIDTHS if tile <= most and stages(tile) >= 2]
