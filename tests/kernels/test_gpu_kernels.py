@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import fields
@@ -148,7 +149,7 @@ def test_a_gradient_of_weights_is_lowered():
 @pytest.mark.slow
 def test_an_ffn_is_lowered():
     """All kernels of both passes, under a mesh whose axes are checked."""
-    mesh = jax.make_mesh((1,), ("expert",))
+    mesh = jax.make_mesh((1,), ("expert",), axis_types=(AxisType.Auto,))
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), *[P("expert")] * 3, P(), P()), out_specs=P()
@@ -160,7 +161,7 @@ def test_an_ffn_is_lowered():
 
     up, down = ((4, 256, 512), B16), ((4, 512, 256), B16)
     shapes = ((1024, 256), B16), up, up, down, ((4,), I32), ((1024,), F32)
-    text = lower(jax.grad(loss, argnums=(0, 1, 2, 3, 5)), *shapes)
+    text = lower(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 5)), *shapes)
     assert text.count("custom_call @mosaic_gpu") >= 6
 
 

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from moe_jax.kernels.gpu import tiles
 from moe_jax.kernels.gpu.tiles import ROWS, SUMMED, WARPGROUPS
-from moe_jax.kernels.gpu.work import ALIGNED
+from moe_jax.kernels.gpu.work import ALIGNED, varying_like
 
 TILE_D = WARPGROUPS * ROWS
 
@@ -149,11 +149,7 @@ def _one(
 
     dw_GDF = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(
-            (num_groups, padded_d, padded_f),
-            dtype,
-            manual_axis_type=jax.typeof(x_ND).manual_axis_type,
-        ),
+        out_type=jax.ShapeDtypeStruct((num_groups, padded_d, padded_f), dtype),
         grid=(blocks,),
         grid_names=("sm",),
         num_threads=WARPGROUPS + 1,
@@ -163,7 +159,7 @@ def _one(
         ),
         interpret=interpret,
     )(starts_G, ends_G, x_ND, dy_NF)
-    return dw_GDF[:, :d_model, :d_ff]
+    return varying_like(dw_GDF, x_ND)[:, :d_model, :d_ff]
 
 
 def _mask(block, row, start, end) -> None:

@@ -178,12 +178,11 @@ def grouped_rows(
             collective_axes="wg",
         )
 
-    vma = jax.typeof(lhs[0]).manual_axis_type
     shapes = [(num_tiles, num_items, TILE) if r.row_sum else (num_rows, num_out) for r in results]
     found = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct(shape, result.dtype, manual_axis_type=vma)
+            jax.ShapeDtypeStruct(shape, result.dtype)
             for shape, result in zip(shapes, results, strict=True)
         ],
         grid=(blocks,),
@@ -195,6 +194,7 @@ def grouped_rows(
         ),
         interpret=interpret,
     )(*work, *lhs, *(w.array for w in weights), *by_group, *by_row)
+    found = [items.varying_like(a, lhs[0]) for a in found]
     used_N = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes_G)
 
     def summed(parts: Array) -> Array:
