@@ -161,7 +161,7 @@ def test_a_search_that_ends_is_not_marked(trace_path, tmp_path, capsys):
 
 
 def test_ctrl_c_while_judging_leaves_the_plan(trace_path, tmp_path, monkeypatch, capsys):
-    def judge(*_):
+    def judge(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(solve_command.evidence, "judge", judge)
