@@ -4,7 +4,7 @@ Axes: N rows, G groups, T rows of a tile, A the axis that is summed over, B that
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax import Array
 from jax.typing import DTypeLike
@@ -67,3 +67,12 @@ class Kernels(NamedTuple):
     rows: Callable[..., list[Array]]
     columns: Callable[..., list[Array]]
     padding: Callable[[int], int]
+
+
+def split(refs: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
+    """Consecutive runs of the given lengths, and what is left."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(refs[start : start + count])
+        start += count
+    return [*parts, refs[start:]]

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax.kernels.gpu import tiles
 from moe_jax.kernels.gpu import work as items
 from moe_jax.kernels.gpu.tiles import ROWS, SUMMED, WARPGROUPS
-from moe_jax.kernels.operands import Epilogue, Operands, Result
+from moe_jax.kernels.operands import Epilogue, Operands, Result, split
 
 TILE = WARPGROUPS * ROWS
 
@@ -42,7 +42,7 @@ def grouped_rows(
     """Results [N, B], or [N] for sums of rows.
 
     Args:
-      kind: a name for the kernel.
+      kind: names the operation, as on TPUs; tiles do not depend on it here.
       blocks: of threads, one for each multiprocessor.
       interpret: what `plgpu.kernel` takes.
     """
@@ -84,7 +84,7 @@ def grouped_rows(
         )
 
     def kernel(*refs):
-        *inputs, out_refs = _split(refs, counts)
+        *inputs, out_refs = split(refs, counts)
         work = items.Work(*inputs[0])
         lhs_refs, weight_refs, group_refs, row_refs = inputs[1:]
         nothing = pipeline(lambda *_: None, lambda _: None)
@@ -102,7 +102,7 @@ def grouped_rows(
 
                 def write(values):
                     for ref, value, result in zip(out_refs, values, results, strict=True):
-                        if result.row_sum:
+                        if result.row_sum:  # beyond the last column products are with zeros
                             ref[tile, item, own] = jnp.sum(value, axis=1)
                             continue
                         smem = written[jnp.dtype(result.dtype)].at[warpgroup]
@@ -249,12 +249,3 @@ def _epilogue_outside(
         jnp.sum(v, axis=1) if r.row_sum else v.astype(r.dtype)
         for v, r in zip(values, results, strict=True)
     ]
-
-
-def _split(refs: Sequence[Any], counts: list[int]) -> list[Sequence[Any]]:
-    """Consecutive runs of the given lengths, and what is left."""
-    parts, start = [], 0
-    for count in counts:
-        parts.append(refs[start : start + count])
-        start += count
-    return [*parts, refs[start:]]

@@ -14,7 +14,6 @@ computed, and its own rows written over what the neighbours left.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.kernels.operands import Epilogue, Operands, Result
+from moe_jax.kernels.operands import Epilogue, Operands, Result, split
 from moe_jax.kernels.tpu import cost, tiles
 from moe_jax.kernels.tpu import work as items
 from moe_jax.kernels.tpu.cost import PART_ROWS
@@ -47,7 +46,7 @@ def grouped_rows(
     counts = [len(work), len(lhs), len(weights), len(by_group), len(by_row), len(by_both)]
 
     def kernel(*refs):
-        *inputs, out_refs, sum_refs = _split(refs, [*counts, len(results)])
+        *inputs, out_refs, sum_refs = split(refs, [*counts, len(results)])
         work = items.Work(*inputs[0])
         out, item, step = (pl.program_id(i) for i in range(3))
         start, end = work.rows(item, tile_rows)
@@ -204,15 +203,6 @@ def grouped_rows(
         jnp.sum(a, axis=(0, 1)) if result.row_sum else a
         for a, result in zip(found, results, strict=True)
     ]
-
-
-def _split(refs: Sequence[Any], counts: list[int]) -> list[Sequence[Any]]:
-    """Consecutive runs of the given lengths, and what is left."""
-    parts, start = [], 0
-    for count in counts:
-        parts.append(refs[start : start + count])
-        start += count
-    return [*parts, refs[start:]]
 
 
 def _repeat(
