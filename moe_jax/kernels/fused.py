@@ -13,8 +13,8 @@ with dh = dy @ w_down^T, or kept by the forward pass (`store`): 2 N F values mor
 with three matmuls less a third. `Kernels` holds the two kernels: tpu/ and gpu/ have them.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +279,28 @@ def _ffn_bwd(how, saved, dy_ND):
 
 _ffn = jax.custom_vjp(_ffn_impl, nondiff_argnums=(0,))
 _ffn.defvjp(_ffn_fwd, _ffn_bwd)
+
+
+# --- as a module has them ---------------------------------------------------------------------
+
+
+def operations(
+    kernels: Kernels, check: Callable[..., None]
+) -> tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]]:
+    """matmul, swiglu, ffn with these kernels.
+
+    Args:
+      check: takes the arrays and raises `Refused` for what the kernels do not take.
+    """
+
+    def checked(operation: Callable[..., Array]) -> Callable[..., Array]:
+        def run(x_ND: Array, *args: Any, **how: Any) -> Array:
+            check(x_ND, *args)
+            return operation(x_ND, *args, **how, kernels=kernels)
+
+        return run
+
+    return checked(matmul), checked(swiglu), checked(ffn)
 
 
 # --- parts -----------------------------------------------------------------------------------

@@ -37,21 +37,6 @@ def kernels(blocks: int, interpret: Any) -> Kernels:
 COMPILED = kernels(MULTIPROCESSORS, None)
 
 
-def matmul(x_ND: Array, *args: Any, **how: Any) -> Array:
-    _check(x_ND, *args)
-    return fused.matmul(x_ND, *args, **how, kernels=COMPILED)
-
-
-def swiglu(x_ND: Array, *args: Any, **how: Any) -> Array:
-    _check(x_ND, *args)
-    return fused.swiglu(x_ND, *args, **how, kernels=COMPILED)
-
-
-def ffn(x_ND: Array, *args: Any, **how: Any) -> Array:
-    _check(x_ND, *args)
-    return fused.ffn(x_ND, *args, **how, kernels=COMPILED)
-
-
 def check_types(x_ND: Array, *args: Any) -> None:
     """Raises `Refused` for what these kernels do not take."""
     if x_ND.dtype == jnp.float32:
@@ -87,3 +72,6 @@ def _check(x_ND: Array, *args: Any) -> None:
             f"runs on GPUs, and x_ND lies on {', '.join(sorted(platforms))}",
             "Pass implementation='cpu', which runs on every platform",
         )
+
+
+matmul, swiglu, ffn = fused.operations(COMPILED, _check)

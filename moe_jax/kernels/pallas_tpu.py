@@ -28,22 +28,7 @@ def kernels(interpret: bool) -> Kernels:
 COMPILED = kernels(interpret=False)
 
 
-def matmul(x_ND: Array, *args: Any, **how: Any) -> Array:
-    _check(x_ND)
-    return fused.matmul(x_ND, *args, **how, kernels=COMPILED)
-
-
-def swiglu(x_ND: Array, *args: Any, **how: Any) -> Array:
-    _check(x_ND)
-    return fused.swiglu(x_ND, *args, **how, kernels=COMPILED)
-
-
-def ffn(x_ND: Array, *args: Any, **how: Any) -> Array:
-    _check(x_ND)
-    return fused.ffn(x_ND, *args, **how, kernels=COMPILED)
-
-
-def check_dtype(x_ND: Array) -> None:
+def check_dtype(x_ND: Array, *_: Any) -> None:
     """Raises `Refused` for what these kernels do not take."""
     if x_ND.dtype == jnp.float16:
         raise Refused(
@@ -54,7 +39,7 @@ def check_dtype(x_ND: Array) -> None:
         )
 
 
-def _check(x_ND: Array) -> None:
+def _check(x_ND: Array, *_: Any) -> None:
     check_dtype(x_ND)
     if isinstance(x_ND, jax.core.Tracer):
         return  # a program that is traced may be compiled for a TPU that is not there
@@ -66,3 +51,6 @@ def _check(x_ND: Array) -> None:
             f"runs on TPUs, and x_ND lies on {', '.join(sorted(platforms))}",
             "Pass implementation='cpu', which runs on every platform, or 'pallas_tpu_interpret'",
         )
+
+
+matmul, swiglu, ffn = fused.operations(COMPILED, _check)

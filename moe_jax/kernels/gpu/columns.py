@@ -21,8 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from moe_jax.kernels.gpu import tiles
+from moe_jax.kernels.gpu.launch import launch
 from moe_jax.kernels.gpu.tiles import ROWS, SUMMED, WARPGROUPS
-from moe_jax.kernels.gpu.work import ALIGNED, varying_like
+from moe_jax.kernels.gpu.work import ALIGNED
 
 TILE_D = WARPGROUPS * ROWS
 
@@ -147,19 +148,10 @@ def _one(
             collective_axes="wg",
         )
 
-    dw_GDF = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((num_groups, padded_d, padded_f), dtype),
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
-        interpret=interpret,
-    )(starts_G, ends_G, x_ND, dy_NF)
-    return varying_like(dw_GDF, x_ND)[:, :d_model, :d_ff]
+    shaped = [jax.ShapeDtypeStruct((num_groups, padded_d, padded_f), dtype)]
+    args = [starts_G, ends_G, x_ND, dy_NF]
+    (dw_GDF,) = launch(kernel, shaped, args, x_ND, blocks=blocks, interpret=interpret)
+    return dw_GDF[:, :d_model, :d_ff]
 
 
 def _mask(block, row, start, end) -> None:

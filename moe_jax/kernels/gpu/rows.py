@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.kernels.gpu import tiles
 from moe_jax.kernels.gpu import work as items
+from moe_jax.kernels.gpu.launch import launch
 from moe_jax.kernels.gpu.tiles import ROWS, SUMMED, WARPGROUPS
 from moe_jax.kernels.operands import Epilogue, Operands, Result, split
 
@@ -179,22 +180,12 @@ def grouped_rows(
         )
 
     shapes = [(num_tiles, num_items, TILE) if r.row_sum else (num_rows, num_out) for r in results]
-    found = plgpu.kernel(
-        kernel,
-        out_type=[
-            jax.ShapeDtypeStruct(shape, result.dtype)
-            for shape, result in zip(shapes, results, strict=True)
-        ],
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
-        interpret=interpret,
-    )(*work, *lhs, *(w.array for w in weights), *by_group, *by_row)
-    found = [items.varying_like(a, lhs[0]) for a in found]
+    shaped = [
+        jax.ShapeDtypeStruct(shape, result.dtype)
+        for shape, result in zip(shapes, results, strict=True)
+    ]
+    args = [*work, *lhs, *(w.array for w in weights), *by_group, *by_row]
+    found = launch(kernel, shaped, args, lhs[0], blocks=blocks, interpret=interpret)
     used_N = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes_G)
 
     def summed(parts: Array) -> Array:

@@ -7,9 +7,8 @@ its rows are the group's own. What a row's result is does not depend on where it
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 ALIGNED = 8  # rows: a swizzled tile's height
 
@@ -56,10 +55,3 @@ def list_work(group_sizes_G: Array, num_rows: int, tile_rows: int) -> tuple[Work
     before_N = row_N - first_H[group_N]
     place_N = (last_H - tiles_H)[group_N] * tile_rows + before_N
     return Work(group_W, eighth_W, low_W, high_W), place_N.astype(jnp.int32)
-
-
-def varying_like(array: Array, like: Array) -> Array:
-    """The array varying over the mesh axes that `like` varies over: kernels' results do not say."""
-    of = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
-    missing = tuple(of(like) - of(array))
-    return lax.pcast(array, missing, to="varying") if missing else array
