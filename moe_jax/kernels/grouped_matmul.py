@@ -207,6 +207,15 @@ def default_implementation(platform: str | None = None) -> str:
     return _BY_PLATFORM[platform]
 
 
+def check_platform(implementation: str, platform: str) -> None:
+    """Raises `Refused` where a program would be built that its devices cannot run."""
+    needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(implementation, platform)
+    if needed != platform:
+        rule = f"runs on platform {needed!r}, and the devices are of {platform!r}"
+        fix = "set model.kernels = '', which chooses by platform (for infer.py in config.json)"
+        raise Refused("model.kernels", implementation, rule, fix)
+
+
 def _choose(implementation: str | None) -> ModuleType:
     name = default_implementation() if implementation is None else implementation
     if name not in IMPLEMENTATIONS:

@@ -280,6 +280,9 @@ def build_dispatch(
       activation: of experts: a name in kernels/activation.py.
       implementation: of the grouped matmul; None = by platform.
 
+    Raises:
+      Refused: the implementation does not run on the mesh.
+
     Returns:
       `compute(x_TD, expert_TK, weight_TK, table, experts, position_T=None) -> (y_TD, Traffic)`; T
       is a multiple of the devices, P of the expert axis; `experts` are `Experts`; positions are
@@ -291,6 +294,7 @@ def build_dispatch(
     transport = wire.transport_of(mesh)
     axes = mesh_lib.EXPERT
     implementation = implementation or grouped_matmul.default_implementation(platform)
+    grouped_matmul.check_platform(implementation, platform)
     vary_over = lambda axis: functools.partial(jax.lax.pcast, axis_name=axis, to="varying")  # noqa: E731
     vary_over_data, vary_over_tensor = vary_over(mesh_lib.DATA), vary_over(mesh_lib.TENSOR)
     replicas = (mesh_lib.DATA, mesh_lib.FSDP)

@@ -40,9 +40,9 @@ def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
         bound = SAFETY * float(each_LM.max(axis=1).mean())
         return bound, "bound: the fullest device computes at least the mean load"
     if problem.objective == "exflow":
-        note = "bound: what devices hold of adjacent layers, counted and by a relaxation"
+        note = "bound: what devices hold of adjacent layers, counted or by a relaxation"
         return max(SAFETY * problem.hops(_most_kept(problem, deadline)), 0.0), note
-    note = "bound: what devices and homes hold of a token's experts, counted and by a relaxation"
+    note = "bound: what devices and homes hold of a token's experts, counted or by a relaxation"
     return copies_bound.fewest_rows(problem, deadline), note
 
 

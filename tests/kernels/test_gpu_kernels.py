@@ -172,6 +172,14 @@ def test_a_config_may_name_them():
     assert named == set(fields.KERNELS) - {""}
 
 
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+def test_a_model_for_other_devices_is_refused(name):
+    with pytest.raises(Refused, match=r"model.kernels = .*the devices are of 'cpu'"):
+        gm.check_platform(name, "cpu")
+    for own in ("cpu", "reference", "pallas_gpu_interpret"):
+        gm.check_platform(own, "cpu")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
