@@ -1,7 +1,10 @@
 """The Hopper kernels, interpreted with a look out for races; values against the oracle.
 
 Interpreting is slow: few shapes, chosen to end within tiles, with groups that are empty, whole, and
-of every kind of end. What is compiled for a GPU is lowered here, as far as it goes without one.
+of every kind of end. What is compiled for a GPU is lowered here, as far as it goes without one; and
+where there is one, every test of values runs it, too:
+
+    JAX_PLATFORMS=cuda,cpu pytest -m 'slow or not slow' tests/kernels/test_gpu_kernels.py
 """
 
 import functools
@@ -22,8 +25,21 @@ from moe_jax.kernels.gpu import work
 from moe_jax.kernels.operands import Operands, Result, Weight
 from tests.kernels.oracle import BOUNDS, SLOW, assert_close, make, numpy_answer, value_and_grads
 
-INTERPRETED = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"), reason="this JAX interprets no GPU kernels"
+BOTH = pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param(
+            "pallas_gpu_interpret",
+            marks=pytest.mark.skipif(
+                not hasattr(plgpu, "InterpretGPUParams") or jax.default_backend() != "cpu",
+                reason="this JAX interprets no GPU kernels, or has a GPU to run them",
+            ),
+        ),
+        pytest.param(
+            "pallas_gpu",
+            marks=pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU"),
+        ),
+    ],
 )
 LOWERED = pytest.mark.skipif(
     jax.__version_info__ < pallas_gpu.OLDEST, reason="this JAX lowers no sums of rows for GPUs"
@@ -35,10 +51,9 @@ PATTERNS = {
     "one group": (140, [0, 140, 0]),
     "full": (136, [8, 64, 64]),
 }
-interpreted = functools.partial(value_and_grads, implementation="pallas_gpu_interpret")
 
 
-@INTERPRETED
+@BOTH
 @pytest.mark.parametrize(
     ("op", "pattern"),
     [
@@ -47,32 +62,34 @@ interpreted = functools.partial(value_and_grads, implementation="pallas_gpu_inte
         *(pytest.param(op, name, marks=SLOW) for op in ("ffn", "swiglu") for name in PATTERNS),
     ],
 )
-def test_values_and_gradients(op, pattern):
+def test_values_and_gradients(op, pattern, kernels):
     args = make(op, *PATTERNS[pattern], dtype="bfloat16", d_model=72, d_ff=88)
-    assert_close(interpreted(op, *args), numpy_answer(op, *args), BOUNDS["bfloat16"])
+    found = value_and_grads(op, *args, implementation=kernels)
+    assert_close(found, numpy_answer(op, *args), BOUNDS["bfloat16"])
 
 
-@INTERPRETED
+@BOTH
 @pytest.mark.slow
-def test_several_tiles_of_columns():
+def test_several_tiles_of_columns(kernels):
     args = make("matmul", *PATTERNS["uneven"], dtype="float16", d_model=136, d_ff=456)
-    assert_close(interpreted("matmul", *args), numpy_answer("matmul", *args), BOUNDS["bfloat16"])
+    found = value_and_grads("matmul", *args, implementation=kernels)
+    assert_close(found, numpy_answer("matmul", *args), BOUNDS["bfloat16"])
 
 
-@INTERPRETED
+@BOTH
 @pytest.mark.slow
-def test_weights_that_are_stored_transposed():
+def test_weights_that_are_stored_transposed(kernels):
     x_ND, (w_GDF,), sizes_G, dy = make("matmul", 60, [9, 0, 30], dtype="bfloat16")
     args = x_ND, [w_GDF.swapaxes(1, 2)], sizes_G, dy
-    y, dx, dw = interpreted("matmul", *args, transpose_w=True)
+    y, dx, dw = value_and_grads("matmul", *args, transpose_w=True, implementation=kernels)
     expected = numpy_answer("matmul", x_ND, [w_GDF], sizes_G, dy)
     assert_close([y, dx, dw.swapaxes(1, 2)], expected, BOUNDS["bfloat16"])
 
 
-@INTERPRETED
+@BOTH
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
-def test_biases_and_weights_of_rows(activation):
+def test_biases_and_weights_of_rows(activation, kernels):
     x_ND, weights, sizes_G, dy = make("ffn", 90, [37, 0, 40], dtype="bfloat16", d_model=72)
     rng = np.random.default_rng(1)
     wide = [jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (80, 80, 72)]
@@ -90,16 +107,18 @@ def test_biases_and_weights_of_rows(activation):
         y, vjp = jax.vjp(f, *args, wide, weight_N)
         return [np.asarray(a, np.float64) for a in jax.tree.leaves((y, vjp(dy.astype(y.dtype))))]
 
-    assert_close(run("pallas_gpu_interpret"), run("reference"), BOUNDS["bfloat16"])
+    assert_close(run(kernels), run("reference"), BOUNDS["bfloat16"])
 
 
-@INTERPRETED
-def test_others_may_hold_anything():
+@BOTH
+def test_others_may_hold_anything(kernels):
     """NaN in rows of no group reaches no result; in rows of a group, that group alone."""
     x_ND, weights, sizes_G, dy = make("matmul", 70, [13, 21, 20], dtype="bfloat16", d_model=64)
     dirty = (a.at[13:34].set(jnp.nan).at[54:].set(jnp.nan) for a in (x_ND, dy))
     x_NaN, dy_NaN = dirty
-    y, dx, dw = map(np.array, interpreted("matmul", x_NaN, weights, sizes_G, dy_NaN))
+    args = x_NaN, weights, sizes_G, dy_NaN
+    found = value_and_grads("matmul", *args, implementation=kernels)
+    y, dx, dw = map(np.array, found)
     clean = numpy_answer("matmul", x_ND, weights, sizes_G, dy)
     clean[0][13:34], clean[1][13:34], clean[2][1] = 0, 0, 0
     y[13:34], dx[13:34], dw[1] = 0, 0, 0
@@ -112,7 +131,9 @@ def test_every_row_has_one_item(num_rows):
     for _ in range(50):
         sizes = rng.multinomial(rng.integers(num_rows + 1), rng.dirichlet(np.full(5, 0.3)))
         found, place_N = work.list_work(jnp.asarray(sizes, jnp.int32), num_rows, 128)
-        group_W, eighth_W, low_W, high_W = map(np.asarray, found)
+        count_1, group_W, eighth_W, low_W, high_W = map(np.asarray, found)
+        assert all((high_W > low_W)[: count_1[0]])
+        assert not any((high_W > low_W)[count_1[0] :])
         groups = np.full(num_rows, -1)
         for item, (group, eighth) in enumerate(zip(group_W, eighth_W, strict=True)):
             for place in range(low_W[item], high_W[item]):

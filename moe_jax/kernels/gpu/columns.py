@@ -10,6 +10,7 @@ multiply, 64 rows of dw each. Where a step has rows of others, first or last, th
 with zeros in both tiles before they are multiplied: a NaN of another group goes nowhere.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from moe_jax.kernels.gpu import tiles
+from moe_jax.kernels.gpu import ring, tiles
 from moe_jax.kernels.gpu.launch import launch
-from moe_jax.kernels.gpu.tiles import ROWS, SUMMED, WARPGROUPS
-from moe_jax.kernels.gpu.work import ALIGNED
+from moe_jax.kernels.gpu.tiles import PIECE, ROWS, SUMMED, WARPGROUPS, WRITTEN
+from moe_jax.kernels.gpu.work import ALIGNED, padded
 
 TILE_D = WARPGROUPS * ROWS
 
@@ -46,104 +47,95 @@ def _one(
     x_ND: Array, dy_NF: Array, group_sizes_G: Array, dtype: DTypeLike, blocks: int, interpret: Any
 ) -> Array:
     d_model, d_ff = x_ND.shape[1], dy_NF.shape[1]
-    x_ND, dy_NF = (jnp.pad(a, ((0, 0), (0, tiles.padding(a.shape[1])))) for a in (x_ND, dy_NF))
+    x_ND, dy_NF = (padded(_with_columns(a)) for a in (x_ND, dy_NF))
     (num_rows, padded_d), padded_f = x_ND.shape, dy_NF.shape[1]
     num_groups = group_sizes_G.shape[0]
     width, stages = tiles.for_columns(padded_f, x_ND.dtype.itemsize, jnp.dtype(dtype).itemsize)
-    piece = tiles.piece(width)
     tiles_d, tiles_f = pl.cdiv(padded_d, TILE_D), pl.cdiv(padded_f, width)
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), num_rows)
     starts_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
 
     def kernel(starts, ends, x_ref, dy_ref, out_ref):
-        def pipeline(steps, body, context):
-            return plgpu.emit_pipeline_warp_specialized(
-                body,
-                grid=(steps,),
-                memory_registers=40,
-                in_specs=[
-                    plgpu.BlockSpec((SUMMED, TILE_D), lambda k: (k, 0)),
-                    plgpu.BlockSpec((SUMMED, width), lambda k: (k, 0)),
-                ],
-                wg_axis="wg",
-                num_compute_wgs=WARPGROUPS,
-                max_concurrent_steps=stages,
-                compute_context=context,
-            )
+        def scoped(shared, written, both_masked):
+            def turns(one):
+                """one(group, tile of D, tile of F, first row, steps, steps before)"""
 
-        def whole(tile_refs, written, both_masked):
-            warpgroup = lax.axis_index("wg")
-            own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+                def turn(loop, carry):
+                    (index,) = loop.index
+                    group, tile = (
+                        lax.div(index, tiles_d * tiles_f),
+                        lax.rem(index, tiles_d * tiles_f),
+                    )
+                    start, end = starts[group], ends[group]
+                    first = pl.multiple_of(lax.div(start, ALIGNED) * ALIGNED, ALIGNED)
+                    steps = lax.div(end - first + SUMMED - 1, SUMMED)
+                    steps = jnp.where(start < end, steps, 0)
+                    tile_d, tile_f = lax.div(tile, tiles_f), lax.rem(tile, tiles_f)
+                    one(group, tile_d, tile_f, first, steps, carry)
+                    return carry + steps
 
-            def one(loop):
-                (turn,) = loop.index
-                group, tile = lax.div(turn, tiles_d * tiles_f), lax.rem(turn, tiles_d * tiles_f)
-                tile_d, tile_f = lax.div(tile, tiles_f), lax.rem(tile, tiles_f)
-                start, end = starts[group], ends[group]
-                first = pl.multiple_of(lax.div(start, ALIGNED) * ALIGNED, ALIGNED)
-                steps = lax.div(end - first + SUMMED - 1, SUMMED)
+                grid = (num_groups * tiles_d * tiles_f,)
+                plgpu.nd_loop(grid, collective_axes="sm", init_carry=jnp.int32(0))(turn)
+
+            def copy_tile(group, tile_d, tile_f, first, steps, done):
                 in_d, in_f = pl.ds(tile_d * TILE_D, TILE_D), pl.ds(tile_f * width, width)
 
-                def write(value):
-                    rows = pl.ds(tile_d * TILE_D + warpgroup * ROWS, ROWS)
-                    for column in range(0, width, piece):
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        written[warpgroup] = value[:, column : column + piece].astype(dtype)
-                        plgpu.commit_smem()
-                        columns = pl.ds(tile_f * width + column, piece)
-                        plgpu.copy_smem_to_gmem(
-                            written.at[warpgroup], out_ref.at[group, rows, columns]
-                        )
+                def sources(step):
+                    rows = pl.ds(first + step * SUMMED, SUMMED)
+                    return x_ref.at[rows, in_d], dy_ref.at[rows, in_f]
 
-                def with_sum(use):
-                    pl.run_scoped(use, plgpu.ACC((ROWS, width), jnp.float32))
+                ring.copy_steps(shared, done, steps, sources)
 
-                def context(run):
-                    def multiply(sum_ref):
-                        run(sum_ref)
-                        write(sum_ref[...])
+            def compute_tile(group, tile_d, tile_f, first, steps, done):
+                warpgroup = lax.axis_index("wg")
+                own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+                start, end = starts[group], ends[group]
 
-                    with_sum(multiply)
-
-                def step(indices, x_block, dy_block, sum_ref):
-                    row = first + indices[0] * SUMMED
+                def multiply(sum_ref, step, blocks):
+                    row = first + step * SUMMED
 
                     @pl.when((row < start) | (row + SUMMED > end))
                     def _():
-                        for index, block in enumerate((x_block, dy_block)):
-
-                            @pl.when(warpgroup == index)
-                            def _(block=block):
-                                _mask(block, row, start, end)
-
+                        for index, block in enumerate(blocks):
+                            pl.when(warpgroup == index)(
+                                functools.partial(_mask, block, row, start, end)
+                            )
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(both_masked)
                         plgpu.barrier_wait(both_masked)
 
+                    x_block, dy_block = blocks
                     plgpu.wgmma(sum_ref, x_block.at[:, own].transpose((1, 0)), dy_block)
-                    plgpu.wgmma_wait(0)
-                    return sum_ref
 
-                @pl.when(start < end)
-                def _():
-                    rows = pl.ds(first, num_rows)  # not read beyond the group's steps
-                    pipeline(steps, step, context)(
-                        x_ref.at[rows, in_d], dy_ref.at[rows, in_f], allocations=tile_refs
-                    )
+                def write(value):
+                    rows = pl.ds(tile_d * TILE_D + warpgroup * ROWS, ROWS)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    for turn, column in enumerate(range(0, width, PIECE)):
+                        buffer = written.at[warpgroup, turn % WRITTEN]
+                        if turn >= WRITTEN:
+                            plgpu.wait_smem_to_gmem(WRITTEN - 1, wait_read_only=True)
+                        buffer[...] = value[:, column : column + PIECE].astype(dtype)
+                        plgpu.commit_smem()
+                        columns = pl.ds(tile_f * width + column, PIECE)
+                        plgpu.copy_smem_to_gmem(buffer, out_ref.at[group, rows, columns])
 
-                @pl.when((start == end) & (warpgroup < WARPGROUPS))
-                def _():
-                    with_sum(lambda sum_ref: write(sum_ref[...]))  # sums begin with zero
+                def whole(sum_ref):  # sums begin with zero
+                    phase = steps, functools.partial(multiply, sum_ref)
+                    ring.use_steps(shared, done, [phase])
+                    write(sum_ref[...])
 
-            plgpu.nd_loop((num_groups * tiles_d * tiles_f,), collective_axes="sm")(one)
-            plgpu.wait_smem_to_gmem(0)
+                pl.run_scoped(whole, plgpu.ACC((ROWS, width), jnp.float32))
 
-        steps = lax.div(ends[0], SUMMED)  # of any number, known when the kernel runs
-        nothing = pipeline(steps, lambda *_: None, lambda _: None)
+            def compute():
+                turns(compute_tile)
+                plgpu.wait_smem_to_gmem(0)
+
+            ring.run(lambda: turns(copy_tile), compute)
+
         pl.run_scoped(
-            whole,
-            nothing.get_allocations(x_ref, dy_ref),
-            plgpu.SMEM((WARPGROUPS, ROWS, piece), dtype),
+            scoped,
+            ring.scratch([(SUMMED, TILE_D), (SUMMED, width)], stages, x_ND.dtype),
+            plgpu.SMEM((WARPGROUPS, WRITTEN, ROWS, PIECE), dtype),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             collective_axes="wg",
         )
@@ -152,6 +144,10 @@ def _one(
     args = [starts_G, ends_G, x_ND, dy_NF]
     (dw_GDF,) = launch(kernel, shaped, args, x_ND, blocks=blocks, interpret=interpret)
     return dw_GDF[:, :d_model, :d_ff]
+
+
+def _with_columns(x_ND: Array) -> Array:
+    return jnp.pad(x_ND, ((0, 0), (0, tiles.padding(x_ND.shape[1]))))
 
 
 def _mask(block, row, start, end) -> None:

@@ -8,10 +8,11 @@ Axes: N rows, G groups, T rows of a tile, S those of a warpgroup, A the axis tha
 that of the result, C columns of a tile.
 
 Algorithm: blocks of threads take turns at (item, columns), see work.py. One warpgroup copies tiles
-of rows and weights into shared memory, some steps ahead; two multiply, S rows each, and write their
-own rows out in pieces of 64, 32, .. 1, whatever a group's end leaves of a tile.
+of rows and weights into a ring in shared memory (ring.py); two multiply, S rows each, and write
+their own rows out in pieces of 64, 32, .. 1, whatever a group's end leaves of a tile.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.kernels.gpu import tiles
+from moe_jax.kernels.gpu import ring, tiles
 from moe_jax.kernels.gpu import work as items
 from moe_jax.kernels.gpu.launch import launch
-from moe_jax.kernels.gpu.tiles import ROWS, SUMMED, WARPGROUPS
+from moe_jax.kernels.gpu.tiles import PIECE, ROWS, SUMMED, WARPGROUPS, WRITTEN
 from moe_jax.kernels.operands import Epilogue, Operands, Result, split
 
 TILE = WARPGROUPS * ROWS
@@ -51,131 +52,141 @@ def grouped_rows(
         return _epilogue_outside(
             kind, operands, group_sizes_G, epilogue, results, blocks=blocks, interpret=interpret
         )
-    lhs, weights, products, by_group, by_row, _ = operands
-    num_rows, num_sum = lhs[0].shape
+    used_rows, num_sum = operands.lhs[0].shape
+    lhs = [items.padded(a) for a in operands.lhs]
+    weights, num_rows = operands.weights, lhs[0].shape[0]
     num_groups = weights[0].array.shape[0]
     num_out = weights[0].array.shape[1 if weights[0].transposed else 2]
     width, stages = tiles.for_rows(operands, results, num_out)
-    piece = tiles.piece(width)
+    phases, slots = tiles.phases(operands)
+    steps = pl.cdiv(num_sum, SUMMED)  # of a phase
     work, place_N = items.list_work(group_sizes_G, num_rows, TILE)
     num_items, num_tiles = work.group_W.shape[0], pl.cdiv(num_out, width)
     # read past the end of the rows by the last tile, without the copies that would fill it up
-    by_row = [jnp.pad(a.astype(jnp.float32), (0, TILE)) for a in by_row]
-    by_group = [jnp.pad(a.astype(jnp.float32), ((0, 0), (0, -num_out % width))) for a in by_group]
+    rows_beyond = 0, num_rows + TILE - used_rows
+    by_row = [jnp.pad(a.astype(jnp.float32), rows_beyond) for a in operands.by_row]
+    columns_beyond = (0, 0), (0, -num_out % width)
+    by_group = [jnp.pad(a.astype(jnp.float32), columns_beyond) for a in operands.by_group]
     counts = [len(work), len(lhs), len(weights), len(by_group), len(by_row)]
-
-    def pipeline(body, context):
-        def spec(shape, along):
-            place = (lambda k: (0, k)) if along else (lambda k: (k, 0))
-            return plgpu.BlockSpec(shape, place)
-
-        rows = [spec((TILE, SUMMED), 1) for _ in lhs]
-        columns = [
-            spec((width, SUMMED), 1) if w.transposed else spec((SUMMED, width), 0) for w in weights
-        ]
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(pl.cdiv(num_sum, SUMMED),),
-            memory_registers=40,
-            in_specs=[*rows, *columns],
-            wg_axis="wg",
-            num_compute_wgs=WARPGROUPS,
-            max_concurrent_steps=stages,
-            compute_context=context,
-        )
 
     def kernel(*refs):
         *inputs, out_refs = split(refs, counts)
         work = items.Work(*inputs[0])
         lhs_refs, weight_refs, group_refs, row_refs = inputs[1:]
-        nothing = pipeline(lambda *_: None, lambda _: None)
 
-        def whole(tile_refs, written):
-            warpgroup = lax.axis_index("wg")
-            own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+        def scoped(shared, written):
+            def turns(one):
+                """one(item, tile, group, first row of the tile, steps of a phase, steps before)"""
 
-            def one(loop):
-                (turn,) = loop.index
-                item, tile = lax.div(turn, num_tiles), lax.rem(turn, num_tiles)
-                group, low, high = work.group_W[item], work.low_W[item], work.high_W[item]
-                first = pl.multiple_of(work.eighth_W[item] * items.ALIGNED, items.ALIGNED)
+                def turn(loop, carry):
+                    item, tile = work.turn(loop.index[0], num_tiles)
+                    group = work.group_W[item]
+                    first = pl.multiple_of(work.eighth_W[item] * items.ALIGNED, items.ALIGNED)
+                    own_steps = jnp.where(group < num_groups, steps, 0)
+                    one(item, tile, group, first, own_steps, carry)
+                    return carry + own_steps * len(phases)
+
+                grid = (work.turns(num_tiles),)
+                plgpu.nd_loop(grid, collective_axes="sm", init_carry=jnp.int32(0))(turn)
+
+            def copy_tile(item, tile, group, first, steps, done):
                 columns = pl.ds(tile * width, width)
+                for phase in phases:
 
-                def write(values):
-                    for ref, value, result in zip(out_refs, values, results, strict=True):
-                        if result.row_sum:  # beyond the last column products are with zeros
-                            ref[tile, item, own] = jnp.sum(value, axis=1)
-                            continue
-                        smem = written[jnp.dtype(result.dtype)].at[warpgroup]
-                        for start in range(0, width, piece):
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                            smem[...] = value[:, start : start + piece].astype(result.dtype)
-                            plgpu.commit_smem()
-                            columns = pl.ds(tile * width + start, piece)
-                            _copy_rows(smem, ref, columns, first, low, high, warpgroup)
+                    def sources(step, phase=phase):
+                        along = pl.ds(step * SUMMED, SUMMED)
+                        found = [None] * len(slots)
+                        for (weight, _), slot in zip(phase.terms, phase.slots, strict=True):
+                            turned, ref = weights[weight].transposed, weight_refs[weight].at[group]
+                            found[slot] = (
+                                ref.at[columns, along] if turned else ref.at[along, columns]
+                            )
+                        return [lhs_refs[phase.lhs].at[pl.ds(first, TILE), along], *found]
 
-                def finish(sum_refs):
-                    shape = (ROWS, width)
+                    done = ring.copy_steps(shared, done, steps, sources)
 
-                    def spread(vector, axis):
+            def compute_tile(item, tile, group, first, steps, done):
+                warpgroup = lax.axis_index("wg")
+                own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+                low, high = work.low_W[item], work.high_W[item]
+                rows = pl.ds(first + warpgroup * ROWS, ROWS)
+
+                def of_phase(phase, sums):
+                    def multiply(_, blocks):
+                        for (weight, place), slot in zip(phase.terms, phase.slots, strict=True):
+                            block = blocks[1 + slot]
+                            block = block.transpose((1, 0)) if weights[weight].transposed else block
+                            plgpu.wgmma(sums[place], blocks[0].at[own], block)
+
+                    return steps, multiply
+
+                def finish(sums, start):
+                    shape = ROWS, PIECE
+                    columns = pl.ds(tile * width + start, PIECE)
+
+                    def spread(ref, axis):
                         # said, because the compiler's search for layouts may take minutes
                         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-                        vector = plgpu.layout_cast(vector, layout)
+                        vector = plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
                         return lax.broadcast_in_dim(vector, shape, (axis,))
 
-                    shared = [spread(ref[group, columns], 1) for ref in group_refs]
-                    rows = pl.ds(first + warpgroup * ROWS, ROWS)
-                    each = [spread(ref[rows], 0) for ref in row_refs]
-                    sums = [ref[...] for ref in sum_refs]
-                    return epilogue(sums, shared, each, [])
+                    shared = [spread(ref.at[group, columns], 1) for ref in group_refs]
+                    each = [spread(ref.at[rows], 0) for ref in row_refs]
+                    return epilogue([a[:, start : start + PIECE] for a in sums], shared, each, [])
+
+                def write(values_of):
+                    """values_of(first column of a piece) -> a value [S, PIECE] for each result"""
+                    row_sums: list[Any] = [0.0] * len(results)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    turn = 0
+                    for start in range(0, width, PIECE):
+                        columns = pl.ds(tile * width + start, PIECE)
+                        for i, (value, result) in enumerate(
+                            zip(values_of(start), results, strict=True)
+                        ):
+                            if result.row_sum:  # beyond the last column products are with zeros
+                                row_sums[i] += jnp.sum(value, axis=1)
+                                continue
+                            buffer = written[jnp.dtype(result.dtype)].at[warpgroup, turn % WRITTEN]
+                            if turn >= WRITTEN:
+                                plgpu.wait_smem_to_gmem(WRITTEN - 1, wait_read_only=True)
+                            turn += 1
+                            buffer[...] = value.astype(result.dtype)
+                            plgpu.commit_smem()
+                            _copy_rows(buffer, out_refs[i], columns, first, low, high, warpgroup)
+                            plgpu.commit_smem_to_gmem_group()
+                    for ref, value, result in zip(out_refs, row_sums, results, strict=True):
+                        if result.row_sum:
+                            ref[tile, item, own] = value
 
                 def with_sums(use):
-                    sums = [plgpu.ACC((ROWS, width), jnp.float32) for _ in products]
+                    sums = [plgpu.ACC((ROWS, width), jnp.float32) for _ in operands.products]
                     pl.run_scoped(lambda *refs: use(refs), *sums)
 
-                def context(run):
-                    def multiply(refs):
-                        run(refs)
-                        write(finish(refs))
+                def multiplied(refs):
+                    ring.use_steps(shared, done, [of_phase(phase, refs) for phase in phases])
+                    sums = [ref[...] for ref in refs]
+                    write(functools.partial(finish, sums))
 
-                    with_sums(multiply)
+                def nothing(refs):  # sums begin with zero
+                    zero = refs[0][...]
+                    write(lambda start: [zero[:, start : start + PIECE]] * len(results))
 
-                def step(_, *arrays):
-                    *blocks, sums = arrays
-                    for ref, terms in zip(sums, products, strict=True):
-                        for i, j in terms:
-                            block = blocks[len(lhs) + j]
-                            if weights[j].transposed:
-                                block = block.transpose((1, 0))
-                            plgpu.wgmma(ref, blocks[i].at[own], block)
-                    plgpu.wgmma_wait(0)
-                    return sums
+                pl.when(group < num_groups)(lambda: with_sums(multiplied))
+                pl.when(group == num_groups)(lambda: with_sums(nothing))
 
-                def of_columns(ref, weight):
-                    ref = ref.at[group]
-                    return ref.at[columns] if weight.transposed else ref.at[:, columns]
+            def compute():
+                turns(compute_tile)
+                plgpu.wait_smem_to_gmem(0)
 
-                @pl.when((group < num_groups) & (low < high))
-                def _():
-                    pipeline(step, context)(
-                        *(ref.at[pl.ds(first, TILE)] for ref in lhs_refs),
-                        *(of_columns(*pair) for pair in zip(weight_refs, weights, strict=True)),
-                        allocations=tile_refs,
-                    )
+            ring.run(lambda: turns(copy_tile), compute)
 
-                @pl.when((group == num_groups) & (low < high) & (warpgroup < WARPGROUPS))
-                def _():
-                    # sums begin with zero
-                    with_sums(lambda refs: write([refs[0][...] for _ in results]))
-
-            plgpu.nd_loop((num_items * num_tiles,), collective_axes="sm")(one)
-            plgpu.wait_smem_to_gmem(0)
-
+        blocks = [(width, SUMMED) if turned else (SUMMED, width) for turned in slots]
         dtypes = {jnp.dtype(r.dtype) for r in results if not r.row_sum}
         pl.run_scoped(
-            whole,
-            nothing.get_allocations(*lhs_refs, *(ref.at[0] for ref in weight_refs)),
-            {dtype: plgpu.SMEM((WARPGROUPS, ROWS, piece), dtype) for dtype in dtypes},
+            scoped,
+            ring.scratch([(TILE, SUMMED), *blocks], stages, lhs[0].dtype),
+            {dtype: plgpu.SMEM((WARPGROUPS, WRITTEN, ROWS, PIECE), dtype) for dtype in dtypes},
             collective_axes="wg",
         )
 
@@ -186,14 +197,14 @@ def grouped_rows(
     ]
     args = [*work, *lhs, *(w.array for w in weights), *by_group, *by_row]
     found = launch(kernel, shaped, args, lhs[0], blocks=blocks, interpret=interpret)
-    used_N = jnp.arange(num_rows, dtype=jnp.int32) < jnp.sum(group_sizes_G)
+    used_N = jnp.arange(used_rows, dtype=jnp.int32) < jnp.sum(group_sizes_G)
 
     def summed(parts: Array) -> Array:
         """[N]: of the sums [tiles of columns, items, T] those of rows of groups."""
-        sums_N = jnp.sum(parts, axis=0).reshape(-1)[place_N]
+        sums_N = jnp.sum(parts, axis=0).reshape(-1)[place_N[:used_rows]]
         return jnp.where(used_N, sums_N, 0.0)
 
-    return [summed(a) if r.row_sum else a for a, r in zip(found, results, strict=True)]
+    return [summed(a) if r.row_sum else a[:used_rows] for a, r in zip(found, results, strict=True)]
 
 
 def _copy_rows(smem, ref, columns, first, low, high, warpgroup) -> None:
@@ -207,7 +218,8 @@ def _copy_rows(smem, ref, columns, first, low, high, warpgroup) -> None:
         def _(size=size):
             row = low + (count & ~(2 * size - 1))
             rows = pl.ds(first + start + row, size)
-            plgpu.copy_smem_to_gmem(smem.at[pl.ds(row, size)], ref.at[rows, columns])
+            source, target = smem.at[pl.ds(row, size)], ref.at[rows, columns]
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
 
 def _epilogue_outside(

@@ -8,24 +8,45 @@ its rows are the group's own. What a row's result is does not depend on where it
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 ALIGNED = 8  # rows: a swizzled tile's height
 
 
+WINDOW = 16  # items whose tiles are next to one another in time
+
+
 class Work(NamedTuple):
-    """Items (group, tile of rows), W of them; those that are left over have no rows.
+    """Items (group, tile of rows), W of them, of which the first `count` have rows.
 
     Attributes:
+      count_1: how many items there are.
       group_W: G for rows of no group.
       eighth_W: the tile begins at row 8 eighth.
       low_W, high_W: rows low <= i < high of the tile are the group's.
     """
 
+    count_1: Array
     group_W: Array
     eighth_W: Array
     low_W: Array
     high_W: Array
+
+    def turns(self, num_tiles: int) -> Array:
+        """How many (item, tile of columns) there are; the arrays may be references."""
+        return self.count_1[0] * num_tiles
+
+    def turn(self, index: Array, num_tiles: int) -> tuple[Array, Array]:
+        """(item, tile of columns) of a turn.
+
+        Blocks of threads are at a run of turns at any time: some items by some tiles of columns,
+        nearly square, which reads fewest bytes of both. Items go first within a window.
+        """
+        window = lax.div(index, WINDOW * num_tiles)
+        first = window * WINDOW
+        items = jnp.minimum(WINDOW, self.count_1[0] - first)
+        within = index - first * num_tiles
+        return first + lax.rem(within, items), lax.div(within, items)
 
 
 def list_work(group_sizes_G: Array, num_rows: int, tile_rows: int) -> tuple[Work, Array]:
@@ -54,4 +75,11 @@ def list_work(group_sizes_G: Array, num_rows: int, tile_rows: int) -> tuple[Work
     group_N = jnp.searchsorted(ends_H, row_N, side="right")
     before_N = row_N - first_H[group_N]
     place_N = (last_H - tiles_H)[group_N] * tile_rows + before_N
-    return Work(group_W, eighth_W, low_W, high_W), place_N.astype(jnp.int32)
+    work = Work(last_H[-1:].astype(jnp.int32), group_W, eighth_W, low_W, high_W)
+    return work, place_N.astype(jnp.int32)
+
+
+def padded(x_NA: Array) -> Array:
+    """With rows of zeros up to a multiple of 8: what is copied is made of 8 rows by 128 bytes."""
+    missing = -x_NA.shape[0] % ALIGNED
+    return jnp.pad(x_NA, ((0, missing), (0, 0))) if missing else x_NA
