@@ -37,6 +37,8 @@ def told_to_go(start, workdir, num_steps, number, logs, count=2):
     """One start of several processes, one of which gets a SIGTERM; whether a step was lost."""
     steps = number % 2 + 1  # of this start before the signal
     beyond = harness.last_step(workdir) + steps - 1
+    logs = logs / f"start {number}"  # a log goes on where it ended
+    logs.mkdir()
     processes = start_all(start, workdir, num_steps, count, logs)
     harness.moves_on(processes[0], beyond)
     told = processes[(number + 1) % count]
