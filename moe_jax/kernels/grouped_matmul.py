@@ -43,7 +43,7 @@ _BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu", "tpu": "pallas_tpu"}
 _TRANSPOSED_IN_PLACE = tuple(name for name in IMPLEMENTATIONS if name != "reference")
 _LAYERS_IN_PLACE = ("cpu",)
 # They can keep pre-activations for the backward pass.
-_STORING = ("pallas_tpu", "pallas_tpu_interpret")
+_STORING = tuple(name for name in IMPLEMENTATIONS if name.startswith("pallas"))
 
 
 @no_type_check  # `checks` refuses the same in words that name the fix

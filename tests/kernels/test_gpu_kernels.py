@@ -55,16 +55,21 @@ PATTERNS = {
 
 @BOTH
 @pytest.mark.parametrize(
-    ("op", "pattern"),
+    ("op", "pattern", "how"),
     [
-        ("matmul", "uneven"),
-        *(pytest.param("matmul", name, marks=SLOW) for name in list(PATTERNS)[1:]),
-        *(pytest.param(op, name, marks=SLOW) for op in ("ffn", "swiglu") for name in PATTERNS),
+        ("matmul", "uneven", {}),
+        *(pytest.param("matmul", name, {}, marks=SLOW) for name in list(PATTERNS)[1:]),
+        *(
+            pytest.param(op, name, {"pre_activations": how}, marks=SLOW)
+            for op in ("ffn", "swiglu")
+            for name in PATTERNS
+            for how in ("recompute", "store")
+        ),
     ],
 )
-def test_values_and_gradients(op, pattern, kernels):
+def test_values_and_gradients(op, pattern, how, kernels):
     args = make(op, *PATTERNS[pattern], dtype="bfloat16", d_model=72, d_ff=88)
-    found = value_and_grads(op, *args, implementation=kernels)
+    found = value_and_grads(op, *args, implementation=kernels, **how)
     assert_close(found, numpy_answer(op, *args), BOUNDS["bfloat16"])
 
 
@@ -88,8 +93,10 @@ def test_weights_that_are_stored_transposed(kernels):
 
 @BOTH
 @pytest.mark.slow
+@pytest.mark.parametrize("pre_activations", ["recompute", "store"])
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
-def test_biases_and_weights_of_rows(activation, kernels):
+def test_biases_and_weights_of_rows(activation, pre_activations, kernels):
+    """Two pieces of a tile."""
     x_ND, weights, sizes_G, dy = make("ffn", 90, [37, 0, 40], dtype="bfloat16", d_model=72)
     rng = np.random.default_rng(1)
     wide = [jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in (80, 80, 72)]
@@ -100,6 +107,7 @@ def test_biases_and_weights_of_rows(activation, kernels):
             names = ("bias_gate_GF", "bias_up_GF", "bias_down_GD")
             kwargs = dict(zip(names, biases, strict=True), row_weight_N=weight_N)
             kwargs |= {"activation": activation, "implementation": implementation}
+            kwargs |= {"pre_activations": pre_activations}
             return gm.grouped_ffn(x_ND, *weights, sizes_G, **kwargs)
 
         dtype = jnp.float32 if implementation == "reference" else x_ND.dtype
@@ -206,16 +214,15 @@ def test_a_model_for_other_devices_is_refused(name):
     [
         ({"dtype": "float32"}, "bfloat16 and float16"),
         ({"scale": True}, "no weights in int8"),
-        ({"pre_activations": "store"}, "only recomputes"),
         ({}, "runs on GPUs|needs JAX 0.11"),
     ],
 )
 def test_what_it_cannot_do_is_refused(change, named):
     x_ND, weights, sizes_G, _ = make("swiglu", 8, [3], dtype=change.get("dtype", "bfloat16"))
-    how = {"pre_activations": change.get("pre_activations", "recompute")}
+    how = {}
     if "scale" in change:
         narrow = [scaled.quantised(w, "int8") for w in weights]
         weights = [w.values for w in narrow]
-        how |= {"w_gate_scale_GF": narrow[0].scale, "w_up_scale_GF": narrow[1].scale}
+        how = {"w_gate_scale_GF": narrow[0].scale, "w_up_scale_GF": narrow[1].scale}
     with pytest.raises(Refused, match=named):
         gm.grouped_swiglu(x_ND, *weights, sizes_G, implementation="pallas_gpu", **how)

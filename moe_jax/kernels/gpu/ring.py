@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from moe_jax.kernels.gpu.tiles import WARPGROUPS
+from moe_jax.kernels.gpu.tiles import STAGES, WARPGROUPS
 
 COPIER = WARPGROUPS  # the warpgroup that copies
 _COPIER_REGISTERS = 40  # of a thread
@@ -83,22 +83,22 @@ def copy_steps(ring: Ring, done: Any, steps: Any, sources: Callable[[Any], Seque
 
 
 def use_steps(ring: Ring, done: Any, phases: Sequence[tuple[Any, Callable[..., None]]]) -> None:
-    """The computing side of a tile's steps, phase after phase.
+    """The computing side of a tile's steps, phase after phase; products are finished at the end.
 
-    A step's slots are let go when the products of the next one have been started and its own are
-    finished, so that the tensor cores always have work.
+    With many stages a step's slots are let go when the products of the next one have been started
+    and its own are finished, so that the tensor cores always have work; with few, as soon as they
+    can be: copies are then what is waited for.
 
     Args:
       done: steps that the ring had before.
       phases: (steps, multiply); multiply(step of the phase, slots) starts products.
     """
     stages = ring.slots[0].shape[0]
+    behind = 1 if stages >= STAGES else 0
     begin = done
 
-    def let_go_before(step):
-        @pl.when(step > begin)
-        def _():
-            plgpu.barrier_arrive(ring.free.at[lax.rem(step - 1, stages)])
+    def let_go(step):
+        pl.when(step >= begin)(lambda: plgpu.barrier_arrive(ring.free.at[lax.rem(step, stages)]))
 
     for steps, multiply in phases:
 
@@ -106,10 +106,29 @@ def use_steps(ring: Ring, done: Any, phases: Sequence[tuple[Any, Callable[..., N
             stage = lax.rem(done + step, stages)
             plgpu.barrier_wait(ring.come.at[stage])
             multiply(step, [slot.at[stage] for slot in ring.slots])
-            plgpu.wgmma_wait(1)
-            let_go_before(done + step)
+            plgpu.wgmma_wait(behind)
+            let_go(done + step - behind)
 
         lax.fori_loop(0, steps, one, None)
         done += steps
     plgpu.wgmma_wait(0)
-    let_go_before(done)
+    if behind:
+        let_go(done - 1)
+
+
+def use_step(ring: Ring, done: Any, use: Callable[[list[Any]], Any]) -> Any:
+    """use(slots) of one step, which are let go when it has returned."""
+    stage = lax.rem(done, ring.slots[0].shape[0])
+    plgpu.barrier_wait(ring.come.at[stage])
+    found = use([slot.at[stage] for slot in ring.slots])
+    plgpu.barrier_arrive(ring.free.at[stage])
+    return found
+
+
+def pass_steps(ring: Ring, done: Any, steps: Any) -> None:
+    """Steps of which a warpgroup needs nothing."""
+
+    def one(step, _):
+        use_step(ring, step, lambda slots: None)
+
+    lax.fori_loop(done, done + steps, one, None)

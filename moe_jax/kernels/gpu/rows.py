@@ -48,12 +48,9 @@ def grouped_rows(
       blocks: of threads, one for each multiprocessor.
       interpret: what `plgpu.kernel` takes.
     """
-    if operands.by_both:
-        return _epilogue_outside(
-            kind, operands, group_sizes_G, epilogue, results, blocks=blocks, interpret=interpret
-        )
     used_rows, num_sum = operands.lhs[0].shape
     lhs = [items.padded(a) for a in operands.lhs]
+    by_both = [items.padded(a.astype(lhs[0].dtype)) for a in operands.by_both]
     weights, num_rows = operands.weights, lhs[0].shape[0]
     num_groups = weights[0].array.shape[0]
     num_out = weights[0].array.shape[1 if weights[0].transposed else 2]
@@ -67,12 +64,15 @@ def grouped_rows(
     by_row = [jnp.pad(a.astype(jnp.float32), rows_beyond) for a in operands.by_row]
     columns_beyond = (0, 0), (0, -num_out % width)
     by_group = [jnp.pad(a.astype(jnp.float32), columns_beyond) for a in operands.by_group]
-    counts = [len(work), len(lhs), len(weights), len(by_group), len(by_row)]
+    counts = [len(work), len(lhs), len(weights), len(by_group), len(by_row), len(by_both)]
 
     def kernel(*refs):
         *inputs, out_refs = split(refs, counts)
         work = items.Work(*inputs[0])
-        lhs_refs, weight_refs, group_refs, row_refs = inputs[1:]
+        lhs_refs, weight_refs, group_refs, row_refs, both_refs = inputs[1:]
+
+        # pieces [T, PIECE] that the epilogue needs follow the products, in the slot for rows
+        each_last = [(start, ref) for start in range(0, width, PIECE) for ref in both_refs]
 
         def scoped(shared, written):
             def turns(one):
@@ -84,7 +84,8 @@ def grouped_rows(
                     first = pl.multiple_of(work.eighth_W[item] * items.ALIGNED, items.ALIGNED)
                     own_steps = jnp.where(group < num_groups, steps, 0)
                     one(item, tile, group, first, own_steps, carry)
-                    return carry + own_steps * len(phases)
+                    all_steps = steps * len(phases) + len(each_last)
+                    return carry + jnp.where(group < num_groups, all_steps, 0)
 
                 grid = (work.turns(num_tiles),)
                 plgpu.nd_loop(grid, collective_axes="sm", init_carry=jnp.int32(0))(turn)
@@ -104,6 +105,11 @@ def grouped_rows(
                         return [lhs_refs[phase.lhs].at[pl.ds(first, TILE), along], *found]
 
                     done = ring.copy_steps(shared, done, steps, sources)
+                for start, ref in each_last:
+                    columns = pl.ds(tile * width + start, PIECE)
+                    source = ref.at[pl.ds(first, TILE), columns], *[None] * len(slots)
+                    once = jnp.minimum(steps, 1)
+                    done = ring.copy_steps(shared, done, once, functools.partial(_same, source))
 
             def compute_tile(item, tile, group, first, steps, done):
                 warpgroup = lax.axis_index("wg")
@@ -130,9 +136,18 @@ def grouped_rows(
                         vector = plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
                         return lax.broadcast_in_dim(vector, shape, (axis,))
 
-                    shared = [spread(ref.at[group, columns], 1) for ref in group_refs]
-                    each = [spread(ref.at[rows], 0) for ref in row_refs]
-                    return epilogue([a[:, start : start + PIECE] for a in sums], shared, each, [])
+                    def of_both(slots):
+                        return plgpu.load(slots[0].at[own], layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]
+
+                    by_group = [spread(ref.at[group, columns], 1) for ref in group_refs]
+                    by_row = [spread(ref.at[rows], 0) for ref in row_refs]
+                    before = done + len(phases) * steps + start // PIECE * len(both_refs)
+                    by_both = [
+                        ring.use_step(shared, before + i, of_both).astype(jnp.float32)
+                        for i in range(len(both_refs))
+                    ]
+                    pieces = [a[:, start : start + PIECE] for a in sums]
+                    return epilogue(pieces, by_group, by_row, by_both)
 
                 def write(values_of):
                     """values_of(first column of a piece) -> a value [S, PIECE] for each result"""
@@ -172,8 +187,14 @@ def grouped_rows(
                     zero = refs[0][...]
                     write(lambda start: [zero[:, start : start + PIECE]] * len(results))
 
-                pl.when(group < num_groups)(lambda: with_sums(multiplied))
-                pl.when(group == num_groups)(lambda: with_sums(nothing))
+                start = warpgroup * ROWS
+                idle = (high <= start) | (low >= start + ROWS)
+                of_group = group < num_groups
+                pl.when(of_group & ~idle)(lambda: with_sums(multiplied))
+                pl.when(of_group & idle)(
+                    lambda: ring.pass_steps(shared, done, steps * len(phases) + len(each_last))
+                )
+                pl.when(~of_group & ~idle)(lambda: with_sums(nothing))
 
             def compute():
                 turns(compute_tile)
@@ -195,7 +216,7 @@ def grouped_rows(
         jax.ShapeDtypeStruct(shape, result.dtype)
         for shape, result in zip(shapes, results, strict=True)
     ]
-    args = [*work, *lhs, *(w.array for w in weights), *by_group, *by_row]
+    args = [*work, *lhs, *(w.array for w in weights), *by_group, *by_row, *by_both]
     found = launch(kernel, shaped, args, lhs[0], blocks=blocks, interpret=interpret)
     used_N = jnp.arange(used_rows, dtype=jnp.int32) < jnp.sum(group_sizes_G)
 
@@ -222,33 +243,6 @@ def _copy_rows(smem, ref, columns, first, low, high, warpgroup) -> None:
             plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
 
-def _epilogue_outside(
-    kind: str,
-    operands: Operands,
-    group_sizes_G: Array,
-    epilogue: Epilogue,
-    results: Sequence[Result],
-    **how: Any,
-) -> list[Array]:
-    """The same with sums written out in float32: nothing of size [N, B] is read by the kernel."""
-    num_rows = operands.lhs[0].shape[0]
-    sums = grouped_rows(
-        f"{kind}_sums",
-        operands._replace(by_group=[], by_row=[], by_both=[]),
-        group_sizes_G,
-        lambda sums, *_: sums,
-        [Result(jnp.float32) for _ in operands.products],
-        **how,
-    )
-    ends_G = jnp.cumsum(group_sizes_G)
-    row_N = jnp.arange(num_rows, dtype=jnp.int32)
-    group_N = jnp.minimum(jnp.searchsorted(ends_G, row_N, side="right"), ends_G.shape[0] - 1)
-    shared = [a.astype(jnp.float32)[group_N] for a in operands.by_group]
-    each = [a.astype(jnp.float32)[:, None] for a in operands.by_row]
-    both = [a.astype(jnp.float32) for a in operands.by_both]
-    used_N1 = (row_N < ends_G[-1])[:, None]
-    values = [jnp.where(used_N1, v, 0.0) for v in epilogue(sums, shared, each, both)]
-    return [
-        jnp.sum(v, axis=1) if r.row_sum else v.astype(r.dtype)
-        for v, r in zip(values, results, strict=True)
-    ]
+def _same(sources: Sequence[Any], _: Any) -> Sequence[Any]:
+    """In whatever step."""
+    return sources

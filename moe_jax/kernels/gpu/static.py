@@ -81,7 +81,11 @@ def for_h100() -> SingleDeviceSharding:
 
 
 def kernels_of(shape: bench.Shape) -> Iterator[tuple[str, tuple[int, int], Callable, list]]:
-    """(kind, tile and stages, program, its arguments) of each kernel of an FFN, both passes."""
+    """(kind, tile and stages, program, its arguments) of each kernel of an FFN, both passes.
+
+    Those of pre-activations that are computed again come first, then what differs where they are
+    stored.
+    """
     seen: list[tuple[str, tuple[int, int], Callable, list]] = []
     num_rows, d, f, groups = shape.num_rows, shape.d_model, shape.d_ff, shape.num_groups
     blocks = pallas_gpu.MULTIPROCESSORS
@@ -90,15 +94,16 @@ def kernels_of(shape: bench.Shape) -> Iterator[tuple[str, tuple[int, int], Calla
         width = operands.weights[0].array.shape[1 if operands.weights[0].transposed else 2]
         flags = [weight.transposed for weight in operands.weights]
 
-        def program(lhs, weights, by_group, by_row, sizes):
+        def program(lhs, weights, by_group, by_row, by_both, sizes):
             weights = [Weight(w, flag) for w, flag in zip(weights, flags, strict=True)]
-            whole = Operands(lhs, weights, operands.products, by_group, by_row)
+            whole = Operands(lhs, weights, operands.products, by_group, by_row, by_both)
             return rows.grouped_rows(
                 kind, whole, sizes, epilogue, results, blocks=blocks, interpret=None
             )
 
         weights = [weight.array for weight in operands.weights]
-        args = [operands.lhs, weights, operands.by_group, operands.by_row, sizes]
+        others = operands.by_group, operands.by_row, operands.by_both
+        args = [operands.lhs, weights, *others, sizes]
         seen.append((kind, tiles.for_rows(operands, results, width), program, args))
         return [jnp.zeros(num_rows if r.row_sum else (num_rows, width), r.dtype) for r in results]
 
@@ -117,10 +122,10 @@ def kernels_of(shape: bench.Shape) -> Iterator[tuple[str, tuple[int, int], Calla
 
     recorded = Kernels(record_rows, record_columns, tiles.padding)
 
-    def ffn(x_ND, w_gate, w_up, w_down, weight_N, sizes):
+    def ffn(store, x_ND, w_gate, w_up, w_down, weight_N, sizes):
         act = ACTIVATIONS["swiglu"]
         args = x_ND, w_gate, w_up, w_down, sizes, act
-        y_ND = fused.ffn(*args, row_weight_N=weight_N, kernels=recorded)
+        y_ND = fused.ffn(*args, row_weight_N=weight_N, store=store, kernels=recorded)
         return y_ND.astype(jnp.float32).sum()
 
     def array(*dims, dtype="bfloat16"):
@@ -128,8 +133,11 @@ def kernels_of(shape: bench.Shape) -> Iterator[tuple[str, tuple[int, int], Calla
 
     up, down = array(groups, d, f), array(groups, f, d)
     others = array(num_rows, dtype="float32"), array(groups, dtype="int32")
-    jax.eval_shape(jax.grad(ffn, argnums=range(5)), array(num_rows, d), up, up, down, *others)
-    yield from seen
+    given = array(num_rows, d), up, up, down, *others
+    for store in (False, True):
+        jax.eval_shape(jax.grad(functools.partial(ffn, store), argnums=range(5)), *given)
+    kinds = [kind for kind, *_ in seen]
+    yield from (one for i, one in enumerate(seen) if kinds.index(one[0]) == i)
 
 
 def rows_of(name: str) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from jax import Array, lax
 ALIGNED = 8  # rows: a swizzled tile's height
 
 
-WINDOW = 16  # items whose tiles are next to one another in time
+WINDOW = 8  # items whose tiles are next to one another in time
 
 
 class Work(NamedTuple):
@@ -64,7 +64,7 @@ def list_work(group_sizes_G: Array, num_rows: int, tile_rows: int) -> tuple[Work
     num_groups = ends_H.shape[0]
     num_items = (num_rows + (ALIGNED - 1) * num_groups) // tile_rows + num_groups
     item_W = jnp.arange(num_items, dtype=jnp.int32)
-    group_W = jnp.searchsorted(last_H, item_W, side="right").astype(jnp.int32)
+    group_W = _before(last_H, item_W)
     there_W = group_W < num_groups
     group_W = jnp.minimum(group_W, num_groups - 1)
     base_W = first_H[group_W] + (item_W - (last_H - tiles_H)[group_W]) * tile_rows
@@ -72,7 +72,7 @@ def list_work(group_sizes_G: Array, num_rows: int, tile_rows: int) -> tuple[Work
     high_W = jnp.where(there_W, jnp.clip(ends_H[group_W] - base_W, 0, tile_rows), low_W)
     eighth_W = jnp.where(there_W, base_W, 0) // ALIGNED
     row_N = jnp.arange(num_rows, dtype=jnp.int32)
-    group_N = jnp.searchsorted(ends_H, row_N, side="right")
+    group_N = _before(ends_H, row_N)
     before_N = row_N - first_H[group_N]
     place_N = (last_H - tiles_H)[group_N] * tile_rows + before_N
     work = Work(last_H[-1:].astype(jnp.int32), group_W, eighth_W, low_W, high_W)
@@ -83,3 +83,8 @@ def padded(x_NA: Array) -> Array:
     """With rows of zeros up to a multiple of 8: what is copied is made of 8 rows by 128 bytes."""
     missing = -x_NA.shape[0] % ALIGNED
     return jnp.pad(x_NA, ((0, missing), (0, 0))) if missing else x_NA
+
+
+def _before(ends_H: Array, index_X: Array) -> Array:
+    """How many ends are at or before an index: one comparison with all, not a search in turns."""
+    return jnp.sum(ends_H[None] <= index_X[:, None], axis=1, dtype=jnp.int32)
