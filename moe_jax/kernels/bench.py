@@ -6,15 +6,17 @@
                                     [--opponents=ragged_dot,megablox,tokamax]
 
 Shapes that nobody trains on are measured with transposed weights, too: as inference keeps them.
-`mixtral`, `olmoe`, `qwen3` and `deepseek_v3` (256 experts over 8 devices, the part of one) are
-made for accelerators: left out by default, bfloat16 there and float32 on CPU, where a call takes
-seconds to minutes.
+`mixtral`, `olmoe`, `qwen3` and `deepseek_v3` (256 experts over 8 devices, the part of one), whole
+layers (`mixtral_layer`, `qwen3_layer`) and so many tokens to decode at once (`mixtral_16`) are made
+for accelerators: left out by default, bfloat16 there and float32 on CPU, where a call takes seconds
+to minutes.
 
 All contenders of a row run interleaved in one process. Milliseconds are the best of many rounds; a
 ratio is dense time / time within one round, the median over rounds: 1.00 is dense speed, more is
 faster, and what else the machine does slows both sides of a ratio alike. The ratio of CPU times is
 that of the process's time over all its threads: it says nothing of threads that wait for one
-another, but hardly moves when the machine is busy; leave it aside where an accelerator computes.
+another, but hardly moves when the machine is busy. On an accelerator, where it says nothing, there
+is the speed as a share of a dense product of two 8192 x 8192 matrices in the same rounds instead.
 Dense means one matrix (or FFN) over the rows that are really used, whatever the buffer's length.
 MB: temporaries and results of the compiled program, in 10^6 bytes, by the compiler's own account.
 Roofline: the least time of `roofline.py` / ours, where the device's peaks are known. `--opponents=`
@@ -54,6 +56,7 @@ class Shape(NamedTuple):
 
 
 _ALL = ("uniform", "multinomial", "zipf", "half-empty", "one-group")
+_SOME = ("uniform", "multinomial", "zipf")
 SHAPES = {
     "g16": Shape("matmul", 4096, 4096, 512, 1024, 16, _ALL),
     "g64": Shape("matmul", 4096, 4096, 512, 1024, 64, _ALL),
@@ -64,7 +67,19 @@ SHAPES = {
     "olmoe": Shape("matmul", 65536, 65536, 2048, 1024, 64, _ALL, by_default=False),
     "qwen3": Shape("matmul", 131072, 131072, 2048, 768, 128, _ALL, by_default=False),
     "deepseek_v3": Shape("matmul", 16384, 16384, 7168, 2048, 32, _ALL, by_default=False),
+    "mixtral_layer": Shape("ffn", 8192, 8192, 4096, 14336, 8, _SOME, by_default=False),
+    "qwen3_layer": Shape("ffn", 131072, 131072, 2048, 768, 128, _SOME, by_default=False),
+    **{
+        f"{name}_{tokens}": Shape("ffn", rows, rows, *dims, ("multinomial",), 1, by_default=False)
+        for tokens in (16, 64, 512)
+        for name, rows, dims in (
+            ("mixtral", 2 * tokens, (4096, 14336, 8)),
+            ("qwen3", 8 * tokens, (2048, 768, 128)),
+        )
+    },
 }
+_SQUARE = 8192
+_AT_ONCE = 0.02  # seconds
 
 
 class Call(NamedTuple):
@@ -90,83 +105,110 @@ def group_sizes(pattern: str, num_rows: int, num_groups: int, seed: int = 0) -> 
 
 
 def contenders(
-    shape: Shape, pattern: str, implementation: str, opponents: dict[str, Dot]
-) -> dict[str, dict[str, Call]]:
-    """direction -> name -> the compiled call."""
+    shape: Shape, implementation: str, opponents: dict[str, Dot]
+) -> tuple[dict[str, dict[str, Call]], Callable[[str], None]]:
+    """direction -> name -> the compiled call, and what sets the pattern of the calls to come."""
     keys, dtype = iter(jax.random.split(jax.random.key(0), 8)), default_dtype()
+    _, n, used, d, ff, g, *_ = shape
+    sizes = [jnp.zeros(g, jnp.int32)]  # of the pattern at hand
 
     def normal(*dims):
         return jax.random.normal(next(keys), dims, dtype) / dims[-2] ** 0.5
 
-    def with_gradients(f, *args):
-        *inputs, dy = args
-        y, vjp = jax.vjp(f, *inputs)
-        return y, vjp(dy)
-
-    def backward_only(f, *args):
-        return with_gradients(f, *args)[1]
-
     def compiled(f, *args):
-        program = jax.jit(f).lower(*args).compile()
+        program = jax.jit(f).lower(sizes[0], *args).compile()
         memory = program.memory_analysis()
         used = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else np.nan
-        return Call(functools.partial(program, *args), used / 1e6)
+        return Call(lambda: program(sizes[0], *args), used / 1e6)
 
-    def pair(f, backward, *args):
-        both = [(f, args[:-1]), (functools.partial(backward, f), args)]
-        return [compiled(call, *inputs) for call, inputs in both[: shape.directions]]
+    def each_way(f, ways, *args):
+        """f(sizes, x, weights)"""
+        x, weights, dy = args
+        programs = {
+            "forward": lambda s, x, w, dy: f(s, x, w),
+            "forward+backward": lambda s, x, w, dy: _with_gradients(f, s, x, w, dy),
+            # a linear map: the forward pass is dead code in these
+            "dx+dw": lambda s, x, w, dy: _with_gradients(f, s, x, w, dy)[1],
+            "dx": lambda s, x, w, dy: _with_gradients(f, s, x, w, dy)[1][0],
+            "dw": lambda s, x, w, dy: _with_gradients(f, s, x, w, dy)[1][1],
+        }
+        return {way: compiled(programs[way], x, weights, dy) for way in ways}
 
-    _, n, used, d, ff, g, *_ = shape
-    sizes = jnp.asarray(group_sizes(pattern, used, g), jnp.int32)
     x = normal(n, d)
+    ours = functools.partial(_ours, shape.op, implementation=implementation)
     if shape.op == "matmul":
-        w, dy = normal(g, d, ff), normal(n, ff)
-        # a linear map: the forward pass is dead code in the second program
-        backward, names = backward_only, ("forward", "dx+dw")
-        calls = {"dense": pair(jnp.dot, backward, x[:used], w[0], dy[:used])}
-        ours = functools.partial(
-            gm.grouped_matmul, group_sizes_G=sizes, implementation=implementation
-        )
-        calls[implementation] = pair(ours, backward, x, w, dy)
-        for name, dot in opponents.items():
-            calls[name] = pair(lambda x, w, dot=dot: dot(x, w, sizes), backward, x, w, dy)
+        weights, dy = [normal(g, d, ff)], normal(n, ff)
+        ways = ["forward", "dx+dw", *(["dx", "dw"] if on_accelerator() else [])]
+        dense = lambda s, x, w: jnp.dot(x, *w)  # noqa: E731
     else:
-        weights, dy = (normal(g, d, ff), normal(g, d, ff), normal(g, ff, d)), normal(n, d)
-        backward, names = with_gradients, ("forward", "forward+backward")
-        local = [w[0] for w in weights]
-        calls = {"dense": pair(dense_ffn, backward, x[:used], *local, dy[:used])}
-        ours = functools.partial(gm.grouped_ffn, group_sizes_G=sizes, implementation=implementation)
-        calls[implementation] = pair(ours, backward, x, *weights, dy)
-        if shape.directions == 1:
-            turned = [w.swapaxes(1, 2) for w in weights]
-            transposed = functools.partial(ours, transpose_w=True)
-            calls[f"{implementation}, transposed"] = pair(transposed, backward, x, *turned, dy)
-        for name, dot in opponents.items():
-            ffn = functools.partial(_ffn_of, lambda x, w, dot=dot: dot(x, w, sizes))
-            calls[name] = pair(ffn, backward, x, *weights, dy)
-    return {
-        name: {who: c[i] for who, c in calls.items()}
-        for i, name in enumerate(names[: shape.directions])
-    }
+        weights, dy = [normal(g, d, ff), normal(g, d, ff), normal(g, ff, d)], normal(n, d)
+        ways = ["forward", "forward+backward"][: shape.directions]
+        dense = lambda s, x, w: dense_ffn(x, *w)  # noqa: E731
+    calls = {"dense": each_way(dense, ways, x[:used], [w[0] for w in weights], dy[:used])}
+    calls[implementation] = each_way(ours, ways, x, weights, dy)
+    if shape.op == "ffn" and shape.directions == 1:
+        turned = [w.swapaxes(1, 2) for w in weights]
+        transposed = functools.partial(ours, transpose_w=True)
+        calls[f"{implementation}, transposed"] = each_way(transposed, ways, x, turned, dy)
+    elif shape.op == "ffn" and on_accelerator() and implementation in gm.STORING:
+        stored = functools.partial(ours, pre_activations="store")
+        calls[f"{implementation}, stored"] = each_way(stored, ways, x, weights, dy)
+    for name, dot in opponents.items():
+        of_op = _one_dot if shape.op == "matmul" else _ffn_of
+        calls[name] = each_way(functools.partial(of_op, dot), ways, x, weights, dy)
+
+    def set_pattern(pattern: str) -> None:
+        sizes[0] = jnp.asarray(group_sizes(pattern, used, g), jnp.int32)
+
+    return {way: {who: c[way] for who, c in calls.items()} for way in ways}, set_pattern
+
+
+def _with_gradients(f, sizes_G, x_ND, weights, dy):
+    y, vjp = jax.vjp(functools.partial(f, sizes_G), x_ND, weights)
+    return y, vjp(dy)
+
+
+def _ours(op, sizes_G, x_ND, weights, **how):
+    grouped = gm.grouped_matmul if op == "matmul" else gm.grouped_ffn
+    return grouped(x_ND, *weights, group_sizes_G=sizes_G, **how)
+
+
+def on_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
 
 
 def default_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "bfloat16" if on_accelerator() else "float32"
 
 
 def dense_ffn(x, w_gate, w_up, w_down):
     return jnp.dot(jax.nn.silu(x @ w_gate) * (x @ w_up), w_down)
 
 
-def _ffn_of(dot, x, w_gate, w_up, w_down):
-    return dot(jax.nn.silu(dot(x, w_gate)) * dot(x, w_up), w_down)
+def _one_dot(dot, sizes_G, x_ND, weights):
+    return dot(x_ND, *weights, sizes_G)
+
+
+def _ffn_of(dot, sizes_G, x_ND, weights):
+    gate, up, down = (functools.partial(lambda w, x: dot(x, w, sizes_G), w) for w in weights)
+    return down(jax.nn.silu(gate(x_ND)) * up(x_ND))
+
+
+def square() -> Call:
+    """A dense product of two 8192 x 8192 matrices, the speed that an accelerator can reach."""
+    a, b = (
+        jax.random.normal(key, (_SQUARE, _SQUARE), default_dtype())
+        for key in jax.random.split(jax.random.key(1))
+    )
+    return Call(functools.partial(jax.jit(jnp.dot), a, b), np.nan)
 
 
 def time_rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, np.ndarray]:
     """[rounds, 2] of each call: seconds on the wall and of the CPU, for at least three rounds.
 
     A call 20 times slower than the fastest would eat the time of the others: it runs once more, and
-    that time stands for all rounds.
+    that time stands for all rounds. An accelerator is given so many calls at once that it does not
+    wait for this process: `_AT_ONCE` seconds of them.
     """
     first = {}
     for name, call in calls.items():
@@ -174,19 +216,26 @@ def time_rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str
         first[name] = _time(call)
     shortest, _ = min(first.values())
     slow = {name for name, (wall, _) in first.items() if wall > 20 * shortest} - {"dense"}
+    many = {
+        name: min(max(1, int(_AT_ONCE / wall)), 50) if on_accelerator() else 1
+        for name, (wall, _) in first.items()
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls if name not in slow}
     end = time.perf_counter() + seconds
     while len(times["dense"]) < 3 or time.perf_counter() < end:
         for name, column in times.items():
-            column.append(_time(calls[name]))
+            column.append(_time(calls[name], many[name]))
     once = {name: [min(first[name], _time(calls[name]))] for name in slow}
     return {name: np.asarray((times | once)[name]) for name in calls}
 
 
-def _time(call: Callable[[], Any]) -> tuple[float, float]:
+def _time(call: Callable[[], Any], count: int = 1) -> tuple[float, float]:
+    """Of a call, where so many follow one another."""
     start, start_cpu = time.perf_counter(), time.process_time()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start, time.process_time() - start_cpu
+    for _ in range(count):
+        found = call()
+    jax.block_until_ready(found)
+    return (time.perf_counter() - start) / count, (time.process_time() - start_cpu) / count
 
 
 def _able(names: Iterable[str], shape: Shape) -> tuple[dict[str, Dot], dict[str, str]]:
@@ -198,6 +247,11 @@ def _able(names: Iterable[str], shape: Shape) -> tuple[dict[str, Dot], dict[str,
         except Refused as error:
             left_out[name] = error.rule
     return able, left_out
+
+
+def _flops(shape: Shape, direction: str) -> float:
+    sizes = shape.used_rows, shape.d_model, shape.d_ff, shape.num_groups
+    return roofline.least(shape.op, direction, *sizes, 2)[0]
 
 
 def _roofline(shape: Shape, pattern: str, direction: str, milliseconds: float) -> float | None:
@@ -221,20 +275,29 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A row of the table for each direction of each (shape, pattern)."""
     begin = time.perf_counter()
+    largest = {"square": square()} if on_accelerator() else {}
+    built: tuple[str, Any] = "", None
     for done, (name, pattern) in enumerate(cases, start=1):
         shape = SHAPES[name]
         able, left_out = _able(opponents, shape)
-        for who, why in left_out.items():
-            print(f"  {name}: {who} left out: {why}", file=sys.stderr)
-        for direction, calls in contenders(shape, pattern, implementation, able).items():
-            times = time_rounds({who: call.start for who, call in calls.items()}, seconds)
+        if built[0] != name:
+            for who, why in left_out.items():
+                print(f"  {name}: {who} left out: {why}", file=sys.stderr)
+            built = "", None  # lets go of the arrays of the last shape
+            built = name, contenders(shape, implementation, able)
+        ways, set_pattern = built[1]
+        set_pattern(pattern)
+        for direction, calls in ways.items():
+            contending = {who: call.start for who, call in (calls | largest).items()}
+            times = time_rounds(contending, seconds)
             best = {who: t.min(axis=0) for who, t in times.items()}
+            of_square = times.pop("square", None)
             ratio = {
                 who: np.median(times["dense"] / t, axis=0)
                 for who, t in times.items()
                 if who != "dense"
             }
-            yield {
+            row = {
                 "shape": name,
                 "pattern": pattern,
                 "direction": direction,
@@ -248,6 +311,16 @@ def measure(
                 },
                 "left_out": left_out,
             }
+            if of_square is not None:
+                flops = _flops(shape, direction) / (2.0 * _SQUARE**3)
+                row["of_square"] = {
+                    who: flops * float(np.median(of_square[:, 0] / t[:, 0]))
+                    for who, t in times.items()
+                }
+                for figures in ("milliseconds", "roofline"):
+                    del row[figures]["square"]
+                row["square_tflops"] = 2.0 * _SQUARE**3 / float(best["square"][0]) / 1e12
+            yield row
         left = (time.perf_counter() - begin) / done * (len(cases) - done)
         print(f"  {done}/{len(cases)} done, about {left:.0f} s left", file=sys.stderr)
 
@@ -255,7 +328,9 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """Columns for everybody who ran somewhere; empty where one did not."""
     who = list(dict.fromkeys(name for r in rows for name in r["ratio"]))
-    heads = " | ".join(f"{w} ms | ratio | CPU ratio | MB | roofline" for w in who)
+    accelerator = "of_square" in rows[0]
+    second = f"of {_SQUARE}^3" if accelerator else "CPU ratio"
+    heads = " | ".join(f"{w} ms | ratio | {second} | MB | roofline" for w in who)
     lines = [
         f"| shape | groups | pass | dense ms | MB | {heads} |",
         "|---" * (5 + 5 * len(who)) + "|",
@@ -268,7 +343,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             if w not in times:
                 cells += [""] * 5
                 continue
-            cells += [f"{times[w]:.2f}", f"{r['ratio'][w]:.2f}", f"{r['cpu_ratio'][w]:.2f}"]
+            other = r["of_square" if accelerator else "cpu_ratio"][w]
+            cells += [f"{times[w]:.2f}", f"{r['ratio'][w]:.2f}", f"{other:.2f}"]
             share = r["roofline"][w]
             cells += [f"{megabytes[w]:.1f}", "" if share is None else f"{share:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -319,7 +395,11 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             op, n, used, d, ff, g, *_ = SHAPES[name]
             print(f"{name}: {op}, {used} of {n} rows used, D={d}, F={ff}, G={g}")
-        print(f"device {device}, jax {jax.__version__}, {dtype}\n\n{table(rows)}")
+        print(f"device {device}, jax {jax.__version__}, {dtype}")
+        if "square_tflops" in rows[0]:
+            speeds = [row["square_tflops"] for row in rows]
+            print(f"dense {_SQUARE}^3: {min(speeds):.0f} to {max(speeds):.0f} TFLOP/s")
+        print(f"\n{table(rows)}")
     return 0
 
 

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from moe_jax.errors import Refused
-from moe_jax.kernels import checks
+from moe_jax.kernels import checks, gpu
 from moe_jax.kernels.activation import ACTIVATIONS, Activation
 from moe_jax.kernels.scaled import Scaled
 
@@ -34,16 +34,16 @@ IMPLEMENTATIONS = (
     "pallas_tpu_interpret",
     "pallas_gpu",
     "pallas_gpu_interpret",
+    "hopper",
 )
-# "cpu" is plain JAX: it runs on a GPU as well, correct but not fast. The kernels for Hopper have
-# not been run on one yet: they are there by name.
+# "cpu" is plain JAX: it runs on a GPU as well, correct but not fast.
 _BY_PLATFORM = {"cpu": "cpu", "gpu": "cpu", "tpu": "pallas_tpu"}
 # They read transposed weights where they lie, and those of one layer among several; for the others
 # such weights are transposed and cut out first.
 _TRANSPOSED_IN_PLACE = tuple(name for name in IMPLEMENTATIONS if name != "reference")
 _LAYERS_IN_PLACE = ("cpu",)
 # They can keep pre-activations for the backward pass.
-_STORING = tuple(name for name in IMPLEMENTATIONS if name.startswith("pallas"))
+STORING = tuple(name for name in IMPLEMENTATIONS if name.startswith(("pallas", "hopper")))
 
 
 @no_type_check  # `checks` refuses the same in words that name the fix
@@ -190,26 +190,31 @@ def grouped_ffn(
     return _run(run, scales, *arrays, *args[3:], row_weight_N)
 
 
-def default_implementation(platform: str | None = None) -> str:
-    """What `implementation=None` means on a platform. The only place that decides it.
+def default_implementation(device: Any = None) -> str:
+    """What `implementation=None` means on a device. The only place that decides it.
 
     Args:
-      platform: as in `jax.Device.platform`; None = the one that JAX runs on.
+      device: a `jax.Device`; None = the first of those that JAX runs on.
     """
-    platform = platform or jax.default_backend()
-    if platform not in _BY_PLATFORM:
+    device = jax.devices()[0] if device is None else device
+    if device.platform not in _BY_PLATFORM:
         raise Refused(
             "implementation",
             None,
-            f"no implementation is chosen by default on platform {platform!r}",
+            f"no implementation is chosen by default on platform {device.platform!r}",
             f"Pass one of {', '.join(IMPLEMENTATIONS)}",
         )
-    return _BY_PLATFORM[platform]
+    hopper = getattr(device, "compute_capability", "") == gpu.COMPUTE_CAPABILITY
+    if hopper and jax.__version_info__ >= gpu.OLDEST_JAX:
+        return "hopper"
+    return _BY_PLATFORM[device.platform]
 
 
 def check_platform(implementation: str, platform: str) -> None:
     """Raises `Refused` where a program would be built that its devices cannot run."""
-    needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(implementation, platform)
+    needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "hopper": "gpu"}.get(
+        implementation, platform
+    )
     if needed != platform:
         rule = f"runs on platform {needed!r}, and the devices are of {platform!r}"
         fix = "set model.kernels = '', which chooses by platform (for infer.py in config.json)"
@@ -280,9 +285,9 @@ def _store(pre_activations: str, implementation: str | None) -> dict[str, bool]:
     name = implementation or default_implementation()
     if pre_activations == "recompute" or name == "reference":  # JAX decides what that keeps
         return {}
-    if name not in _STORING:
+    if name not in STORING:
         rule = f"the {name} implementation only recomputes"
-        fix = f"Pass 'recompute', or implementation={_STORING[0]!r}, which stores as well"
+        fix = f"Pass 'recompute', or implementation={STORING[0]!r}, which stores as well"
         raise Refused("pre_activations", pre_activations, rule, fix)
     return {"store": True}
 

@@ -1,7 +1,7 @@
 """Grouped operations on Hopper's tensor cores: Pallas kernels (Mosaic GPU) for every pass, fused.
 
-bfloat16 and float16, with sums in float32. Compiled for an H100 ahead of time and right in
-interpret mode; never run on hardware, so no platform has them by default.
+bfloat16 and float16, with sums in float32. `hopper` takes these for what they take, and is the
+default on such a GPU.
 """
 
 from typing import Any
@@ -12,13 +12,12 @@ from jax import Array
 
 from moe_jax.errors import Refused
 from moe_jax.kernels import fused
-from moe_jax.kernels.gpu import tiles
+from moe_jax.kernels.gpu import OLDEST_JAX, tiles
 from moe_jax.kernels.gpu.columns import grouped_columns
 from moe_jax.kernels.gpu.rows import grouped_rows
 from moe_jax.kernels.operands import Kernels
 from moe_jax.kernels.scaled import Scaled
 
-OLDEST = 0, 11  # JAX
 MULTIPROCESSORS = 132  # of an H100 or H200 (SXM); a GPU with fewer runs the blocks in turns
 
 
@@ -56,7 +55,7 @@ def check_types(x_ND: Array, *args: Any) -> None:
 
 def _check(x_ND: Array, *args: Any) -> None:
     check_types(x_ND, *args)
-    if jax.__version_info__ < OLDEST:
+    if jax.__version_info__ < OLDEST_JAX:
         rule = (
             f"needs JAX 0.11 or newer, which compiles all of its kernels; this is {jax.__version__}"
         )

@@ -7,6 +7,8 @@ With n used rows, D, F, a groups that have rows, and s bytes for a value:
 | operation, pass | FLOPs | bytes: every array once |
 |---|---|---|
 | matmul forward | 2 n D F | s (n D + a D F + n F) |
+| matmul dx | 2 n D F | s (n D + a D F + n F) |
+| matmul dw | 2 n D F | s (n D + a D F + n F) |
 | matmul dx+dw | 4 n D F | s (n D + a D F + n F) read, s (n D + a D F) written |
 | ffn forward | 6 n D F | s (2 n D + 3 a D F) |
 | ffn forward+backward | 18 n D F | s (2 n D + 3 a D F) + s (3 n D + 6 a D F) |
@@ -46,6 +48,8 @@ def least(
     x, y, w = rows * d_model, rows * d_ff, groups * d_model * d_ff
     products, values = {
         ("matmul", "forward"): (1, x + w + y),
+        ("matmul", "dx"): (1, x + w + y),
+        ("matmul", "dw"): (1, x + w + y),
         ("matmul", "dx+dw"): (2, 2 * x + 2 * w + y),
         ("ffn", "forward"): (3, 2 * x + 3 * w),
         ("ffn", "forward+backward"): (9, 5 * x + 9 * w),

@@ -116,8 +116,8 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
     """All layers as a function of global arrays, in one `shard_map`."""
     tokens = mesh_lib.spec("batch")
     of_group, of_expert = PartitionSpec(_REPLICAS), PartitionSpec(None, mesh_lib.EXPERT)
-    platform = mesh.devices.flat[0].platform
-    implementation = implementation or grouped_matmul.default_implementation(platform)
+    device = mesh.devices.flat[0]
+    implementation = implementation or grouped_matmul.default_implementation(device)
 
     def spec_of(names: tuple[str, ...]) -> PartitionSpec:
         return PartitionSpec(*(mesh_lib.EXPERT if name == "expert" else None for name in names))

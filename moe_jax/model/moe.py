@@ -290,11 +290,11 @@ def build_dispatch(
     """
     scheme = schemes.SCHEMES[dispatch]
     # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
     transport = wire.transport_of(mesh)
     axes = mesh_lib.EXPERT
-    implementation = implementation or grouped_matmul.default_implementation(platform)
-    grouped_matmul.check_platform(implementation, platform)
+    implementation = implementation or grouped_matmul.default_implementation(device)
+    grouped_matmul.check_platform(implementation, device.platform)
     vary_over = lambda axis: functools.partial(jax.lax.pcast, axis_name=axis, to="varying")  # noqa: E731
     vary_over_data, vary_over_tensor = vary_over(mesh_lib.DATA), vary_over(mesh_lib.TENSOR)
     replicas = (mesh_lib.DATA, mesh_lib.FSDP)

@@ -105,8 +105,7 @@ def layer_lines(config: Config, seconds: float) -> list[Line]:
 
     parts = [param[...] for param in (weights.gate_PDF, weights.up_PDF, weights.down_PFD)]
     rows_AD = jnp.tile(x_BSD.reshape(tokens, -1), (model.top_k, 1))
-    platform = jax.devices()[0].platform
-    implementation = grouped_matmul.default_implementation(platform)
+    implementation = grouped_matmul.default_implementation()
     experts = jax.jit(functools.partial(grouped_matmul.grouped_ffn, implementation=implementation))
     # Rows are read and written on their way in (T -> A), and on their way out (A -> T).
     moved = jnp.zeros((rows + tokens, model.d_model))

@@ -88,7 +88,7 @@ def run(config):
     [pytest.param(*case, marks=pytest.mark.faults if n else ()) for n, case in enumerate(CASES)],
 )
 def test_two_runs_are_equal(dispatch, combine, mesh, kernel, monkeypatch):
-    monkeypatch.setattr(grouped_matmul, "default_implementation", lambda platform=None: kernel)
+    monkeypatch.setattr(grouped_matmul, "default_implementation", lambda device=None: kernel)
     config = tiny.config(mesh=mesh, model__dispatch=dispatch, model__combine=combine)
     first = run(config)
     jax.clear_caches()

@@ -8,6 +8,7 @@ where there is one, every test of values runs it, too:
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,19 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.config import fields
 from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
-from moe_jax.kernels import pallas_gpu, scaled
+from moe_jax.kernels import cpu, gpu, hopper, pallas_gpu, scaled
 from moe_jax.kernels.gpu import work
 from moe_jax.kernels.operands import Operands, Result, Weight
-from tests.kernels.oracle import BOUNDS, SLOW, assert_close, make, numpy_answer, value_and_grads
+from tests.kernels.oracle import (
+    BOUNDS,
+    SLOW,
+    among_others,
+    assert_close,
+    assert_rows_keep_their_bits,
+    make,
+    numpy_answer,
+    value_and_grads,
+)
 
 BOTH = pytest.mark.parametrize(
     "kernels",
@@ -42,7 +52,7 @@ BOTH = pytest.mark.parametrize(
     ],
 )
 LOWERED = pytest.mark.skipif(
-    jax.__version_info__ < pallas_gpu.OLDEST, reason="this JAX lowers no sums of rows for GPUs"
+    jax.__version_info__ < gpu.OLDEST_JAX, reason="this JAX lowers no sums of rows for GPUs"
 )
 # rows of the buffer, rows of each group
 PATTERNS = {
@@ -133,6 +143,47 @@ def test_others_may_hold_anything(kernels):
     assert_close([y, dx, dw], clean, BOUNDS["bfloat16"])
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU")
+def test_bits_of_a_row_depend_on_no_other_row():
+    """Not on where it stands in a tile, nor on who else is there; y and dx."""
+    rng = np.random.default_rng(0)
+    x_XD, dy_XF = (jnp.asarray(rng.normal(size=(300, n)), jnp.bfloat16) for n in (256, 384))
+    w_GDF = jnp.asarray(rng.normal(size=(3, 256, 384)) / 16, jnp.bfloat16)
+
+    def run(num_rows, before, chosen, after):
+        x, dy = (among_others(np.asarray(a), num_rows, before, chosen, rng) for a in (x_XD, dy_XF))
+        sizes_G = jnp.asarray([before, len(chosen), after], jnp.int32)
+        found = value_and_grads("matmul", x, [w_GDF], sizes_G, dy, implementation="pallas_gpu")
+        return [a[before : before + len(chosen)] for a in found[:2]]
+
+    assert_rows_keep_their_bits(run, [1, 2, 7, 40, 41, 63, 64, 65, 128, 200, 299, 300], rng)
+
+
+def test_the_default_on_such_a_gpu_is_by_types():
+    x_ND, (w_GDF,), sizes_G, _ = make("matmul", 40, [9, 31])
+    narrow = x_ND.astype(jnp.bfloat16), w_GDF.astype(jnp.bfloat16)
+    assert hopper.chosen(*narrow) is pallas_gpu
+    assert hopper.chosen(narrow[0], scaled.quantised(w_GDF, "int8")) is cpu
+    assert hopper.chosen(x_ND, w_GDF) is cpu
+    found, expected = (
+        gm.grouped_matmul(x_ND, w_GDF, sizes_G, implementation=name) for name in ("hopper", "cpu")
+    )
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(Refused, match="pre_activations = 'store': is for bfloat16"):
+        gm.grouped_swiglu(
+            *(x_ND, w_GDF, w_GDF, sizes_G), implementation="hopper", pre_activations="store"
+        )
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("9.0", "hopper"), ("8.0", "cpu")])
+def test_the_default_is_by_gpu(capability, expected, monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(jax, "__version_info__", gpu.OLDEST_JAX)
+    assert gm.default_implementation(device) == expected
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert gm.default_implementation(device) == "cpu"
+
+
 @pytest.mark.parametrize("num_rows", [1, 7, 64, 300])
 def test_every_row_has_one_item(num_rows):
     rng = np.random.default_rng(num_rows)
@@ -201,7 +252,7 @@ def test_a_config_may_name_them():
     assert named == set(fields.KERNELS) - {""}
 
 
-@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu", "hopper"])
 def test_a_model_for_other_devices_is_refused(name):
     with pytest.raises(Refused, match=r"model.kernels = .*the devices are of 'cpu'"):
         gm.check_platform(name, "cpu")
