@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import fields
 from moe_jax.errors import Refused
-from moe_jax.kernels import grouped_matmul as gm
 from moe_jax.kernels import cpu, gpu, hopper, pallas_gpu, scaled
+from moe_jax.kernels import grouped_matmul as gm
 from moe_jax.kernels.gpu import work
 from moe_jax.kernels.operands import Operands, Result, Weight
 from tests.kernels.oracle import (
