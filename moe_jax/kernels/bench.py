@@ -4,6 +4,7 @@
                                     [--patterns=zipf,...] [--implementation=cpu]
                                     [--seconds=4] [--json]
                                     [--opponents=ragged_dot,megablox,tokamax]
+                                    [--passes=forward,dx,dw]
 
 Shapes that nobody trains on are measured with transposed weights, too: as inference keeps them.
 `mixtral`, `olmoe`, `qwen3` and `deepseek_v3` (256 experts over 8 devices, the part of one), whole
@@ -56,6 +57,7 @@ class Shape(NamedTuple):
 
 
 _ALL = ("uniform", "multinomial", "zipf", "half-empty", "one-group")
+PASSES = ("forward", "dx+dw", "dx", "dw", "forward+backward")
 _SOME = ("uniform", "multinomial", "zipf")
 SHAPES = {
     "g16": Shape("matmul", 4096, 4096, 512, 1024, 16, _ALL),
@@ -105,7 +107,10 @@ def group_sizes(pattern: str, num_rows: int, num_groups: int, seed: int = 0) -> 
 
 
 def contenders(
-    shape: Shape, implementation: str, opponents: dict[str, Dot]
+    shape: Shape,
+    implementation: str,
+    opponents: dict[str, Dot],
+    passes: Iterable[str] = PASSES,
 ) -> tuple[dict[str, dict[str, Call]], Callable[[str], None]]:
     """direction -> name -> the compiled call, and what sets the pattern of the calls to come."""
     keys, dtype = iter(jax.random.split(jax.random.key(0), 8)), default_dtype()
@@ -144,6 +149,7 @@ def contenders(
         weights, dy = [normal(g, d, ff), normal(g, d, ff), normal(g, ff, d)], normal(n, d)
         ways = ["forward", "forward+backward"][: shape.directions]
         dense = lambda s, x, w: dense_ffn(x, *w)  # noqa: E731
+    ways = [way for way in ways if way in passes]
     calls = {"dense": each_way(dense, ways, x[:used], [w[0] for w in weights], dy[:used])}
     calls[implementation] = each_way(ours, ways, x, weights, dy)
     if shape.op == "ffn" and shape.directions == 1:
@@ -272,6 +278,7 @@ def measure(
     implementation: str,
     seconds: float,
     opponents: Iterable[str] = ("ragged_dot",),
+    passes: Iterable[str] = PASSES,
 ) -> Iterator[dict[str, Any]]:
     """A row of the table for each direction of each (shape, pattern)."""
     begin = time.perf_counter()
@@ -284,7 +291,7 @@ def measure(
             for who, why in left_out.items():
                 print(f"  {name}: {who} left out: {why}", file=sys.stderr)
             built = "", None  # lets go of the arrays of the last shape
-            built = name, contenders(shape, implementation, able)
+            built = name, contenders(shape, implementation, able, passes)
         ways, set_pattern = built[1]
         set_pattern(pattern)
         for direction, calls in ways.items():
@@ -320,6 +327,8 @@ def measure(
                 for figures in ("milliseconds", "roofline"):
                     del row[figures]["square"]
                 row["square_tflops"] = 2.0 * _SQUARE**3 / float(best["square"][0]) / 1e12
+            said = ", ".join(f"{who} {x:.2f}" for who, x in row["ratio"].items())
+            print(f"  {name} {pattern} {direction}, of dense: {said}", file=sys.stderr)
             yield row
         left = (time.perf_counter() - begin) / done * (len(cases) - done)
         print(f"  {done}/{len(cases)} done, about {left:.0f} s left", file=sys.stderr)
@@ -371,6 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--opponents", default="ragged_dot", help=f"of {', '.join(NAMES)}, or empty"
     )
+    parser.add_argument("--passes", default=",".join(PASSES), help="those that a shape has")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     try:
@@ -380,9 +390,13 @@ def main(argv: list[str] | None = None) -> int:
         if not cases:
             rule = f"none is measured for {args.shapes}"
             raise Refused("--patterns", args.patterns, rule, "Leave it out to see those that are")
+        passes = named("--passes", args.passes, PASSES)
         implementation = args.implementation or gm.default_implementation()
         opponents = named("--opponents", args.opponents, NAMES) if args.opponents else []
-        rows = list(measure(cases, implementation, args.seconds, opponents))
+        rows = list(measure(cases, implementation, args.seconds, opponents, passes))
+        if not rows:
+            rule = f"{args.shapes} have none of these"
+            raise Refused("--passes", args.passes, rule, "Leave it out to see those that they have")
     except Refused as error:
         print(error, file=sys.stderr)
         return 1

@@ -54,6 +54,7 @@ def test_group_sizes_sum_to_the_rows(pattern):
             ["--shapes=decode", "--patterns=zipf"],
             "--patterns = 'zipf': none is measured for decode",
         ),
+        ([*OPTIONS, "--passes=dx"], "--passes = 'dx': decode have none of these"),
     ],
 )
 def test_wrong_options_are_refused(options, message, capsys):
