@@ -4,8 +4,7 @@ Promise: dw of an empty group is exactly zero; rows of other groups, and of none
 
 Axes: N rows, D width of x, F width of dy, G groups, S rows of a step.
 
-Algorithm: blocks of threads take turns at (group, tile of dw), longest groups first, back and
-forth, so that all have about as many rows in the end. One warpgroup copies tiles of S rows
+Algorithm: blocks of threads take turns at (group, tile of dw). One warpgroup copies tiles of S rows
 of x and dy into shared memory, from the multiple of 8 before the group's first row on; two
 multiply, 64 rows of dw each. Where a step has rows of others, first or last, these are overwritten
 with zeros in both tiles before they are multiplied: a NaN of another group goes nowhere.
@@ -55,33 +54,28 @@ def _one(
     tiles_d, tiles_f = pl.cdiv(padded_d, TILE_D), pl.cdiv(padded_f, width)
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G.astype(jnp.int32)), num_rows)
     starts_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
-    order_G = jnp.argsort(starts_G - ends_G, stable=True).astype(jnp.int32)
 
-    def kernel(order, starts, ends, x_ref, dy_ref, out_ref):
+    def kernel(starts, ends, x_ref, dy_ref, out_ref):
         def scoped(shared, written, both_masked):
             def turns(one):
                 """one(group, tile of D, tile of F, first row, steps, steps before)"""
-                total = num_groups * tiles_d * tiles_f
-                block, num_blocks = lax.axis_index("sm"), lax.axis_size("sm")
 
-                def turn(wave, done):
-                    # there and back again: who has the longest tile of one wave has the shortest
-                    # of the next
-                    place = jnp.where(wave % 2 == 0, block, num_blocks - 1 - block)
-                    index = wave * num_blocks + place
-                    there = index < total
-                    index = jnp.minimum(index, total - 1)
-                    tile = lax.rem(index, tiles_d * tiles_f)
-                    group = order[lax.div(index, tiles_d * tiles_f)]
+                def turn(loop, carry):
+                    (index,) = loop.index
+                    group, tile = (
+                        lax.div(index, tiles_d * tiles_f),
+                        lax.rem(index, tiles_d * tiles_f),
+                    )
                     start, end = starts[group], ends[group]
                     first = pl.multiple_of(lax.div(start, ALIGNED) * ALIGNED, ALIGNED)
                     steps = lax.div(end - first + SUMMED - 1, SUMMED)
-                    steps = jnp.where(there & (start < end), steps, 0)
-                    args = group, lax.div(tile, tiles_f), lax.rem(tile, tiles_f), first, steps, done
-                    pl.when(there)(lambda: one(*args))
-                    return done + steps
+                    steps = jnp.where(start < end, steps, 0)
+                    tile_d, tile_f = lax.div(tile, tiles_f), lax.rem(tile, tiles_f)
+                    one(group, tile_d, tile_f, first, steps, carry)
+                    return carry + steps
 
-                lax.fori_loop(0, pl.cdiv(total, num_blocks), turn, jnp.int32(0))
+                grid = (num_groups * tiles_d * tiles_f,)
+                plgpu.nd_loop(grid, collective_axes="sm", init_carry=jnp.int32(0))(turn)
 
             def copy_tile(group, tile_d, tile_f, first, steps, done):
                 in_d, in_f = pl.ds(tile_d * TILE_D, TILE_D), pl.ds(tile_f * width, width)
@@ -147,7 +141,7 @@ def _one(
         )
 
     shaped = [jax.ShapeDtypeStruct((num_groups, padded_d, padded_f), dtype)]
-    args = [order_G, starts_G, ends_G, x_ND, dy_NF]
+    args = [starts_G, ends_G, x_ND, dy_NF]
     (dw_GDF,) = launch(kernel, shaped, args, x_ND, blocks=blocks, interpret=interpret)
     return dw_GDF[:, :d_model, :d_ff]
 
