@@ -60,6 +60,7 @@ def digest(config: Config) -> str:
         del plain[field]
     for field in (
         *("num_steps", "log_every", "checkpoint_every", "checkpoints_kept", "remat"),
+        "pre_activations",
         *("checkpoints_kept_every", "checkpoints_kept_best", "failed_save"),
         *("checkpoints_verified", "hang_seconds", "hang_exit", "probe_every"),
     ):

@@ -13,6 +13,7 @@ DTYPES = ("float32", "bfloat16")
 MESH_AXES = ("data", "fsdp", "node", "expert", "tensor")
 ATTENTIONS = ("split", "replicated")
 REMATS = ("none", "layer")
+PRE_ACTIVATIONS = ("recompute", "store")
 FAILED_SAVES = ("stop", "go_on")
 ROUTER_WEIGHTS = ("normalised", "softmax", "sparse_mixer")
 NORMS = ("rms", "layer")
@@ -246,6 +247,9 @@ class TrainConfig:
     # "layer": the backward pass computes each layer again from its input, and gathers its weights
     # again; "none": everything is kept, the weights that `fsdp` gathered included.
     remat: str = "none"
+    # Experts' gate and up, for the backward pass: "store" keeps them (2 d_ff values a row more) and
+    # saves two of eleven matmuls; kernels for TPUs, and for Hopper in 16 bits, can.
+    pre_activations: str = "recompute"
     seed: int = 0
 
 

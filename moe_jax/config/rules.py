@@ -21,6 +21,7 @@ from moe_jax.config.fields import (
     MESH_AXES,
     NORMS,
     OVERLAP_DEGREES,
+    PRE_ACTIVATIONS,
     QK_NORMS,
     REMATS,
     ROUTER_SCORES,
@@ -358,6 +359,11 @@ def _validate_training(config: Config) -> None:
         if getattr(train, name) < 0:
             raise Refused(f"train.{name}", getattr(train, name), "must be at least 0", "use 0")
     _one_of("train.remat", train.remat, REMATS)
+    _one_of("train.pre_activations", train.pre_activations, PRE_ACTIVATIONS)
+    if (train.pre_activations, train.remat) == ("store", "layer"):
+        rule = "is computed again with its layer: train.remat = 'layer'"
+        fix = "set train.remat = 'none', or train.pre_activations = 'recompute'"
+        raise Refused("train.pre_activations", "store", rule, fix)
     _one_of("train.failed_save", train.failed_save, FAILED_SAVES)
     for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
         if not 0 <= seed < 2**31:

@@ -285,11 +285,16 @@ def _store(pre_activations: str, implementation: str | None) -> dict[str, bool]:
     name = implementation or default_implementation()
     if pre_activations == "recompute" or name == "reference":  # JAX decides what that keeps
         return {}
-    if name not in STORING:
-        rule = f"the {name} implementation only recomputes"
-        fix = f"Pass 'recompute', or implementation={STORING[0]!r}, which stores as well"
-        raise Refused("pre_activations", pre_activations, rule, fix)
+    check_storing(name, "pre_activations")
     return {"store": True}
+
+
+def check_storing(implementation: str, field: str) -> None:
+    """Raises `Refused` where it cannot keep pre-activations; `field` asked for it."""
+    if implementation not in (*STORING, "reference"):
+        rule = f"the {implementation} implementation only recomputes"
+        fix = f"Set 'recompute', or take one of {', '.join(STORING)}, which store as well"
+        raise Refused(field, "store", rule, fix)
 
 
 def _activation(name: str) -> Activation:

@@ -85,6 +85,7 @@ class Layers:
     Args:
       implementation: of the grouped matmul; None = the config's, or by platform.
       attention_batch: logical axis of the batch in attention, "batch" or "replica".
+      pre_activations: of experts, as in `grouped_matmul`.
 
     Attributes:
       moe_layer: see moe.py.
@@ -96,6 +97,7 @@ class Layers:
         mesh: Mesh,
         implementation: str | None = None,
         attention_batch: str = "batch",
+        pre_activations: str = "recompute",
     ):
         self.moe_layer = moe.build(
             mesh,
@@ -107,6 +109,7 @@ class Layers:
             scheme=router.scheme_of(config),
             activation=config.activation,
             implementation=implementation or config.kernels or None,
+            pre_activations=pre_activations,
         )
         self._mesh, self._config, self._dtype = mesh, config, jnp.dtype(config.dtype)
         self._split = mesh_lib.sharding(mesh, "batch", None, None)

@@ -146,7 +146,7 @@ def compute_experts(
     """The rows of the experts here.
 
     Args:
-      how: activation and implementation of `grouped_ffn`.
+      how: activation, implementation and pre-activations of `grouped_ffn`.
     """
     if experts.layer is not None:
         how["first_group"] = experts.layer * group_sizes_e.shape[0]
@@ -268,6 +268,7 @@ def build_dispatch(
     wire_dtype: str = "",
     activation: str = "swiglu",
     implementation: str | None = None,
+    pre_activations: str = "recompute",
 ) -> Callable[..., tuple[jax.Array, Traffic]]:
     """The part of the layer that knows where experts live, as a function of global arrays.
 
@@ -279,9 +280,10 @@ def build_dispatch(
       wire_dtype: of rows on their way to the experts: a name in quantise.DTYPES, or "" = x's.
       activation: of experts: a name in kernels/activation.py.
       implementation: of the grouped matmul; None = by platform.
+      pre_activations: of experts, as in `grouped_matmul`.
 
     Raises:
-      Refused: the implementation does not run on the mesh.
+      Refused: the implementation does not run on the mesh, or stores nothing.
 
     Returns:
       `compute(x_TD, expert_TK, weight_TK, table, experts, position_T=None) -> (y_TD, Traffic)`; T
@@ -295,6 +297,8 @@ def build_dispatch(
     axes = mesh_lib.EXPERT
     implementation = implementation or grouped_matmul.default_implementation(device)
     grouped_matmul.check_platform(implementation, device.platform)
+    if pre_activations == "store":
+        grouped_matmul.check_storing(implementation, "train.pre_activations")
     vary_over = lambda axis: functools.partial(jax.lax.pcast, axis_name=axis, to="varying")  # noqa: E731
     vary_over_data, vary_over_tensor = vary_over(mesh_lib.DATA), vary_over(mesh_lib.TENSOR)
     replicas = (mesh_lib.DATA, mesh_lib.FSDP)
@@ -310,6 +314,7 @@ def build_dispatch(
 
         def experts_fn(rows_AD, group_sizes_e):
             how = {"activation": activation, "implementation": implementation}
+            how["pre_activations"] = pre_activations
             return compute_experts(rows_AD, experts, group_sizes_e, **how)
 
         num_devices, num_experts = jax.lax.axis_size(axes), table.num_replicas_E.shape[0]

@@ -156,6 +156,7 @@ def build_forward(
     *,
     attention_batch: str = "batch",
     remat: bool = False,
+    pre_activations: str = "recompute",
 ) -> Forward:
     """Chooses the parts of the model once.
 
@@ -163,13 +164,14 @@ def build_forward(
       implementation: of the grouped matmul; None = the config's, or by platform.
       attention_batch: logical axis of the batch in attention, "batch" or "replica".
       remat: the backward pass computes each layer again from its input.
+      pre_activations: of experts, as in `grouped_matmul`.
 
     Returns:
       `forward(model, token_BS, table, *, position_BS=None, real_BS=None, cache=None, last_B=None)
       -> Output`; `table` is stacked over layers. Positions default to 0..S-1, all real. With
       `last_B` there are logits of that one index of each sequence only, [B, 1, V].
     """
-    layers = layers_lib.Layers(config, mesh, implementation, attention_batch)
+    layers = layers_lib.Layers(config, mesh, implementation, attention_batch, pre_activations)
     setting: Any = attention.setting_of(config)
     attend: Any = attention.attend
     if config.latent.kv_rank:

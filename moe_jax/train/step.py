@@ -205,6 +205,7 @@ def _loss_and_gradients(config: Config, mesh: Mesh) -> Callable[..., Any]:
         mesh,
         attention_batch=mesh_lib.attention_batch(config.mesh),
         remat=config.train.remat == "layer",
+        pre_activations=config.train.pre_activations,
     )
     coefs = (config.model.load_balance_coef, config.model.z_loss_coef)
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax import permute
+from moe_jax.errors import Refused
+from moe_jax.kernels import grouped_matmul
 from moe_jax.model import attention, rope, router, transformer
+from moe_jax.train import step
 from tests import tiny
 
 
@@ -141,6 +144,33 @@ def test_active_parameters_are_those_of_a_model_with_top_k_experts():
     columns = full.num_layers * full.d_model * (full.num_experts - full.top_k)
     expected = transformer.num_parameters(small) + columns
     assert transformer.num_active_parameters(full) == expected
+
+
+def test_pre_activations_are_stored_where_that_is_asked(monkeypatch):
+    """By every layer's experts; kernels that cannot are refused when a model is built."""
+    config, asked = tiny.config(), []
+    grouped_ffn = grouped_matmul.grouped_ffn
+
+    def recorded(*args, **how):
+        asked.append(how["pre_activations"])
+        return grouped_ffn(*args, **how)
+
+    monkeypatch.setattr(grouped_matmul, "grouped_ffn", recorded)
+    for how in ("recompute", "store"):
+        forward = transformer.build_forward(
+            config.model, tiny.mesh(config), "reference", pre_activations=how
+        )
+        jax.eval_shape(forward, tiny.model(), tiny.tokens(8, 12), tiny.table(tiny.contiguous()))
+        assert set(asked) == {how}
+        asked.clear()
+    with pytest.raises(Refused, match=r"train.pre_activations = 'store': the cpu impl.* only rec"):
+        transformer.build_forward(config.model, tiny.mesh(config), pre_activations="store")
+
+
+def test_a_training_step_asks_as_its_config_says(monkeypatch):
+    config = tiny.config(train__pre_activations="store")
+    with pytest.raises(Refused, match=r"train.pre_activations = 'store'"):
+        step.build_step(config, tiny.mesh(config))
 
 
 def test_one_device_gathers_nothing():
