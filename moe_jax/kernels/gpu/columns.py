@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from moe_jax.kernels.gpu import ring, tiles
+from moe_jax.kernels.gpu import out, ring, tiles
 from moe_jax.kernels.gpu.launch import launch
-from moe_jax.kernels.gpu.tiles import PIECE, ROWS, SUMMED, WARPGROUPS, WRITTEN
+from moe_jax.kernels.gpu.out import Pieces
+from moe_jax.kernels.gpu.tiles import PIECE, ROWS, SUMMED, WARPGROUPS
 from moe_jax.kernels.gpu.work import ALIGNED, padded
 
 TILE_D = WARPGROUPS * ROWS
@@ -107,17 +108,13 @@ def _one(
                     x_block, dy_block = blocks
                     plgpu.wgmma(sum_ref, x_block.at[:, own].transpose((1, 0)), dy_block)
 
-                def write(value):
+                def write(sums):
                     rows = pl.ds(tile_d * TILE_D + warpgroup * ROWS, ROWS)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for turn, column in enumerate(range(0, width, PIECE)):
-                        buffer = written.at[warpgroup, turn % WRITTEN]
-                        if turn >= WRITTEN:
-                            plgpu.wait_smem_to_gmem(WRITTEN - 1, wait_read_only=True)
-                        buffer[...] = value[:, column : column + PIECE].astype(dtype)
-                        plgpu.commit_smem()
-                        columns = pl.ds(tile_f * width + column, PIECE)
-                        plgpu.copy_smem_to_gmem(buffer, out_ref.at[group, rows, columns])
+                    pieces = Pieces(warpgroup)
+                    for start in range(0, width, PIECE):
+                        target = out_ref.at[group, rows, pl.ds(tile_f * width + start, PIECE)]
+                        value = sums[:, start : start + PIECE]
+                        pieces.write(value, written, functools.partial(_copy, target))
 
                 def whole(sum_ref):  # sums begin with zero
                     phase = steps, functools.partial(multiply, sum_ref)
@@ -135,7 +132,7 @@ def _one(
         pl.run_scoped(
             scoped,
             ring.scratch([(SUMMED, TILE_D), (SUMMED, width)], stages, x_ND.dtype),
-            plgpu.SMEM((WARPGROUPS, WRITTEN, ROWS, PIECE), dtype),
+            out.scratch(dtype),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             collective_axes="wg",
         )
@@ -155,3 +152,7 @@ def _mask(block, row, start, end) -> None:
     value = block[...]
     rows = row + plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=plgpu.Layout.WGMMA)
     block[...] = jnp.where((rows >= start) & (rows < end), value, jnp.zeros_like(value))
+
+
+def _copy(target, piece) -> None:
+    plgpu.copy_smem_to_gmem(piece, target)

@@ -22,10 +22,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.kernels.gpu import ring, tiles
+from moe_jax.kernels.gpu import out, ring, tiles
 from moe_jax.kernels.gpu import work as items
 from moe_jax.kernels.gpu.launch import launch
-from moe_jax.kernels.gpu.tiles import PIECE, ROWS, SUMMED, WARPGROUPS, WRITTEN
+from moe_jax.kernels.gpu.out import Pieces
+from moe_jax.kernels.gpu.tiles import PIECE, ROWS, SUMMED, WARPGROUPS
 from moe_jax.kernels.operands import Epilogue, Operands, Result, split
 
 TILE = WARPGROUPS * ROWS
@@ -152,24 +153,16 @@ def grouped_rows(
                 def write(values_of):
                     """values_of(first column of a piece) -> a value [S, PIECE] for each result"""
                     row_sums: list[Any] = [0.0] * len(results)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    turn = 0
+                    pieces = Pieces(warpgroup)
                     for start in range(0, width, PIECE):
-                        columns = pl.ds(tile * width + start, PIECE)
-                        for i, (value, result) in enumerate(
-                            zip(values_of(start), results, strict=True)
-                        ):
-                            if result.row_sum:  # beyond the last column products are with zeros
+                        target = pl.ds(tile * width + start, PIECE), first, low, high, warpgroup
+                        for i, value in enumerate(values_of(start)):
+                            if results[i].row_sum:  # beyond the last column products are with zeros
                                 row_sums[i] += jnp.sum(value, axis=1)
                                 continue
-                            buffer = written[jnp.dtype(result.dtype)].at[warpgroup, turn % WRITTEN]
-                            if turn >= WRITTEN:
-                                plgpu.wait_smem_to_gmem(WRITTEN - 1, wait_read_only=True)
-                            turn += 1
-                            buffer[...] = value.astype(result.dtype)
-                            plgpu.commit_smem()
-                            _copy_rows(buffer, out_refs[i], columns, first, low, high, warpgroup)
-                            plgpu.commit_smem_to_gmem_group()
+                            buffers = written[jnp.dtype(results[i].dtype)]
+                            copy = functools.partial(_copy_rows, out_refs[i], *target)
+                            pieces.write(value, buffers, copy)
                     for ref, value, result in zip(out_refs, row_sums, results, strict=True):
                         if result.row_sum:
                             ref[tile, item, own] = value
@@ -207,7 +200,7 @@ def grouped_rows(
         pl.run_scoped(
             scoped,
             ring.scratch([(TILE, SUMMED), *blocks], stages, lhs[0].dtype),
-            {dtype: plgpu.SMEM((WARPGROUPS, WRITTEN, ROWS, PIECE), dtype) for dtype in dtypes},
+            {dtype: out.scratch(dtype) for dtype in dtypes},
             collective_axes="wg",
         )
 
@@ -228,7 +221,7 @@ def grouped_rows(
     return [summed(a) if r.row_sum else a[:used_rows] for a, r in zip(found, results, strict=True)]
 
 
-def _copy_rows(smem, ref, columns, first, low, high, warpgroup) -> None:
+def _copy_rows(ref, columns, first, low, high, warpgroup, smem) -> None:
     """Rows low <= i < high of the tile, as far as this warpgroup has them, to row first + i."""
     start = warpgroup * ROWS
     low = jnp.clip(low - start, 0, ROWS)
@@ -241,6 +234,8 @@ def _copy_rows(smem, ref, columns, first, low, high, warpgroup) -> None:
             rows = pl.ds(first + start + row, size)
             source, target = smem.at[pl.ds(row, size)], ref.at[rows, columns]
             plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    plgpu.commit_smem_to_gmem_group()
 
 
 def _same(sources: Sequence[Any], _: Any) -> Sequence[Any]:
