@@ -117,7 +117,7 @@ def use_steps(ring: Ring, done: Any, phases: Sequence[tuple[Any, Callable[..., N
 
 
 def use_step(ring: Ring, done: Any, use: Callable[[list[Any]], Any]) -> Any:
-    """use(slots) of one step, which are let go when it has returned."""
+    """What use(slots) returns of one step; they are let go then. `done`: steps before it."""
     stage = lax.rem(done, ring.slots[0].shape[0])
     plgpu.barrier_wait(ring.come.at[stage])
     found = use([slot.at[stage] for slot in ring.slots])

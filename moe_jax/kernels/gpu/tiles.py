@@ -1,8 +1,8 @@
 """Sizes of tiles on Hopper, by rule: what fits into registers and shared memory.
 
-Two warpgroups compute, one copies. A warpgroup's 128 threads have 240 registers each; sums that
-fill more than half of them would be spilled beside an epilogue. Axes may end anywhere: copies fill
-up with zeros, and drop what is beyond.
+Two warpgroups compute, one copies. A thread that computes has 232 registers. Tiles may reach beyond
+an axis: copies fill up with zeros, and drop what is beyond. What is copied is made of 8 rows by 128
+bytes, so axes themselves are filled up to multiples of these.
 """
 
 from collections.abc import Callable, Sequence
