@@ -30,6 +30,24 @@ def forget_programs():
     jax.clear_caches()
 
 
+_quickly = False  # how programs are compiled now
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Tests marked `compiled_quickly` compile with few optimizations, in half of the time.
+
+    For comparisons within a tolerance with an oracle of another form. Whatever is said of bits, of
+    time or of memory is said of programs as users compile them: those tests go without the mark.
+    """
+    global _quickly
+    wanted = item.get_closest_marker("compiled_quickly") is not None
+    if wanted != _quickly:
+        jax.clear_caches()  # compiled the other way
+        jax.config.update("jax_disable_most_optimizations", wanted)
+        _quickly = wanted
+
+
 # Folders whose files have few tests that take long. They go first, so that the last file of a run
 # of several processes is a short one (`--dist loadfile --no-loadscope-reorder`).
 HERE = pathlib.Path(__file__).parent

@@ -151,6 +151,7 @@ def placement_for(shape, seed, **changes):
     return replicated(seed, devices=node * expert, nodes=node, **changes)
 
 
+@pytest.mark.compiled_quickly
 @pytest.mark.parametrize(("shape", "dispatch", "combine", "top_k"), SETTINGS, ids=str)
 def test_outputs_and_gradients(shape, dispatch, combine, top_k):
     args = problem(0, 8 * 13, top_k, routing="holes")

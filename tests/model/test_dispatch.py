@@ -107,8 +107,8 @@ BOTH = ("gathered", "exchange")
 CASES = [
     *(("local", "exact", shape, 2) for shape in [(8, 1), (1, 1)]),
     ("local", "partial", (8, 1), 2),
-    *(("gathered", "partial", shape, 2) for shape in [(1, 8), (2, 4), (8, 1)]),
-    *(("exchange", "exact", shape, 2) for shape in [(1, 8), (2, 4), (4, 2), (8, 1), (1, 1)]),
+    *(("gathered", "partial", shape, 2) for shape in [(1, 8), (8, 1)]),
+    *(("exchange", "exact", shape, 2) for shape in [(1, 8), (2, 4), (8, 1)]),
     ("exchange", "partial", (2, 4), 2),
     ("local", "reproducible", (8, 1), 2),
     ("exchange", "reproducible", (1, 8), 2),
@@ -117,6 +117,8 @@ CASES = [
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            ("gathered", "partial", (2, 4), 2),
+            *(("exchange", "exact", shape, 2) for shape in [(4, 2), (1, 1)]),
             ("exchange", "exact", (2, 4), 8),
             ("exchange", "partial", (1, 8), 2),
             ("gathered", "reproducible", (1, 8), 2),
@@ -132,6 +134,7 @@ CASES = [
 ]
 
 
+@pytest.mark.compiled_quickly
 @pytest.mark.parametrize(("dispatch", "combine", "shape", "top_k"), CASES, ids=str)
 def test_outputs_and_gradients(dispatch, combine, shape, top_k):
     args = problem(0, 8 * 13, top_k)  # 13 tokens a device: a multiple of nothing
@@ -156,6 +159,7 @@ def test_uneven_routing(dispatch, combine, routing):
     np.testing.assert_array_equal(traffic.computed_P, counts)
 
 
+@pytest.mark.compiled_quickly
 @pytest.mark.parametrize("dispatch", BOTH)
 @pytest.mark.parametrize("combine", schemes.COMBINES)
 def test_bfloat16(dispatch, combine):

@@ -18,6 +18,8 @@ from moe_jax.model import parameter, rope, transformer
 from tests import tiny
 from tests.model.test_parts import shaken
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROPE = {"kind": "yarn", "factor": 8.0, "original_seq_len": 4, "truncate": False}
 PARTS = {
     "model__rope": ROPE,

@@ -17,6 +17,8 @@ from tests import tiny
 from tests.model.test_parts import shaken
 from tests.model.whole import TOKEN_BS, WEIGHT_BSV, Whole
 
+pytestmark = pytest.mark.compiled_quickly
+
 LATENT = {"kv_rank": 6, "d_rope": 4, "d_value": 3, "query_rank": 8}
 ROPE = {
     **{"kind": "yarn", "factor": 4.0, "original_seq_len": 16, "interleaved": True},

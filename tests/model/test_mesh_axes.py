@@ -83,6 +83,7 @@ def cases():
     yield NODES[1], "hierarchical", "partial", 2
 
 
+@pytest.mark.compiled_quickly
 @pytest.mark.parametrize(("shape", "dispatch", "combine", "top_k"), list(cases()), ids=str)
 def test_outputs_and_gradients(shape, dispatch, combine, top_k):
     args = problem(0, 8 * 13, top_k)

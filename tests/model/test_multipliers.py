@@ -15,6 +15,8 @@ from moe_jax.model import coherent, layers, parameter, transformer
 from tests import tiny
 from tests.model.test_parts import shaken
 
+pytestmark = pytest.mark.compiled_quickly
+
 MULTIPLIERS = {
     "embedding_scale": 3.0,
     "residual_scale": 0.4,

@@ -14,6 +14,8 @@ from moe_jax.model import attention, rope, transformer
 from tests import tiny
 from tests.model.test_parts import shaken
 
+pytestmark = pytest.mark.compiled_quickly
+
 LENGTH = 13
 ATTENTION = {"d_model": 16, "num_heads": 6, "num_kv_heads": 3, "d_head": 4}
 SETTING = attention.Setting(rope.plain(100.0, 4))

@@ -144,7 +144,7 @@ def every_placement(experts: int, devices: int, layers: int) -> list[np.ndarray]
     return [np.array(rows) for rows in itertools.product(labels, repeat=layers)]
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("sizes", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["rows", "seconds"])
 @pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "gathered"])
 def test_bound_and_plan_of_one_layer_against_brute_force(sizes, objective, dispatch):

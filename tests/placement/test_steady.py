@@ -97,7 +97,9 @@ def test_experts_of_the_same_sequences_part_company(share, groups):
 
 
 @pytest.mark.parametrize("objective", ["seconds", "load"])
-@pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "coherent"])
+@pytest.mark.parametrize(
+    "dispatch", ["exchange", "hierarchical", pytest.param("coherent", marks=pytest.mark.slow)]
+)
 def test_solve_gives_up_no_more_than_it_says(objective, dispatch):
     nodes = topology.nodes_by_devices(2, 4)
     problem = made(1, objective=objective, dispatch=dispatch, topology=nodes)
