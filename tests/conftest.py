@@ -30,12 +30,12 @@ def forget_programs():
     jax.clear_caches()
 
 
-_quickly = False  # how programs are compiled now
+_quickly = False  # how programs are compiled now: jax.config takes this flag, but does not show it
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Tests marked `compiled_quickly` compile with few optimizations, in half of the time.
+    """Tests marked `compiled_quickly` compile with few optimizations, in less time.
 
     For comparisons within a tolerance with an oracle of another form. Whatever is said of bits, of
     time or of memory is said of programs as users compile them: those tests go without the mark.

@@ -89,7 +89,7 @@ def test_pins_are_mended_into_valid_layers(seed):
     assert mended_EM.any(axis=1).all()
 
 
-@pytest.mark.parametrize("seed", instances.rest_slow(range(7), 2))
+@pytest.mark.parametrize("seed", range(7))
 def test_a_budget_of_copies_is_kept_and_more_of_it_is_never_worse(seed):
     free, values = free_plan(case(seed, 0)), []
     for moves in (0, 2, 5, EVERYTHING):

@@ -116,10 +116,10 @@ def test_exflow_random_hops_are_the_published_ones():
     ("objective", "dispatch"),
     [
         ("rows", "exchange"),
-        ("seconds", "exchange"),
-        ("seconds", "coherent"),
         pytest.param("rows", "coherent", marks=pytest.mark.slow),
-        pytest.param("exflow", "exchange", marks=pytest.mark.slow),
+        pytest.param("seconds", "exchange", marks=pytest.mark.slow),
+        ("seconds", "coherent"),
+        ("exflow", "exchange"),
     ],
 )
 def test_load_caps_are_kept(objective, dispatch):

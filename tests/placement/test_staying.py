@@ -272,15 +272,14 @@ def test_the_bound_with_copies_is_met_where_experts_are_pairs():
     assert bounds.kept_with_copies(chain_EE, 12, 4) == 12 * 3
 
 
-REST = [(1, None, 2), (1, "1.2", 1), (2, "1.2x", 2)]
-
-
 @pytest.mark.parametrize(
     ("num_nodes", "cap", "top_k"),
     [
-        (1, "1.1x", 2),
+        pytest.param(1, None, 2, marks=pytest.mark.slow),
+        pytest.param(1, "1.1x", 2, marks=pytest.mark.slow),
+        (1, "1.2", 1),
+        (2, "1.2x", 2),
         (2, None, 3),
-        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in REST),
     ],
 )
 def test_plans_keep_their_caps_and_beat_the_start(num_nodes, cap, top_k):

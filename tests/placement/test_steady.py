@@ -96,9 +96,13 @@ def test_experts_of_the_same_sequences_part_company(share, groups):
     assert found_LE.tolist() in ([groups], [[1 - group for group in groups]])
 
 
-@pytest.mark.parametrize("objective", ["seconds", "load"])
 @pytest.mark.parametrize(
-    "dispatch", ["exchange", "hierarchical", pytest.param("coherent", marks=pytest.mark.slow)]
+    ("objective", "dispatch"),
+    [
+        *itertools.product(("seconds", "load"), ("exchange", "hierarchical")),
+        ("load", "coherent"),
+        pytest.param("seconds", "coherent", marks=pytest.mark.slow),
+    ],
 )
 def test_solve_gives_up_no_more_than_it_says(objective, dispatch):
     nodes = topology.nodes_by_devices(2, 4)

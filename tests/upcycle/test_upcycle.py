@@ -24,8 +24,6 @@ from moe_jax.upcycle import distance, make
 from tests.hf import golden
 from tests.hf.test_infer import request
 
-pytestmark = pytest.mark.compiled_quickly
-
 # |difference| of upcycled and dense logits over the dense logits' range, both in float32: weights
 # of the chosen sum to 1 within k units in the last place, 6e-8 each, in each of 2 layers.
 BOUND = 1e-6
