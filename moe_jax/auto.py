@@ -104,11 +104,11 @@ def resolve(
     )
 
 
-def resolve_unplanned(config: Config) -> tuple[Config, str]:
-    """`resolve` for training under the contiguous placement."""
+def resolve_unplanned(config: Config, *, training: bool) -> tuple[Config, str]:
+    """`resolve` under the contiguous placement."""
     model, devices = config.model, config.mesh.expert_devices
     contiguous = Placement.contiguous(model.num_plan_layers, model.num_experts, devices)
-    return resolve(config, contiguous, training=True)
+    return resolve(config, contiguous, training=training)
 
 
 def topology_of(config: Config) -> Topology:

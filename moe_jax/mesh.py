@@ -202,6 +202,16 @@ def _gather_bwd(whole, split, _, gradient):
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
+def gather_inside(array: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """`gather` inside `shard_map`; the gradient is a reduce-scatter by construction."""
+    if jax.lax.axis_size(FSDP) == 1:  # XLA for CPU copies what it gathers from one device: twice
+        return array
+    for axis, name in enumerate(logical_axes):
+        if name in _GATHERED:
+            array = jax.lax.all_gather(array, FSDP, axis=axis, tiled=True)
+    return array
+
+
 def attention_batch(config: MeshConfig) -> str:
     """The logical axis of the batch in attention."""
     return {"split": "batch", "replicated": "replica"}[config.attention]

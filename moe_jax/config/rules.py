@@ -234,12 +234,10 @@ def _validate_mesh(config: Config) -> None:
         _validate_heads(model, devices)
     if model.dispatch in ("shuffled", "coherent"):
         for field, value, plain in (
-            ("mesh.fsdp", mesh.fsdp, 1),
             ("mesh.tensor", mesh.tensor, 1),
             ("mesh.attention", mesh.attention, "split"),
-            ("train.remat", config.train.remat, "none"),
         ):
-            if value != plain and (field, model.dispatch) != ("train.remat", "coherent"):
+            if value != plain:
                 rule = f"is not there for model.dispatch = {model.dispatch!r}: its layers differ"
                 raise Refused(field, value, rule, f"set {field} = {plain!r}")
     _one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))

@@ -24,6 +24,7 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import sampling as sampling_lib
 from moe_jax.infer.prepared import prepared
+from moe_jax.model import cache as cache_lib
 from moe_jax.model import coherent, transformer
 from moe_jax.model.dispatch.table import Table
 
@@ -66,13 +67,18 @@ class Generation:
     home_B: np.ndarray
 
 
-class Engine:
-    """Compiled prefill and decode of one model under one placement."""
+class Programs:
+    """Prefill and decode step of a model on a mesh, jitted, and the cache that they want.
 
-    def __init__(self, config: Config, mesh: Mesh, model: transformer.Transformer, table: Table):
-        self._config, self._mesh = config, mesh
-        self._model = prepared(config.model, mesh, model)
-        self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
+    Attributes:
+      prefill: (model, table, token_BS, length_B, cache, *, all_logits) -> (logits_BSV or None,
+        logits_BV of the last tokens, cache, record)
+      decode: (model, table, token_B, position_B, cache) -> (logits_BV, cache, record); the cache is
+        used up.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self._config, self._mesh = config.model, mesh
         # In coherent dispatch tokens stay away between layers: another way through the same model.
         apart = config.model.dispatch == "coherent"
         self._layers: Any = coherent if apart else transformer
@@ -104,7 +110,21 @@ class Engine:
             )
             return output.logits_BSV[:, 0], output.cache, output.record
 
-        self._prefill, self._decode = prefill, decode
+        self.prefill, self.decode = prefill, decode
+
+    def abstract_cache(self, batch: int, capacity: int) -> transformer.Cache:
+        """For `capacity` positions of `batch` sequences: shapes, dtypes and shardings."""
+        return self._layers.abstract_cache(self._config, batch, capacity, self._mesh, **self._split)
+
+
+class Engine:
+    """Compiled prefill and decode of one model under one placement."""
+
+    def __init__(self, config: Config, mesh: Mesh, model: transformer.Transformer, table: Table):
+        self._config, self._mesh = config, mesh
+        self._model = prepared(config.model, mesh, model)
+        self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
+        self._programs = Programs(config, mesh)
         self._choose = jax.jit(sampling_lib.choose, static_argnums=2)
 
     def placed(self, model: transformer.Transformer, table: Table) -> "Engine":
@@ -116,8 +136,7 @@ class Engine:
 
     def empty_cache(self, batch: int, capacity: int) -> transformer.Cache:
         """For `capacity` positions of `batch` sequences, placed as this engine's programs want."""
-        sizes = (self._config.model, batch, capacity, self._mesh)
-        return self._layers.empty_cache(*sizes, **self._split)
+        return cache_lib.empty(self._programs.abstract_cache(batch, capacity))
 
     def prefill(
         self,
@@ -140,7 +159,7 @@ class Engine:
         """
         put = functools.partial(mesh_lib.put_batch, self._mesh)
         args = self._model, self._table, put(token_BS), put(length_B), cache
-        return self._prefill(*args, all_logits=all_logits)
+        return self._programs.prefill(*args, all_logits=all_logits)
 
     def decode(self, token_B: np.ndarray, position_B: np.ndarray, cache: transformer.Cache) -> Any:
         """One decode step, left on the devices; `cache` is used up.
@@ -154,7 +173,8 @@ class Engine:
           (logits_BV, cache, `LayerRecord` of all layers)
         """
         put = functools.partial(mesh_lib.put_batch, self._mesh)
-        return self._decode(self._model, self._table, put(token_B), put(position_B), cache)
+        args = self._model, self._table, put(token_B), put(position_B), cache
+        return self._programs.decode(*args)
 
     def choose(
         self, logits_BV: jax.Array, position_B: np.ndarray, how: sampling_lib.Sampling

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.model import moe, transformer
+from moe_jax.model import moe, parameter, transformer
 
 
 def prepared(
@@ -59,6 +59,25 @@ def shapes(mesh: Mesh, abstract: transformer.Transformer) -> transformer.Transfo
         leaf = jax.ShapeDtypeStruct((*front, columns, rows), leaf.dtype)
         setattr(weights, name, nnx.Param(leaf, axes=names))
     return abstract
+
+
+def abstract(config: ModelConfig, mesh: Mesh) -> transformer.Transformer:
+    """Shapes, dtypes and shardings of a prepared model with one copy of each expert, no array."""
+    model = jax.eval_shape(lambda: transformer.Transformer(jax.random.key(0), config))
+    model = shapes(mesh, model)
+    if model.blocks is not None:
+        weights, dtype = model.blocks.moe, jnp.dtype(config.dtype)
+        for name in moe.MATRICES:
+            param = getattr(weights, name)
+            cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), param)
+            setattr(weights, name, cast)
+    return jax.tree.map(
+        lambda leaf, names: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=mesh_lib.sharding(mesh, *names)
+        ),
+        model,
+        parameter.logical_axes(model),
+    )
 
 
 def _transposes(mesh: Mesh) -> bool:

@@ -96,9 +96,15 @@ def writer(mesh: Mesh, attention_batch: str) -> Write:
     return write
 
 
+def empty(abstract: Any) -> Any:
+    """Zeros of the shapes, dtypes and shardings of a cache."""
+    return jax.tree.map(lambda leaf: _zeros(leaf.shape, leaf.dtype, leaf.sharding)(), abstract)
+
+
 @functools.cache  # another function would be compiled anew, for each batch of prompts
-def zeros(shape: tuple[int, ...], dtype: str, placed: NamedSharding) -> Callable[[], jax.Array]:
-    """Makes an empty array of a cache."""
+def _zeros(
+    shape: tuple[int, ...], dtype: jnp.dtype, placed: NamedSharding
+) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)
 
 

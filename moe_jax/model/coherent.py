@@ -35,7 +35,6 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.kernels import grouped_matmul
 from moe_jax.model import attention, layers, moe, parameter, router, shared, transformer
-from moe_jax.model import cache as cache_lib
 from moe_jax.model.dispatch import onward, schemes, sorting, stay, wire
 from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.table import Home, Table, experts_of, rule_position, slots_of
@@ -68,13 +67,14 @@ class Apart:
 def build_forward(
     config: ModelConfig, mesh: Mesh, implementation: str | None = None
 ) -> transformer.Forward:
-    """As `transformer.build_forward`, with a cache from `empty_cache`, and `Apart` in the record.
+    """As `transformer.build_forward`, `Apart` in the record, and a cache as `abstract_cache` says.
 
     Rows at positions without a token are 0 before the last norm; the router's losses are not
     computed.
     """
     dtype, eps = jnp.dtype(config.dtype), config.norm_eps
     stack = _build_stack(config, mesh, implementation)
+    whole = functools.partial(parameter.gathered, mesh=mesh)  # None stays None
 
     def forward(
         model: transformer.Transformer,
@@ -90,26 +90,28 @@ def build_forward(
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
         if real_BS is None:
             real_BS = jnp.ones(token_BS.shape, bool)
-        embedding_VD = model.embedding_VD[...].astype(dtype)
+        embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
         x_BSD = layers.times(config.embedding_scale, embedding_VD[token_BS])
         x_BSD, cache, record = stack(x_BSD, model.blocks, table, position_BS, real_BS, cache)
         if last_B is not None:
             x_BSD = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)
-        norm_bias_D = parameter.value(model.final_norm_bias_D)
-        x_BSD = layers.norm(x_BSD, model.final_norm_D[...], norm_bias_D, eps)
-        output_DV = None if model.output_DV is None else model.output_DV[...].astype(dtype)
+        norm_bias_D = parameter.value(whole(model.final_norm_bias_D))
+        x_BSD = layers.norm(x_BSD, whole(model.final_norm_D)[...], norm_bias_D, eps)
+        output_DV = parameter.value(whole(model.output_DV, dtype=dtype))
         of_output = (output_DV, parameter.value(model.output_bias_V), config.logits_divisor)
         return transformer.Output(layers.logits(x_BSD, embedding_VD, *of_output), cache, record)
 
     return forward
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> attention.LayerCache:
-    """As `transformer.empty_cache`; all devices of an expert group hold all its sequences."""
+def abstract_cache(
+    config: ModelConfig, batch: int, capacity: int, mesh: Mesh
+) -> attention.LayerCache:
+    """As `transformer.abstract_cache`; all devices of an expert group hold all its sequences."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.d_head)
     placed = jax.sharding.NamedSharding(mesh, PartitionSpec(None, _REPLICAS))
-    zeros = cache_lib.zeros(shape, config.dtype, placed)
-    return attention.LayerCache(zeros(), zeros())
+    array = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=placed)
+    return attention.LayerCache(array, array)
 
 
 def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
@@ -119,12 +121,9 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
     device = mesh.devices.flat[0]
     implementation = implementation or grouped_matmul.default_implementation(device)
 
-    def spec_of(names: tuple[str, ...]) -> PartitionSpec:
-        return PartitionSpec(*(mesh_lib.EXPERT if name == "expert" else None for name in names))
-
     def stack(x_BSD, blocks, table, position_BS, real_BS, cache):
         leaves, tree = jax.tree.flatten(blocks)
-        specs = [spec_of(names) for names in jax.tree.leaves(parameter.logical_axes(blocks))]
+        specs = [mesh_lib.spec(*names) for names in jax.tree.leaves(parameter.logical_axes(blocks))]
         of_cache = PartitionSpec(None, _REPLICAS)
 
         # Nothing is differentiated, and that the cache is the same on all devices of a group
@@ -217,6 +216,7 @@ class _Group:
 
     def _layer(self, me, carry, inputs):
         (x_RD, at_X), (block, table, cache, window) = carry, inputs
+        block = parameter.gathered_inside(block)
         setting, top_k = self._setting, self._config.top_k
         here = Residence.of(at_X, setting.axes, self._num_rows)
         with jax.named_scope("attention"):

@@ -132,12 +132,8 @@ def experts_in_place(weights: MoE, mesh: Mesh, dtype: Any) -> Experts | None:
     where a layer's have to be gathered or cast, which is a copy already.
     """
     as_stored = weights.gate_PDF[...].dtype == dtype
-    return experts_of(weights, dtype) if as_stored and not _gathers(mesh) else None
-
-
-def _gathers(mesh: Mesh) -> bool:
-    """Whether a layer gathers its experts. XLA for CPU copies what it gathers from one: twice."""
-    return mesh_lib.size(mesh, mesh_lib.FSDP) > 1
+    gathers = mesh_lib.size(mesh, mesh_lib.FSDP) > 1
+    return experts_of(weights, dtype) if as_stored and not gathers else None
 
 
 def compute_experts(
@@ -356,9 +352,7 @@ def build_dispatch(
             weight = jnp.where(jax.lax.axis_index(mesh_lib.TENSOR) == 0, weight, 0)
         if "embed" not in names:
             return jax.lax.pcast(weight, axis_name=mesh_lib.FSDP, to="varying")
-        if not _gathers(mesh):
-            return weight
-        return jax.lax.all_gather(weight, mesh_lib.FSDP, axis=names.index("embed"), tiled=True)
+        return mesh_lib.gather_inside(weight, *names)
 
     tokens = mesh_lib.spec("batch", None)
 

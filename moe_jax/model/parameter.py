@@ -49,6 +49,13 @@ def gathered(params: Any, mesh: Mesh, dtype: Any = None) -> Any:
     )
 
 
+def gathered_inside(params: Any) -> Any:
+    """Parameters as a layer inside `shard_map` computes with them: gathered over `fsdp`."""
+    return jax.tree.map(
+        lambda a, names: mesh_lib.gather_inside(a, *names), params, logical_axes(params)
+    )
+
+
 def _is_param(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 

@@ -13,6 +13,7 @@ heads, G key/value heads, C cached positions.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,12 +65,14 @@ def layers(
     position_BS: Int[Array, "B S"],
     turn_BS: Int[Array, "B S"],
     real_BS: Bool[Array, "B S"],
+    again: Callable[[Any], Any],
 ) -> tuple[jax.Array, LayerCache | None, LayerRecord]:
     """All layers of a model, by one `lax.scan`.
 
     Args:
       inputs: blocks, tables, caches and windows (or None), each stacked over layers.
       turn_BS: what copies of experts take turns by (dispatch/table.py).
+      again: put around a layer: `jax.checkpoint`, or nothing.
 
     Returns:
       The residual stream, tokens in order; the caches; records with the home of every token.
@@ -79,11 +82,11 @@ def layers(
     def layer(rows, of_layer):
         block, table, cache, window = of_layer
         with jax.named_scope("attention"):
-            norm = (block.attention_norm_D[...], parameter.value(block.attention_norm_bias_D))
+            norm = steps.norm(block.attention_norm_D, block.attention_norm_bias_D)
             of_sequences = (position_BS, real_BS, cache, window)
             rows, cache = steps.attend(rows, norm, block.attention, *of_sequences)
         x_BSD = rows.x_ND.reshape(*shape, -1)
-        norm = (block.moe_norm_D[...], parameter.value(block.moe_norm_bias_D))
+        norm = steps.norm(block.moe_norm_D, block.moe_norm_bias_D)
         normed_BSD = steps.normed(x_BSD, norm)
         turn_N = steps.of_rows(turn_BS, rows.token_N)
         at_hand = (turn_N.reshape(shape), rows.real_N.reshape(shape))
@@ -101,7 +104,7 @@ def layers(
         )
         return rows, (cache, record)
 
-    rows, (cache, record) = jax.lax.scan(layer, steps.start(x_BSD, real_BS), inputs)
+    rows, (cache, record) = jax.lax.scan(again(layer), steps.start(x_BSD, real_BS), inputs)
     return steps.in_order(rows.x_ND, rows.token_N).reshape(x_BSD.shape), cache, record
 
 
@@ -115,6 +118,11 @@ class Steps:
         self._norm_eps, self._residual_scale = config.norm_eps, config.residual_scale
         self._setting = dataclasses.replace(setting, heads_over=mesh_lib.EXPERT)
         self.moe = moe
+
+    def norm(self, scale_D: Any, bias_D: Any) -> Norm:
+        """Parameters of a norm, gathered over `fsdp`."""
+        whole_D, whole_bias_D = parameter.gathered((scale_D, bias_D), self._mesh)
+        return whole_D[...], parameter.value(whole_bias_D)
 
     def normed(self, x_BSD: jax.Array, norm: Norm) -> jax.Array:
         """Rows as attention and experts see them."""
@@ -161,14 +169,13 @@ class Steps:
         def of_device(name, part):
             """The heads of this device; what is added once comes from one device."""
             me, size = jax.lax.axis_index(mesh_lib.EXPERT), jax.lax.axis_size(mesh_lib.EXPERT)
+            part = _vary(mesh_lib.gather_inside(part, *axes[name]))
             if name == "output_bias_D":
-                return jnp.where(me == 0, _vary(part), 0)
-            if "head" not in axes[name]:
-                return _vary(part)
-            if not _repeated(name):
-                return _vary_over_groups(part)
+                return jnp.where(me == 0, part, 0)
+            if "head" not in axes[name] or not _repeated(name):
+                return part
             first, axis = me * self._num_kv_heads // size, axes[name].index("head")
-            return jax.lax.dynamic_slice_in_dim(_vary(part), first, num_local_kv, axis=axis)
+            return jax.lax.dynamic_slice_in_dim(part, first, num_local_kv, axis=axis)
 
         def on_device(rows, norm, parts, position_BS, real_BS, cache, window):
             size = jax.lax.axis_size(mesh_lib.EXPERT)
@@ -244,8 +251,8 @@ def _repeated(name: str) -> bool:
 
 def _spec_of(name: str, axes: tuple[str, ...]) -> PartitionSpec:
     """Of a parameter of attention, by its name in `Heads`: query heads are split."""
-    split = None if _repeated(name) else mesh_lib.EXPERT
-    return PartitionSpec(*(split if axis == "head" else None for axis in axes))
+    heads = None if _repeated(name) else mesh_lib.EXPERT
+    return PartitionSpec(*(heads if axis == "head" else mesh_lib.spec(axis)[0] for axis in axes))
 
 
 def _gathered(tree: Any) -> Any:
@@ -282,11 +289,10 @@ _permuted.defvjp(_permuted_fwd, _permuted_bwd)
 
 
 def _vary(value: jax.Array) -> jax.Array:
-    return jax.lax.pcast(value, axis_name=mesh_lib.BATCH, to="varying")
-
-
-def _vary_over_groups(value: jax.Array) -> jax.Array:
-    return jax.lax.pcast(value, axis_name=_GROUP, to="varying")
+    """Over all axes of the batch; over some of them a part of a parameter varies already."""
+    varying = jax.typeof(value).manual_axis_type.varying
+    missing = tuple(axis for axis in mesh_lib.BATCH if axis not in varying)
+    return jax.lax.pcast(value, axis_name=missing, to="varying") if missing else value
 
 
 def _vary_over_devices(value: jax.Array) -> jax.Array:

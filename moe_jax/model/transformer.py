@@ -240,7 +240,7 @@ def build_forward(
         elif steps is not None:
             of_layers = (model.blocks, table, of_moe, window_L)
             x_BSD, of_moe, record = shuffled.layers(
-                steps, of_layers, x_BSD, position_BS, turn_BS, real_BS
+                *(steps, of_layers, x_BSD, position_BS, turn_BS, real_BS), again
             )
         else:
             experts_of = layers.experts_in_place(model.blocks)
@@ -264,10 +264,12 @@ def idle_record(
     return moe.idle_record((*shape, config.top_k), num_slots, devices)
 
 
-def empty_cache(
+def abstract_cache(
     config: ModelConfig, batch: int, capacity: int, mesh: Mesh, attention_batch: str = "batch"
 ) -> Cache:
-    """Zeros for `capacity` positions of `batch` sequences in all layers; see README.md, Cache.
+    """For `capacity` positions of `batch` sequences in all layers; see README.md, Cache.
+
+    Shapes, dtypes and shardings: `cache.empty` makes the arrays.
 
     Split over the batch as attention is (see `build_forward`) and over key/value heads; rows of
     latent attention over the batch alone. Where attention is split by heads (`shuffled`), each
@@ -287,18 +289,19 @@ def _empty_layers(
     config: ModelConfig, num_layers: int, size: tuple[int, int], mesh: Mesh, attention_batch: str
 ) -> LayerCache:
     shape: tuple[int, ...]
+    dtype = jnp.dtype(config.dtype)
     if config.latent.kv_rank:
         shape = (num_layers, *size, config.latent.kv_rank + config.latent.d_rope)
         placed = mesh_lib.sharding(mesh, None, attention_batch, None, None)
-        return latent.LatentCache(cache_lib.zeros(shape, config.dtype, placed)())
+        return latent.LatentCache(jax.ShapeDtypeStruct(shape, dtype, sharding=placed))
     num_kv_heads = config.num_kv_heads
     placed = mesh_lib.sharding(mesh, None, attention_batch, None, "head", None)
     if config.dispatch == "shuffled":
         num_kv_heads = max(num_kv_heads, mesh_lib.size(mesh, mesh_lib.EXPERT))
         placed = NamedSharding(mesh, PartitionSpec(None, *shuffled.CACHE))
     shape = (num_layers, *size, num_kv_heads, config.d_head)
-    zeros = cache_lib.zeros(shape, config.dtype, placed)
-    return attention.LayerCache(zeros(), zeros())
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    return attention.LayerCache(array, array)
 
 
 def identity_table(num_layers: int, num_experts: int) -> Table:

@@ -174,7 +174,7 @@ def with_way(config: Config, way: str) -> Config:
     model = dataclasses.replace(config.model, dispatch=dispatch, combine=combine)
     changed = dataclasses.replace(config, model=model)
     config_lib.validate(changed)
-    return auto.resolve_unplanned(changed)[0]
+    return auto.resolve_unplanned(changed, training=True)[0]
 
 
 def text(title: str, reference: str, lines: list[Line]) -> str:

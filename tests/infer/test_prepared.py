@@ -56,7 +56,7 @@ def test_a_step_copies_no_layer_of_experts(shape):
         config, tiny.mesh(config), tiny.model(*shape), tiny.table(tiny.contiguous(expert))
     )
     token_B = np.zeros(8, np.int32)
-    program = engine._decode.lower(
+    program = engine._programs.decode.lower(
         engine._model, engine._table, token_B, token_B, engine.empty_cache(8, 16)
     )
     here = tiny.EXPERTS // expert
@@ -83,7 +83,7 @@ def test_a_step_copies_no_cache_of_all_layers():
     config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local")
     engine = Engine(config, tiny.mesh(config), tiny.model(1, 1), tiny.table(tiny.contiguous(1)))
     token_B, cache = np.zeros(8, np.int32), engine.empty_cache(8, 16)
-    program = engine._decode.lower(engine._model, engine._table, token_B, token_B, cache)
+    program = engine._programs.decode.lower(engine._model, engine._table, token_B, token_B, cache)
     whole = ",".join(map(str, cache.key_BCGQ.shape))
     made = [line.partition(" = ")[2] for line in program.compile().as_text().splitlines()]
     made = [line for line in made if line.startswith(f"f32[{whole}]")]

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from moe_jax import mesh as mesh_lib
 from moe_jax import permute
 from moe_jax.infer.engine import homes
+from moe_jax.model import cache as cache_lib
 from moe_jax.model import coherent, transformer
 from moe_jax.model.dispatch import stay
 from moe_jax.model.dispatch.wire import Wire
@@ -30,6 +31,7 @@ REAL_BS = np.arange(12)[None] < LENGTH[:, None]
 @dataclasses.dataclass(frozen=True)
 class Case:
     data: int = 2
+    fsdp: int = 1
     node: int = 1
     expert: int = 4
     top_k: int = 2
@@ -38,7 +40,7 @@ class Case:
 
     def config(self, dispatch="coherent"):
         return tiny.config(
-            mesh={"data": self.data, "node": self.node, "expert": self.expert},
+            mesh={"data": self.data, "fsdp": self.fsdp, "node": self.node, "expert": self.expert},
             model__dispatch=dispatch,
             model__top_k=self.top_k,
             model__combine=self.combine,
@@ -50,6 +52,7 @@ LOCAL = Case(data=1, expert=1)
 MAIN = Case()
 CASES = [
     MAIN,
+    Case(data=1, fsdp=2, node=2, expert=2),
     pytest.param(Case(data=1, node=2, expert=2, top_k=1), marks=pytest.mark.slow),
     pytest.param(Case(data=1, expert=8, top_k=8, combine="partial"), marks=pytest.mark.slow),
     pytest.param(Case(data=1, expert=8, top_k=2), marks=pytest.mark.slow),
@@ -67,7 +70,7 @@ def programs(case, dispatch):
     mesh = tiny.mesh(config)
     kind = coherent if dispatch == "coherent" else transformer
     forward = kind.build_forward(config.model, mesh)
-    empty = kind.empty_cache(config.model, len(LENGTH), CAPACITY, mesh)
+    empty = cache_lib.empty(kind.abstract_cache(config.model, len(LENGTH), CAPACITY, mesh))
 
     def prefill(model, table):
         token_BS, real_BS = jnp.asarray(TEXT_BS[:, :12]), jnp.asarray(REAL_BS)
@@ -199,7 +202,7 @@ def test_reproducible_is_bit_identical_and_sends_a_row_from_each_device():
         assert_rows_predicted(records, case, placement)
 
 
-@pytest.mark.parametrize("case", [MAIN, CASES[1]], ids=str)
+@pytest.mark.parametrize("case", [MAIN, CASES[2]], ids=str)
 def test_all_tokens_to_the_same_experts(case):
     """After the first layer one device has all tokens, the others none."""
     expected, _ = oracle(case.top_k, even=False)

@@ -91,7 +91,12 @@ def assert_planned(record, placement, groups, combine, position_T=None):
 
 
 EXPERT_ARRAYS = ("gate_PDF", "up_PDF", "down_PFD")
-MESHES = [{"data": 2, "expert": 4}, {"data": 1, "expert": 8}, {"data": 1, "node": 2, "expert": 2}]
+MESHES = [
+    {"data": 2, "expert": 4},
+    {"data": 1, "expert": 8},
+    {"data": 1, "node": 2, "expert": 2},
+    {"data": 1, "fsdp": 2, "expert": 4},
+]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,7 @@ MESHES = [{"data": 2, "expert": 4}, {"data": 1, "expert": 8}, {"data": 1, "node"
         pytest.param(MESHES[0], 1, 8, marks=pytest.mark.slow),
         pytest.param(MESHES[1], 2, 2, marks=pytest.mark.slow),
         pytest.param(MESHES[1], 8, 8, marks=pytest.mark.slow),
+        (MESHES[3], 2, 2),
     ],
     ids=str,
 )
@@ -132,7 +138,7 @@ def test_placement_and_rows(mesh):
         placement = tiny.random_placement(seed, devices)
         logits_BSV, real_BS, record, _ = run("shuffled", mesh, placement)
         np.testing.assert_array_equal(logits_BSV[real_BS], expected_BSV[real_BS])
-        assert_planned(record, placement, mesh["data"], "exact")
+        assert_planned(record, placement, mesh["data"] * mesh.get("fsdp", 1), "exact")
         for layer in range(tiny.LAYERS):
             ids_TK = np.asarray(record.expert_BSK[layer]).reshape(-1, 2)
             home_T = np.asarray(record.home_BS[layer]).reshape(-1)

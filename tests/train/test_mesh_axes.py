@@ -19,21 +19,25 @@ EVERY_AXIS = {
     "node": {"data": 2, "node": 2, "expert": 2, "attention": "replicated"},
     "fsdp_tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "fsdp": {"fsdp": 4, "expert": 2},
+    "shuffled": {"fsdp": 2, "expert": 4},
 }
-NAMES = ["fsdp_tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("node", "fsdp"))]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("node", "fsdp")]
+NAMES = ["fsdp_tensor", "shuffled", *SLOW]
 ONE = {"data": 1, "expert": 1}
 
 
 def config(mesh, **overrides):
     dispatch = "local" if mesh == ONE else "exchange"
+    dispatch = "shuffled" if mesh == EVERY_AXIS["shuffled"] else dispatch
     return tiny.config(mesh=mesh, model__dispatch=dispatch, **overrides)
 
 
 @functools.cache
 def step_of(name):
-    """(config, step) of a mesh; layers are computed again in the backward pass of one of them."""
+    """(config, step) of a mesh; layers are computed again in the backward pass of two of them."""
     mesh = EVERY_AXIS.get(name, ONE)
-    made = config(mesh, train__remat="layer" if name == "fsdp_tensor" else "none")
+    again = name in ("fsdp_tensor", "shuffled")
+    made = config(mesh, train__remat="layer" if again else "none")
     return made, step_lib.build_step(made, tiny.mesh(made))
 
 
@@ -124,9 +128,7 @@ def test_a_checkpoint_moves_between_meshes(tmp_path):
     np.testing.assert_allclose(metrics.loss, expected()[1].loss, rtol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["fsdp_tensor", *(pytest.param(n, marks=pytest.mark.slow) for n in ("node", "fsdp"))]
-)
+@pytest.mark.parametrize("name", ["fsdp_tensor", *SLOW])
 def test_inference_gives_the_tokens_of_one_device(name):
     prompts = [[72, 101, 108, 108, 111], [1, 2, 3], [200]]
     generations = {}

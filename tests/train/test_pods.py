@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from moe_jax import config as config_lib
+from moe_jax import pods
 from moe_jax.errors import Refused
 from moe_jax.model import transformer
-from moe_jax.train import compile as compile_lib
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -66,11 +66,11 @@ def test_a_small_model_compiles(topology, dispatch, data):
     exchanges = 2 if dispatch == "exchange" else 0
     assert made["exchanges_forward"] == exchanges
     # out and home, forward and backward, in each of 6 layers
-    ragged = made["collectives"].get("ragged-all-to-all", [0])[0]
+    ragged = made["step"]["collectives"].get("ragged-all-to-all", [0])[0]
     assert ragged == 2 * exchanges * 6
     # gate and up, down; backward h of both and its gradient, dx, dw of gate and up, dw of down
-    assert made["kernels"] == 6
-    assert 0 < made["hbm_bytes"] <= made["hbm_limit"]
+    assert made["step"]["kernels"] == 6
+    assert 0 < made["step"]["hbm_bytes"] <= made["hbm_limit"]
 
 
 @needs_libtpu
@@ -85,8 +85,8 @@ def test_a_pod_holds_the_model(config, topology):
     assert made["exchanges_forward"] == 2
     # the backward pass computes each layer again: out and home three times
     layers = {"moe_1b": 16, "mixtral_8x7b": 32, "deepseek_v3": 58}[config]
-    assert made["collectives"]["ragged-all-to-all"][0] == 6 * layers
-    assert 0 < made["hbm_bytes"] <= made["hbm_limit"]
+    assert made["step"]["collectives"]["ragged-all-to-all"][0] == 6 * layers
+    assert 0 < made["step"]["hbm_bytes"] <= made["hbm_limit"]
 
 
 @needs_libtpu
@@ -109,7 +109,7 @@ def test_a_step_beyond_the_memory_of_a_chip_is_refused():
 )
 def test_pods_that_do_not_fit_are_refused(topology, field):
     with pytest.raises(Refused, match=f"^{field} = "):
-        compile_lib.check_topology(tiny.config(), topology)
+        pods.check_topology(tiny.config(), topology)
 
 
 @pytest.mark.parametrize("name", ["moe_1b", "mixtral_8x7b", "deepseek_v3"])

@@ -1,6 +1,6 @@
 """Collectives counted in the text of a program: against text that a reader can count."""
 
-from moe_jax.train import hlo
+from moe_jax import hlo
 
 TEXT = """
 HloModule jit_step

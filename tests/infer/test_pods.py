@@ -1,0 +1,64 @@
+"""Prefill and decode compile for pods that are not here, fit, and exchange as often as they say."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.errors import Refused
+from moe_jax.infer import compile as compile_lib
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(config, *words):
+    """The command in a process of its own: libtpu reads its environment once."""
+    return subprocess.run(
+        [sys.executable, "-m", "moe_jax.infer.compile", "--json", f"--config=configs/{config}.py",
+         *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPUs, is not installed (pip install libtpu; Linux x86-64)",
+)
+@pytest.mark.parametrize("dispatch", ["exchange", "coherent"])
+def test_a_batch_compiles(dispatch):
+    ended = run(
+        *("moe_100m", "--topology=v5e:4x4", f"--config.model.dispatch={dispatch}"),
+        *("--config.mesh.data=1", "--config.mesh.fsdp=2"),
+        *("--sequences=32", "--prompt=64", "--answer=16"),
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    made = json.loads(ended.stdout.splitlines()[-1])
+    for program in (made["prefill"], made["decode"]):
+        assert program["kernels"]
+        assert 0 < program["hbm_bytes"] <= made["hbm_limit"]
+        ragged, _ = program["collectives"]["ragged-all-to-all"]
+        # out and home in each of 6 layers; coherent rows go on to the next layer, and home at last
+        assert ragged == {"exchange": 2 * 6, "coherent": 2 * 6 + 1}[dispatch]
+        # what `fsdp` splits is gathered layer by layer
+        assert program["collectives"]["all-gather"][0] >= 6
+
+
+def test_batches_that_do_not_fit_are_refused():
+    config = tiny.config(mesh={"data": 2, "expert": 4})
+    compile_lib.check_sizes(config, 8, 40, 24)
+    for sizes, flag, fix in (
+        ((12, 40, 24), "--sequences", "use 16"),
+        ((8, 0, 24), "--prompt", "positive"),
+        ((8, 41, 24), "--prompt", "use 40"),
+    ):
+        with pytest.raises(Refused, match=f"^{flag} = .*{fix}"):
+            compile_lib.check_sizes(config, *sizes)
