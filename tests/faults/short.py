@@ -47,7 +47,18 @@ def term(folder: pathlib.Path) -> tuple[int, float]:
 def main() -> int:
     """Returns pytest's exit code."""
     started = time.monotonic()
-    shown = ["-q", "-rP", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
+    shown = [
+        "-q",
+        "-rP",
+        "-m",
+        "not slow and not faults",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+    ]
     # the watchdog's and the processes' are short forms, too
     files = [str(HERE), str(HERE.parent / "train" / "test_watchdog.py")]
     held = subprocess.run(
