@@ -2,11 +2,14 @@
 
 Weights do not change between two steps, so what every step would do to them is done once. Matmuls
 of a few rows keep the bits of many only against transposed weights (kernels/README.md), and a
-decoding step has a few rows per expert. Placements move experts as before: only the order of an
-expert's own dimensions changes, and their names with it.
+decoding step has a few rows per expert, and few in all. Placements move experts as before: only the
+order of an expert's own dimensions changes, and their names with it. The projections of attention
+and of the logits are turned alike, if at least `NARROW` wide, and say so (`parameter.is_turned`).
 """
 
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +21,8 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.model import moe, parameter, transformer
 
+NARROW = 16  # below, XLA's library for CPUs does not pack a transposed matrix (kernels/README.md)
+
 
 def prepared(
     config: ModelConfig, mesh: Mesh, model: transformer.Transformer, *, use_up: bool = False
@@ -26,29 +31,63 @@ def prepared(
 
     Args:
       use_up: frees each of the model's matrices as soon as it is copied, so that both are in memory
-        for one of the three at a time. The model cannot be used afterwards.
+        for one of them at a time. The model cannot be used afterwards.
     """
     changed = jax.tree.map(lambda array: array, model)  # other modules, the same arrays
-    if changed.blocks is None:
-        return model
-    weights, dtype = changed.blocks.moe, jnp.dtype(config.dtype)
-    turned = _transposes(mesh) and not moe.is_transposed(weights)
-    axes = moe.TRANSPOSED_AXES if turned or moe.is_transposed(weights) else moe.EXPERT_AXES
+    make = functools.partial(_changed, mesh=mesh, dtype=jnp.dtype(config.dtype), use_up=use_up)
     same = True
-    for name, names in zip(moe.MATRICES, axes, strict=False):
-        array = getattr(weights, name)[...]
-        if not turned and array.dtype == dtype:
+    if changed.blocks is not None:
+        weights = changed.blocks.moe
+        turned = _transposes(mesh) and not moe.is_transposed(weights)
+        of_experts = (
+            moe.TRANSPOSED_AXES if turned or moe.is_transposed(weights) else moe.EXPERT_AXES
+        )
+        for name, names in zip(moe.MATRICES, of_experts, strict=False):
+            array = getattr(weights, name)[...]
+            if turned or array.dtype != jnp.dtype(config.dtype):
+                last = array.ndim - 1
+                order = (*range(last - 1), last, last - 1) if turned else tuple(range(last + 1))
+                setattr(weights, name, make(array, order, axes=names))
+                same = False
+    for parent, name in _projections(config, changed) if _transposes(mesh) else ():
+        param = getattr(parent, name)
+        names, front = param.get_metadata()["axes"], param.ndim - len(param.get_metadata()["axes"])
+        order = (1, 2, 0) if name in _INWARD else (2, 0, 1)  # what is summed over goes last
+        order = order if len(names) == 3 else (1, 0)
+        if min(_rows_and_columns(param.shape[front:], name)) < NARROW or parameter.is_turned(param):
             continue
+        whole = (*range(front), *(front + axis for axis in order))
+        axes = tuple(names[axis] for axis in order)
+        setattr(parent, name, make(param[...], whole, axes=axes, turned=True))
         same = False
-        placed = mesh_lib.sharding(mesh, "layer", *names)
-        setattr(weights, name, nnx.Param(_changed(array, dtype, turned, placed), axes=names))
-        if use_up:
-            array.delete()
     return model if same else changed
 
 
+_INWARD = ("query_DHQ", "key_DGQ", "value_DGQ")
+
+
+def _projections(
+    config: ModelConfig, model: transformer.Transformer
+) -> Iterator[tuple[nnx.Module, str]]:
+    """(module, name) of the matrices around attention, and of the logits', that may be turned."""
+    if config.dispatch in ("shuffled", "coherent"):  # with layers of their own
+        return
+    for block in (model.dense_blocks, model.blocks):
+        if block is not None and not config.latent.kv_rank:
+            for name in (*_INWARD, "output_HQD"):
+                yield block.attention, name
+    if model.output_DV is not None:
+        yield model, "output_DV"
+
+
+def _rows_and_columns(shape: tuple[int, ...], name: str) -> tuple[int, int]:
+    """Of the matrix that one layer's array stands for."""
+    rows = shape[:2] if name == "output_HQD" else shape[:1]
+    return math.prod(rows), math.prod(shape) // math.prod(rows)
+
+
 def shapes(mesh: Mesh, abstract: transformer.Transformer) -> transformer.Transformer:
-    """Those of an abstract model as `prepared` leaves them, for whoever makes the arrays."""
+    """An abstract model, its experts as `prepared` leaves them, for whoever makes the arrays."""
     abstract = jax.tree.map(lambda leaf: leaf, abstract)
     if abstract.blocks is None or not _transposes(mesh):
         return abstract
@@ -84,10 +123,24 @@ def _transposes(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _changed(array_LPXY: jax.Array, dtype: Any, turned: bool, placed: Any) -> jax.Array:
-    @functools.partial(jax.jit, out_shardings=placed)
-    def change(array_LPXY):
-        array_LPXY = array_LPXY.astype(dtype)
-        return array_LPXY.swapaxes(2, 3) if turned else array_LPXY
+def _changed(
+    array: jax.Array,
+    order: tuple[int, ...],
+    *,
+    axes: tuple[str, ...],
+    mesh: Mesh,
+    dtype: Any,
+    use_up: bool,
+    **metadata: Any,
+) -> nnx.Param:
+    """The parameter with its dimensions in another order; `axes` name the last ones after that."""
+    names = ("layer",) * (array.ndim - len(axes)) + axes
 
-    return jax.block_until_ready(change(array_LPXY))
+    @functools.partial(jax.jit, out_shardings=mesh_lib.sharding(mesh, *names))
+    def change(array):
+        return array.astype(dtype).transpose(order)
+
+    param = nnx.Param(jax.block_until_ready(change(array)), axes=axes, **metadata)
+    if use_up:
+        array.delete()
+    return param

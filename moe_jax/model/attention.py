@@ -99,7 +99,7 @@ class Attention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Projections as plain arrays: of an `Attention`, or of some of its heads."""
+    """Projections as plain arrays, none of them turned: of an `Attention`, or of some heads."""
 
     query_DHQ: jax.Array
     key_DGQ: jax.Array
@@ -118,6 +118,11 @@ def parameters(weights: Attention) -> dict[str, nnx.Param]:
     """Those that are there, by their names in `Heads`."""
     named = {field.name: getattr(weights, field.name) for field in dataclasses.fields(Heads)}
     return {name: param for name, param in named.items() if param is not None}
+
+
+def matrices(weights: Attention) -> tuple[nnx.Param, ...]:
+    """Its projections."""
+    return weights.query_DHQ, weights.key_DGQ, weights.value_DGQ, weights.output_HQD
 
 
 def norm_heads(x_BSHQ: Float[Array, "B S H Q"], scale_Z: Any, setting: Setting) -> jax.Array:
@@ -228,8 +233,20 @@ def setting_of(config: ModelConfig) -> Setting:
 def _heads(x_BSD: jax.Array, weight_DHQ: Any, bias_HQ: Any) -> jax.Array:
     """[B, S, H, Q]"""
     dtype = x_BSD.dtype
-    y_BSHQ = jnp.einsum("bsd,dhq->bshq", x_BSD, weight_DHQ[...].astype(dtype))
+    weight = weight_DHQ[...].astype(dtype)
+    if parameter.is_turned(weight_DHQ):
+        y_BSHQ = _turned(x_BSD, weight.reshape(-1, weight.shape[-1]))
+        y_BSHQ = y_BSHQ.reshape(*x_BSD.shape[:2], *weight.shape[:2])
+    else:
+        y_BSHQ = jnp.einsum("bsd,dhq->bshq", x_BSD, weight)
     return y_BSHQ if bias_HQ is None else y_BSHQ + bias_HQ[...].astype(dtype)[None, None]
+
+
+def _turned(x_BSX: jax.Array, weight_YX: jax.Array) -> jax.Array:
+    """x @ weight^T as one product of two matrices: others are turned back, in each step."""
+    rows_NX = x_BSX.reshape(-1, x_BSX.shape[-1])
+    y_NY = jax.lax.dot_general(rows_NX, weight_YX, (((1,), (1,)), ((), ())))
+    return y_NY.reshape(*x_BSX.shape[:2], -1)
 
 
 def project_out(
@@ -237,7 +254,11 @@ def project_out(
 ) -> Float[Array, "B S D"]:
     """What the heads found, as one row a token."""
     output_HQD = weights.output_HQD[...].astype(mixed_BSHQ.dtype)
-    y_BSD = jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD)
+    if parameter.is_turned(weights.output_HQD):
+        mixed_BSX = mixed_BSHQ.reshape(*mixed_BSHQ.shape[:2], -1)
+        y_BSD = _turned(mixed_BSX, output_HQD.reshape(len(output_HQD), -1))
+    else:
+        y_BSD = jnp.einsum("bshq,hqd->bsd", mixed_BSHQ, output_HQD)
     if weights.output_bias_D is None:
         return y_BSD
     return y_BSD + weights.output_bias_D[...].astype(y_BSD.dtype)[None, None]

@@ -160,9 +160,9 @@ class Layers:
     def logits(self, model: Any, x_BSD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
         """float32 [B, S, V] of rows that are not normed yet."""
         x_BSD = self._normed(x_BSD, model.final_norm_D, model.final_norm_bias_D)
-        output_DV = None
-        if model.output_DV is not None:
-            output_DV = self._whole(model.output_DV, dtype=self._dtype)[...]
+        output_DV = parameter.value(self._whole(model.output_DV, dtype=self._dtype))
+        if parameter.is_turned(model.output_DV):  # as an embedding lies
+            embedding_VD, output_DV = output_DV, None
         bias_V = None
         if model.output_bias_V is not None:
             bias_V = self._whole(model.output_bias_V)[...]

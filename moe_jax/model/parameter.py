@@ -36,6 +36,11 @@ def value(param: nnx.Param | None) -> Any:
     return None if param is None else param[...]
 
 
+def is_turned(param: Any) -> bool:
+    """Whether what a product with this matrix sums over lies last: see infer/prepared.py."""
+    return isinstance(param, nnx.Variable) and param.get_metadata().get("turned", False)
+
+
 def gathered(params: Any, mesh: Mesh, dtype: Any = None) -> Any:
     """Parameters as a layer computes with them: gathered over `fsdp`, after the cast.
 

@@ -1,6 +1,7 @@
 """Experts as inference reads them: the same values under other axes, never copied by a step."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from moe_jax.infer import prepared as prepared_lib
 from moe_jax.infer.engine import Engine
 from moe_jax.infer.prepared import prepared
 from moe_jax.infer.sampling import Sampling
-from moe_jax.model import moe
+from moe_jax.model import attention, layers, moe, parameter, transformer
 from tests import tiny
 
 
@@ -45,6 +46,79 @@ def test_a_model_may_be_used_up():
     prepared(config.model, tiny.mesh(config), model, use_up=True)
     assert all(getattr(model.blocks.moe, name)[...].is_deleted() for name in moe.MATRICES)
     assert not model.embedding_VD[...].is_deleted()
+
+
+WIDE = {"model__d_model": 48, "model__d_head": 24, "model__qk_norm": "head"}
+
+
+def test_projections_are_turned_and_say_the_same():
+    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local", **WIDE)
+    mesh, model = tiny.mesh(config), transformer.Transformer(jax.random.key(0), config.model)
+    found = prepared(config.model, mesh, model)
+    weights = found.blocks.attention
+    assert all(map(parameter.is_turned, (*attention.matrices(weights), found.output_DV)))
+    before = model.blocks.attention
+    np.testing.assert_array_equal(
+        weights.query_DHQ[...], np.moveaxis(np.asarray(before.query_DHQ[...]), 1, 3)
+    )
+    np.testing.assert_array_equal(
+        weights.output_HQD[...], np.moveaxis(np.asarray(before.output_HQD[...]), 3, 1)
+    )
+    np.testing.assert_array_equal(found.output_DV[...], np.asarray(model.output_DV[...]).T)
+    assert prepared(config.model, mesh, found) is found
+    forward = jax.jit(transformer.build_forward(config.model, mesh))
+    table = tiny.table(tiny.contiguous(1))
+    said, expected = (forward(m, tiny.tokens(4, 9), table).logits_BSV for m in (found, model))
+    np.testing.assert_allclose(said, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [
+    {"model__dispatch": "coherent"}, {"model__dispatch": "shuffled"}, {"model__d_head": 6}
+], ids=str)  # fmt: skip
+def test_what_has_layers_of_its_own_or_is_narrow_is_not_turned(changed):
+    config = tiny.config(mesh={"data": 4, "expert": 2}, **{**WIDE, "model__qk_norm": "", **changed})
+    model = transformer.Transformer(jax.random.key(0), config.model)
+    found = prepared(config.model, tiny.mesh(config), model)
+    assert not parameter.is_turned(found.blocks.attention.key_DGQ)
+    assert parameter.is_turned(found.output_DV) == ("model__d_head" in changed)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "num_heads", "d_head"), [(16, 2, 8), (48, 4, 24), (192, 8, 24)]
+)
+def test_few_rows_keep_their_bits_against_turned_matrices(d_model, num_heads, d_head):
+    """Among 320 others, 4 alone; against matrices that are not turned some widths do not."""
+    sizes = {"d_model": d_model, "num_heads": num_heads, "num_kv_heads": 2, "d_head": d_head}
+    config = tiny.config(
+        mesh={"data": 1, "expert": 1},
+        model__dispatch="local",
+        **{f"model__{name}": size for name, size in sizes.items()},
+    )
+    mesh, model = tiny.mesh(config), transformer.Transformer(jax.random.key(0), config.model)
+    found, setting = prepared(config.model, mesh, model), attention.setting_of(config.model)
+    layer = jax.tree.map(lambda leaf: leaf[0], found.blocks.attention)
+    output_VD = found.output_DV[...]
+    assert all(map(parameter.is_turned, (*attention.matrices(layer), found.output_DV)))
+
+    @jax.jit
+    def rows(layer, output_VD, x_T1D, at_T1):
+        query, key, value = attention.project(x_T1D, layer, at_T1, setting)
+        mixed = jnp.concatenate([key, value] * (num_heads // 4), axis=2) if num_heads > 2 else key
+        out = attention.project_out(mixed, layer)
+        return query, key, value, out, layers.logits(out, output_VD, None)
+
+    rng = np.random.default_rng(0)
+    x_T1D = rng.normal(size=(320, 1, d_model)).astype(np.float32)
+    at_T1 = rng.integers(0, 60, (320, 1)).astype(np.int32)
+    weights = layer, output_VD  # arguments: the compiler may turn constants back
+    expected = rows(*weights, x_T1D, at_T1)
+    for count in (4, 5, 8, 16, 64, 80):
+        for _ in range(4):
+            some = rng.permutation(320)[:count]
+            for said, wanted in zip(
+                rows(*weights, x_T1D[some], at_T1[some]), expected, strict=True
+            ):
+                np.testing.assert_array_equal(said, np.asarray(wanted)[some])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
@@ -96,7 +170,12 @@ def test_shapes_are_those_of_the_prepared_model():
     mesh, model = tiny.mesh(config), tiny.model()
     abstract = jax.eval_shape(lambda: model)
     shapes, found = prepared_lib.shapes(mesh, abstract), prepared(config.model, mesh, model)
-    assert jax.tree.structure(shapes) == jax.tree.structure(found)
-    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(found), strict=True)
+    experts, found_experts = shapes.blocks.moe, found.blocks.moe
+    assert jax.tree.structure(experts) == jax.tree.structure(found_experts)
+    pairs = zip(jax.tree.leaves(experts), jax.tree.leaves(found_experts), strict=True)
     assert all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+    # The rest is turned when it is there: by sizes of single matrices, and they are small.
+    filled = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    again = prepared(config.model, mesh, filled)
+    assert jax.tree.structure(again) == jax.tree.structure(found)
     assert not moe.is_transposed(abstract.blocks.moe)

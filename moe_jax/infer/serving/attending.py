@@ -20,10 +20,11 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.infer.serving import paged
 from moe_jax.infer.serving.packing import Layout
-from moe_jax.model import attention, latent
+from moe_jax.model import attention, latent, parameter
 
 _BATCH = mesh_lib.spec("batch")
 _HEADS = mesh_lib.spec("batch", "head", None)
+LEAST_TURNED = 4  # rows that keep their bits among others against a turned matrix
 
 
 def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]:
@@ -32,7 +33,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]
     setting: Any = latent.setting_of(config) if is_latent else attention.setting_of(config)
     divisor = setting.divisor or math.sqrt(config.d_head)
     own = _BATCH if is_latent else _HEADS  # one row for all heads, or keys and values of each
-    in_place = paged.spec(config)
+    in_place, shards = paged.spec(config), mesh_lib.size(mesh, mesh_lib.BATCH)
     on_shard = jax.shard_map(
         functools.partial(_on_shard, layout=layout, divisor=divisor),
         mesh=mesh,
@@ -44,13 +45,29 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]
     )
 
     def grouped(normed_T1D, weights, at_T1, pages, layer, fields, window):
+        num_rows = normed_T1D.shape[0]
+        if all(map(parameter.is_turned, attention.matrices(weights))):  # few rows keep their bits
+            few = max(LEAST_TURNED, layout.num_tokens)
+            normed_T1D, at_T1 = first_rows(normed_T1D, few), first_rows(at_T1, few)
         heads = attention.project(normed_T1D, weights, at_T1, setting)
         sink_H = None if weights.sink_H is None else weights.sink_H[...]
         query_THQ, key_TGQ, value_TGQ = (rows_T1HQ[:, 0] for rows_T1HQ in heads)
         mixed_THQ, pages = on_shard(
             query_THQ, key_TGQ, value_TGQ, pages, layer, fields, window, sink_H
         )
-        return attention.project_out(mixed_THQ[:, None], weights), pages
+        return filled_up(attention.project_out(mixed_THQ[:, None], weights), num_rows), pages
+
+    def first_rows(value_T, few):
+        """Of each shard."""
+        by_shard = value_T.reshape(shards, -1, *value_T.shape[1:])
+        return by_shard[:, :few].reshape(-1, *value_T.shape[1:])
+
+    def filled_up(y_T1D, num_rows):
+        by_shard = y_T1D.reshape(shards, -1, *y_T1D.shape[1:])
+        missing = num_rows // shards - by_shard.shape[1]
+        return jnp.pad(by_shard, ((0, 0), (0, missing), (0, 0), (0, 0))).reshape(
+            num_rows, *y_T1D.shape[1:]
+        )
 
     def absorbed(normed_T1D, weights, at_T1, pages, layer, fields, window):
         query_T1HX = latent.queries(normed_T1D, weights, at_T1, setting)

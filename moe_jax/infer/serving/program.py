@@ -21,14 +21,16 @@ from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
+from moe_jax.infer.prepared import NARROW
 from moe_jax.infer.serving import attending, paged, rows
 from moe_jax.infer.serving.packing import FLOATS, Layout
-from moe_jax.model import attention, transformer
+from moe_jax.model import attention, parameter, transformer
 from moe_jax.model import layers as layers_lib
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
-_LEAST_ROWS = {"cpu": 64}  # on a shard; elsewhere as many as the hardware's tiles
+# On a shard. Against a turned matrix fewer keep their bits on CPU.
+_LEAST_ROWS, _LEAST_ELSEWHERE = {"cpu": 64}, 8  # as many as the hardware's tiles
 _BATCH = mesh_lib.spec("batch")
 
 
@@ -66,7 +68,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
 
     `out` is int32 [shards R, OUT_WORDS], see packing.py; `logits_RV` float32 of the same rows.
     """
-    least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, 8)
+    least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, _LEAST_ELSEWHERE)
     num_rows = max(least, layout.num_tokens)
     window_L = attention.windows(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
@@ -74,11 +76,11 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
     layers = layers_lib.Layers(config, mesh)
     on_shards = functools.partial(jax.shard_map, mesh=mesh)
     attend = attending.build(config, mesh, layout)
-    pick = on_shards(
-        functools.partial(_pick, num_rows=max(least, layout.rows)),
-        in_specs=(_BATCH, _BATCH),
-        out_specs=_BATCH,
-    )
+
+    def pick(num_rows: int):
+        picked = functools.partial(_pick, num_rows=max(num_rows, layout.rows))
+        return on_shards(picked, in_specs=(_BATCH, _BATCH), out_specs=_BATCH)
+
     sample = on_shards(
         functools.partial(_sample, num_rows=layout.rows),
         in_specs=(_BATCH, _BATCH),
@@ -132,7 +134,11 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
             inputs = (model.blocks, table, number_L[dense:], of_moe_L)
             carry, records = jax.lax.scan(layer, carry, inputs)
         x_T1D, pages = carry
-        x_R1D = place(pick(x_T1D, fields["sample"]))
+        wide = min(embedding_VD.shape) >= NARROW
+        # an embedding that makes the logits lies as a turned matrix does
+        few = wide if model.output_DV is None else parameter.is_turned(model.output_DV)
+        enough = min(least, attending.LEAST_TURNED if few else least)
+        x_R1D = place(pick(enough)(x_T1D, fields["sample"]))
         logits_RV = place(layers.logits(model, x_R1D, embedding_VD))[:, 0]
         out, logits_RV = sample(logits_RV, fields)
         recorded_XLK = state.recorded_XLK
