@@ -1,4 +1,4 @@
-"""Experts as inference reads them: in the dtype they are computed with, on CPU transposed.
+"""Weights as inference reads them: in the dtype they are computed with, on CPU transposed.
 
 Weights do not change between two steps, so what every step would do to them is done once. Matmuls
 of a few rows keep the bits of many only against transposed weights (kernels/README.md), and a
@@ -50,11 +50,11 @@ def prepared(
                 setattr(weights, name, make(array, order, axes=names))
                 same = False
     for parent, name in _projections(config, changed) if _transposes(mesh) else ():
-        param = getattr(parent, name)
-        names, front = param.get_metadata()["axes"], param.ndim - len(param.get_metadata()["axes"])
-        order = (1, 2, 0) if name in _INWARD else (2, 0, 1)  # what is summed over goes last
-        order = order if len(names) == 3 else (1, 0)
-        if min(_rows_and_columns(param.shape[front:], name)) < NARROW or parameter.is_turned(param):
+        param, order = getattr(parent, name), _TURNED[name]
+        names, front = param.get_metadata()["axes"], param.ndim - len(order)
+        shape = param.shape[front:]
+        width = shape[names.index("embed")]  # one side of all of them
+        if parameter.is_turned(param) or min(width, math.prod(shape) // width) < NARROW:
             continue
         whole = (*range(front), *(front + axis for axis in order))
         axes = tuple(names[axis] for axis in order)
@@ -63,7 +63,12 @@ def prepared(
     return model if same else changed
 
 
-_INWARD = ("query_DHQ", "key_DGQ", "value_DGQ")
+# The order of a layer's dimensions that has what is summed over last.
+_ATTENTION = {
+    **dict.fromkeys(("query_DHQ", "key_DGQ", "value_DGQ"), (1, 2, 0)),
+    "output_HQD": (2, 0, 1),
+}
+_TURNED = {**_ATTENTION, "output_DV": (1, 0)}
 
 
 def _projections(
@@ -74,16 +79,10 @@ def _projections(
         return
     for block in (model.dense_blocks, model.blocks):
         if block is not None and not config.latent.kv_rank:
-            for name in (*_INWARD, "output_HQD"):
+            for name in _ATTENTION:
                 yield block.attention, name
     if model.output_DV is not None:
         yield model, "output_DV"
-
-
-def _rows_and_columns(shape: tuple[int, ...], name: str) -> tuple[int, int]:
-    """Of the matrix that one layer's array stands for."""
-    rows = shape[:2] if name == "output_HQD" else shape[:1]
-    return math.prod(rows), math.prod(shape) // math.prod(rows)
 
 
 def shapes(mesh: Mesh, abstract: transformer.Transformer) -> transformer.Transformer:
