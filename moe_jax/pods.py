@@ -79,29 +79,28 @@ def compiler(topology: str, fix: str) -> Iterator[Compile]:
 
     The function raises `Refused`, with `fix`, where the memory of a chip is too small.
     """
-    limit = hbm_limit(topology)
     os.environ.update(tpu.ENVIRONMENT)
     # The text of a compiled program is read from XLA's dump: some versions cannot print one with a
     # ragged exchange after the fact.
     with tempfile.TemporaryDirectory(prefix="moe_jax-hlo-") as folder:
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=true"
-        yield lambda lowered: _compiled(lowered, pathlib.Path(folder), limit, fix)
+        yield lambda lowered: _compiled(lowered, pathlib.Path(folder), topology, fix)
 
 
-def _compiled(lowered: Any, dumps: pathlib.Path, limit: int, fix: str) -> Compiled:
+def _compiled(lowered: Any, dumps: pathlib.Path, topology: str, fix: str) -> Compiled:
     import jax
 
     before, start = set(dumps.iterdir()), time.perf_counter()
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        raise _too_large(str(error), limit, fix) from None
+        raise refusal(str(error), topology, fix) from None
     seconds = time.perf_counter() - start
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    if used > limit:
+    if used > (limit := hbm_limit(topology)):
         said = f"Used {used / GIB:.2f}G of {limit / GIB:.2f}G hbm"
-        raise _too_large(said, limit, fix)
+        raise refusal(said, topology, fix)
     new = [path for path in dumps.glob("*.after_optimizations.txt") if path not in before]
     (text,) = new
     return Compiled(
@@ -114,15 +113,22 @@ def _compiled(lowered: Any, dumps: pathlib.Path, limit: int, fix: str) -> Compil
     )
 
 
-def _too_large(message: str, limit: int, fix: str) -> Exception:
-    """The refusal of a program that needs more memory than a chip has; other errors as they are."""
+def refusal(message: str, topology: str, fix: str) -> Exception:
+    """What the compiler's error says of memory or links, for people; other errors as they are."""
+    if "limited ICI routing" in message:
+        return Refused(
+            "--topology",
+            topology,
+            "has links over which this compiler knows no ragged all-to-all",
+            "take another shape (v5e:4x4 and not v5e:4x8), or model.dispatch = 'gathered'",
+        )
     found = re.search(r"[Uu]sed ([\d.]+)([MGT]) of ([\d.]+)([MGT])", message)
     if not found:
         return RuntimeError(message)
     return Refused(
         "HBM of one chip",
         f"{found[1]} {found[2]}iB",
-        f"must be at most {found[3]} {found[4]}iB (of {limit / GIB:.0f} GiB)",
+        f"must be at most {found[3]} {found[4]}iB (of {hbm_limit(topology) / GIB:.0f} GiB)",
         fix,
     )
 

@@ -1,8 +1,8 @@
 """Compiles prefill and a decode step for a TPU pod that is not there: does it fit, what moves?
 
-    python -m moe_jax.infer.compile --config=configs/mixtral_8x7b.py --topology=v5e:4x8 \\
-        --config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.expert=8 --config.mesh.tensor=4 \\
-        --sequences=64 --prompt=1024 --answer=256
+    python -m moe_jax.infer.compile --config=configs/mixtral_8x7b.py --topology=v5e:4x4 \\
+        --config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.expert=8 --config.mesh.tensor=2 \\
+        --sequences=16 --prompt=512 --answer=128
 
 The programs of `infer.py` without `--serve`, for a batch of that many sequences. Needs the libtpu
 package (Linux, x86-64) and no TPU. A batch that does not fit is refused: exit code 1. Nothing is

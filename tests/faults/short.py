@@ -47,22 +47,12 @@ def term(folder: pathlib.Path) -> tuple[int, float]:
 def main() -> int:
     """Returns pytest's exit code."""
     started = time.monotonic()
-    shown = [
-        "-q",
-        "-rP",
-        "-m",
-        "not slow and not faults",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "2",
-        "--dist",
-        "loadfile",
-    ]
+    shown = ["-q", "-rP", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
+    all_short = ["-m", "not slow and not faults"]  # those of tests/further.txt, too
     # the watchdog's and the processes' are short forms, too
     files = [str(HERE), str(HERE.parent / "train" / "test_watchdog.py")]
     held = subprocess.run(
-        [sys.executable, "-m", "pytest", *shown, *files], cwd=harness.ROOT, check=False
+        [sys.executable, "-m", "pytest", *shown, *all_short, *files], cwd=harness.ROOT, check=False
     ).returncode
     seconds = time.monotonic() - started
     print(f"short forms together: {seconds:.0f} s (goal {FORMS})", flush=True)

@@ -1,42 +1,24 @@
 """Prefill and decode compile for pods that are not here, fit, and exchange as often as they say."""
 
-import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.infer import compile as compile_lib
-from tests import tiny
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests import pods, tiny
 
 
-def run(config, *words):
-    """The command in a process of its own: libtpu reads its environment once."""
-    return subprocess.run(
-        [sys.executable, "-m", "moe_jax.infer.compile", "--json", f"--config=configs/{config}.py",
-         *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the compiler for TPUs, is not installed (pip install libtpu; Linux x86-64)",
-)
+@pods.needs_libtpu
 @pytest.mark.parametrize("dispatch", ["exchange", "coherent"])
 def test_a_batch_compiles(dispatch):
-    ended = run(
-        *("moe_100m", "--topology=v5e:4x4", f"--config.model.dispatch={dispatch}"),
+    ended = pods.run(
+        *(
+            "moe_jax.infer.compile",
+            "moe_100m",
+            "--topology=v5e:4x4",
+            f"--config.model.dispatch={dispatch}",
+        ),
         *("--config.mesh.data=1", "--config.mesh.fsdp=2"),
         *("--sequences=32", "--prompt=64", "--answer=16"),
     )

@@ -2,10 +2,6 @@
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -13,29 +9,15 @@ from moe_jax import config as config_lib
 from moe_jax import pods
 from moe_jax.errors import Refused
 from moe_jax.model import transformer
+from tests import pods as commands
 from tests import tiny
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the compiler for TPUs, is not installed (pip install libtpu; Linux x86-64)",
-)
+needs_libtpu = commands.needs_libtpu
 
 
 def run(config, topology, **overrides):
-    """The command in a process of its own: libtpu reads its environment once."""
     fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in overrides.items()]
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "moe_jax.train.compile", "--json"),
-            *(f"--config=configs/{config}.py", f"--topology={topology}", *fields),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    return commands.run("moe_jax.train.compile", config, f"--topology={topology}", *fields)
 
 
 def report(config, topology, **overrides):
@@ -112,9 +94,19 @@ def test_pods_that_do_not_fit_are_refused(topology, field):
         pods.check_topology(tiny.config(), topology)
 
 
+def test_errors_of_the_compiler_are_said_with_a_fix():
+    memory = pods.refusal("RESOURCE_EXHAUSTED: Used 17.25G of 15.75G hbm.", "v5e:4x4", "take more")
+    assert str(memory) == (
+        "HBM of one chip = '17.25 GiB': must be at most 15.75 GiB (of 16 GiB). take more."
+    )
+    links = pods.refusal("not supported in limited ICI routing settings", "v5e:4x8", "take more")
+    assert str(links).startswith("--topology = 'v5e:4x8': has links")
+    assert type(pods.refusal("another one", "v5e:4x4", "")) is RuntimeError
+
+
 @pytest.mark.parametrize("name", ["moe_1b", "mixtral_8x7b", "deepseek_v3"])
 def test_configs_are_valid_and_have_the_sizes_that_they_name(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, commands.ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = config_lib.from_config_dict(module.get_config())

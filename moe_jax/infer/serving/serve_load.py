@@ -203,7 +203,8 @@ def _run(source: load.Source | published.Source, peer: asked.Peer | None) -> Non
         f"{limits.shards * limits.seats} seats, or {batch} at full length; greedy, "
         f"{config.model.dtype}"
     )
-    _host_share(engine, corpus)
+    for count in (1, _AT_ONCE):
+        _host_share(engine, corpus, count)
     recorder = Recorder(limits.shards, 64, limits.max_len)
     recording = Engine(config, mesh, model, table, limits, source.text, recorder)
     _recorder_cost(engine, recording, corpus)
@@ -255,26 +256,26 @@ def _compare(
         metrics.say(f"requests {name}: continuous / {way} {ratio:.2f} in tokens/s")
 
 
-def _submit_16(engine: Engine, corpus: np.ndarray) -> None:
+def _submit(engine: Engine, corpus: np.ndarray, count: int) -> None:
     for pool in engine.scheduler.blocks:
         pool.forget()
     options = Options(max_tokens=_STEPS + 8, ignore_end=True)
-    for n in range(_AT_ONCE):
+    for n in range(count):
         engine.submit(corpus[n * 32 : n * 32 + 24].tolist(), options, lambda part: None)
 
 
-def _host_share(engine: Engine, corpus: np.ndarray) -> None:
-    _submit_16(engine, corpus)
+def _host_share(engine: Engine, corpus: np.ndarray, count: int) -> None:
+    _submit(engine, corpus, count)
     stats, seconds = engine.stats, []
     while True:
         before = stats.host_seconds, stats.device_seconds, stats.tokens
         if not engine.step():
             break
-        if stats.tokens - before[2] == _AT_ONCE:
+        if stats.tokens - before[2] == count:
             seconds.append((stats.host_seconds - before[0], stats.device_seconds - before[1]))
     host, device = np.median(seconds, axis=0)
     metrics.say(
-        f"a step of {_AT_ONCE} requests: {1e3 * (host + device):.1f} ms, of it on the host "
+        f"a step with {count} to answer: {1e3 * (host + device):.1f} ms, of it on the host "
         f"(plan, pack, deliver) {1e3 * host:.2f} ms = {host / (host + device):.1%}"
     )
 
@@ -285,7 +286,7 @@ def _recorder_cost(engine: Engine, recording: Engine, corpus: np.ndarray) -> Non
     for _ in range(_RECORDER_ROUNDS):
         pairs = []
         for one in (engine, recording):
-            _submit_16(one, corpus)
+            _submit(one, corpus, _AT_ONCE)
         while engine.busy and recording.busy:
             pair = []
             for one in (engine, recording):
