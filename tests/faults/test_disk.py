@@ -40,7 +40,7 @@ def test_a_full_disk_ends_a_run_that_was_not_told_to_go_on(start, whole, tmp_pat
 
 
 def test_a_full_disk_is_waited_out_by_a_run_that_was_told_to_go_on(start, whole, tmp_path):
-    workdir, num_steps = tmp_path / "run", 100
+    workdir, num_steps = tmp_path / "run", 40
     process = start(workdir, num_steps, train__failed_save="go_on")
     harness.until(process, f"step {harness.EVERY}: being saved")
     limit_files(process, 1000)
