@@ -4,13 +4,14 @@ Axes: B copies, L layers, E experts, M devices, S slots of a device, P = M / 2 p
 
 A move swaps two experts of one layer, so groups stay equal. Only adjacent layers interact: all even
 layers move at once, then all odd ones. In a layer the devices are paired at random and each pair
-swaps one random expert each, so the moves of a step never touch one another. With K the transitions
-of an expert from and to its neighbours and like[d, g] what expert g of a neighbour keeps for one on
-device d, swapping e on a with f on b gains
+swaps one random expert each, so the moves of a step never touch one another. With near[m, e] what
+expert e keeps with the experts on device m of the layers before and after, swapping e on a with f
+on b gains
 
-    sum over g of (K[e, g] - K[f, g]) (like[b, g] - like[a, g])
+    sum over m of (near[m, e] - near[m, f]) (like[b, m] - like[a, m])
 
-and costs `penalty` per unit of load above the cap that it adds. Metropolis at a falling temperature
+which on a flat machine is four numbers. A move changes `near` of both neighbours on a and b. It
+costs `penalty` per unit of load above the cap that it adds. Metropolis at a falling temperature
 accepts; the penalty rises, so that the end is within the caps or close to them.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from moe_jax.placement.chain import Chain
 
+SHIFTS = (-1, 1, 0)  # where what a layer keeps with its neighbours, and itself, stands in `near`
 HOT, COLD = 1.0, 0.01  # temperatures, over the mean gain or loss of a random swap
 PENALTY = (0.5, 6.0)  # transitions per unit of load above the cap, from hot to cold
 MOVES_AT_ONCE = 2**17  # elements of a step's largest array
@@ -72,14 +74,18 @@ class _State:
     """Copies of the labels, by expert and by slot, with the loads of the devices.
 
     Attributes:
-      keep_LEN: [L, E, 2 E or 3 E], with the layer before, the layer after, and the own layer.
+      rows_ZLEE: what an expert keeps with each expert of the layer before, after, and its own if
+        that counts; zero beyond the ends.
+      near_BLME: what an expert keeps with all of these on each device; a layer of zeros before the
+        first and one after the last.
     """
 
     chain: Chain
     device_BLE: np.ndarray
     expert_BLMS: np.ndarray
     load_BLM: np.ndarray
-    keep_LEN: np.ndarray
+    rows_ZLEE: np.ndarray
+    near_BLME: np.ndarray
 
     @classmethod
     def of(cls, chain: Chain, start_BLE: np.ndarray, own_LEE: np.ndarray | None = None) -> "_State":
@@ -90,9 +96,12 @@ class _State:
         none_1EE = np.zeros((1, experts, experts))
         before_LEE = np.concatenate([none_1EE, chain.keep_LEE.transpose(0, 2, 1)])
         after_LEE = np.concatenate([chain.keep_LEE, none_1EE])
-        parts = [before_LEE, after_LEE] + ([] if own_LEE is None else [own_LEE])
-        keep_LEN = np.concatenate(parts, axis=2)
-        return cls(chain, start_BLE.copy(), expert_BLMS, load_BLM, keep_LEN)
+        rows_ZLEE = np.stack([before_LEE, after_LEE] + ([] if own_LEE is None else [own_LEE]))
+        near_BLME = np.zeros((copies, layers + 2, chain.num_devices, experts))
+        onehot_BLME = (start_BLE[:, :, None] == np.arange(chain.num_devices)[:, None]).astype(float)
+        for shift, rows_LEE in zip(SHIFTS, rows_ZLEE, strict=False):
+            near_BLME[:, 1 + shift : 1 + shift + layers] += onehot_BLME @ rows_LEE
+        return cls(chain, start_BLE.copy(), expert_BLMS, load_BLM, rows_ZLEE, near_BLME)
 
     def typical(self, rng: np.random.Generator) -> float:
         """Mean gain or loss of a random swap."""
@@ -113,6 +122,18 @@ class _State:
         shift = self.chain.load_LE[layer, f] - self.chain.load_LE[layer, e]
         self.load_BLM[b, layer, of] += shift
         self.load_BLM[b, layer, to] -= shift
+        # Pairs are disjoint, so no row of `near` is met twice in one sum.
+        near_XE = self.near_BLME.reshape(-1, self.device_BLE.shape[2])
+        first = self._first(b, layer)
+        for shift, rows_LEE in zip(SHIFTS, self.rows_ZLEE, strict=False):
+            change_AE = rows_LEE[layer, e] - rows_LEE[layer, f]
+            there = first + shift * self.chain.num_devices
+            near_XE[there + to] += change_AE
+            near_XE[there + of] -= change_AE
+
+    def _first(self, copy, layer):
+        """The row of device 0 of a layer in `near`."""
+        return (copy * self.near_BLME.shape[1] + layer + 1) * self.chain.num_devices
 
     def _propose(self, parity: int, rng: np.random.Generator) -> "_Moves":
         copies, layers, devices, slots = self.expert_BLMS.shape
@@ -126,25 +147,19 @@ class _State:
         e_BLP = self.expert_BLMS[copy_B11, layer_1L1, of_BLP, slot_e_BLP]
         f_BLP = self.expert_BLMS[copy_B11, layer_1L1, to_BLP, slot_f_BLP]
 
-        differ_BLPN = self.keep_LEN[layer_1L1, e_BLP] - self.keep_LEN[layer_1L1, f_BLP]
-        before_BLE = self.device_BLE[:, np.maximum(layer_L - 1, 0)]
-        after_BLE = self.device_BLE[:, np.minimum(layer_L + 1, layers - 1)]
-        experts, near = before_BLE.shape[2], [before_BLE, after_BLE]
-        if own := self.keep_LEN.shape[2] > 2 * experts:
-            near.append(self.device_BLE[:, layer_L])
-        near_BL1N = np.concatenate(near, axis=2)[:, :, None, :]
+        experts, like_MM = self.device_BLE.shape[2], self.chain.likeness_MM
         if self.chain.node_likeness or self.chain.devices_per_node != devices:
-            like_MM = self.chain.likeness_MM
-            like_BLPN = (
-                like_MM[to_BLP[..., None], near_BL1N] - like_MM[of_BLP[..., None], near_BL1N]
-            )
+            differ_BLPM = self.near_BLME[copy_B11, layer_1L1 + 1, :, e_BLP]
+            differ_BLPM -= self.near_BLME[copy_B11, layer_1L1 + 1, :, f_BLP]
+            gain_BLP = np.einsum("blpm,blpm->blp", differ_BLPM, like_MM[to_BLP] - like_MM[of_BLP])
         else:
-            like_BLPN = (near_BL1N == to_BLP[..., None]).astype(np.int8)
-            like_BLPN -= near_BL1N == of_BLP[..., None]
-        gain_BLP = np.einsum("blpn,blpn->blp", differ_BLPN, like_BLPN)
-        if own:  # e and f themselves change places, so what they keep of each other stays
-            like_BLP = 1.0 - self.chain.likeness_MM[of_BLP, to_BLP]
-            gain_BLP -= 2.0 * like_BLP * self.keep_LEN[layer_1L1, e_BLP, 2 * experts + f_BLP]
+            first_BLP = self._first(copy_B11, layer_1L1)
+            to, of = (first_BLP + to_BLP) * experts, (first_BLP + of_BLP) * experts
+            near = self.near_BLME.reshape(-1)
+            gain_BLP = near[to + e_BLP] - near[of + e_BLP] + near[of + f_BLP] - near[to + f_BLP]
+        if len(self.rows_ZLEE) > 2:  # what e and f keep of each other stays: both change places
+            own_BLP = self.rows_ZLEE[2, layer_1L1, e_BLP, f_BLP]
+            gain_BLP -= 2.0 * (1.0 - like_MM[of_BLP, to_BLP]) * own_BLP
 
         load_e, load_f = (self.chain.load_LE[layer_1L1, x] for x in (e_BLP, f_BLP))
         overload_BLP = np.zeros(shape)

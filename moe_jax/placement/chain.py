@@ -123,23 +123,23 @@ def sweep(chain: Chain, first_E: np.ndarray, deadline: float) -> np.ndarray:
 def alternate(chain: Chain, device_LE: np.ndarray, deadline: float) -> np.ndarray:
     """Re-assigns each layer given both neighbours until nothing improves."""
     device_LE = device_LE.copy()
-    stale = 0
     layers = [*range(chain.num_layers), *reversed(range(1, chain.num_layers - 1))]
-    while stale < len(layers):
+    todo = np.ones(chain.num_layers, bool)  # neighbours have changed since, or never looked at
+    while todo.any():
         for layer in layers:
+            if not todo[layer]:
+                continue
             if time.monotonic() >= deadline:
                 return device_LE
+            todo[layer] = False
             benefit_EM = chain.benefit_EM(device_LE, layer, before=True, after=True)
             new_E = _reassigned(chain, benefit_EM, layer, device_LE[layer], deadline)
             experts = np.arange(len(new_E))
             gain = (benefit_EM[experts, new_E] - benefit_EM[experts, device_LE[layer]]).sum()
             if gain > 1e-9 * (1.0 + abs(benefit_EM).sum()):
                 device_LE[layer] = new_E
-                stale = 0
-            else:
-                stale += 1
-            if stale >= len(layers):
-                break
+                todo[max(layer - 1, 0) : layer + 2] = True
+                todo[layer] = False
     return device_LE
 
 

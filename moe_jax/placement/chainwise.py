@@ -19,8 +19,8 @@ from moe_jax.placement.problem import Problem
 
 POOL = 48
 COPIES = 12  # annealed side by side, at most
-SWEEPS = (1000, 400)  # of an annealing from hot, and from warm
-WARM = (0.2, 0.1, 0.05)  # first temperatures from the best so far
+SWEEPS = (2000, 1000)  # of an annealing from hot, and from warm
+WARM = (0.3, 0.2, 0.1)  # first temperatures from the best so far
 ANNEALED = 1024  # variables of a layer above which caps are met by sweeps and shakes first
 SWEPT = 4  # greedy sweeps of a round without annealing, and as many shakes of the best so far
 ROUNDS = 200

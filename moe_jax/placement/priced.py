@@ -1,6 +1,6 @@
 """One layer re-assigned under load caps where the integer program is too large: prices on load.
 
-Axes: E experts, M devices, s = E / M slots of a device, P swaps.
+Axes: E experts, M devices, S slots of a device, T other experts, P swaps.
 
 The assignment of experts to devices that gains most is exact and fast without caps (ilp.assign).
 With a price p[m] on load, sum benefit[e, m] - p[m] load[e] is such an assignment again (the
@@ -22,12 +22,14 @@ def assign(benefit_EM: np.ndarray, load_E: np.ndarray, cap_M: np.ndarray) -> np.
     slots = experts // devices
     unit = np.abs(benefit_EM).max(axis=1).sum() / max(float(load_E.sum()), 1e-300)
     price_M = np.zeros(devices)
-    best_E, best = None, -np.inf
+    best_E, best, seen = None, -np.inf, set()
     for number in range(ROUNDS):
         wide = np.repeat(benefit_EM - load_E[:, None] * price_M, slots, axis=1)
         device_E = optimize.linear_sum_assignment(wide, True)[1] // slots
         over_M = np.bincount(device_E, weights=load_E, minlength=devices) / cap_M - 1
-        if number >= ROUNDS // 2 or over_M.max() <= 1e-9:
+        new = device_E.tobytes() not in seen
+        if new and (number >= ROUNDS // 2 or over_M.max() <= 1e-9):
+            seen.add(device_E.tobytes())
             mended_E = _mended(benefit_EM, load_E, cap_M, device_E)
             if mended_E is not None and (value := _value(benefit_EM, mended_E)) > best:
                 best_E, best = mended_E, value
@@ -44,24 +46,29 @@ def _value(benefit_EM: np.ndarray, device_E: np.ndarray) -> float:
 def _mended(benefit_EM, load_E, cap_M, device_E) -> np.ndarray | None:
     """Swaps out of the fullest device, each with the least loss per load above the caps."""
     device_E, devices = device_E.copy(), len(cap_M)
+    experts = np.arange(len(device_E))
     for _ in range(STEPS):
         over_M = np.bincount(device_E, weights=load_E, minlength=devices) - cap_M
         full = int(over_M.argmax())
         if over_M[full] <= 1e-9 * cap_M[full]:
             return device_E
-        here, there = np.flatnonzero(device_E == full), np.flatnonzero(device_E != full)
-        e_P, f_P = np.repeat(here, len(there)), np.tile(there, len(here))
-        shift_P, b_P = load_E[e_P] - load_E[f_P], device_E[f_P]
-        less_P = np.maximum(over_M[full], 0) - np.maximum(over_M[full] - shift_P, 0)
-        less_P -= np.maximum(over_M[b_P] + shift_P, 0) - np.maximum(over_M[b_P], 0)
-        loss_P = -_gain(benefit_EM, device_E, e_P, f_P)
-        useful_P = less_P > 1e-9 * cap_M[full]
-        if not useful_P.any():
+        is_here_E = device_E == full
+        here_S, there_T = is_here_E.nonzero()[0], (~is_here_E).nonzero()[0]
+        b_T, own_E = device_E[there_T], benefit_EM[experts, device_E]
+        shift_ST = load_E[here_S, None] - load_E[there_T]
+        other_T, benefit_SM = over_M[b_T], benefit_EM[here_S]
+        less_ST = over_M[full] - np.maximum(over_M[full] - shift_ST, 0)
+        less_ST -= np.maximum(other_T + shift_ST, 0) - np.maximum(other_T, 0)
+        loss_ST = own_E[here_S, None] - benefit_SM[:, b_T]
+        loss_ST += own_E[there_T] - benefit_EM[there_T, full]
+        useful_ST = less_ST > 1e-9 * cap_M[full]
+        if not useful_ST.any():
             return None
-        span = np.abs(loss_P).max() + 1e-300
-        rate_P = np.where(loss_P > 0, loss_P / np.maximum(less_P, 1e-300), loss_P / span - 1.0)
-        best = int(np.where(useful_P, rate_P, np.inf).argmin())
-        e, f = e_P[best], f_P[best]
+        span = np.abs(loss_ST).max() + 1e-300
+        positive_ST = loss_ST / np.maximum(less_ST, 1e-300)
+        rate_ST = np.where(loss_ST > 0, positive_ST, loss_ST / span - 1.0)
+        best = int(np.where(useful_ST, rate_ST, np.inf).argmin())
+        e, f = here_S[best // len(there_T)], there_T[best % len(there_T)]
         device_E[e], device_E[f] = device_E[f], device_E[e]
     return None
 
