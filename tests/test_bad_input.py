@@ -515,6 +515,7 @@ TABLE = [
     infer("top_p", "--prompt=a --top_p=0", "--top_p", "0.0", "1 keeps every token"),
     infer("seed", "--prompt=a --seed=-1", "--seed", "-1", "use 0"),
     infer("max_new_tokens", "--prompt=a --max_new_tokens=-1", "--max_new_tokens", "-1", "use 64"),
+    infer("tokens of no trace", "--record_tokens", "--record_tokens", "none is written", "--record=TRACE.npz"),
     infer("record suffix", "--record={tmp}/t.json", "--record", "/t.json'", "t.json.npz"),
     infer("measure suffix", "--measure={tmp}/t", "--measure", "/t'", "t.npz"),
     infer("record is a folder", "--record={tmp}/t.npz", "--record", "/t.npz'", "name a file",

@@ -24,6 +24,10 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = greedy.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus: the smallest set of tokens of this mass.")
 SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 RECORD = flags.DEFINE_string("record", None, "Write the routing of all tokens to this .npz trace.")
+RECORD_TOKENS = flags.DEFINE_bool(
+    "record_tokens", False, "With --record: also which token each was, for homes by what a prompt "
+    "says. The text can be read back from them."
+)  # fmt: skip
 MEASURE = flags.DEFINE_string(
     "measure", None, "Write outputs and counted rows on held-out text to this .npz."
 )
@@ -83,6 +87,7 @@ def request() -> Any:
         max_new_tokens=MAX_NEW_TOKENS.value,
         sampling=Sampling(TEMPERATURE.value, TOP_P.value, SEED.value),
         record=RECORD.value,
+        record_tokens=RECORD_TOKENS.value,
         measure=MEASURE.value,
         benchmark=BENCHMARK.value,
         serve_load=SERVE_LOAD.value,
@@ -96,6 +101,7 @@ def request() -> Any:
             max_queue=MAX_QUEUE.value,
             bearer_token_file=BEARER_TOKEN_FILE.value,
             record=RECORD.value,
+            record_tokens=RECORD_TOKENS.value,
             replan_tokens=REPLAN_TOKENS.value,
             replan_pause=REPLAN_PAUSE.value,
             replan_homes=REPLAN_HOMES.value,

@@ -75,15 +75,35 @@ def _of_sequence(record: StepRecord, sequence: int) -> tuple[np.ndarray, np.ndar
     return expert_SLK[real_S], record.position_BS[sequence][real_S]
 
 
-def trace(generations: list[Generation], config: Config, corpus: str) -> Trace:
-    """The routing trace of a run; `seq_home` says where each sequence was held."""
+def trace(
+    generations: list[Generation],
+    config: Config,
+    corpus: str,
+    prompts: list[list[int]] | None = None,
+) -> Trace:
+    """The routing trace of a run; `seq_home` says where each sequence was held.
+
+    Args:
+      generations: of all sequences, with their records.
+      config: of the model.
+      corpus: the text, for people.
+      prompts: given where the identities of tokens are to be recorded too.
+    """
     tokens = routed_tokens(generations, config.model.num_experts)
+    token_ids_T = None
+    if prompts is not None:
+        answers = [answer for generation in generations for answer in generation.tokens]
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        # the last token of an answer has been routed nowhere
+        heads = [text[:length] for text, length in zip(texts, tokens.seq_len, strict=True)]
+        token_ids_T = np.concatenate(heads).astype(np.int32)
     start = np.cumsum(tokens.seq_len) - tokens.seq_len
     return Trace(
         expert_ids_TLK=tokens.expert_TLK,
         num_experts=config.model.num_experts,
         seq_len=tokens.seq_len,
         seq_home=tokens.home_T[start],
+        token_ids_T=token_ids_T,
         layer_ids=config.model.moe_layer_ids,
         model=config.name,
         corpus=corpus,

@@ -42,6 +42,7 @@ class Request:
     record: str | None
     measure: str | None
     benchmark: bool
+    record_tokens: bool = False
     chat: bool = False
     serve_load: bool = False
     peer_python: str | None = None
@@ -99,7 +100,8 @@ def run(request: Request) -> None:
     else:
         generations = _in_batches(engine, prompts, request)
     if request.record:
-        trace = record.trace(generations, config, corpus_name)
+        texts = prompts if request.record_tokens else None
+        trace = record.trace(generations, config, corpus_name, texts)
         trace_lib.save(trace, request.record)
         metrics.say(
             f"{request.record}: {trace.num_tokens:,} tokens of {trace.num_sequences} sequences, "
@@ -143,6 +145,9 @@ def _check_flags(request: Request) -> None:
     if request.devices is not None and request.hf is None:
         rule = "is for --hf: a run has the mesh of its config"
         raise Refused("--devices", request.devices, rule, "leave it out")
+    if request.record_tokens and not request.record:
+        rule = "says what a trace holds, and none is written"
+        raise Refused("--record_tokens", True, rule, "give --record=TRACE.npz")
     of_held_out = request.record or request.measure or request.benchmark
     if request.prompts and request.measure:
         raise Refused("--measure", request.measure, "runs held-out text", "leave out --prompt")

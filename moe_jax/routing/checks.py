@@ -95,18 +95,19 @@ def check_ids(ids: np.ndarray, num_experts: int) -> None:
                 )
 
 
-def valid_per_sequence(field: str, value: Any, count: int | None) -> np.ndarray:
+def valid_numbers(field: str, value: Any, count: int | None, each: str = "sequence") -> np.ndarray:
+    """One whole number below 2**31 for each sequence, or token."""
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise Refused(
             field,
             f"{array.dtype} {array.shape}",
-            "one whole number per sequence",
+            f"one whole number per {each}",
             "Give an int32 vector",
         )
     if count is not None and len(array) != count:
         raise Refused(
-            f"{field} length", len(array), f"there are {count} sequences", "Give one per sequence"
+            f"{field} length", len(array), f"there are {count} {each}s", f"Give one per {each}"
         )
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
         raise Refused(

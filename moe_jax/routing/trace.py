@@ -5,9 +5,9 @@ descending weight, S sequences. A trace that exists is valid: the constructor ch
 checks sizes before it makes arrays, never unpickles, and answers bad files with `Refused`.
 
 File (`.npz`): `expert_ids` uint8 or uint16 [T, L, K] (255 / 65535 = no expert), `seq_len` int32
-[S], optional `expert_weights` float16 [T, L, K], `seq_name` [S], `seq_home` int32 [S], and `meta`,
-one JSON string. Files without `meta` are read too: the number of experts is then given by the
-caller or inferred as the largest id + 1.
+[S], optional `expert_weights` float16 [T, L, K], `seq_name` [S], `seq_home` int32 [S], `token_ids`
+int32 [T], and `meta`, one JSON string. Files without `meta` are read too: the number of experts is
+then given by the caller or inferred as the largest id + 1.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from moe_jax.routing import checks, npz
 
 FORMAT = "moe_jax.trace"
 VERSION = 1
-_ARRAYS = ("expert_ids", "seq_len", "expert_weights", "seq_name", "seq_home", "meta")
+_ARRAYS = ("expert_ids", "seq_len", "expert_weights", "seq_name", "seq_home", "token_ids", "meta")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +40,8 @@ class Trace:
       expert_weights_TLK: float16 combine weights, or None.
       seq_name: names of the sequences, or None.
       seq_home: int32 [S], expert-axis coordinate of the device that held the sequence, or None.
+      token_ids_T: int32, which token of the vocabulary each is, or None. The text can be read back
+        from them, so they are recorded only where that was asked for.
       layer_ids: the model's own numbers of these layers; 0..L-1 by default.
       model: the model that was recorded, for people.
       corpus: the text that was recorded, for people.
@@ -51,6 +53,7 @@ class Trace:
     expert_weights_TLK: np.ndarray | None = None
     seq_name: tuple[str, ...] | None = None
     seq_home: np.ndarray | None = None
+    token_ids_T: np.ndarray | None = None
     layer_ids: Sequence[int] = ()
     model: str = ""
     corpus: str = ""
@@ -60,7 +63,7 @@ class Trace:
         checks.check_shape(ids)
         set_field = functools.partial(object.__setattr__, self)
         set_field("num_experts", checks.valid_num_experts(self.num_experts, ids))
-        set_field("seq_len", _frozen(checks.valid_per_sequence("seq_len", self.seq_len, None)))
+        set_field("seq_len", _frozen(checks.valid_numbers("seq_len", self.seq_len, None)))
         checks.check_seq_len(self.seq_len, ids.shape[0])
         checks.check_ids(ids, self.num_experts)
         set_field("expert_ids_TLK", _frozen(np.ascontiguousarray(ids)))
@@ -71,8 +74,11 @@ class Trace:
         if self.seq_name is not None:
             set_field("seq_name", checks.valid_names(self.seq_name, len(self.seq_len)))
         if self.seq_home is not None:
-            homes = checks.valid_per_sequence("seq_home", self.seq_home, len(self.seq_len))
+            homes = checks.valid_numbers("seq_home", self.seq_home, len(self.seq_len))
             set_field("seq_home", _frozen(homes))
+        if self.token_ids_T is not None:
+            tokens = checks.valid_numbers("token_ids", self.token_ids_T, ids.shape[0], "token")
+            set_field("token_ids_T", _frozen(tokens))
         set_field("layer_ids", checks.valid_layer_ids(self.layer_ids, ids.shape[1]))
 
     @property
@@ -118,6 +124,7 @@ class Trace:
         start = np.concatenate([[0], np.cumsum(self.seq_len, dtype=np.int64)])
         token = np.concatenate([np.arange(start[s], start[s + 1]) for s in sequences])
         weights, names, homes = self.expert_weights_TLK, self.seq_name, self.seq_home
+        tokens = self.token_ids_T
         return dataclasses.replace(
             self,
             expert_ids_TLK=self.expert_ids_TLK[token],
@@ -125,6 +132,7 @@ class Trace:
             expert_weights_TLK=None if weights is None else weights[token],
             seq_name=None if names is None else tuple(names[s] for s in sequences),
             seq_home=None if homes is None else homes[sequences],
+            token_ids_T=None if tokens is None else tokens[token],
         )
 
 
@@ -184,6 +192,7 @@ def load(path: str | os.PathLike, num_experts: int | None = None) -> Trace:
         expert_weights_TLK=arrays.get("expert_weights"),
         seq_name=None if "seq_name" not in arrays else _strings(arrays["seq_name"]),
         seq_home=arrays.get("seq_home"),
+        token_ids_T=arrays.get("token_ids"),
         layer_ids=checks.valid_layer_ids(meta.get("layer_ids", ()), ids.shape[1]),
         model=str(meta.get("model", "")),
         corpus=str(meta.get("corpus", "")),
@@ -251,6 +260,8 @@ def _arrays(trace: Trace) -> dict[str, np.ndarray]:
         arrays["seq_name"] = np.array(trace.seq_name, dtype=np.str_)
     if trace.seq_home is not None:
         arrays["seq_home"] = trace.seq_home
+    if trace.token_ids_T is not None:
+        arrays["token_ids"] = trace.token_ids_T
     return arrays
 
 

@@ -134,6 +134,10 @@ def test_trace_holds_every_routed_token(engine):
     assert trace.num_layers == tiny.LAYERS
     prefill = generation.records[0].expert_LBSK
     np.testing.assert_array_equal(trace.expert_ids_TLK[:9], prefill[:, 0, :9].swapaxes(0, 1))
+    assert trace.token_ids_T is None  # the text is nobody's business unless it is asked for
+    spoken = record.trace([generation], tiny.config(), "prompts", PROMPTS).token_ids_T
+    texts = [p + t[:-1] for p, t in zip(PROMPTS, generation.tokens, strict=True)]
+    assert spoken.tolist() == [token for text in texts for token in text]
     # 4 prompts fill up a batch of 8, one sequence a device; 4 devices on the expert axis
     np.testing.assert_array_equal(trace.seq_home, [0, 1, 2, 3])
 

@@ -261,6 +261,19 @@ def test_sglang_records_are_sequences_and_slots_become_experts(tmp_path):
     assert trace.num_experts == 16
 
 
+def test_identities_of_tokens_come_along_where_every_token_has_one(tmp_path):
+    record = {"topk_ids_of_layer": topk_LTK().tolist()}
+    named = {**record, "input_ids": [5, 70_000, 9], "extend_seq_lens": [1, 2]}
+    trace = read(tmp_path, "d.json", json.dumps({"records": [named, named]}), Hints())
+    assert trace.token_ids_T.tolist() == [5, 70_000] * 2  # the last one of a pass is padding
+    npz = npz_bytes(topk_ids_of_layer=topk_LTK(), input_ids=np.array([5, 6, 7]))
+    assert read(tmp_path, "d.npz", npz, Hints()).token_ids_T.tolist() == [5, 6]
+    for fields in ({"records": [named, record]}, {**record, "input_ids": [1, 2, -3]}):
+        hints = Hints()
+        assert read(tmp_path, "d.json", json.dumps(fields), hints).token_ids_T is None
+        assert any("input_ids are left out" in note for note in hints.notes)
+
+
 def test_ascending_ids_are_called_out(tmp_path):
     hints = Hints()
     read(tmp_path, "d.npy", npy_bytes(np.array([[[0, 2], [1, 3]], [[0, 1], [2, 3]]])), hints)

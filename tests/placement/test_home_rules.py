@@ -12,7 +12,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import baselines, cost, paired, topology, windows
 from moe_jax.placement import seconds as seconds_lib
-from moe_jax.placement.homes import assign, joint, report, ridge, rules, tally
+from moe_jax.placement.homes import assign, identities, joint, report, ridge, rules, tally
 from moe_jax.placement.homes.file import HomeRules
 from moe_jax.placement.homes.judge import Arrivals, Bench
 from moe_jax.placement.homes.report import Study
@@ -26,7 +26,7 @@ FOUR = topology.flat(4)
 
 
 def halves_of_topics() -> tuple[Problem, Trace, np.ndarray]:
-    trace, _ = topical(4, sequences=48, length=12)
+    trace = speaking(topical(4, sequences=48, length=12)[0])
     plan, judge = trace_lib.split(trace, 0)
     problem = Problem(plan, FOUR, "rows")
     start_LE = baselines.random(3, 16, 4, 1)
@@ -42,7 +42,15 @@ def halves_of_topics() -> tuple[Problem, Trace, np.ndarray]:
     return problem, judge, both.device_LE
 
 
-SMALL = Study(prefill=(3,), name_fields=1, arrivals=Arrivals(batch=24, imbalance=24))
+def speaking(trace: Trace, names: int = 5) -> Trace:
+    """The same, every topic with words of its own: the first field of a name, times `names`."""
+    topic_S = np.array([int(name[5]) for name in trace.seq_name or ()])
+    word_T = np.random.default_rng(0).integers(names, size=trace.num_tokens)
+    token_ids_T = 1000 * np.repeat(topic_S, trace.seq_len) + word_T
+    return dataclasses.replace(trace, token_ids_T=token_ids_T.astype(np.int32))
+
+
+SMALL = Study(prefill=(3,), name_fields=1, tokens=(1, 4), arrivals=Arrivals(batch=24, imbalance=24))
 
 
 def test_topics_are_found_by_every_rule():
@@ -53,7 +61,7 @@ def test_topics_are_found_by_every_rule():
     by_rule = {(one.rule, one.arrival): one for one in found.judged}
     counts_G = np.bincount([int(name[5]) for name in judge.seq_name or ()], minlength=4)
     misplaced = np.maximum(counts_G - 6, 0).sum()  # equal numbers on devices, uneven topics
-    for rule in ("name", "oracle", "prefill 3", "prefill 3, learned"):
+    for rule in ("name", "oracle", "1 tokens", "4 tokens", "prefill 3", "prefill 3, learned"):
         one = by_rule[rule, "batches"]
         assert one.hits.value == pytest.approx(1 - misplaced / 24)
         assert one.reached.value == pytest.approx(1 - misplaced / 24 / 0.75)
@@ -65,7 +73,7 @@ def test_topics_are_found_by_every_rule():
 
 
 def test_without_affinity_no_rule_helps_and_the_report_says_so():
-    trace = windows.without_affinity(topical(4, sequences=160, length=12)[0], 1)
+    trace = windows.without_affinity(speaking(topical(4, sequences=160, length=12)[0]), 1)
     plan, judge = trace_lib.split(trace, 0)
     device_LE = baselines.random(3, 16, 4, 1)
     nothing = report.study(Problem(plan, FOUR, "rows"), judge, device_LE, device_LE, SMALL)
@@ -108,6 +116,44 @@ def test_figures_are_those_counted_token_by_token(dispatch):
     )
     assert one.seconds.before == pytest.approx(uniform.seconds_B[0], rel=1e-12)
     assert one.sequences == (trace.seq_len > 7).sum()
+
+
+def test_identities_cost_what_their_tokens_do_and_unknown_ones_nothing():
+    trace = made(3, num_tokens=300)
+    words_T = np.random.default_rng(0).integers(40, size=trace.num_tokens)
+    trace = dataclasses.replace(trace, token_ids_T=words_T)
+    device_LE = baselines.random(3, 8, 4, 0).astype(np.int64)
+    problem = Problem(trace, FOUR, "rows")
+    short, long = rules.learn_tokens(problem, device_LE, (2, 1000))
+    np.testing.assert_array_equal(short.token_F, np.unique(trace.token_ids_T))
+    cost_TM = np.stack(
+        [
+            tally.cost_SM(tally.count(one, device_LE, FOUR), tally.prices(FOUR, "exchange"))[0]
+            for one in (Trace(ids_LK[None], 8, np.array([1])) for ids_LK in trace.expert_ids_TLK)
+        ]
+    )
+    cost_TM -= cost_TM.mean(axis=1, keepdims=True)
+    expected_TM = np.stack(
+        [
+            cost_TM[trace.token_ids_T == token].sum(axis=0)
+            / ((trace.token_ids_T == token).sum() + identities.PRIOR)
+            for token in trace.token_ids_T
+        ]
+    )
+    end_S = np.cumsum(trace.seq_len)
+    for known, rule in ((2, short), (1000, long)):
+        wanted_SM = [
+            expected_TM[end - length : end][:known].mean(axis=0)
+            for end, length in zip(end_S, trace.seq_len, strict=True)
+        ]
+        largest = np.abs(expected_TM).max()  # costs have six digits
+        np.testing.assert_allclose(rule.cost_SM(trace), wanted_SM, rtol=0, atol=1e-5 * largest)
+    other = dataclasses.replace(trace, token_ids_T=trace.token_ids_T + 7)
+    assert not long.cost_SM(other).any()
+    with pytest.raises(Refused, match="has none"):
+        rules.learn_tokens(dataclasses.replace(problem, trace=made(3)), device_LE, (2,))
+    with pytest.raises(Refused, match="has none"):
+        long.cost_SM(made(3))
 
 
 def test_prefills_are_not_judged_on_what_they_saw():
@@ -166,7 +212,7 @@ def test_unseen_fields_of_a_name_add_nothing():
 
 
 def learned() -> HomeRules:
-    trace, _ = topical(2, sequences=12, length=6, layers=2)
+    trace = speaking(topical(2, sequences=12, length=6, layers=2)[0])
     device_LE = baselines.contiguous(2, 8, 2).astype(np.int64)
     machine, price = topology.flat(2), tally.prices(topology.flat(2), "exchange")
     return HomeRules(
@@ -176,32 +222,36 @@ def learned() -> HomeRules:
         8,
         "exchange",
         rules.learn_name(trace, device_LE, machine, price, 1, 0),
+        rules.learn_tokens(Problem(trace, machine, "rows"), device_LE, (2, 4)),
         (rules.learn_prefill(trace, device_LE, machine, price, 2, 0),),
         {"seed": 0},
     )
 
 
 def test_rules_come_back_as_they_were_written(tmp_path):
-    before, (trace, _) = learned(), topical(2, sequences=6, length=6, layers=2, seed=9)
+    before = learned()
+    trace = speaking(topical(2, sequences=6, length=6, layers=2, seed=9)[0], 9)  # some unknown
     before.write(tmp_path / "h.json")
     after = HomeRules.read(tmp_path / "h.json")
     assert after.digest == before.digest
     assert after.provenance == {"seed": 0}
-    for old, new in ((before.name, after.name), (before.prefill[0], after.prefill[0])):
+    pairs = [(before.name, after.name), (before.prefill[0], after.prefill[0])]
+    for old, new in (*pairs, *zip(before.tokens, after.tokens, strict=True)):
         assert old is not None
         assert new is not None
         np.testing.assert_array_equal(new.cost_SM(trace), old.cost_SM(trace))
         np.testing.assert_array_equal(new.price_M, old.price_M)
-    without = dataclasses.replace(before, name=None, prefill=())
+    without = dataclasses.replace(before, name=None, tokens=(), prefill=())
     without.write(tmp_path / "h.json")
     assert HomeRules.read(tmp_path / "h.json").name is None
+    assert HomeRules.read(tmp_path / "h.json").tokens == ()
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), "moe_jax.placement", "version 1 is read"),
-        (("version",), 2, "version 1 is read"),
+        (("format",), "moe_jax.placement", "version 2 is read"),
+        (("version",), 1, "version 2 is read"),
         (("dispatch",), "coherent", "one of exchange"),
         (("plan_digest",), 7, "64 hexadecimal"),
         (("num_devices",), 0, "whole number from 1"),
@@ -211,6 +261,14 @@ def test_rules_come_back_as_they_were_written(tmp_path):
         (("name", "effects"), {"0:a": [1.0, "x"]}, "finite numbers"),
         (("name", "effects"), {"0:a": [1.0, True]}, "finite numbers"),
         (("name", "price"), [1e300, 0], "finite numbers"),
+        (("tokens",), [], "JSON object"),
+        (("tokens", "prices"), {}, "from 1 to 16"),
+        (("tokens", "prices"), {"0": [1.0, 2.0]}, "from 1, ascending"),
+        (("tokens", "prices"), {"4": [1.0, 2.0], "2": [1.0, 2.0]}, "ascending, none twice"),
+        (("tokens", "costs"), {"-1": [1.0, 2.0]}, "from 0, ascending"),
+        (("tokens", "costs"), {"01": [1.0, 2.0]}, "from 0, ascending"),
+        (("tokens", "costs"), {"9" * 10: [1.0, 2.0]}, "from 0, ascending"),
+        (("tokens", "costs"), {"7": [1.0]}, "numbers of shape"),
         (("prefill",), {}, "a list of at most"),
         (("prefill", 0, "tokens"), 0, "whole number from 1"),
         (("prefill", 0, "weights"), [[1.0]], "numbers of shape"),
@@ -260,7 +318,7 @@ def run(*words) -> int:
 
 @pytest.fixture
 def trace_path(tmp_path) -> pathlib.Path:
-    trace, _ = topical(4, sequences=32, length=12)
+    trace = speaking(topical(4, sequences=32, length=12)[0])
     trace_lib.save(trace, tmp_path / "t.npz")
     return tmp_path / "t.npz"
 
@@ -277,6 +335,7 @@ def test_the_command_plans_jointly_and_writes_both_files(trace_path, tmp_path, c
     assert sum(told["sequences_per_device"]) == 16
     assert "prefill 50: no sequence is that long" in answer["notes"]
     assert [rule.first for rule in read.prefill] == [2]
+    assert [rule.known for rule in read.tokens] == [16, 64, 256]
     assert answer["best"] is not None
     assert all(rule["rows"]["share"]["low"] <= 1 for rule in answer["rules"])
 
@@ -302,6 +361,7 @@ def test_the_command_judges_a_plan_as_it_is(trace_path, tmp_path, capsys):
         (("--dispatch=coherent",), "do not return"),
         (("--prefill=a",), "whole numbers from 1"),
         (("--prefill=0",), "whole numbers from 1"),
+        (("--tokens=0",), "whole numbers from 1"),
         (("--batch=0",), "at least 1"),
         (("--imbalance=0",), "at least 1"),
         (("--name-fields=0",), "from 1 to 8"),

@@ -24,6 +24,7 @@ def small(**changes) -> Trace:
         "expert_weights_TLK": np.full((3, 2, 2), 0.5, np.float16),
         "seq_name": ("a", "ü"),
         "seq_home": np.array([1, 0], np.int32),
+        "token_ids_T": np.array([9, 0, 70_000], np.int32),
         "layer_ids": (3, 5),
         "model": "tiny",
         "corpus": "none",
@@ -53,6 +54,8 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(again.expert_ids_TLK, trace.expert_ids_TLK)
     np.testing.assert_array_equal(again.expert_weights_TLK, trace.expert_weights_TLK)
     np.testing.assert_array_equal(again.home_T, [1, 1, 0])
+    np.testing.assert_array_equal(again.token_ids_T, [9, 0, 70_000])
+    np.testing.assert_array_equal(again.select(np.array([1])).token_ids_T, [70_000])
 
 
 def test_round_trip_of_wide_ids(tmp_path):
@@ -72,6 +75,8 @@ def test_digest_sees_every_field():
         small(expert_weights_TLK=None),
         small(seq_name=("a", "b")),
         small(seq_home=np.array([0, 0])),
+        small(token_ids_T=np.array([9, 0, 1])),
+        small(token_ids_T=None),
         small(layer_ids=(3, 6)),
         small(model="other"),
     ]
@@ -150,6 +155,9 @@ BAD_FILES = {
     "names as bytes": (arrays(seq_name=np.array([b"a", b"b"])), "seq_name"),
     "too few homes": (arrays(seq_home=np.array([0], np.int32)), "seq_home"),
     "negative home": (arrays(seq_home=np.array([0, -1], np.int32)), "seq_home"),
+    "too few tokens named": (arrays(token_ids=np.array([1, 2], np.int32)), "token_ids length"),
+    "negative token": (arrays(token_ids=np.array([1, 2, -1], np.int32)), "token_ids"),
+    "tokens as floats": (arrays(token_ids=np.ones(3)), "one whole number per token"),
     "weights of another shape": (arrays(expert_weights=np.zeros(3, np.float16)), "expert_weights"),
     "NaN weights": (arrays(expert_weights=np.full((3, 2, 2), np.nan, np.float16)), "finite"),
     "pickled ids": (arrays(expert_ids=np.array([[[0]], "x"], object)), "never loaded"),

@@ -6,6 +6,7 @@ ends with exit code 0. A second signal cancels what is left.
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.service import Service
 from moe_jax.permute import table
 from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
 
 _RECORDED = 1 << 16  # tokens that the reservoir holds, over all shards
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -83,7 +85,7 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         asyncio.run(until_drained(server, bound))
     trace = None
     if settings.record and not service.failure:
-        trace = service.call(lambda engine: engine.trace()).result()
+        trace = service.call(lambda engine: _recorded(engine, settings.record_tokens)).result()
     service.stop()
     if trace is not None:
         assert settings.record is not None
@@ -93,6 +95,14 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         print(service.failure, file=sys.stderr)
         sys.exit(1)
     metrics.say(f"served {engine.stats.num_arrived:,} requests: {dict(engine.stats.requests)}")
+
+
+def _recorded(engine: Engine, with_tokens: bool) -> Trace | None:
+    """The trace of what was served, with the identities of its tokens if they are asked for."""
+    trace = engine.trace()
+    if trace is None or engine.recorder is None or not with_tokens:
+        return trace
+    return dataclasses.replace(trace, token_ids_T=engine.recorder.tokens())
 
 
 class _Uvicorn(uvicorn.Server):

@@ -20,6 +20,7 @@ class Settings:
     max_queue: int
     bearer_token_file: str | None
     record: str | None
+    record_tokens: bool = False
     replan_tokens: int = 0
     replan_pause: float = 0.05
     replan_homes: bool = True

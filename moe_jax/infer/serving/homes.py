@@ -3,10 +3,9 @@
 A token's rows over the links are fewer by what it finds at home, and a request stays on the shard
 that it was admitted to, so its home is chosen once, before anything of it was routed. What is known
 then are the identities of its tokens, and they predict their experts (Sem-MoE, arXiv:2503.04398).
-The rule: for every identity, what its recorded tokens would have cost at every home (rows both
-ways, all layers, by placement/homes/tally.py), less the mean over homes, shrunk to 0 where few were
-seen; a request costs the mean over its tokens. Homes that many want have a price
-(placement/homes/assign.py), learned from the recorded requests, so that all fill up alike.
+The rule: for every identity, what its recorded tokens would have cost at every home
+(placement/homes/identities.py); a request costs the mean over its tokens. Homes that many want have
+a price (placement/homes/assign.py), learned from the recorded requests, so that all fill up alike.
 
 Nobody waits for a home: see scheduler.py.
 
@@ -19,11 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.placement.homes import assign, tally
+from moe_jax.placement.homes import assign, identities, tally
 from moe_jax.placement.problem import Problem
-
-PRIOR = 8  # tokens without a preference that every identity is given
-_CELLS = 1 << 23  # numbers that are counted at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,29 +71,6 @@ def learn(
       Refused: homes make no difference to this dispatch, or experts have copies (tally.check).
     """
     tally.check(problem)
-    trace, topology = problem.trace, problem.topology
-    order_T = np.argsort(token_T, kind="stable")
-    count_V = np.bincount(token_T, minlength=vocab_size)
-    known = np.flatnonzero(count_V)
-    cost_VM = np.zeros((vocab_size, topology.num_devices))
-    cells = trace.num_layers * (2 * topology.num_devices + topology.num_nodes)
-    at_once = max(1, _CELLS // cells)
-    end_V = np.cumsum(count_V)
-    for first in range(0, len(known), at_once):
-        group = known[first : first + at_once]
-        start, end = end_V[group[0]] - count_V[group[0]], end_V[group[-1]]
-        of_group = dataclasses.replace(  # a sequence holds all tokens of one identity
-            trace,
-            expert_ids_TLK=trace.expert_ids_TLK[order_T[start:end]],
-            seq_len=count_V[group].astype(np.int32),
-            expert_weights_TLK=None,
-            seq_home=None,
-            seq_name=None,
-        )
-        contacts = tally.count(of_group, device_LE, topology)
-        cost_VM[group] = tally.cost_SM(contacts, tally.prices_of(problem))
-    cost_VM -= cost_VM.mean(axis=1, keepdims=True)
-    cost_VM /= (count_V + PRIOR)[:, None]
-    start_S = np.cumsum(trace.seq_len) - trace.seq_len
-    cost_SM = np.add.reduceat(cost_VM[token_T], start_S) / trace.seq_len[:, None]
+    cost_VM = identities.cost_VM(problem, token_T, device_LE, vocab_size)
+    cost_SM = identities.mean_SM(cost_VM, token_T, problem.trace.seq_len)
     return Homes(cost_VM, assign.prices_M(cost_SM), slack)

@@ -65,6 +65,13 @@ def add(commands) -> None:
         help="first tokens after which a home may be decided (default 16,64,256)",
     )
     group.add_argument(
+        "--tokens",
+        default="16,64,256",
+        metavar="N,...",
+        help="first tokens whose identities are known on arrival, where the trace has them "
+        "(default 16,64,256)",
+    )
+    group.add_argument(
         "--name-fields",
         type=int,
         default=2,
@@ -94,8 +101,9 @@ def run(options: argparse.Namespace) -> str:
         if path:
             options_lib.files_ok(path)
     settings = Study(
-        _prefill(options.prefill),
+        _numbers("prefill", options.prefill),
         options.name_fields,
+        _numbers("tokens", options.tokens),
         Arrivals(
             options.batch, options.imbalance, options.seed if options.arrival == "random" else None
         ),
@@ -156,14 +164,14 @@ def _planned(options: argparse.Namespace, problem: Problem, given: Plan | None) 
     return _Planned(before_LE, before_LE, home_S, slack, None, solved, given)
 
 
-def _prefill(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         firsts = sorted({int(part) for part in text.split(",") if part})
     except ValueError:
         firsts = [0]
     if any(first < 1 for first in firsts) or len(firsts) > MOST_RULES:
         raise Refused(
-            "prefill", text, f"up to {MOST_RULES} whole numbers from 1", "Use --prefill=16,64"
+            option, text, f"up to {MOST_RULES} whole numbers from 1", f"Use --{option}=16,64"
         )
     return tuple(firsts)
 
@@ -202,6 +210,7 @@ def _rules(problem: Problem, placement: Placement, found: Found, origin: dict) -
         problem.trace.num_experts,
         problem.dispatch,
         found.name,
+        found.tokens,
         found.prefill,
         {key: origin[key] for key in ("trace_digest", "planned_on", "seed")},
     )

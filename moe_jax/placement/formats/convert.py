@@ -24,7 +24,7 @@ from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
 FORMATS = ("own", "sglang", "vllm", "tensorrt-llm", "exflow", "sglang-jax")
-_DUMP = (traces.IDS, traces.SEQ_LENS, traces.SLOTS, counts_lib.COUNT)
+_DUMP = (traces.IDS, traces.SEQ_LENS, traces.SLOTS, traces.TOKENS, counts_lib.COUNT)
 # Extension of the output -> formats of a plan; the first one is the default.
 _PLAN_SUFFIXES = {
     ".json": ("own", "sglang", "vllm"),

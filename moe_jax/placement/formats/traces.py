@@ -5,6 +5,7 @@ Axes: T tokens, L layers, K experts per token, P slots.
 What these files do not hold:
 - Weights. Experts are taken to be in descending weight; where every token lists them in ascending
   id, that cannot be so, and a note says that best-expert figures mean nothing.
+- Identities of tokens, unless a SGLang dump has them (`input_ids`).
 - Borders of sequences. A SGLang array or an ExFlow trace is one sequence unless the file says
   more (`extend_seq_lens`); records of a SGLang dump are one sequence each.
 
@@ -26,6 +27,7 @@ from moe_jax.routing.trace import Trace
 
 IDS = "topk_ids_of_layer"
 SEQ_LENS = "extend_seq_lens"
+TOKENS = "input_ids"
 SLOTS = "last_physical_to_logical_map"
 _AXES = ("layers", "tokens", "experts per token")
 Table = Callable[[Any, str, Sequence[str]], np.ndarray]
@@ -40,7 +42,11 @@ def read_sglang_arrays(arrays: dict[str, np.ndarray], hints: Hints) -> Trace:
     slots_LP = None
     if SLOTS in arrays:
         slots_LP = raw.int_array(arrays[SLOTS], SLOTS, ("layers", "slots"))
-    return _sglang_trace(ids_LTK, _lengths(lens, ids_LTK.shape[1], SEQ_LENS), slots_LP, hints)
+    tokens_T = None
+    if TOKENS in arrays:
+        tokens_T = raw.int_array(arrays[TOKENS], TOKENS, ("tokens",))
+    lens = _lengths(lens, ids_LTK.shape[1], SEQ_LENS)
+    return _sglang_trace(ids_LTK, lens, slots_LP, tokens_T, hints)
 
 
 def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.int_table) -> Trace:
@@ -58,6 +64,7 @@ def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.in
         )
     parts: list[np.ndarray] = []
     lens: list[int] = []
+    tokens: list[np.ndarray] = []
     seen: set[int] = set()
     for number, record in enumerate(records):
         name = f"records[{number}]" if "records" in fields else "dump"
@@ -82,12 +89,16 @@ def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.in
             said = table(said, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
         parts.append(part_LTK)
         lens += _lengths(said, part_LTK.shape[1], f"{name}.{SEQ_LENS}")
+        tokens_T = record.get(TOKENS)
+        if tokens_T is not None:
+            tokens.append(table(tokens_T, f"{name}.{TOKENS}", ("tokens",)))
     if not parts:
         raise Refused("records", f"list of {len(records)}", "no token", "Record at least one token")
     slots_LP = fields.get(SLOTS)
     if slots_LP is not None:
         slots_LP = table(slots_LP, SLOTS, ("layers", "slots"))
-    return _sglang_trace(np.concatenate(parts, axis=1), lens, slots_LP, hints)
+    tokens_T = np.concatenate(tokens) if tokens else None
+    return _sglang_trace(np.concatenate(parts, axis=1), lens, slots_LP, tokens_T, hints)
 
 
 def _without_tokens(ids: Any) -> bool:
@@ -105,7 +116,11 @@ def read_exflow(array: np.ndarray, hints: Hints) -> Trace:
 
 
 def _sglang_trace(
-    ids_LTK: np.ndarray, lens: list[int], slots_LP: np.ndarray | None, hints: Hints
+    ids_LTK: np.ndarray,
+    lens: list[int],
+    slots_LP: np.ndarray | None,
+    tokens_T: np.ndarray | None,
+    hints: Hints,
 ) -> Trace:
     if slots_LP is None:
         hints.note(
@@ -125,7 +140,11 @@ def _sglang_trace(
     if top_k < ids_LTK.shape[2]:
         hints.note(f"top-{top_k}: the other {ids_LTK.shape[2] - top_k} columns hold no expert")
         ids_LTK = ids_LTK[:, :, :top_k]
-    return make_trace(ids_LTK[list(layer_ids)].transpose(1, 0, 2), lens, layer_ids, "SGLang", hints)
+    ids_TLK = ids_LTK[list(layer_ids)].transpose(1, 0, 2)
+    if tokens_T is not None and (len(tokens_T) != len(ids_TLK) or tokens_T.min() < 0):
+        hints.note(f"{TOKENS} are left out: not one number from 0 for each token")
+        tokens_T = None
+    return make_trace(ids_TLK, lens, layer_ids, "SGLang", hints, token_ids_T=tokens_T)
 
 
 def _experts_of_slots(ids_LTK: np.ndarray, slots_LP: np.ndarray) -> np.ndarray:
@@ -148,6 +167,7 @@ def make_trace(
     name: str,
     hints: Hints,
     seq_name: tuple[str, ...] | None = None,
+    token_ids_T: np.ndarray | None = None,
 ) -> Trace:
     """A Trace of signed ids (-1 = no expert), without the tokens that chose none."""
     experts = hints.experts_of(ids_TLK)
@@ -167,7 +187,13 @@ def make_trace(
     _note_order(ids, hints)
     if np.count_nonzero(seq_len) == 1:
         hints.note("one sequence: the source has no borders of sequences, so no half is held out")
-    return Trace(ids, experts, seq_len[seq_len > 0], None, seq_name, None, layer_ids, name)
+    return Trace(
+        *(ids, experts, seq_len[seq_len > 0]),
+        seq_name=seq_name,
+        token_ids_T=None if token_ids_T is None else token_ids_T[chose_T],
+        layer_ids=layer_ids,
+        model=name,
+    )
 
 
 def _note_order(ids_TLK: np.ndarray, hints: Hints) -> None:

@@ -5,6 +5,8 @@ Axes: L MoE layers, E experts, M devices, F features.
 `HomeRules` belongs to one plan (its digest). A server assigns a batch at once by `cost_SM`
 (assign.in_batches), or single sequences by cost and price of the devices (assign.online). The cost:
 - by name: mean + sum of the effects of the name's fields (`0:mmlu`, `1:physics`; split at / : |);
+- by the identities of the first n tokens, a prompt: the mean over them of `costs` (token -> cost at
+  each home; nothing for a token that is not in it), with the largest n it has;
 - after a prefill of n tokens: mean + sum over layers and experts of (how often a token chose the
   expert) x weight, with the largest n it has.
 
@@ -25,11 +27,11 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement.formats import raw
 from moe_jax.placement.homes.ridge import Linear
-from moe_jax.placement.homes.rules import MOST_FIELDS, NameRule, PrefillRule
+from moe_jax.placement.homes.rules import MOST_FIELDS, NameRule, PrefillRule, TokenRule
 from moe_jax.placement.homes.tally import DISPATCHES
 
 FORMAT = "moe_jax.homes"
-VERSION = 1
+VERSION = 2
 MOST_RULES = 16
 _KEYS = (
     "format",
@@ -41,6 +43,7 @@ _KEYS = (
     "dispatch",
     "provenance",
     "name",
+    "tokens",
     "prefill",
     "digest",
 )
@@ -55,6 +58,7 @@ class HomeRules:
       num_devices, num_layers, num_experts: its sizes.
       dispatch: what the costs are rows of.
       name: by name, or None.
+      tokens: by the identities of the first tokens, fewest first; all of one table.
       prefill: by the first tokens, fewest first.
       provenance: trace digest, seed and so on: plain JSON data.
     """
@@ -65,6 +69,7 @@ class HomeRules:
     num_experts: int
     dispatch: str
     name: NameRule | None = None
+    tokens: tuple[TokenRule, ...] = ()
     prefill: tuple[PrefillRule, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -98,6 +103,14 @@ class HomeRules:
         if self.name is not None:
             effects = dict(zip(self.name.words, self.name.linear.weight_FM.tolist(), strict=True))
             name = {"fields": self.name.fields, **_head(self.name), "effects": effects}
+        tokens = None
+        if self.tokens:  # of one table
+            table = self.tokens[0]
+            costs = zip(table.token_F.tolist(), table.cost_FM.tolist(), strict=True)
+            tokens = {
+                "prices": {str(rule.known): rule.price_M.tolist() for rule in self.tokens},
+                "costs": {str(token): cost_M for token, cost_M in costs},
+            }
         shape = (self.num_layers, self.num_experts, self.num_devices)
         prefill = [
             {
@@ -117,6 +130,7 @@ class HomeRules:
             "dispatch": self.dispatch,
             "provenance": self.provenance,
             "name": name,
+            "tokens": tokens,
             "prefill": prefill,
         }
 
@@ -151,6 +165,7 @@ def _rules(fields: dict[str, Any]) -> HomeRules:
         experts,
         fields["dispatch"],
         None if name is None else _name_rule(name, devices),
+        () if fields["tokens"] is None else _token_rules(fields["tokens"], devices),
         read,
         raw.json_object(fields["provenance"], "provenance"),
     )
@@ -167,6 +182,30 @@ def _name_rule(value: Any, devices: int) -> NameRule:
     weight_FM = np.stack(rows) if rows else np.zeros((0, devices))
     mean_M, price_M = (_numbers(fields[k], f"name {k}", (devices,)) for k in ("mean", "price"))
     return NameRule(count, tuple(effects), Linear(mean_M, weight_FM), price_M)
+
+
+def _token_rules(value: Any, devices: int) -> tuple[TokenRule, ...]:
+    fields = raw.json_object(value, "tokens")
+    _only(fields, ("prices", "costs"), "tokens")
+    prices = _by_number(fields["prices"], "tokens prices", 1, devices)
+    if not 1 <= len(prices) <= MOST_RULES:
+        raise _refused("tokens prices", len(prices), f"from 1 to {MOST_RULES} rules")
+    costs = _by_number(fields["costs"], "tokens costs", 0, devices)
+    token_F = np.array(list(costs), np.int64)
+    cost_FM = np.stack(list(costs.values())) if costs else np.zeros((0, devices))
+    return tuple(TokenRule(known, token_F, cost_FM, price_M) for known, price_M in prices.items())
+
+
+def _by_number(value: Any, where: str, least: int, devices: int) -> dict[int, np.ndarray]:
+    """Numbers for every device by a whole number below 2**31, ascending."""
+    found, before = {}, least - 1
+    for key, numbers in raw.json_object(value, where).items():
+        number = int(key) if key.isascii() and key.isdigit() and len(key) <= 10 else -1
+        if str(number) != key or not before < number < 2**31:
+            raise _refused(where, key[:40], f"whole numbers from {least}, ascending, none twice")
+        found[number] = _numbers(numbers, f"{where} {key}", (devices,))
+        before = number
+    return found
 
 
 def _prefill_rule(value: Any, where: str, layers: int, experts: int, devices: int) -> PrefillRule:

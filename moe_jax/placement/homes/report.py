@@ -10,7 +10,7 @@ from moe_jax.placement import tables
 from moe_jax.placement.evidence import Figure
 from moe_jax.placement.homes import rules, tally
 from moe_jax.placement.homes.judge import Arrivals, Bench, Judged
-from moe_jax.placement.homes.rules import NameRule, PrefillRule
+from moe_jax.placement.homes.rules import NameRule, PrefillRule, TokenRule
 from moe_jax.placement.problem import Problem
 from moe_jax.routing.trace import Trace
 
@@ -22,12 +22,14 @@ class Study:
     Attributes:
       prefill: numbers of first tokens after which homes are decided.
       name_fields: fields of a name that are known on arrival.
+      tokens: numbers of first tokens whose identities are known on arrival.
       arrivals: of the held-out sequences.
       seed: of cross-validation.
     """
 
     prefill: tuple[int, ...] = (16, 64, 256)
     name_fields: int = 2
+    tokens: tuple[int, ...] = (16, 64, 256)
     arrivals: Arrivals = dataclasses.field(default_factory=Arrivals)
     seed: int = 0
 
@@ -41,6 +43,7 @@ class Found:
 
     judged: tuple[Judged, ...]
     name: NameRule | None
+    tokens: tuple[TokenRule, ...]
     prefill: tuple[PrefillRule, ...]
     notes: tuple[str, ...]
 
@@ -89,6 +92,13 @@ def study(
             plan, after_LE, machine, price, settings.name_fields, settings.seed
         )
         judged += bench.rule(by_name)
+    by_tokens: tuple[TokenRule, ...] = ()
+    if plan.token_ids_T is None:
+        notes.append("identities of tokens: the trace has no token_ids (infer.py --record_tokens)")
+    else:
+        by_tokens = rules.learn_tokens(problem, after_LE, settings.tokens)
+        for rule in by_tokens:
+            judged += bench.rule(rule)
     judged.append(bench.rule(rules.oracle(plan, after_LE, machine, price, 0))[0])
     learned = []
     for first in settings.prefill:
@@ -100,8 +110,7 @@ def study(
         learned.append(rules.learn_prefill(plan, after_LE, machine, price, first, settings.seed))
         judged += bench.rule(learned[-1])
         judged.append(bench.rule(rules.oracle(plan, after_LE, machine, price, first))[0])
-    notes.append("token identities: traces record none")
-    return Found(tuple(judged), by_name, tuple(learned), tuple(notes))
+    return Found(tuple(judged), by_name, by_tokens, tuple(learned), tuple(notes))
 
 
 HEADS = ("rule", "arrival", "from token", "sequences", "rows", "saved", "95 % interval", "hits")
@@ -140,6 +149,7 @@ LEGEND = """\
   hits      share of tokens and layers with an expert at home: by chance -> under the rule
   of the way  from chance to an expert at home in every layer
   us        microseconds per layer and step, likewise
+  n tokens  identities of the first n, known on arrival: what such tokens cost in the other half
   learned   linear in how often the first tokens chose each expert; without it, their own rows
   oracle    homes from the very tokens that are judged: a limit, no rule
   none      homes in turn: what the plan does by itself"""

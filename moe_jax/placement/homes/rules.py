@@ -7,9 +7,11 @@ A rule predicts what a token of the sequence would cost at every home (rows, all
   field that the planning half has not seen adds nothing. Known on arrival.
 - `PrefillRule`: the experts of the first n tokens, through a linear map learned on the planning
   half. Decides where the sequence *decodes*; the n tokens themselves are not counted.
+- `TokenRule`: the identities of the first n tokens, a prompt: what recorded tokens of each identity
+  cost at every home (identities.py), on average. Known on arrival, so all tokens are judged. Only
+  where the trace has identities.
 - `raw_prefill`: the cost of those n tokens themselves: needs nothing but the plan.
 - `oracle`: the tokens that are judged. An upper limit; no server knows them.
-Token identities would be another (Sem-MoE predicts from them); the trace format records none.
 
 `price_M`, learned with the rule, is what a place on each device is worth, for arrivals one by one.
 """
@@ -23,9 +25,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moe_jax.errors import Refused
-from moe_jax.placement.homes import assign, ridge, tally
+from moe_jax.placement.homes import assign, identities, ridge, tally
 from moe_jax.placement.homes.ridge import Linear
 from moe_jax.placement.homes.tally import Prices
+from moe_jax.placement.problem import Problem
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -81,6 +84,37 @@ class NameRule:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class TokenRule:
+    """Identities of the first tokens.
+
+    Attributes:
+      known: so many first tokens count; all of a sequence that has fewer.
+      token_F: ascending, the identities that were recorded. Others cost the same everywhere.
+      cost_FM: rows of a token, less the mean over homes.
+    """
+
+    known: int
+    token_F: Int[np.ndarray, " F"]
+    cost_FM: Float[np.ndarray, "F M"]
+    price_M: Float[np.ndarray, " M"]
+    first: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.known} tokens"
+
+    def cost_SM(self, trace: Trace) -> Float[np.ndarray, "S M"]:
+        head = tally.tokens_between(trace, 0, self.known)
+        if head.token_ids_T is None:
+            raise Refused("token_ids", None, "the trace has none", "Use another rule")
+        at_T = np.searchsorted(self.token_F, head.token_ids_T)
+        known_T = np.append(self.token_F, -1)[at_T] == head.token_ids_T
+        cost_XM = np.concatenate([self.cost_FM, np.zeros((1, self.cost_FM.shape[1]))])
+        at_T = np.where(known_T, at_T, len(self.token_F))
+        return identities.mean_SM(cost_XM, at_T, head.seq_len)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class PrefillRule:
     """Experts of the first tokens; the features are how often each was chosen, per token."""
 
@@ -129,6 +163,22 @@ def learn_name(
     y_SM = _per_token(trace, device_LE, topology, price)
     linear = ridge.fit(x_SF, y_SM, trace.seq_len.astype(float), seed)
     return NameRule(fields, words, linear, ridge.rounded(assign.prices_M(linear(x_SF))))
+
+
+def learn_tokens(
+    problem: Problem, device_LE: Int[np.ndarray, "L E"], knowns: Sequence[int]
+) -> tuple[TokenRule, ...]:
+    """For each number of first tokens, from all tokens of a trace that has identities."""
+    if problem.trace.token_ids_T is None:
+        raise Refused("token_ids", None, "the trace has none", "Leave this rule out")
+    token_F, at_T = np.unique(problem.trace.token_ids_T, return_inverse=True)
+    cost_FM = ridge.rounded(identities.cost_VM(problem, at_T, device_LE, len(token_F)))
+    token_F, found = token_F.astype(np.int64), []
+    for known in knowns:
+        rule = TokenRule(known, token_F, cost_FM, np.zeros(problem.num_devices))
+        price_M = ridge.rounded(assign.prices_M(rule.cost_SM(problem.trace)))
+        found.append(dataclasses.replace(rule, price_M=price_M))
+    return tuple(found)
 
 
 def learn_prefill(

@@ -188,12 +188,13 @@ def tokens_between(trace: Trace, start: int, stop: int | None = None) -> Trace:
     if stop is not None:
         keep_T &= position_T < stop
     length_S = np.minimum(longer.seq_len, longer.seq_len if stop is None else stop) - start
-    weights = longer.expert_weights_TLK
+    weights, tokens = longer.expert_weights_TLK, longer.token_ids_T
     return dataclasses.replace(
         longer,
         expert_ids_TLK=longer.expert_ids_TLK[keep_T],
         seq_len=length_S,
         expert_weights_TLK=None if weights is None else weights[keep_T],
+        token_ids_T=None if tokens is None else tokens[keep_T],
     )
 
 

@@ -12,7 +12,7 @@ from moe_jax.infer.serving.request import Options
 from moe_jax.infer.serving.scheduler import PATIENCE, Limits, Scheduler
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.placement import topology as topology_lib
-from moe_jax.placement.homes import tally
+from moe_jax.placement.homes import identities, tally
 from moe_jax.placement.problem import Problem
 from moe_jax.routing.trace import Trace
 from tests import tiny
@@ -38,7 +38,7 @@ def recorded(seed=0, vocab=11, layers=3):
 @pytest.mark.parametrize("dispatch", TOPOLOGIES)
 @pytest.mark.parametrize("cells", [1, 200, 1 << 23])
 def test_learned_costs_are_those_of_every_token(dispatch, cells, monkeypatch):
-    monkeypatch.setattr(homes, "_CELLS", cells)
+    monkeypatch.setattr(identities, "_CELLS", cells)
     trace, token_T = recorded()
     device_LE = np.stack([np.random.default_rng(n).permutation(8) // 2 for n in range(3)])
     problem = Problem(trace, TOPOLOGIES[dispatch], "seconds", dispatch)
@@ -50,7 +50,7 @@ def test_learned_costs_are_those_of_every_token(dispatch, cells, monkeypatch):
         expected_VM[token] += tally.cost_SM(contacts, tally.prices_of(problem))[0]
     expected_VM -= expected_VM.mean(axis=1, keepdims=True)
     seen_V = np.bincount(token_T, minlength=11)
-    np.testing.assert_allclose(found.cost_VM, expected_VM / (seen_V + homes.PRIOR)[:, None])
+    np.testing.assert_allclose(found.cost_VM, expected_VM / (seen_V + identities.PRIOR)[:, None])
     assert not found.cost_VM[10].any()  # never seen: no preference
     text = [1, 1, 2]
     cost_M = (2 * found.cost_VM[1] + found.cost_VM[2]) / 3
