@@ -18,7 +18,6 @@ from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import CUT, Interrupted, Progress, Report, Solution
 
-BOUND_SHARE = 0.3  # of the time, at most
 FREE_SHARE = 0.5  # of the time for the plan without limits
 
 Tell = Callable[[Progress], None] | None
@@ -87,7 +86,7 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     started = time.monotonic()
     deadline = started + time_limit
     run, stopped, ended = with_copies.begin(problem), None, True
-    bound, note = with_copies.lower_bound(problem, started + BOUND_SHARE * time_limit)
+    bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
     first = run.best
     best = _Best(problem, started, time_limit, progress, bound, note, first.placement, first.value)
     try:
@@ -116,8 +115,9 @@ def within_limits(
       Interrupted: with the best placement so far.
     """
     started = time.monotonic()
-    cap_L = with_copies.begin(problem).cap_L
-    bound, note = with_copies.lower_bound(problem, started + BOUND_SHARE * time_limit)
+    run = with_copies.begin(problem)
+    cap_L = run.cap_L
+    bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
     start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
     value = problem.value_of(start)
     best = _Best(problem, started, time_limit, progress, bound, note, start, value)

@@ -33,7 +33,7 @@ BINARIES = 512  # of a program, at most
 SECONDS = 0.3  # of a program
 RELIEVED = 5  # times that a layer above its cap is placed anew
 SWEEPS = 40
-BASE_SHARE = 0.25  # of the time, for the plan without replicas
+BASE_SHARE, BOUND_SHARE = 0.15, 0.15  # of the time, for the plan without replicas, for the bound
 WIDER, NARROWER = 1.1, 0.98  # load cap of that plan, in caps: as a rule, and of large layers
 
 
@@ -59,28 +59,33 @@ def counted(problem: Problem, placement: Placement) -> Counted:
     there stays, the rest of a node goes where its share says. So this is the mean over all homes.
     """
     ids_TLK, nodes = problem.trace.expert_ids_TLK, problem.topology.nodes
-    tokens, layers, devices = len(ids_TLK), problem.trace.num_layers, problem.num_devices
-    nobody_T, position_T = np.zeros(tokens, np.int64), np.arange(tokens)
+    (tokens, layers, top_k), devices = ids_TLK.shape, problem.num_devices
+    experts, hop_MM = problem.trace.num_experts, problem.hop_MM
+    position_T = np.arange(tokens)
+    part_TK = shares.part_TK(position_T, top_k)
     load_LM, total = np.zeros((layers, devices)), 0.0
-    chance_TM, real_T = np.full((tokens, devices), 1.0 / devices), np.zeros(tokens, bool)
+    chance_MT, real_T = np.full((devices, tokens), 1.0 / devices), np.zeros(tokens, bool)
     for layer in range(layers):
         rule = copies.candidates(placement, layer, problem.topology.devices_per_node)
         assert isinstance(rule, copies.Stay)
-        slot_TK = rule.slots_TK(ids_TLK[:, layer], nobody_T, position_T)[:, 1:]
-        others = slot_TK[slot_TK >= 0] // placement.slots_per_device
-        load_LM[layer] = np.bincount(others, minlength=devices)
-        best_T = ids_TLK[:, layer, 0].astype(np.int64)
-        before_T, real_T = real_T, best_T < problem.trace.num_experts
-        best_T = np.where(real_T, best_T, 0)
-        leaving_TM = chance_TM * (real_T[:, None] & (rule.local_EM[best_T] < 0))
-        chance_TM = chance_TM - leaving_TM
-        part_T = shares.part_TK(position_T, 1)[:, 0]
+        # of every expert and part; the last expert is none
+        device_NX = rule.slot_NEW.reshape(len(rule.slot_NEW), -1) // placement.slots_per_device
+        ids_TK = np.minimum(ids_TLK[:, layer].astype(np.int64), experts)
+        at_TK = ids_TK * shares.PARTS + part_TK
+        others_X = np.bincount(at_TK[:, 1:].ravel(), minlength=(experts + 1) * shares.PARTS)
+        others_X = others_X[: device_NX.shape[1]]
+        load_LM[layer] = np.bincount(device_NX[-1], weights=others_X, minlength=devices)
+        best_T, before_T, real_T = ids_TK[:, 0], real_T, ids_TK[:, 0] < experts
+        away_ME = np.append(rule.local_EM < 0, np.zeros((1, devices), bool), axis=0).T.astype(float)
+        leaving_MT = chance_MT * away_ME[:, best_T]
+        chance_MT -= leaving_MT
         for node in range(nodes.count):
-            to_T = rule.slot_NEW[node, best_T, part_T] // placement.slots_per_device
-            from_TM = leaving_TM * (nodes.node_M == node)
-            chance_TM[position_T, to_T] += from_TM.sum(axis=1)
-            total += (from_TM * problem.hop_MM.T[to_T])[before_T].sum()
-        load_LM[layer] += chance_TM[real_T].sum(axis=0)
+            to_T = np.append(device_NX[node], np.zeros(shares.PARTS, np.int64))[at_TK[:, 0]]
+            here = nodes.inside(node)
+            from_MT = leaving_MT[here]
+            chance_MT[to_T, position_T] += from_MT.sum(axis=0)
+            total += np.einsum("mt,mt,t->", from_MT, hop_MM[here][:, to_T], before_T.astype(float))
+        load_LM[layer] += chance_MT @ real_T.astype(float)
     moves = max(problem.top1_LEE.sum(), 1.0)
     hops = float(len(problem.top1_LEE) * total / moves)
     return Counted(hops, load_LM, (load_LM / problem.topology.speed_M).max(axis=1))
@@ -123,7 +128,7 @@ def search(
                 state.improve(layer, given, rng, deadline)
             else:  # what came before it has changed
                 state.take(layer, state.flows(given, state.holds_LEM[layer]))
-        yield state.settled(rng, deadline, end)
+        yield state.settled(rng, end)
         if time.monotonic() >= deadline:
             return
 
@@ -158,7 +163,7 @@ class _State:
             yield layer, self.given(layer, device_T)
             device_T = self._served(layer, device_T)
 
-    def settled(self, rng: np.random.Generator, deadline: float, end: float) -> Placement:
+    def settled(self, rng: np.random.Generator, end: float) -> Placement:
         """The placement, after new shares for layers that miss their cap as counted."""
         started = time.monotonic()
         for passes in range(SETTLED):
@@ -172,7 +177,7 @@ class _State:
             for layer, given in self.walk():
                 if over_L[layer]:
                     self.take(layer, self.flows(given, self.holds_LEM[layer]))
-                    self.relieve(layer, given, rng, deadline)
+                    self.relieve(layer, given, rng, end)  # else the whole plan is lost
         return placement
 
     def given(self, layer: int, device_T: np.ndarray | None) -> Given:
@@ -215,19 +220,18 @@ class _State:
         return np.where(next_T[:, None] >= 0, near_EM[np.maximum(next_T, 0)], 0.0)
 
     def fill(self, layer: int, given: Given, deadline: float) -> None:
-        """The spare slots, by one program; one by one where it is too large or finds nothing."""
+        """The spare slots, one by one and by a program, where it is small and there is time.
+
+        Layers that are still to be filled have an even share of it.
+        """
         holds_EM = self.holds_LEM[layer]
-        if holds_EM.size > BINARIES:
-            ways = (_kept(given, holds_EM), _relieved(given, holds_EM))
-            answers = [self.flows(given, one_EM) for one_EM in ways]
-            self.take(layer, max(answers, key=lambda answer: answer.value))
-            return
-        free_EM, answer = ~holds_EM, None
-        if (limit := min(2 * SECONDS, deadline - time.monotonic())) > 0:
-            answer = staying_program.solve(given, self._nodes, holds_EM, free_EM, limit)
-        if answer is None:
-            answer = self.flows(given, _relieved(given, holds_EM))
-        self.take(layer, answer)
+        ways = (_kept(given, holds_EM), _relieved(given, holds_EM))
+        answers: list[Answer | None] = [self.flows(given, one_EM) for one_EM in ways]
+        share = (deadline - time.monotonic()) / (len(self.holds_LEM) - layer)
+        if holds_EM.size <= BINARIES and (limit := min(2 * SECONDS, share)) > 0:
+            answers.append(staying_program.solve(given, self._nodes, holds_EM, ~holds_EM, limit))
+        found = [answer for answer in answers if answer is not None]
+        self.take(layer, max(found, key=lambda answer: answer.value))
 
     def flows(self, given: Given, holds_EM: np.ndarray) -> Answer:
         none_EM = np.zeros_like(holds_EM)

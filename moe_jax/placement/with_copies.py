@@ -20,6 +20,7 @@ from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.spare import Valued
 
 BASE_SHARE = 0.5  # of the time, for plans without replicas
+BOUND_SHARE = 0.3  # of the time, at most, for the bound
 RELAX_SHARE = 0.5  # of the time for the bound, for relaxations: the search gains more by the rest
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
@@ -78,6 +79,7 @@ class Run:
       cap_L: largest load of each layer, over the device's speed.
       bases: problems without replicas whose plans are worth filling.
       base_share: of the time, for each of them.
+      bound_share: of the time, at most, for the bound.
       count_seconds: that it takes to count a plan, which the search leaves for the end.
     """
 
@@ -86,6 +88,7 @@ class Run:
     cap_L: np.ndarray
     bases: list[Problem]
     base_share: float
+    bound_share: float = BOUND_SHARE
     count_seconds: float = 0.0
 
     def filled(self, device_LE: np.ndarray, seed: int, deadline: float) -> Iterator[Valued]:
@@ -124,7 +127,7 @@ def begin(problem: Problem) -> Run:
     if base.load_cap is not None:
         base = spare.without(dataclasses.replace(problem, load_cap=_of_base(base)))
     best, share = Valued(even, np.array([counted.hops])), staying.BASE_SHARE
-    return Run(problem, best, cap_L, [base], share, count_seconds)
+    return Run(problem, best, cap_L, [base], share, staying.BOUND_SHARE, count_seconds)
 
 
 def _of_base(base: Problem) -> LoadCap:
