@@ -102,7 +102,7 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     except KeyboardInterrupt as stop:
         stopped = stop
     in_time = not run.bases or time.monotonic() < deadline
-    return best.solution(ended and in_time, stopped)
+    return best.solution(ended and in_time and not run.cut, stopped)
 
 
 def within_limits(

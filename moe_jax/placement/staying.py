@@ -30,7 +30,7 @@ AIM, LOWER = 0.993, 0.01  # of the cap: at first, and how much lower where it wa
 SETTLED = 6  # passes over layers that missed their cap, at most
 FREED = 10  # experts of a layer placed anew at once
 BINARIES = 512  # of a program, at most
-SECONDS = 0.3  # of a program
+SECONDS = 1.0  # of a program, which seldom takes as long
 RELIEVED = 5  # times that a layer above its cap is placed anew
 SWEEPS = 40
 BASE_SHARE, BOUND_SHARE = 0.15, 0.15  # of the time, for the plan without replicas, for the bound
@@ -106,8 +106,10 @@ def search(
     seed: int,
     deadline: float,
     end: float,
-) -> Iterator[Placement]:
+) -> Iterator[tuple[Placement, bool]]:
     """Yields placements with all slots filled; the caller counts them and keeps what is better.
+
+    Beside each: was a program cut short by its own time? Then a faster machine ends elsewhere.
 
     Args:
       problem: objective `exflow`, with `num_slots`.
@@ -128,7 +130,7 @@ def search(
                 state.improve(layer, given, rng, deadline)
             else:  # what came before it has changed
                 state.take(layer, state.flows(given, state.holds_LEM[layer]))
-        yield state.settled(rng, end)
+        yield state.settled(rng, end), state.cut
         if time.monotonic() >= deadline:
             return
 
@@ -139,6 +141,7 @@ class _State:
     Attributes:
       holds_LEM: bool, which device holds which expert.
       aim_L: what programs aim at, in caps.
+      cut: a program was ended by its time.
     """
 
     def __init__(self, problem: Problem, held_LEM: np.ndarray, cap_L: np.ndarray):
@@ -153,6 +156,7 @@ class _State:
         best = [np.bincount(best_T[best_T >= 0], minlength=experts) for best_T in self._best_TL.T]
         self._others_LE = problem.load_LE - np.stack(best)
         self.holds_LEM, self.aim_L = held_LEM.copy(), np.full(len(held_LEM), AIM)
+        self.cut = False
         self._expert_LP = [np.zeros(0, np.int64)] * len(held_LEM)
         self._share_LNP = [np.zeros((0, 0), np.int64)] * len(held_LEM)
 
@@ -229,14 +233,19 @@ class _State:
         answers: list[Answer | None] = [self.flows(given, one_EM) for one_EM in ways]
         share = (deadline - time.monotonic()) / (len(self.holds_LEM) - layer)
         if holds_EM.size <= BINARIES and (limit := min(2 * SECONDS, share)) > 0:
-            answers.append(staying_program.solve(given, self._nodes, holds_EM, ~holds_EM, limit))
+            answers.append(self._program(given, holds_EM, ~holds_EM, limit))
         found = [answer for answer in answers if answer is not None]
         self.take(layer, max(found, key=lambda answer: answer.value))
 
     def flows(self, given: Given, holds_EM: np.ndarray) -> Answer:
         none_EM = np.zeros_like(holds_EM)
-        answer = staying_program.solve(given, self._nodes, holds_EM, none_EM, 60.0)
+        answer = self._program(given, holds_EM, none_EM, 60.0)
         assert answer is not None, "the excess makes every choice of slots solvable"
+        return answer
+
+    def _program(self, given: Given, holds_EM, free_EM, limit: float) -> Answer | None:
+        answer = staying_program.solve(given, self._nodes, holds_EM, free_EM, limit)
+        self.cut |= answer is None or not answer.ended
         return answer
 
     def relieve(self, layer: int, given: Given, rng: np.random.Generator, deadline: float) -> None:
@@ -257,7 +266,7 @@ class _State:
         limit = min(SECONDS, deadline - time.monotonic())
         new = None
         if limit > 0:
-            new = staying_program.solve(given, self._nodes, self.holds_LEM[layer], free_EM, limit)
+            new = self._program(given, self.holds_LEM[layer], free_EM, limit)
         self.take(layer, now if new is None or new.value <= now.value else new)
 
     def take(self, layer: int, answer: Answer) -> None:

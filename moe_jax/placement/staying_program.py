@@ -61,6 +61,7 @@ class Answer:
       best_ENM, other_EM: tokens or assignments that each copy serves, whatever the home.
       value: what is maximised, fixed experts included.
       excess: load above the cap, in tokens.
+      ended: the program came to its end; a faster machine finds nothing else.
     """
 
     holds_EM: np.ndarray
@@ -68,6 +69,7 @@ class Answer:
     other_EM: np.ndarray
     value: float
     excess: float
+    ended: bool = True
 
 
 def solve(
@@ -94,7 +96,8 @@ def solve(
     new_EM[active] = x_am > 0.5
     best_ENM[active], other_EM[active] = b_anm, o_am
     value = fixed.value - result.fun * given.mean
-    return Answer(new_EM, best_ENM, other_EM, value, float(result.x[-1]) * given.mean)
+    excess = float(result.x[-1]) * given.mean
+    return Answer(new_EM, best_ENM, other_EM, value, excess, result.status == 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -81,6 +81,7 @@ class Run:
       base_share: of the time, for each of them.
       bound_share: of the time, at most, for the bound.
       count_seconds: that it takes to count a plan, which the search leaves for the end.
+      cut: a step of the search was cut short by a time of its own.
     """
 
     problem: Problem
@@ -90,6 +91,7 @@ class Run:
     base_share: float
     bound_share: float = BOUND_SHARE
     count_seconds: float = 0.0
+    cut: bool = False
 
     def filled(self, device_LE: np.ndarray, seed: int, deadline: float) -> Iterator[Valued]:
         """The best so far after every plan with all slots filled, from one without copies."""
@@ -100,7 +102,8 @@ class Run:
             return
         end = deadline - 2 * self.count_seconds
         sweeps = deadline - 6 * self.count_seconds
-        for placement in staying.search(self.problem, device_LE, self.cap_L, seed, sweeps, end):
+        found = staying.search(self.problem, device_LE, self.cap_L, seed, sweeps, end)
+        for placement, self.cut in found:
             counted = staying.counted(self.problem, placement)
             fits = (counted.largest_L <= self.cap_L * (1 + 1e-9)).all()
             if fits and counted.hops < self.best.value:

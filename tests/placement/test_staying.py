@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import numpy as np
 import pytest
@@ -310,6 +311,41 @@ def test_one_sequence_of_copies_everywhere_never_moves():
     assert report.objective == 0.0
     assert report.bound == 0.0
     assert placement.num_replicas_LE.min() == 2
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_search_whose_programs_were_cut_short_has_not_finished(found, monkeypatch):
+    """Else "finished" would promise the same plan on a faster machine."""
+    some, whole = problem(layers=2), staying_program.solve
+
+    def cut(given, nodes_, holds_EM, free_EM, time_limit):
+        answer = whole(given, nodes_, holds_EM, free_EM, time_limit)
+        if answer is None or not free_EM.any():
+            return answer
+        return dataclasses.replace(answer, ended=False) if found else None
+
+    monkeypatch.setattr(staying, "SWEEPS", 2)
+    device_LE = spare.without(some).balanced_LE
+    run = with_copies.begin(some)
+    assert list(run.filled(device_LE, 0, time.monotonic() + 1e6))
+    assert not run.cut
+    monkeypatch.setattr(staying_program, "solve", cut)
+    assert list(run.filled(device_LE, 0, time.monotonic() + 1e6))
+    assert run.cut
+    assert not solve.solve_problem(some, 0, 3.0).report.finished
+
+
+def test_a_program_says_that_its_time_ended_it():
+    ended = []
+    for experts, devices, limit in ((16, 4, 60.0), (64, 8, 0.0)):
+        one = given(
+            np.random.default_rng(0), experts=experts, devices=devices, slots=experts // devices + 1
+        )
+        start_EM = np.arange(experts)[:, None] % devices == np.arange(devices)
+        everything = np.ones_like(start_EM)
+        answer = staying_program.solve(one, nodes.of(devices, None), start_EM, everything, limit)
+        ended.append(answer is not None and answer.ended)
+    assert ended == [True, False]
 
 
 def test_time_limit_zero_answers_with_even_shares():
