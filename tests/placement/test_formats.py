@@ -264,8 +264,10 @@ def test_sglang_records_are_sequences_and_slots_become_experts(tmp_path):
 def test_identities_of_tokens_come_along_where_every_token_has_one(tmp_path):
     record = {"topk_ids_of_layer": topk_LTK().tolist()}
     named = {**record, "input_ids": [5, 70_000, 9], "extend_seq_lens": [1, 2]}
-    trace = read(tmp_path, "d.json", json.dumps({"records": [named, named]}), Hints())
+    hints = Hints()
+    trace = read(tmp_path, "d.json", json.dumps({"records": [named, named]}), hints)
     assert trace.token_ids_T.tolist() == [5, 70_000] * 2  # the last one of a pass is padding
+    assert any("can be read back" in note for note in hints.notes)
     npz = npz_bytes(topk_ids_of_layer=topk_LTK(), input_ids=np.array([5, 6, 7]))
     assert read(tmp_path, "d.npz", npz, Hints()).token_ids_T.tolist() == [5, 6]
     for fields in ({"records": [named, record]}, {**record, "input_ids": [1, 2, -3]}):

@@ -144,6 +144,8 @@ def _sglang_trace(
     if tokens_T is not None and (len(tokens_T) != len(ids_TLK) or tokens_T.min() < 0):
         hints.note(f"{TOKENS} are left out: not one number from 0 for each token")
         tokens_T = None
+    elif tokens_T is not None:
+        hints.note(f"{TOKENS} come along: the text can be read back from this trace")
     return make_trace(ids_TLK, lens, layer_ids, "SGLang", hints, token_ids_T=tokens_T)
 
 
