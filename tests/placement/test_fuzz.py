@@ -26,6 +26,7 @@ from moe_jax.placement.formats import convert as convert_lib
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.formats.hints import Hints
 from moe_jax.placement.homes.file import HomeRules
+from moe_jax.placement.homes.rules import TokenRule
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.topology import Topology
 from moe_jax.routing import npz as npz_lib
@@ -76,7 +77,8 @@ def own_trace(folder) -> bytes:
     )
     weights = np.full(trace.expert_ids_TLK.shape, 0.5, np.float16)
     made = Trace(
-        trace.expert_ids_TLK, 8, trace.seq_len, weights, ("a", "b/c", "d", "é"), np.arange(4)
+        *(trace.expert_ids_TLK, 8, trace.seq_len, weights, ("a", "b/c", "d", "é"), np.arange(4)),
+        token_ids_T=np.arange(60),
     )
     trace_lib.save(made, folder / "own.npz")
     return (folder / "own.npz").read_bytes()
@@ -131,12 +133,13 @@ def safetensors(_) -> bytes:
 
 def dump_json(_) -> bytes:
     record = {"topk_ids_of_layer": ids_LTK().tolist(), "extend_seq_lens": [20, 4]}
-    return json.dumps({"records": [record, record]}).encode()
+    named = {**record, "input_ids": list(range(24))}
+    return json.dumps({"records": [named, named]}).encode()
 
 
 def homes_file(_) -> bytes:
-    name = None
-    rules = HomeRules("0" * 64, 4, 3, 8, "exchange", name, (), {"seed": 0})
+    tokens = TokenRule(4, np.arange(0, 30, 10), np.arange(12.0).reshape(3, 4), np.ones(4))
+    rules = HomeRules("0" * 64, 4, 3, 8, "exchange", None, (tokens,), (), {"seed": 0})
     return json.dumps({**rules._fields(), "digest": rules.digest}).encode()
 
 
