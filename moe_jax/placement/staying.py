@@ -52,6 +52,19 @@ class Counted:
     largest_L: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """A placement, what it does, and whether a faster machine would have found another.
+
+    Attributes:
+      cut: a program on the way was ended by its time.
+    """
+
+    placement: Placement
+    counted: Counted
+    cut: bool
+
+
 def counted(problem: Problem, placement: Placement) -> Counted:
     """Counts best experts along their way from every home at once, and all others once.
 
@@ -106,10 +119,8 @@ def search(
     seed: int,
     deadline: float,
     end: float,
-) -> Iterator[tuple[Placement, bool]]:
-    """Yields placements with all slots filled; the caller counts them and keeps what is better.
-
-    Beside each: was a program cut short by its own time? Then a faster machine ends elsewhere.
+) -> Iterator[Found]:
+    """Yields placements with all slots filled; the caller keeps what is better, within the cap.
 
     Args:
       problem: objective `exflow`, with `num_slots`.
@@ -130,7 +141,7 @@ def search(
                 state.improve(layer, given, rng, deadline)
             else:  # what came before it has changed
                 state.take(layer, state.flows(given, state.holds_LEM[layer]))
-        yield state.settled(rng, end), state.cut
+        yield state.settled(rng, end)
         if time.monotonic() >= deadline:
             return
 
@@ -167,12 +178,13 @@ class _State:
             yield layer, self.given(layer, device_T)
             device_T = self._served(layer, device_T)
 
-    def settled(self, rng: np.random.Generator, end: float) -> Placement:
-        """The placement, after new shares for layers that miss their cap as counted."""
+    def settled(self, rng: np.random.Generator, end: float) -> Found:
+        """As it stands, after new shares for layers that miss their cap as counted."""
         started = time.monotonic()
         for passes in range(SETTLED):
-            largest_L = counted(self._problem, placement := self.placement()).largest_L
-            over_L = largest_L > self._cap_L * (1 + 1e-9)
+            placement = self.placement()
+            found = Found(placement, counted(self._problem, placement), self.cut)
+            over_L = found.counted.largest_L > self._cap_L * (1 + 1e-9)
             now = time.monotonic()
             another = (now - started) / max(passes, 1)  # what a pass took, on average
             if not over_L.any() or now + another >= end:
@@ -182,7 +194,7 @@ class _State:
                 if over_L[layer]:
                     self.take(layer, self.flows(given, self.holds_LEM[layer]))
                     self.relieve(layer, given, rng, end)  # else the whole plan is lost
-        return placement
+        return found
 
     def given(self, layer: int, device_T: np.ndarray | None) -> Given:
         """What the rest of the model means for one layer, tokens being on `device_T`."""

@@ -100,14 +100,13 @@ class Run:
             self.best = spare.better(self.problem, self.best, filled, self.cap_L)
             yield self.best
             return
-        end = deadline - 2 * self.count_seconds
-        sweeps = deadline - 6 * self.count_seconds
-        found = staying.search(self.problem, device_LE, self.cap_L, seed, sweeps, end)
-        for placement, self.cut in found:
-            counted = staying.counted(self.problem, placement)
-            fits = (counted.largest_L <= self.cap_L * (1 + 1e-9)).all()
-            if fits and counted.hops < self.best.value:
-                self.best = Valued(placement, np.array([counted.hops]))
+        end = deadline - self.count_seconds
+        sweeps = deadline - 5 * self.count_seconds
+        for found in staying.search(self.problem, device_LE, self.cap_L, seed, sweeps, end):
+            self.cut = found.cut
+            fits = (found.counted.largest_L <= self.cap_L * (1 + 1e-9)).all()
+            if fits and found.counted.hops < self.best.value:
+                self.best = Valued(found.placement, np.array([found.counted.hops]))
             yield self.best
 
 
