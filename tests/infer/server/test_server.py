@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from moe_jax import migrate, replan
@@ -137,6 +138,19 @@ def test_several_prompts_choices_and_a_seed(port):
     assert texts[0] != texts[1]
     again = ask(port, {**body, "prompt": [[97, 98], [99, 100]]})[1]
     assert [choice["text"] for choice in again["choices"]] == texts
+
+
+def test_a_trace_says_which_tokens_only_where_that_is_asked_for(port, server):
+    ask(port, answer("which?"))
+    silent, spoken = (
+        server.service.call(lambda engine, asked=asked: run._recorded(engine, asked)).result()
+        for asked in (False, True)
+    )
+    assert silent.token_ids_T is None
+    start_S = np.cumsum(spoken.seq_len) - spoken.seq_len
+    texts = [t.tolist() for t in np.split(spoken.token_ids_T, start_S[1:])]
+    assert list(b"which?") in [text[:6] for text in texts]
+    np.testing.assert_array_equal(spoken.expert_ids_TLK, silent.expert_ids_TLK)
 
 
 def test_chat_with_logprobs_and_usage(port):
