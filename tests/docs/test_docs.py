@@ -96,6 +96,20 @@ def test_files_and_programs_that_pages_name_exist(page):
         assert len(parts) > 1, module
 
 
+def test_names_that_pages_link_to_are_in_the_reference():
+    """A link to a module that no page of the reference shows fails the strict build."""
+    texts = [path.read_text("utf-8") for path in DOCS.rglob("*.md")]
+    shown = {name for text in texts for name in re.findall(r"^::: ([\w.]+)", text, re.MULTILINE)}
+    linked = {name for text in texts for name in re.findall(r"\]\[(moe_jax[\w.]+)\]", text)}
+    assert len(linked) >= 8
+    for name in linked:
+        module, _, member = name.rpartition(".")
+        held = module in shown and f" {member}" in ROOT.joinpath(*module.split(".")).with_suffix(
+            ".py"
+        ).read_text("utf-8")
+        assert name in shown or held, f"{name} is on no page of docs/api"
+
+
 def test_flags_of_train_and_infer_exist():
     sources = {
         "infer": ROOT / "moe_jax" / "infer" / "flags.py",
