@@ -30,12 +30,16 @@ def main() -> None:
     workdir = pathlib.Path(entry.required("--workdir", WORKDIR.value))
     entry.check_output("--workdir", WORKDIR.value)
     from moe_jax import mesh, metrics
-    from moe_jax.train import loop, replay
+    from moe_jax.train import loop, replay, resume
 
     processes = mesh.parse_processes(DISTRIBUTED.value)
     if config.virtual_devices and DISTRIBUTED.value != "auto":
         config_lib.check_devices(config, config.virtual_devices * (processes or ("", 1, 0))[1])
     config, chosen = loop.choose_dispatch(config, workdir)
+    ahead = None
+    if REPLAY.value is None and DISTRIBUTED.value != "auto":  # "auto": numbers are not known yet
+        _, count, number = processes or ("", 1, 0)
+        ahead = resume.digests_ahead(config, workdir, (number, count))
     corpus, plan = loop.prepare(config, workdir)
     bad = replay.read(config, pathlib.Path(REPLAY.value)) if REPLAY.value is not None else None
     mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
@@ -45,7 +49,7 @@ def main() -> None:
     if bad:
         replay.replay(config, workdir, corpus, plan, bad)
     else:
-        loop.train(config, workdir, corpus, plan)
+        loop.train(config, workdir, corpus, plan, ahead)
 
 
 if __name__ == "__main__":

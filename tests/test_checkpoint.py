@@ -262,6 +262,38 @@ def test_what_was_read_of_a_damaged_step_is_not_given_out(small, three, monkeypa
     assert checkpoint.steps(directory) == [4, 5]
 
 
+def test_digests_that_were_begun_ahead(three, monkeypatch):
+    """A start waits for these, and makes none of its own, where they are of the step it finds."""
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
+    directory, _, _ = three
+
+    def found(**more):
+        found = checkpoint.restore_newest(directory, lambda *_: None, [].append, **more)
+        return found.contents.step
+
+    ahead = checkpoint.digests_ahead(directory)
+    assert (ahead.folder.name, ahead.first_wrong()) == ("6", None)
+    _flip(_largest(directory / "6"))  # when they are known: else nothing would tell whose were used
+    _flip(_largest(directory / "5"))
+    assert found(ahead=ahead) == 6
+    assert found(ahead=ahead, before=6) == 4  # of 6, they say nothing of 5
+    assert found(ahead=checkpoint.digests_ahead(directory)) == 4
+    ahead.share = (0, 2)
+    assert found(ahead=ahead) == 4  # of another process
+
+
+def test_nothing_is_begun_ahead_of_what_is_not_whole(three, tmp_path):
+    directory, _, _ = three
+    assert checkpoint.digests_ahead(tmp_path / "none") is None
+    (tmp_path / "empty").mkdir()
+    assert checkpoint.digests_ahead(tmp_path / "empty") is None
+    (directory / "6" / "plan.json").unlink()
+    os.mkfifo(directory / "6" / "plan.json")  # would never end
+    assert checkpoint.digests_ahead(directory) is None
+    (directory / "6" / "plan.json").unlink()
+    assert checkpoint.digests_ahead(directory) is None
+
+
 def test_what_reading_refuses_of_a_good_step_is_refused(three):
     """Arrays of another model do not make a step a bad one."""
     directory, _, asked = three

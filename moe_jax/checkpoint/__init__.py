@@ -26,7 +26,7 @@ from moe_jax.checkpoint.arrays import flatten, restore, restore_numpy, unflatten
 from moe_jax.checkpoint.contents import ArrayInfo, Contents, describe, read_contents
 from moe_jax.checkpoint.folders import clean, remove, steps
 from moe_jax.checkpoint.newest import newest_good
-from moe_jax.checkpoint.restored import Restored, restore_newest
+from moe_jax.checkpoint.restored import Restored, digests_ahead, restore_newest
 from moe_jax.checkpoint.saver import save, start_save
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Restored",
     "clean",
     "describe",
+    "digests_ahead",
     "flatten",
     "newest_good",
     "read_contents",

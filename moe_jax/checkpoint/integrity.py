@@ -10,12 +10,15 @@ the others are computed while they are being read (`Digests`).
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
+import queue
 import stat
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from moe_jax import files
 from moe_jax.errors import Refused
@@ -25,6 +28,7 @@ MAX_JSON_BYTES = 64 * 2**20  # of a manifest and the like, before it is read int
 MAX_FILES = 1_000_000
 SMALL_BYTES = 2**16  # files up to here are verified before others are read
 HASHERS = 4  # threads: hashing releases the interpreter
+_Waiting: TypeAlias = "queue.SimpleQueue[tuple[concurrent.futures.Future[bool], pathlib.Path, str]]"
 
 
 class Damaged(Refused):
@@ -77,24 +81,30 @@ def check_listed(folder: pathlib.Path, *, digests: bool = True) -> None:
 class Digests:
     """The digests of the large files of a folder, computed in threads from now on.
 
-    Several processes take a share each: all number the files alike, as the manifest lists them.
+    Several processes take a share each: all number the files alike, as the manifest lists them. The
+    threads keep no process alive: who is refused for another reason does not wait for them.
+
+    Attributes:
+      folder: as `check_listed` found it.
+      share: which one, of how many.
     """
 
     def __init__(self, folder: pathlib.Path, share: tuple[int, int] = (0, 1)):
-        """Args: `folder`, as `check_listed` found it; `share`: which one, of how many."""
-        self._folder = folder
+        """Args: as the attributes."""
+        self.folder, self.share = folder, share
         self._large = [
             (name, digest)
             for name, (size, digest) in sorted(_read_manifest(folder).items())
             if size > SMALL_BYTES
         ]
         index, count = share
-        pool = concurrent.futures.ThreadPoolExecutor(HASHERS)
-        self._equal = {
-            number: pool.submit(_has, folder / name, digest)
-            for number, (name, digest) in list(enumerate(self._large))[index::count]
-        }
-        pool.shutdown(wait=False)  # what was submitted is done
+        self._equal: dict[int, concurrent.futures.Future[bool]] = {}
+        waiting: _Waiting = queue.SimpleQueue()
+        for number, (name, digest) in list(enumerate(self._large))[index::count]:
+            self._equal[number] = concurrent.futures.Future()
+            waiting.put((self._equal[number], folder / name, digest))
+        for _ in range(min(HASHERS, len(self._equal))):
+            threading.Thread(target=_compare, args=(waiting,), daemon=True).start()
 
     def first_wrong(self) -> int | None:
         """Number of a file of this share that is not what the manifest says, when all are known."""
@@ -103,12 +113,23 @@ class Digests:
 
     def refusal(self, number: int) -> Damaged:
         """Of the file of this number, whosever share it is in."""
-        return _other_digest(self._folder / self._large[number][0])
+        return _other_digest(self.folder / self._large[number][0])
 
     def check(self) -> None:
         """Raises `Damaged` if there is one."""
         if (number := self.first_wrong()) is not None:
             raise self.refusal(number)
+
+
+def _compare(waiting: _Waiting) -> None:
+    """Answers what waits, until nothing does."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            equal, path, digest = waiting.get_nowait()
+            try:
+                equal.set_result(_has(path, digest))
+            except BaseException as error:  # else somebody would wait for ever
+                equal.set_exception(error)
 
 
 def _has(path: pathlib.Path, digest: str) -> bool:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.checkpoint import integrity
+from moe_jax.checkpoint import folders, integrity
 from moe_jax.checkpoint.contents import Contents, read_contents
 from moe_jax.checkpoint.newest import Search
 from moe_jax.errors import Refused
@@ -53,6 +53,7 @@ def restore_newest(
     verify: bool = True,
     move_bad: bool = False,
     before: int | None = None,
+    ahead: integrity.Digests | None = None,
 ) -> Restored[T] | None:
     """`newest_good`, with what `read` makes of that step; every process calls this.
 
@@ -61,6 +62,7 @@ def restore_newest(
       read: makes something of a folder that may yet turn out to be damaged; without collectives.
       warn: takes a line; called in the first process.
       verify, move_bad, before: as for `newest_good`.
+      ahead: from `digests_ahead`; used if this step and this process are those that they are of.
 
     Raises:
       Refused: all steps are damaged. What `read` raised of a step that is not.
@@ -74,7 +76,9 @@ def restore_newest(
         value, failure, digests = None, None, None
         try:
             if verify:
-                digests = integrity.Digests(folder, (jax.process_index(), jax.process_count()))
+                share = (jax.process_index(), jax.process_count())
+                begun = ahead and (ahead.folder, ahead.share) == (folder, share)
+                digests = ahead if begun else integrity.Digests(folder, share)
             contents = contents or read_contents(folder, verify=False)
             value = read(folder, contents)
         except Exception as error:  # of any kind, where files are damaged
@@ -93,6 +97,27 @@ def restore_newest(
         del value, failure, refused
         gc.collect()  # what was half read is held in circles, on the devices too
     return None
+
+
+def digests_ahead(
+    directory: str | os.PathLike, share: tuple[int, int] = (0, 1)
+) -> integrity.Digests | None:
+    """The digests of the newest step, computed from now on, beside what has to be done before.
+
+    None if there is no step, or its files are not those that its manifest lists: `restore_newest`
+    will name what is wrong. Makes nothing, and says nothing.
+
+    Args:
+      directory: of the steps.
+      share: number of this process, and how many there are.
+    """
+    directory = pathlib.Path(directory)
+    try:
+        newest = directory / str(folders.steps(directory)[-1])
+        integrity.check_listed(newest, digests=False)
+        return integrity.Digests(newest, share)
+    except (IndexError, OSError, Refused):
+        return None
 
 
 def _next(

@@ -3,21 +3,27 @@
     python -m moe_jax.train.checkpoint_bench --config=configs/quickstart.py [--rounds=10]
         --config.model.d_ff=1024     makes its state 305 MB, in place of 41
 
-1. Starts from one checkpoint, with and without comparing digests, in turns; `warm`: its files are
-   in memory, `cold`: they have been dropped from there first (as on a machine that has not written
-   them). Cost: the median over rounds of the ratio within one round, and its quartiles.
+1. Starts from one checkpoint, each in a process of its own (`one_start.py`), with and without
+   comparing digests, in turns; `warm`: its files are in memory, `cold`: they have been dropped from
+   there first (as on a machine that has not written them). `restore`: from the mesh to the state;
+   `start`: the same and what comes before it, from the checks of the config on, where digests are
+   computed already. Cost: what verification adds, in restores without it: the median over rounds of
+   the difference within one round, and its quartiles. The rule that it is judged by: 15 %.
 2. Steps alone, the call that begins to save, steps while the save is being written, in rounds.
    The rule that it is judged by: the call takes no longer than one step.
 
-Nothing is kept. Both say what this machine's load was: on cores that others use, hashing has
-nowhere to hide.
+Nothing is kept. The first line says what this machine's load was: on cores that others use, hashing
+has nowhere to hide.
 """
 
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +38,7 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 
 ALONE = 4  # steps of a round with nothing being written
+STARTS = [(warmth, verified) for warmth in ("warm", "cold") for verified in (False, True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +47,14 @@ class Costs:
 
     Attributes:
       megabytes: of arrays; on_disk: of files.
-      starts: by ("warm" | "cold", verified), one number a round.
-      cores: that a warm start keeps busy, by verified.
+      starts: by ("warm" | "cold", verified), two numbers a round: before the restore, and its own.
       calls: that begin to save, one a round.
       alone, beside: steps with nothing being written, and while something is.
     """
 
     megabytes: float
     on_disk: float
-    starts: dict[tuple[str, bool], list[float]]
-    cores: dict[bool, float]
+    starts: dict[tuple[str, bool], list[tuple[float, float]]]
     calls: list[float]
     alone: list[float]
     beside: list[float]
@@ -101,30 +106,26 @@ def measure(config: Config, rounds: int) -> Costs:
         megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(run.state)) / 1e6
         del run, checkpoints
 
-        def start_again(warmth: str, verified: bool) -> float:
-            train = dataclasses.replace(config.train, checkpoints_verified=verified)
-            one = dataclasses.replace(config, train=train)
-            if warmth == "cold":
-                _drop_from_memory(folder)
-            start = time.perf_counter()
-            again, _ = resume.start_or_resume(one, mesh, workdir, corpus, plan)
-            jax.block_until_ready(again.state)
-            return time.perf_counter() - start
-
-        starts: dict[tuple[str, bool], list[float]] = {}
-        busy: dict[bool, list[float]] = {True: [], False: []}
-        for number in range(rounds + 1):
-            for warmth in ("warm", "cold"):
-                for verified in (True, False) if number % 2 else (False, True):
-                    used = time.process_time()
-                    seconds = start_again(warmth, verified)
-                    if number:  # the first compiles
-                        starts.setdefault((warmth, verified), []).append(seconds)
-                    if number and warmth == "warm":
-                        busy[verified].append((time.process_time() - used) / seconds)
+        file = workdir / "started.json"
+        file.write_text(config_lib.to_json(config), "utf-8")
+        starts: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in STARTS}
+        for number in range(rounds):
+            print(f"starts, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            for warmth, verified in STARTS if number % 2 else reversed(STARTS):
+                if warmth == "cold":
+                    _drop_from_memory(folder)
+                words = [str(file), str(workdir), "verified" if verified else "not"]
+                starts[warmth, verified].append(_start(words))
         on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    cores = {verified: float(np.median(each)) for verified, each in busy.items()}
-    return Costs(megabytes, on_disk, starts, cores, calls, alone, beside)
+    return Costs(megabytes, on_disk, starts, calls, alone, beside)
+
+
+def _start(words: list[str]) -> tuple[float, float]:
+    """Seconds before the restore and of it, in a process of its own."""
+    command = [sys.executable, "-m", "moe_jax.train.one_start", *words]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    said = json.loads(ended.stdout.splitlines()[-1])
+    return said["before"], said["restore"]
 
 
 @contextlib.contextmanager
@@ -149,19 +150,18 @@ def text(costs: Costs, config: Config) -> str:
         f"{config.name} on {config.mesh}: {costs.megabytes:.0f} MB of state, "
         f"{costs.on_disk:.0f} MB on disk; {cores} cores, load {load:.1f}",
         "",
-        f"{'start':<8} {'read, s':>9} {'verified, s':>12} {'cost':>7} {'quartiles':>16}",
+        f"{'median, s':<16} {'read':>9} {'verified':>9} {'cost':>8} {'quartiles':>18}",
     ]
     for warmth in ("warm", "cold"):
-        plain, verified = (np.asarray(costs.starts[warmth, way]) for way in (False, True))
-        low, middle, high = np.quantile(verified / plain - 1, (0.25, 0.5, 0.75))
-        lines.append(
-            f"{warmth:<8} {np.median(plain):9.3f} {np.median(verified):12.3f} {middle:7.1%} "
-            f"{f'{low:.1%} .. {high:.1%}':>16}"
-        )
-    lines.append(
-        f"cores busy in a warm start: {costs.cores[False]:.2f} reading, "
-        f"{costs.cores[True]:.2f} verifying too, of {cores}"
-    )
+        plain_R2, verified_R2 = (np.asarray(costs.starts[warmth, way]) for way in (False, True))
+        for what, first in (("restore", 1), ("start", 0)):
+            plain, verified = (each_R2[:, first:].sum(-1) for each_R2 in (plain_R2, verified_R2))
+            share = (verified - plain) / plain_R2[:, 1]
+            low, middle, high = np.quantile(share, (0.25, 0.5, 0.75))
+            lines.append(
+                f"{f'{warmth}: {what}':<16} {np.median(plain):9.3f} {np.median(verified):9.3f} "
+                f"{middle:8.1%} {f'{low:.1%} .. {high:.1%}':>18}"
+            )
     middle = float(np.median(costs.alone))
     beside = f"{np.median(costs.beside):.3f}" if costs.beside else "none ended before it was there"
     return "\n".join(

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from moe_jax import auto, checkpoint, data, files, metrics
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax.checkpoint import integrity
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json
@@ -119,7 +120,13 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan_lib.Plan) -> None:
+def train(
+    config: Config,
+    workdir: pathlib.Path,
+    corpus: data.Corpus,
+    plan: plan_lib.Plan,
+    ahead: integrity.Digests | None = None,
+) -> None:
     """Trains until `config.train.num_steps`, or SIGTERM; resumes if `workdir` has checkpoints.
 
     Args:
@@ -127,6 +134,7 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
       workdir: of the run.
       corpus: from `prepare`.
       plan: from `prepare`; where the config names none, that of the checkpoint goes before it.
+      ahead: from `resume.digests_ahead`, begun before `prepare`.
 
     Raises:
       Refused: after `max_bad_steps` bad steps in a row, or when a step cannot be saved.
@@ -136,7 +144,7 @@ def train(config: Config, workdir: pathlib.Path, corpus: data.Corpus, plan: plan
         notice = stack.enter_context(preemption.Notice())
         mesh = mesh_lib.of_config(config.mesh)
         train_step = step_lib.build_step(config, mesh)
-        run, plan = resume.start_or_resume(config, mesh, workdir, corpus, plan)
+        run, plan = resume.start_or_resume(config, mesh, workdir, corpus, plan, ahead=ahead)
         replanning = Replanner(config, mesh, workdir, run, plan)
         stack.callback(replanning.close)
         table = replanning.table()

@@ -52,6 +52,7 @@ def start_or_resume(
     plan: plan_lib.Plan,
     *,
     before: int | None = None,
+    ahead: integrity.Digests | None = None,
 ) -> tuple[Run, plan_lib.Plan]:
     """The run, its experts where the returned plan says; every process calls this.
 
@@ -63,6 +64,7 @@ def start_or_resume(
       plan: that of the config. Where the config names none, or wants new ones made on the way,
         experts stay in the order that the checkpoint has them in, if this mesh allows it.
       before: only look at checkpoints of earlier steps, and move nothing; None = the newest.
+      ahead: digests of a step that have begun already.
     """
     batches = data.batches(corpus, config.data)
     devices = plan.placement.num_devices
@@ -75,6 +77,7 @@ def start_or_resume(
         verify=config.train.checkpoints_verified,
         move_bad=before is None,
         before=before,
+        ahead=ahead,
     )
     if found is None:
         state = step_lib.initial_state(config, mesh)
@@ -97,6 +100,21 @@ def start_or_resume(
         rule = f"holds no position in this data ({error!r})"
         raise integrity.damaged(folder / "meta.json", rule) from None
     return Run(state, batches, contents.step), plan
+
+
+def digests_ahead(
+    config: Config, workdir: pathlib.Path, share: tuple[int, int]
+) -> integrity.Digests | None:
+    """Begins to verify the step that `start_or_resume` will look at first, if it is to be verified.
+
+    Args:
+      config: of the run.
+      workdir: with checkpoints or without.
+      share: number of this process, and how many there are.
+    """
+    if not config.train.checkpoints_verified:
+        return None
+    return checkpoint.digests_ahead(workdir / "checkpoints", share)
 
 
 def put_table(mesh: Mesh, plan: plan_lib.Plan) -> Table:

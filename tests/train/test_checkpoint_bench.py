@@ -1,25 +1,41 @@
 """The benchmark of checkpoints measures what it says, on a model of a few kilobytes."""
 
+import dataclasses
+
 import numpy as np
 
-from moe_jax.checkpoint import integrity
 from moe_jax.train import checkpoint_bench
 from tests import tiny
 
 
 def test_both_tables(monkeypatch):
     """Half of the starts, and no other, look at digests; every round saves once."""
-    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
-    hashed, digests = [], integrity.Digests
-    monkeypatch.setattr(integrity, "Digests", lambda *a: hashed.append(a) or digests(*a))
+    asked, start = [], checkpoint_bench._start
+
+    def first_is_real(words):
+        asked.append(words)
+        if len(asked) > 1:
+            return 9.0, 2.0
+        before, restore = start(words)
+        assert before > 0 < restore
+        return before, restore
+
+    monkeypatch.setattr(checkpoint_bench, "_start", first_is_real)
     config = tiny.config(
         mesh={"data": 1, "expert": 2}, model__num_layers=1, train__checkpoints_kept=1
     )
-    costs = checkpoint_bench.measure(config, rounds=1)
-    assert len(hashed) == 2 * (1 + 1)  # warm and cold, and once more to compile
-    assert [len(costs.starts[key]) for key in costs.starts] == [1, 1, 1, 1]
-    assert (len(costs.calls), len(costs.alone)) == (1, 4)
+    config = dataclasses.replace(config, virtual_devices=2)
+    costs = checkpoint_bench.measure(config, rounds=2)
+    assert [words[-1] for words in asked] == [*["verified", "not"] * 2, *["not", "verified"] * 2]
+    assert [len(costs.starts[key]) for key in costs.starts] == [2, 2, 2, 2]
+    assert (len(costs.calls), len(costs.alone)) == (2, 8)
     assert costs.stall_in_steps == max(costs.calls) / np.median(costs.alone)
+    costs.starts["warm", False] = [(9.0, 2.0), (9.0, 2.0)]
+    costs.starts["warm", True] = [(10.0, 2.5), (10.0, 3.0)]
     said = checkpoint_bench.text(costs, config)
-    for words in ("warm", "cold", "cost", "the longest call takes", "of a median step"):
+    for words in ("the longest call takes", "of a median step"):
         assert words in said
+    rows = [line.split() for line in said.splitlines() if ": " in line]
+    [restore, whole] = [row[2:5] for row in rows if row[0] == "warm:"]
+    assert restore == ["2.000", "2.750", "37.5%"]
+    assert whole == ["11.000", "12.750", "87.5%"]
