@@ -8,7 +8,9 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import checkpoint
@@ -122,6 +124,47 @@ def test_claims_that_the_data_does_not_hold_are_refused(change, rule, saved):
         checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
 
 
+def test_a_chunk_larger_than_its_array_is_refused_before_it_is_allocated(saved):
+    """A few bytes of a store may ask for any chunk: eight numbers of a gigabyte."""
+    folder, _ = saved
+    store = {"driver": "ocdbt", "base": f"file://{folder}/state/", "path": "a.b/"}
+    metadata = {"shape": [5], "chunks": [2**28], "dtype": "bfloat16", "compressor": None}
+    spec = {"driver": "zarr", "kvstore": store, "metadata": metadata}
+    ts.open(spec, create=True, delete_existing=True).result()
+    integrity.write(folder)
+    with pytest.raises(integrity.Damaged, match=r"of shape \[5\], in chunks of \[268435456\]"):
+        checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
+
+
+@pytest.mark.parametrize("name", ["/tmp/w", "../w", "a/w", "", "..", "a\\w", "a\0w", "ä", "-a"])
+def test_names_of_arrays_are_no_paths(name, saved):
+    folder, _ = saved
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["arrays"][name] = meta["arrays"].pop("a.w")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    integrity.write(folder)
+    with pytest.raises(integrity.Damaged, match="array name"):
+        checkpoint.read_contents(folder)
+
+
+def test_only_arrays_that_are_named_are_looked_for(saved, tmp_path, monkeypatch):
+    """Orbax's own list is compared before Orbax follows it, and there is one store for all."""
+    folder, _ = saved
+    listed = folder / "state" / "_METADATA"
+    good = listed.read_text()
+    monkeypatch.setattr(ocp.Checkpointer, "metadata", lambda *_: pytest.fail("was looked for"))
+    for bad in (good.replace('"a.w"', json.dumps(f"{tmp_path}/w")), "{}", '{"tree_metadata": [1]}'):
+        listed.write_text(bad)
+        integrity.write(folder)
+        with pytest.raises(integrity.Damaged, match=r"do not both hold|is not Orbax's"):
+            checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
+    listed.write_text(good)
+    (folder / "state" / "manifest.ocdbt").unlink()
+    integrity.write(folder)
+    with pytest.raises(integrity.Damaged, match=r"manifest\.ocdbt.* is missing"):
+        checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
+
+
 def test_another_plan_with_a_manifest_that_fits_is_refused(saved):
     folder, _ = saved
     Plan(tiny.random_placement(0)).write(folder / "plan.json")
@@ -192,8 +235,25 @@ def test_unknown_version_is_refused(saved):
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"version": 99}))
     integrity.write(folder)
-    with pytest.raises(Refused, match="version 1"):
+    with pytest.raises(Refused, match="is of version 99, and this program reads version 1"):
         checkpoint.read_contents(folder)
+
+
+def test_a_step_of_another_version_is_not_moved_aside(three):
+    """It is the newest and whole: going on from the one before would lose what it holds."""
+    directory, read, _ = three
+    meta = json.loads((directory / "6" / "meta.json").read_text())
+    (directory / "6" / "meta.json").write_text(json.dumps(meta | {"version": 2}))
+    integrity.write(directory / "6")
+    said: list[str] = []
+    for look in (
+        checkpoint.newest_good,
+        lambda *a, **k: checkpoint.restore_newest(a[0], read, a[1], **k),
+    ):
+        with pytest.raises(Refused, match="use the program that wrote it"):
+            look(directory, said.append, move_bad=True)
+    assert not said
+    assert checkpoint.steps(directory) == [4, 5, 6]
 
 
 def test_newest_good_step(saved, tmp_path):

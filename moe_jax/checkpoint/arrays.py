@@ -19,6 +19,8 @@ from moe_jax.checkpoint.contents import Contents
 from moe_jax.errors import Refused
 from moe_jax.placement import plan as plan_lib
 
+STORE = "manifest.ocdbt"  # of the store that holds all arrays of a step
+
 
 def flatten(tree: Any) -> dict[str, Any]:
     """A pytree as {"path.with.dots": leaf}; NNX parameters appear under their own name."""
@@ -111,6 +113,10 @@ def _reader() -> ocp.Checkpointer:
 def _check_stored(folder: str | os.PathLike, contents: Contents) -> None:
     """What Orbax's files hold is what meta.json says: Orbax would cast, or allocate, silently."""
     path = pathlib.Path(folder).absolute() / "state"
+    if not (path / STORE).is_file():  # else names of arrays would be names of folders
+        raise integrity.damaged(path / STORE, "is missing")
+    if others := sorted(_stored_names(path) ^ contents.arrays.keys()):
+        raise integrity.damaged(path, f"and meta.json do not both hold {others[0]!r}")
     with _reader() as checkpointer:
         try:
             tree = checkpointer.metadata(path).item_metadata.tree
@@ -122,6 +128,24 @@ def _check_stored(folder: str | os.PathLike, contents: Contents) -> None:
         if claimed.get(name) != stored.get(name):
             here, there = (_text(of.get(name)) for of in (stored, claimed))
             raise integrity.damaged(path, f"holds {name} as {here}, but meta.json says {there}")
+    for name, leaf in tree.items():
+        chunk = tuple(leaf.storage.chunk_shape) if leaf.storage else ()
+        within = len(chunk) == len(leaf.shape) and all(
+            part <= max(size, 1) for part, size in zip(chunk, leaf.shape, strict=True)
+        )
+        if not within:  # a chunk is allocated whole
+            rule = f"holds {name}, of shape {list(leaf.shape)}, in chunks of {list(chunk)}"
+            raise integrity.damaged(path, rule)
+
+
+def _stored_names(path: pathlib.Path) -> set[str]:
+    """Arrays that Orbax would look for, before it does."""
+    metadata = integrity.read_json(path / "_METADATA")
+    try:
+        leaves = metadata["tree_metadata"].values()
+        return {".".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in leaves}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise integrity.damaged(path / "_METADATA", f"is not Orbax's ({error!r})") from None
 
 
 def _text(info: tuple[tuple[int, ...], str] | None) -> str:

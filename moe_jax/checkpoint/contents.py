@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,11 @@ from moe_jax.errors import Refused
 from moe_jax.placement import plan as plan_lib
 
 FORMAT, VERSION = "moe_jax.checkpoint", 1
+NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of an array: no path, wherever a store looks for it
+
+
+class OtherVersion(Refused):
+    """A step that another version of this program wrote: not damaged, and not for this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +76,15 @@ def write(folder: pathlib.Path, contents: Contents) -> None:
 
 
 def read_contents(folder: str | os.PathLike, *, verify: bool = True) -> Contents:
-    """Everything but the arrays. Raises `Refused` naming the bad file.
+    """Everything but the arrays.
 
     Args:
       folder: a step directory.
       verify: check the manifest; False where another process has.
+
+    Raises:
+      OtherVersion: the step is of another version than this program reads.
+      Refused: naming the bad file.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -83,16 +93,23 @@ def read_contents(folder: str | os.PathLike, *, verify: bool = True) -> Contents
         integrity.check(folder)
     meta = integrity.read_json(folder / "meta.json")
     try:
-        known = meta["format"] == FORMAT and meta["version"] == VERSION
-        arrays = {name: _array_info(info) for name, info in meta["arrays"].items()}
+        if meta["format"] != FORMAT or type(meta["version"]) is not int:
+            raise ValueError(f"format {meta['format']!r}, version {meta['version']!r}")
+        if meta["version"] != VERSION:
+            raise OtherVersion(
+                "checkpoint",
+                str(folder),
+                f"is of version {meta['version']}, and this program reads version {VERSION}",
+                "use the program that wrote it, or move the step away",
+            )
+        arrays = {_named(name): _array_info(info) for name, info in meta["arrays"].items()}
         step, extra = int(meta["step"]), dict(meta["extra"])
         digest = meta.get("plan_digest")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, Refused):
+            raise
         rule = f"is not a checkpoint's ({error!r})"
         raise integrity.damaged(folder / "meta.json", rule) from None
-    if not known:
-        rule = f"must be {FORMAT} version {VERSION}"
-        raise integrity.damaged(folder / "meta.json", rule)
     if is_step(folder.name) and folder.name != str(step):
         raise integrity.damaged(folder / "meta.json", f"is of step {step}")
     plan = plan_lib.Plan.read(folder / "plan.json")
@@ -100,6 +117,12 @@ def read_contents(folder: str | os.PathLike, *, verify: bool = True) -> Contents
         rule = "is not the plan that the arrays were saved under"
         raise integrity.damaged(folder / "plan.json", rule)
     return Contents(step, arrays, plan, extra)
+
+
+def _named(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"array name {name!r}")
+    return name
 
 
 def _array_info(info: Any) -> ArrayInfo:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from moe_jax.checkpoint import integrity
-from moe_jax.checkpoint.contents import Contents, read_contents
+from moe_jax.checkpoint.contents import Contents, OtherVersion, read_contents
 from moe_jax.checkpoint.folders import steps
 from moe_jax.errors import Refused
 
@@ -32,13 +32,19 @@ class Search:
     def next(self) -> tuple[pathlib.Path, Contents] | None:
         """The next step down that has all its files, none wrong but maybe a large one.
 
-        None: there are no steps. Raises `Refused` if there are, and all of them are damaged.
+        None: there are no steps.
+
+        Raises:
+          OtherVersion: the next one is of another version. It is the newest, and not a bad one.
+          Refused: there are steps, and all of them are damaged.
         """
         while self._left:
             folder = self._directory / str(self._left.pop())
             try:
                 integrity.check_listed(folder, digests=self._verify)
                 return folder, read_contents(folder, verify=False)
+            except OtherVersion:
+                raise
             except Refused as error:
                 self.bad(folder, error)
         if not self._bad:
@@ -82,6 +88,7 @@ def newest_good(
       before: only look at steps below this number.
 
     Raises:
+      OtherVersion: the newest that is whole is of another version than this program reads.
       Refused: there are steps, and all of them are damaged.
     """
     search = Search(pathlib.Path(directory), warn, verify=verify, move_bad=move_bad, before=before)

@@ -149,9 +149,7 @@ def train(
         stack.callback(replanning.close)
         table = replanning.table()
         if jax.process_index() == 0:
-            with files.atomic_write(workdir / "config.json", "w") as file:
-                file.write(config_lib.to_json(config))
-
+            _keep(config, workdir)
         windows = data.held_out_windows(corpus, config.data.seq_len, train_config.eval_sequences)
         held_out_loss = _HeldOut(config, mesh, windows)
         checkpoints = stack.enter_context(resume.Checkpoints(config, workdir, run, plan))
@@ -197,6 +195,15 @@ def train(
         checkpoints.save_last(run, pending[2] if pending else None)
         if run.step < train_config.num_steps:
             metrics.say(f"stopped by SIGTERM after step {run.step}: the same command goes on there")
+
+
+def _keep(config: Config, workdir: pathlib.Path) -> None:
+    try:
+        with files.atomic_write(workdir / "config.json", "w") as file:
+            file.write(config_lib.to_json(config))
+    except OSError as error:
+        rule = f"could not be written ({error.strerror})"
+        raise Refused("--workdir", str(workdir), rule, "free space, or use another place") from None
 
 
 class _HeldOut:

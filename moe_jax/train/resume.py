@@ -95,11 +95,22 @@ def start_or_resume(
     if ONLY in contents.extra:
         return Run(state, batches, 0), plan
     try:
-        batches.set_state(contents.extra["data_state"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        position = contents.extra["data_state"]
+        if not _alike(position, batches.get_state()):
+            raise ValueError(f"{position!r}")
+        batches.set_state(position)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         rule = f"holds no position in this data ({error!r})"
         raise integrity.damaged(folder / "meta.json", rule) from None
     return Run(state, batches, contents.step), plan
+
+
+def _alike(state: Any, fresh: Any) -> bool:
+    """The same fields, of the same types: Grain takes any number, and fails in a thread later."""
+    if not isinstance(fresh, dict):
+        return type(state) is type(fresh)
+    named = isinstance(state, dict) and state.keys() == fresh.keys()
+    return named and all(_alike(state[name], value) for name, value in fresh.items())
 
 
 def digests_ahead(

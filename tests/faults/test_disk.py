@@ -3,6 +3,9 @@
 import os
 import re
 import resource
+import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +70,22 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(start, tmp_p
     assert "Traceback" not in said
     assert not harness.rows(workdir)
     assert not left
+
+
+def test_a_disk_that_is_full_from_the_start_is_refused(tmp_path):
+    """A real one, of 64 KiB, in a space of its own: no write of the run has room."""
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path}/disk"
+    fill = f"dd if=/dev/zero of={tmp_path}/disk/full bs=64k 2> /dev/null"
+    space = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*space, mount], capture_output=True).returncode:
+        pytest.skip("no disk of its own can be mounted here")
+    words = harness.arguments(tmp_path / "disk" / "run", 20)
+    train = [sys.executable, str(harness.ROOT / "train.py"), *words]
+    script = f"{mount} && mkdir {tmp_path}/disk/run && {fill}; exec {shlex.join(train)}"
+    ended = subprocess.run([*space, script], capture_output=True, text=True, cwd=harness.ROOT)
+    harness.told(1, 0, True, "disk-full, from the start (no step was made)")
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("train.py: --workdir = ")
+    assert "could not be written (No space left on device)" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint, metrics
+from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Plan
 from moe_jax.train import loop, step
@@ -85,6 +86,22 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, tmp_path, cap
     train(tiny.config(), tmp_path / "run")
     assert victim.name in capsys.readouterr().err
     assert curve(tmp_path / "run") == curve(whole)
+
+
+@pytest.mark.parametrize(
+    "position", [-5, 10**26, float("inf"), 2.5, True, "3", None, [3], {}, {"next_index": 3, "x": 1}]
+)
+def test_a_position_that_the_data_does_not_have_is_refused(position, whole, tmp_path):
+    """Digests that were made to fit it: Grain takes any of them, or fails as it likes."""
+    _copy_until(whole, tmp_path, 3)
+    folder = tmp_path / "checkpoints" / "3"
+    meta = json.loads((folder / "meta.json").read_text())
+    named = position if isinstance(position, dict) else {"next_index": position}
+    meta["extra"]["data_state"] = named
+    (folder / "meta.json").write_text(json.dumps(meta))
+    integrity.write(folder)
+    with pytest.raises(integrity.Damaged, match="holds no position in this data"):
+        train(tiny.config(), tmp_path)
 
 
 def test_a_run_stops_after_bad_steps_in_a_row(tmp_path, monkeypatch):
