@@ -48,6 +48,7 @@ from moe_jax.placement import (
 )
 from moe_jax.placement import hops as hops_lib
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.limits import caps
 from moe_jax.placement.limits.caps import LoadCap
 from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import Previous
@@ -180,9 +181,29 @@ class Problem:
 
     @functools.cached_property
     def balanced_LE(self) -> np.ndarray:
-        """The most even placement that packing and swaps find."""
+        """The most even placement that packing and swaps find, or a program within the cap.
+
+        A relative cap is relative to what packing and swaps find.
+        """
         speed_M = None if self.even_speed else self.topology.speed_M
-        return greedy.balanced(self.load_LE, self.num_devices, speed_M)
+        device_LE = greedy.balanced(self.load_LE, self.num_devices, speed_M)
+        if self.load_cap is None or self.load_cap.relative:
+            return device_LE
+        cap_L = self.load_cap.largest_L(self.mean_L, self.mean_L, self.scale)
+        least_L = np.array([self.least_load(layer) for layer in range(len(cap_L))])
+        if (least_L > cap_L * (1 + 1e-9)).any():
+            return device_LE  # proven: nothing meets the cap
+        return caps.met(self.load_LE, device_LE, cap_L, self.topology.speed_M)
+
+    @property
+    def mean_L(self) -> np.ndarray:
+        """float64 [L]: the mean load of a device."""
+        return self.load_LE.sum(axis=1) / self.num_devices
+
+    @property
+    def scale(self) -> float:
+        """Rows of a step for each row of the trace."""
+        return self.work.batch_tokens / self.trace.num_tokens
 
     @property
     def even_speed(self) -> bool:
@@ -212,10 +233,9 @@ class Problem:
         layers = self.trace.num_layers
         if self.load_cap is None:
             return np.full(layers, np.inf)
-        mean_L = self.load_LE.sum(axis=1) / self.num_devices
+        mean_L, scale = self.mean_L, self.scale
         load_LM = loads(self.load_LE, self.balanced_LE, self.num_devices)
         reachable_L = (load_LM / self.topology.speed_M).max(axis=1)
-        scale = self.work.batch_tokens / self.trace.num_tokens
         cap_L = self.load_cap.largest_L(mean_L, reachable_L, scale)
         if (over_L := reachable_L > cap_L * (1 + 1e-9)).any():
             ratio_L = reachable_L / np.maximum(mean_L, 1e-300)
@@ -224,8 +244,8 @@ class Problem:
             raise Refused(
                 "load_cap",
                 str(self.load_cap),
-                f"layer {self.trace.layer_ids[layer]} cannot be balanced better than "
-                f"{ratio_L[layer]:.4f} (proven: not below {proven:.4f})",
+                f"layer {self.trace.layer_ids[layer]} was not balanced better than "
+                f"{ratio_L[layer]:.4f} (proven: cannot be below {proven:.4f})",
                 self.load_cap.advice(reachable_L[layer], mean_L[layer], scale),
             )
         return cap_L

@@ -278,10 +278,30 @@ def test_equal_groups_make_a_plain_placement():
     assert type(uneven.of_devices(device_LE, 4)) is Placement
 
 
-@pytest.mark.parametrize(("devices", "nodes", "slots"), [(4, 1, None), (4, 2, None), (4, 2, 12)])
-def test_every_baseline_places_every_expert(devices, nodes, slots):
+def unused_expert() -> Trace:
+    """Nobody asks for expert 3 of the second layer, nor for two experts together in the third."""
+    trace = instances.noisy_trace(0)
+    ids_TLK = trace.expert_ids_TLK.copy()
+    ids_TLK[:, 1][(ids_TLK[:, 1] == 3).any(axis=1)] = trace.no_expert
+    ids_TLK[:, 2, 1:] = trace.no_expert
+    return Trace(ids_TLK, 8, trace.seq_len)
+
+
+@pytest.mark.parametrize(
+    ("trace", "devices", "nodes", "slots"),
+    [
+        (instances.noisy_trace(0), 4, 1, None),
+        (instances.noisy_trace(0), 4, 2, None),
+        (instances.noisy_trace(0), 4, 2, 12),
+        (instances.noisy_trace(0, top_k=1), 4, 1, None),
+        (unused_expert(), 4, 2, None),
+        (unused_expert(), 4, 2, 12),
+    ],
+    ids=["flat", "nodes", "slots", "one expert a token", "unused", "unused, slots"],
+)
+def test_every_baseline_places_every_expert(trace, devices, nodes, slots):
     machine = topology.nodes_by_devices(nodes, devices)
-    problem = Problem(instances.noisy_trace(0), machine, num_slots=slots)
+    problem = Problem(trace, machine, num_slots=slots)
     names = []
     for one in registry.chosen(None, problem):
         made = one.make(problem, 0, 1.0)

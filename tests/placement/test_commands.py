@@ -200,7 +200,7 @@ REFUSED = {
     "topology contradicts": (["--topology=h100x8", "--devices=4"], "has 8 devices"),
     "cap below one": (["--devices=4", "--load-cap=0.5"], "load_cap"),
     "cap a word": (["--devices=4", "--load-cap=low"], "load_cap"),
-    "cap out of reach": (["--devices=4", "--load-cap=1.0"], "cannot be balanced"),
+    "cap out of reach": (["--devices=4", "--load-cap=1.0"], "was not balanced better"),
     "time negative": (["--devices=4", "--time-limit=-1"], "time_limit"),
     "rows of gathered": (["--devices=4", "--objective=rows", "--dispatch=gathered"], "gathered"),
     "d_model 0": (["--devices=4", "--d-model=0"], "d_model"),

@@ -1,5 +1,6 @@
 """The solver: planted optima, brute force, order of methods, caps, time, seeds."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -13,6 +14,7 @@ from moe_jax.placement import baselines, chain, greedy, ilp, solve, topology
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import affinity, synthetic
 from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
 from tests.placement import instances
 
 
@@ -149,8 +151,34 @@ def test_load_caps_are_kept(objective, dispatch):
 
 def test_a_cap_that_cannot_be_kept_names_the_layer_and_what_can():
     trace = instances.noisy_trace(4, num_experts=16, num_tokens=2000, popularity=3.0)
-    with pytest.raises(Refused, match=r"layer \d+ cannot be balanced better than \d"):
+    with pytest.raises(Refused, match=r"layer \d+ was not balanced better than \d"):
         solve.solve(trace, topology.flat(8), load_cap=LoadCap.parse("1.0"))
+
+
+@pytest.mark.parametrize("speeds", [None, (2.0, 1.0, 1.5)], ids=["alike", "of three speeds"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cap_is_refused_only_where_nothing_keeps_it(seed, speeds):
+    """Against all divisions of nine experts over three devices, two layers of them."""
+    load_LE = np.random.default_rng(seed).integers(1, 99, (2, 9))
+    tokens = int(load_LE.sum(axis=1).max())
+    ids_LT = np.full((2, tokens), 255, np.uint8)
+    for ids_T, load_E in zip(ids_LT, load_LE, strict=True):
+        ids_T[: load_E.sum()] = np.repeat(np.arange(9), load_E)
+    trace = Trace(ids_LT.T[:, :, None], 9, np.array([tokens], np.int32))
+    machine = topology.flat(3)
+    if speeds:
+        machine = dataclasses.replace(machine, device_flops=tuple(1e12 * s for s in speeds))
+    divisions = set(itertools.permutations([0] * 3 + [1] * 3 + [2] * 3))
+    best_L = [
+        min((np.bincount(each_E, load_E, 3) / machine.speed_M).max() for each_E in divisions)
+        for load_E in load_LE
+    ]
+    least = float((best_L / (load_LE.sum(axis=1) / 3)).max())
+    problem = Problem(trace, machine, "load", load_cap=LoadCap(least * (1 + 1e-9)))
+    for layer, (device_E, cap) in enumerate(zip(problem.balanced_LE, problem.cap_L, strict=True)):
+        assert problem.relative_M(layer, device_E).max() <= cap * (1 + 1e-9)
+    with pytest.raises(Refused, match="was not balanced better than"):
+        Problem(trace, machine, "load", load_cap=LoadCap(least * (1 - 1e-4))).cap_L  # noqa: B018
 
 
 @pytest.mark.parametrize("text", ["0.9", "x", "", "nan", "inf", "-1x", "1.1y"])

@@ -631,7 +631,7 @@ REFUSED = {
     "gain no number": (["--min-gain=nan"], "min_gain"),
     "budget no number": (["--move-budget=much"], "move_budget"),
     "seed negative": (["--seed=-1"], "seed"),
-    "cap out of reach": (["--load-cap=1.0"], "cannot be balanced"),
+    "cap out of reach": (["--load-cap=1.0"], "was not balanced better"),
     "plan of another model": (["--before=other.json"], "num_experts"),
     "plan missing": (["--before=none.json"], "none.json"),
     "other slots": (["--before=replicas.json", "--slots=36", "--move-budget=0"], "--slots=24"),

@@ -59,9 +59,13 @@ def grouped(pairs_EE: np.ndarray, groups: int, least: int, most: int, rng) -> np
 
 
 def embedded(pairs_EE: np.ndarray, groups: int) -> np.ndarray:
-    """float64 [E, G]: rows of the leading eigenvectors of D^-1/2 W D^-1/2, of length 1."""
-    degree_E = np.maximum(pairs_EE.sum(axis=1), 1e-300)
-    scaled_EE = pairs_EE / np.sqrt(degree_E[:, None] * degree_E[None, :])
+    """float64 [E, G]: rows of the leading eigenvectors of D^-1/2 W D^-1/2, of length 1.
+
+    An expert that is together with no other has no degree, and a row of zeros in W.
+    """
+    degree_E = pairs_EE.sum(axis=1)
+    root_E = np.sqrt(np.where(degree_E > 0, degree_E, 1.0))
+    scaled_EE = pairs_EE / (root_E[:, None] * root_E[None, :])
     _, vector_EE = np.linalg.eigh(scaled_EE)
     point_EG = vector_EE[:, -groups:]
     return point_EG / np.maximum(np.linalg.norm(point_EG, axis=1, keepdims=True), 1e-12)

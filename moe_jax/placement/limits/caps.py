@@ -10,7 +10,9 @@ import dataclasses
 import numpy as np
 
 from moe_jax.errors import Refused
+from moe_jax.placement import ilp
 
+SECONDS = 5.0  # of the program of one layer
 RULE = (
     "a factor of at least 1, as 1.1 (over the mean) or 1.1x (over what is reachable), or rows of a "
     "device and step as 9000rows"
@@ -66,3 +68,25 @@ class LoadCap:
 
     def __str__(self) -> str:
         return f"{self.factor:g}" + ("rows" if self.rows else "x" * self.relative)
+
+
+def met(
+    load_LE: np.ndarray, device_LE: np.ndarray, cap_L: np.ndarray, speed_M: np.ndarray
+) -> np.ndarray:
+    """int64 [L, E]: the labels, those of a layer above its cap replaced by an exact program's.
+
+    The worst layer first; after one for which nothing is found in time, the others are left.
+    """
+    device_LE, devices = device_LE.copy(), len(speed_M)
+    rows = zip(load_LE, device_LE, strict=True)
+    load_LM = np.stack([np.bincount(device_E, load_E, devices) for load_E, device_E in rows])
+    excess_L = (load_LM / speed_M).max(axis=1) / np.maximum(cap_L, 1e-300)
+    for layer in np.argsort(-excess_L, kind="stable"):
+        if excess_L[layer] <= 1 + 1e-9:
+            break
+        anywhere_EM = np.zeros((load_LE.shape[1], devices))
+        found_E = ilp.assign_capped(anywhere_EM, load_LE[layer], cap_L[layer] * speed_M, SECONDS)
+        if found_E is None:
+            break
+        device_LE[layer] = found_E
+    return device_LE
