@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 
 import numpy as np
@@ -164,8 +165,26 @@ def test_every_combination_has_its_line(tmp_path, capsys):
             if one[side]["best"] in [b.key for b in quick]:
                 assert one[side]["theirs"] == pytest.approx(best, rel=1e-12)
             assert one[side]["ratio"] == pytest.approx(one[side]["ours"] / one[side]["theirs"])
+            assert one[side]["theirs"] <= one[side]["theirs_equal"]
+            assert one[side]["best_equal"] not in ("grace", "moetuner-free")  # uneven here
     assert command_line.main(words) == 0
-    assert "of 8 combinations on the planning half" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in 8 combinations:" in said
+    counts = re.findall(r"better in (\d), the same in (\d), worse in (\d)", said)
+    assert len(counts) == 4
+    assert all(sum(map(int, of)) == 8 for of in counts)
+
+
+def test_how_often_the_planner_is_better():
+    """Of all, and of those with equal devices; what differs by rounding is the same."""
+
+    def line(ours, theirs, theirs_equal):
+        side = every.Side("grace", theirs, ours, "lpt", theirs_equal)
+        return every.Line("exchange", "flat4", "none", side, side, 0.0)
+
+    said = every.text([line(1.0, 0.5, 2.0), line(1.0, 1 + 1e-12, 1 + 1e-12), line(1.0, 2.0, 2.0)])
+    assert "  any, planning half: better in 1, the same in 1, worse in 1" in said
+    assert "  with equal devices, held out: better in 2, the same in 1, worse in 0" in said
 
 
 @pytest.mark.parametrize(
