@@ -1,16 +1,22 @@
 """Two processes with four devices each, and four with two, train as one with eight does."""
 
+import dataclasses
 import json
 import pathlib
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from moe_jax import metrics
+from moe_jax import checkpoint, metrics
+from moe_jax import config as config_lib
 from moe_jax.checkpoint import integrity
+from moe_jax.train import loop, resume
+from tests import tiny
+from tests.train import loads
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HANGS = 1200  # seconds: four processes on two busy cores compile for minutes
@@ -33,9 +39,9 @@ def command(workdir, num_steps, *more):
     ]
 
 
-def run_all(commands):
+def run_all(commands, stderr=subprocess.STDOUT):
     started = [
-        subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
         for c in commands
     ]
     try:
@@ -110,7 +116,56 @@ def test_several_processes_equal_one(processes, devices, goes_on, tmp_path):
         assert row["rows_moved"] == expected["rows_moved"]
         assert row["load_imbalance"] == expected["load_imbalance"]
         for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(row[name], expected[name], rtol=1e-5)
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A step of data 2 x expert 4 with numbers of its own everywhere, its config, its arrays."""
+    root, rng = tmp_path_factory.mktemp("stored"), np.random.default_rng(0)
+    config = tiny.config(mesh={"data": 2, "expert": 4})
+
+    def drawn(leaf):
+        values = rng.integers(1, 2**31, leaf.shape).astype(leaf.dtype)
+        return jax.device_put(values, leaf.sharding)
+
+    with jax.numpy_dtype_promotion("standard"):
+        corpus, plan = loop.prepare(config, root / "run")
+        mesh = tiny.mesh(config)
+        run, plan = resume.start_or_resume(config, mesh, root / "run", corpus, plan)
+        run.state = jax.tree.map(drawn, run.state)
+        with resume.Checkpoints(config, root / "run", run, plan) as checkpoints:
+            next(run.batches)
+            run.step = 1
+            checkpoints.save_last(run, None)
+    folder = root / "run" / "checkpoints" / "1"
+    contents = checkpoint.read_contents(folder)
+    return root, config, checkpoint.restore_numpy(folder, contents), contents.extra["data_state"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_several_processes_load_every_bit(processes, stored):
+    """Parameters, moments, key, counters, position: what each device holds is what was stored."""
+    root, config, arrays, position = stored
+    config = dataclasses.replace(config, virtual_devices=8 // processes)
+    file = root / f"{processes}.json"
+    file.write_text(config_lib.to_json(config))
+    apart = apart_flags(processes) if processes > 1 else ["=off"]
+    words = [sys.executable, "-m", "tests.train.loads", str(file), str(root / "run")]
+    said = run_all([[*words, flag.partition("=")[2]] for flag in apart], stderr=None)
+    held = [json.loads(each.splitlines()[-1]) for each in said]
+    assert [(each["devices"], each["here"]) for each in held] == [(8, 8 // processes)] * processes
+    assert {json.dumps(each["position"]) for each in held} == {json.dumps(position)}
+    assert {each["step"] for each in held} == {1}
+    assert len({each["batch"] for each in held}) == 1
+    covered = {name: np.zeros(array.shape, int) for name, array in arrays.items()}
+    for each in held:
+        for name, index, digest in each["shards"]:
+            part = tuple(slice(*bounds) for bounds in index)
+            assert loads.digest(arrays[name][part]) == digest, (name, index)
+            covered[name][part] += 1
+    assert all(count.min() > 0 for count in covered.values())
+    assert sum(len(each["shards"]) for each in held) == 8 * len(arrays)
 
 
 @pytest.mark.slow
