@@ -237,9 +237,10 @@ class Problem:
         load_LM = loads(self.load_LE, self.balanced_LE, self.num_devices)
         reachable_L = (load_LM / self.topology.speed_M).max(axis=1)
         cap_L = self.load_cap.largest_L(mean_L, reachable_L, scale)
-        if (over_L := reachable_L > cap_L * (1 + 1e-9)).any():
+        if (reachable_L > cap_L * (1 + 1e-9)).any():
+            reachable_L = caps.evened_L(self.load_LE, reachable_L, mean_L, self.topology.speed_M)
             ratio_L = reachable_L / np.maximum(mean_L, 1e-300)
-            layer = int(np.where(over_L, ratio_L, 0).argmax())
+            layer = int(ratio_L.argmax())
             proven = self.least_load(layer) / mean_L[layer]
             raise Refused(
                 "load_cap",

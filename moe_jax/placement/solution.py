@@ -7,6 +7,7 @@ from moe_jax.placement.plan import Placement
 
 INTERRUPTED = "interrupted: the best so far"
 CUT = "the time limit ended the search"
+NO_TIME = "time limit 0: this is where the search would have begun"
 
 
 @dataclasses.dataclass(frozen=True)

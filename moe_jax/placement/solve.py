@@ -45,7 +45,7 @@ from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.seconds import Work
-from moe_jax.placement.solution import CUT, Interrupted, Progress, Report, Solution
+from moe_jax.placement.solution import CUT, NO_TIME, Interrupted, Progress, Report, Solution
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -147,7 +147,7 @@ def _solved(
     run = _Run(problem, started, time_limit, progress, bound_share)
     try:
         if problem.pins is not None or problem.previous is not None:
-            return _restricted(problem, run, seed, started + time_limit)
+            return _restricted(problem, run, seed, started, time_limit)
         return _searched(problem, run, seed, started, time_limit)
     except KeyboardInterrupt as stop:
         if not np.isfinite(run.best):
@@ -174,8 +174,11 @@ def _searched(
     return run.solution("" if run.finished else CUT)
 
 
-def _restricted(problem: Problem, run: "_Run", seed: int, deadline: float) -> Solution:
+def _restricted(
+    problem: Problem, run: "_Run", seed: int, started: float, time_limit: float
+) -> Solution:
     """Pins, or a budget of moves from the plan in use: the free plan, and what lies before it."""
+    deadline = started + time_limit
     start_LE = limits_search.start(problem)
     run.offer("plan in use" if problem.previous else "greedy", start_LE)
     left = max(deadline - time.monotonic(), 0.0)
@@ -188,7 +191,8 @@ def _restricted(problem: Problem, run: "_Run", seed: int, deadline: float) -> So
         run.offer("within limits", step.device_LE)
         value_B = step.value_B
     run.finished = free.report.finished and time.monotonic() < deadline
-    return run.solution("" if run.finished else CUT, value_B)
+    cut = CUT if time_limit else NO_TIME
+    return run.solution("" if run.finished else cut, value_B)
 
 
 def constructed(problem: Problem) -> np.ndarray:

@@ -203,7 +203,7 @@ def test_a_cap_that_cannot_be_met_is_answered_with_the_smallest_that_can(seed, t
              "--time-limit=1")  # fmt: skip
     assert run(*fixed, f"--load-cap={max(least_L) - 1e-3:.6f}") == 1
     error = capsys.readouterr().err
-    assert f"layer {(3, 4, 6)[int(np.argmax(least_L))]} cannot" in error
+    assert f"layer {(3, 4, 6)[int(np.argmax(least_L))]} was not balanced better than" in error
     (offered,) = re.findall(r"Use ([\d.]+) or more", error)
     assert max(least_L) <= float(offered) <= max(least_L) + 1.01e-4
     assert run(*fixed, f"--load-cap={offered}") == 0
@@ -217,6 +217,16 @@ def test_time_limit_zero_is_the_greedy_plan_and_says_so(objective, tmp_path, cap
     assert "time limit 0: this is the greedy placement" in capsys.readouterr().out
     assert run("compare", *words) == 0
     assert "time limit 0: this is the greedy placement" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more", [["--slots=12"], ["--pin=0:1:2"], ["--slots=12", "--pin=0:1:2"]], ids=" ".join
+)
+def test_time_limit_zero_says_so_within_limits_too(more, tmp_path, capsys):
+    trace_lib.save(trace(), tmp_path / "t.npz")
+    words = (tmp_path / "t.npz", "--devices=4", "--time-limit=0", f"--out={tmp_path / 'p.json'}")
+    assert run("solve", *words, *more) == 0
+    assert "time limit 0: this is where the search would have begun" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1"])

@@ -177,7 +177,7 @@ def test_a_cap_is_refused_only_where_nothing_keeps_it(seed, speeds):
     problem = Problem(trace, machine, "load", load_cap=LoadCap(least * (1 + 1e-9)))
     for layer, (device_E, cap) in enumerate(zip(problem.balanced_LE, problem.cap_L, strict=True)):
         assert problem.relative_M(layer, device_E).max() <= cap * (1 + 1e-9)
-    with pytest.raises(Refused, match="was not balanced better than"):
+    with pytest.raises(Refused, match=f"was not balanced better than {least:.4f}"):
         Problem(trace, machine, "load", load_cap=LoadCap(least * (1 - 1e-4))).cap_L  # noqa: B018
 
 

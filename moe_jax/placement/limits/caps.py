@@ -6,13 +6,14 @@
 """
 
 import dataclasses
+import time
 
 import numpy as np
 
 from moe_jax.errors import Refused
 from moe_jax.placement import ilp
 
-SECONDS = 5.0  # of the program of one layer
+SECONDS = 5.0  # of exact programs: of a layer that a cap asks for more of; of a refusal
 RULE = (
     "a factor of at least 1, as 1.1 (over the mean) or 1.1x (over what is reachable), or rows of a "
     "device and step as 9000rows"
@@ -90,3 +91,25 @@ def met(
             break
         device_LE[layer] = found_E
     return device_LE
+
+
+def evened_L(
+    load_LE: np.ndarray, reachable_L: np.ndarray, mean_L: np.ndarray, speed_M: np.ndarray
+) -> np.ndarray:
+    """float64 [L]: smallest largest loads that are reachable, by exact programs where they decide.
+
+    The layer of the largest one over its mean decides which cap can be kept, until a program has
+    made it as small as it gets; then maybe another one does.
+    """
+    reachable_L, tried = reachable_L.copy(), set()
+    deadline = time.monotonic() + SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        layer = int((reachable_L / np.maximum(mean_L, 1e-300)).argmax())
+        if layer in tried:
+            break
+        tried.add(layer)
+        found_E = ilp.balance(load_LE[layer], len(speed_M), left, speed_M)
+        if found_E is not None:
+            load_M = np.bincount(found_E, load_LE[layer], len(speed_M)) / speed_M
+            reachable_L[layer] = min(reachable_L[layer], load_M.max())
+    return reachable_L
