@@ -23,8 +23,9 @@ def main(arguments: list[str]) -> int:
 
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     head = (
-        f"{today}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, jax {jax.__version__}, orbax {ocp.__version__}"
+        f"{today}, commit {_commit()}, {platform.system()} {platform.machine()}, {_processor()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}, orbax "
+        f"{ocp.__version__}"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "", "-p", "no:cacheprovider"]
     started = time.monotonic()
@@ -49,6 +50,20 @@ def main(arguments: list[str]) -> int:
     with open(HERE / "campaign.log", "a", encoding="utf-8") as log:
         log.write("\n".join(lines) + "\n")
     return code
+
+
+def _commit() -> str:
+    """Of the sources that are tried; with a + where something in them is not committed."""
+    words = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    """As Linux names it."""
+    about = pathlib.Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":
