@@ -262,12 +262,8 @@ def chains_of(problem: Problem, factors: tuple[float, ...]) -> list[CoherentChai
     sets = tuple(sets_of(problem, layer) for layer in range(problem.trace.num_layers))
     even = enumerate(problem.balanced_LE)
     reachable_L = np.array([problem.relative_M(layer, row_E).max() for layer, row_E in even])
-    return [
-        CoherentChain(
-            **{**fields, "cap_L": np.minimum(problem.cap_L, reachable_L * factor)}, sets=sets
-        )
-        for factor in factors
-    ]
+    rungs = (layerwise.capped(problem.cap_L, reachable_L, factor) for factor in factors)
+    return [CoherentChain(**{**fields, "cap_L": cap_L}, sets=sets) for cap_L in rungs]
 
 
 def _clustered(problem: Problem, chain, near_LE, rng, deadline: float) -> list[np.ndarray]:

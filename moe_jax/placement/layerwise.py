@@ -120,6 +120,14 @@ def clustered(
     return clusters.improve(task, starts, rng, SHAKES, deadline)
 
 
+def capped(cap, reachable, factor: float):
+    """The largest load on a rung of the ladder, never above the problem's own cap.
+
+    A layer without load needs none: no rung of it differs from another.
+    """
+    return np.minimum(cap, np.where(reachable > 0, reachable, np.inf) * factor)
+
+
 def _rungs(problem: Problem, layer: int, factors, rng, deadline: float) -> list[np.ndarray]:
     """Clusterings under tighter and tighter caps, each from the one before it."""
     least = float(problem.relative_M(layer, problem.balanced_LE[layer]).max())
@@ -128,7 +136,7 @@ def _rungs(problem: Problem, layer: int, factors, rng, deadline: float) -> list[
         now = time.monotonic()
         # half of the time is for polishing
         share = now + max(deadline - now, 0.0) / (len(factors) - rung + 1)
-        cap = min(problem.cap_L[layer], least * factor)
+        cap = capped(problem.cap_L[layer], least, factor)
         near_E = found[-1] if found else None
         found.append(clustered(problem, layer, cap, near_E, rng, share))
     return found

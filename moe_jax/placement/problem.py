@@ -12,7 +12,8 @@ Objectives (all per layer, so that layers of different traces compare):
 - `moetuner`: MoETuner's two stages together (moetuner.py); the dispatch does not enter.
 - `hops`: hops of every assignment from its dispatcher and to its collector, per token and layer
   (hops.py, topology.hops_MM); the dispatch does not enter.
-- `load`: mean over layers of the largest device load over the mean one.
+- `load`: mean over layers of the largest device load over the mean one; 1 for a layer where no
+  token has an expert, whose placement does not matter.
 
 Where devices differ in speed, the load of a device counts over its speed (topology.speed_M, 1 on
 average), in the objective `load` and in every cap: 1 is still what nothing can be below.
@@ -40,6 +41,7 @@ from moe_jax.placement import (
     contacts,
     copies,
     cost,
+    evidence,
     greedy,
     hops_counts,
     moetuner,
@@ -177,7 +179,8 @@ class Problem:
 
     @functools.cached_property
     def token_layers(self) -> int:
-        return int(self.tokens_of_size_LK[:, 1:].sum())
+        """Tokens with an expert, over layers; 1 if none has: per token, nothing is still 0."""
+        return max(int(self.tokens_of_size_LK[:, 1:].sum()), 1)
 
     @functools.cached_property
     def balanced_LE(self) -> np.ndarray:
@@ -390,8 +393,7 @@ class Problem:
         if self.objective != "rows":
             load_LM = self.computed_LM(placement)
         if self.objective == "load":
-            relative_LM = load_LM / self.topology.speed_M
-            return relative_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300)
+            return evidence.over_mean(load_LM, self.topology.speed_M)
         step_tokens = self.work.batch_tokens
         rows = cost.rows(
             *(ids_TLK, placement, self.dispatch), devices_per_node=each, step_tokens=step_tokens
@@ -483,8 +485,7 @@ class Problem:
             scale = self.trace.num_layers / self.token_layers
             return scale * self.hop_costs.layer_value(layer, device_E)
         if self.objective == "load":
-            relative_M = load_M / self.topology.speed_M
-            return float(relative_M.max() / max(load_M.mean(), 1e-300))
+            return float(evidence.over_mean(load_M, self.topology.speed_M))
         node_E = self.topology.node_M[device_E]
         return float(
             self.scores(

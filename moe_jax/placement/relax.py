@@ -44,8 +44,9 @@ def lower_bound(problem: Problem, deadline: float, steps: int = STEPS) -> float:
     if problem.objective == "moetuner":
         return SAFETY * _tuner_lower(problem, deadline, steps)
     if problem.objective == "load":
-        mean_L = np.maximum(problem.load_LE.sum(axis=1) / problem.num_devices, 1e-300)
-        return SAFETY * float((_load_lower_L(problem) / mean_L).mean())
+        mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
+        over_L = _load_lower_L(problem) / np.maximum(mean_L, 1e-300)
+        return SAFETY * float(np.where(mean_L > 0, over_L, 1.0).mean())
     contacts = _contacts(problem, deadline, steps)
     if problem.objective == "rows":
         return SAFETY * max(_least_rows(problem, contacts), 0.0) / problem.token_layers

@@ -49,7 +49,8 @@ class Given:
 
     @property
     def mean(self) -> float:
-        return float(self.here_EH.sum() + self.others_E.sum()) / self.here_EH.shape[1]
+        """Load of a device, the program's unit; 1 where no token has an expert."""
+        return float(self.here_EH.sum() + self.others_E.sum()) / self.here_EH.shape[1] or 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ Axes: P pairs (e, f) of experts on different devices, E experts, M devices, N no
 
 import numpy as np
 
+from moe_jax.placement import evidence
 from moe_jax.placement.problem import Problem
 
 
@@ -22,8 +23,7 @@ def values_P(
             problem, layer, device_E, e_P, f_P
         )
     elif problem.objective == "load":
-        mean = max(float(load_E.sum()) / devices, 1e-300)
-        value_P = (load_PM / problem.topology.speed_M).max(axis=1) / mean
+        value_P = evidence.over_mean(load_PM, problem.topology.speed_M)
     else:
         touched_PM = problem.sets[layer].swapped_PM(device_E, devices, e_P, f_P)
         node_PN = _nodes(problem, layer, problem.topology.node_M[device_E], e_P, f_P)

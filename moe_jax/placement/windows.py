@@ -32,11 +32,15 @@ EXCHANGES = 8  # offered to every expert of every token; one that is taken makes
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Window:
-    """One part of a trace to plan on, another to judge on."""
+    """One part of a trace to plan on, another to judge on; in both some token has an expert."""
 
     name: str
     plan: Trace
     judge: Trace
+
+    def __post_init__(self):
+        trace_lib.check_routed(self.plan, f"what is planned on ({self.name})")
+        trace_lib.check_routed(self.judge, f"what is judged on ({self.name})")
 
 
 def windows(trace: Trace, split: str, seed: int) -> list[Window]:

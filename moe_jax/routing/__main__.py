@@ -54,6 +54,7 @@ def _line(name: str, text: str, begun: float) -> None:
 
 def _load(load_LE: np.ndarray) -> str:
     over_L = load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-300)
+    over_L = np.where(load_LE.any(axis=1), over_L, 1.0)
     return f"hottest expert over the mean: {over_L.mean():.3f}, worst layer {over_L.max():.3f}"
 
 

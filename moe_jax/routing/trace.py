@@ -154,7 +154,24 @@ def split(trace: Trace, seed: int) -> Halves:
         )
     order = np.random.default_rng(seed).permutation(trace.num_sequences)
     cut = (trace.num_sequences + 1) // 2
-    return Halves(trace.select(np.sort(order[:cut])), trace.select(np.sort(order[cut:])))
+    halves = Halves(trace.select(np.sort(order[:cut])), trace.select(np.sort(order[cut:])))
+    check_routed(halves.plan_half, "the half that is planned on")
+    check_routed(halves.judge_half, "the half that is judged on")
+    return halves
+
+
+def check_routed(trace: Trace, part: str) -> None:
+    """Refuses to plan or judge on a trace where no token has an expert.
+
+    Not a rule of every trace: layers or tokens that are cut out of one may have none.
+    """
+    if (trace.expert_ids_TLK == trace.no_expert).all():
+        raise Refused(
+            "expert_ids",
+            trace.no_expert,
+            f"no token of {part} has an expert: there is nothing to count",
+            "Record more sequences, with the experts of their tokens",
+        )
 
 
 def save(trace: Trace, path: str | os.PathLike) -> None:
@@ -183,7 +200,7 @@ def load(path: str | os.PathLike, num_experts: int | None = None) -> Trace:
     experts = meta.get("num_experts", num_experts)
     if experts is None:
         chosen = ids[ids != np.iinfo(ids.dtype).max]
-        experts = int(chosen.max()) + 1 if chosen.size else 1
+        experts = int(chosen.max()) + 1 if chosen.size else ids.shape[2]
     experts = checks.valid_num_experts(experts, ids)
     return Trace(
         expert_ids_TLK=ids,

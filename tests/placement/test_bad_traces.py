@@ -82,6 +82,10 @@ def no_token(path) -> None:
     save(path, np.zeros((0, 3, 2), np.uint8), np.zeros(0, np.int32))
 
 
+def no_expert(path) -> None:
+    save(path, np.full((240, 3, 2), 255, np.uint8))
+
+
 def no_record(path) -> None:
     path.write_text('{"records": []}')
 
@@ -106,6 +110,7 @@ BAD = {
     "weights of another shape": (weights_of_another_shape, "t.npz", "of the shape of expert_ids"),
     "lengths that disagree": (lengths_disagree, "t.npz", r"sum\(seq_len\) = 200"),
     "no token": (no_token, "t.npz", "an empty trace has nothing to plan on"),
+    "no expert": (no_expert, "t.npz", "expert_ids = 255: no token of the trace has an expert"),
     "no record": (no_record, "t.json", "Record at least one token"),
     "no line": (no_line, "t.jsonl", "no token is recorded"),
 }

@@ -34,7 +34,14 @@ def trace(options: argparse.Namespace) -> Trace:
 
 
 def trace_or_counts(options: argparse.Namespace) -> Trace | Counts:
-    """What `options.trace` holds, of whatever program."""
+    """What `options.trace` holds, of whatever program; a trace without experts is refused."""
+    found = _read(options)
+    if isinstance(found, Trace):
+        trace_lib.check_routed(found, "the trace")
+    return found
+
+
+def _read(options: argparse.Namespace) -> Trace | Counts:
     path = pathlib.Path(options.trace)
     if not path.is_dir() and path.suffix.lower() not in KNOWN:
         return trace_lib.load(path, options.num_experts)  # our own, whatever its name

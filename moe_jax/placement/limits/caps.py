@@ -49,7 +49,9 @@ class LoadCap:
     def largest_L(
         self, mean_L: np.ndarray, reachable_L: np.ndarray, rows_per_step: float
     ) -> np.ndarray:
-        """float64 [L]: the largest load that is allowed, in rows of the trace.
+        """float64 [L]: the largest load that is allowed, in rows of the trace; inf: any.
+
+        A layer without load needs no cap, and shares of a cap of 0 say nothing.
 
         Args:
           mean_L: load of a layer over the devices.
@@ -57,8 +59,10 @@ class LoadCap:
           rows_per_step: rows of a step for each row of the trace.
         """
         if self.rows:
-            return np.full(len(mean_L), self.factor / rows_per_step)
-        return self.factor * (reachable_L if self.relative else mean_L)
+            cap_L = np.full(len(mean_L), self.factor / rows_per_step)
+        else:
+            cap_L = self.factor * (reachable_L if self.relative else mean_L)
+        return np.where(mean_L > 0, cap_L, np.inf)
 
     def advice(self, load: float, mean: float, rows_per_step: float) -> str:
         """The smallest cap of this measure that allows a load, as one types it."""

@@ -51,8 +51,10 @@ class View:
 
     @property
     def load_over_mean_LM(self) -> Float[np.ndarray, "L M"]:
-        mean_L1 = np.maximum(self.load_LM.mean(axis=1, keepdims=True), 1e-300)
-        return self.load_LM / self.speed_M / mean_L1
+        """Loads over speeds, over the mean load of the layer; 1 where there is none."""
+        mean_L1 = self.load_LM.mean(axis=1, keepdims=True)
+        over_LM = self.load_LM / self.speed_M / np.maximum(mean_L1, 1e-300)
+        return np.where(mean_L1 > 0, over_LM, 1.0)
 
     @property
     def stays_J(self) -> Float[np.ndarray, " J"]:
