@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from moe_jax.placement.problem import Problem
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -254,13 +258,22 @@ def test_help_teaches(capsys):
     assert "examples:" in capsys.readouterr().out
 
 
-def test_planning_never_imports_jax(trace_path, tmp_path):
+def test_planning_needs_three_packages(trace_path, tmp_path):
+    """As docs/your-model.md installs it: every other dependency is not there, JAX among them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    names = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    modules = {"orbax-checkpoint": "orbax", "ml-collections": "ml_collections", "absl-py": "absl"}
+    away = sorted({modules.get(name, name) for name in names - {"numpy", "scipy", "jaxtyping"}})
+    assert {"jax", "flax", "orbax", "matplotlib"} <= set(away)
+    plan, page = tmp_path / "p.json", tmp_path / "p.html"
     program = (
-        "import sys; from moe_jax.placement import __main__ as m; "
+        f"import sys; sys.modules.update(dict.fromkeys({[*away, 'jaxlib']})); "
+        "from moe_jax.placement import __main__ as m; "
         f"code = m.main(['solve', {str(trace_path)!r}, '--devices=4', '--time-limit=1', "
-        f"'--out={tmp_path / 'p.json'}']); "
-        "heavy = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'matplotlib'} & set(sys.modules); "
-        "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+        f"'--out={plan}', '--report={page}']); "
+        f"sys.exit(code or (m.main(['apply', {str(plan)!r}, 'a', 'b']) != 1))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    refused = "refused: apply = 'jax': moves arrays"
+    assert done.stderr.splitlines()[-1].startswith(refused), done.stderr

@@ -2,6 +2,7 @@
 
 import argparse
 
+from moe_jax.errors import Refused
 from moe_jax.placement.commands import options as options_lib
 
 
@@ -16,6 +17,11 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Hands over to moe_jax.permute, the one command that needs JAX."""
-    from moe_jax import permute
+    try:
+        from moe_jax import permute
+    except ModuleNotFoundError as error:
+        rule = f"moves arrays, for which {error.name} is not installed"
+        fix = "install moe_jax with its dependencies; planning needs none of them"
+        raise Refused("apply", error.name, rule, fix) from None
 
     return str(permute.apply_to_checkpoint(options.plan, options.before, options.after))
