@@ -33,12 +33,12 @@ def main() -> None:
     from moe_jax.train import loop, replay, resume
 
     processes = mesh.parse_processes(DISTRIBUTED.value)
+    _, count, number = processes or ("", 1, 0)
     if config.virtual_devices and DISTRIBUTED.value != "auto":
-        config_lib.check_devices(config, config.virtual_devices * (processes or ("", 1, 0))[1])
+        config_lib.check_devices(config, config.virtual_devices * count)
     config, chosen = loop.choose_dispatch(config, workdir)
     ahead = None
     if REPLAY.value is None and DISTRIBUTED.value != "auto":  # "auto": numbers are not known yet
-        _, count, number = processes or ("", 1, 0)
         ahead = resume.digests_ahead(config, workdir, (number, count))
     corpus, plan = loop.prepare(config, workdir)
     bad = replay.read(config, pathlib.Path(REPLAY.value)) if REPLAY.value is not None else None

@@ -35,7 +35,7 @@ class Search:
         None: there are no steps.
 
         Raises:
-          OtherVersion: the next one is of another version. It is the newest, and not a bad one.
+          OtherVersion: the next one is of another version: it is not a bad one.
           Refused: there are steps, and all of them are damaged.
         """
         while self._left:

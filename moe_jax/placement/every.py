@@ -52,6 +52,11 @@ class Side:
         """The planner's objective over the best baseline's: below 1 the planner is better."""
         return self.ours / max(self.theirs, 1e-300)
 
+    @property
+    def ratio_equal(self) -> float:
+        """The same, over the best with as many experts on every device."""
+        return self.ours / max(self.theirs_equal, 1e-300)
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -74,7 +79,8 @@ class Line:
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
         for name in ("planned", "held_out"):
-            fields[name]["ratio"] = getattr(self, name).ratio
+            side = getattr(self, name)
+            fields[name] |= {"ratio": side.ratio, "ratio_equal": side.ratio_equal}
         return fields
 
 
@@ -154,13 +160,10 @@ def text(done: Sequence[Line]) -> str:
 def _counts(done: Sequence[Line]) -> list[str]:
     """How often the planner is better, as good, worse, than all and than those of equal sizes."""
     said = [f"The planner's objective beside the best baseline's, in {len(done)} combinations:"]
-    for of, attribute in (("any", "theirs"), ("with equal devices", "theirs_equal")):
-        for half, name in (("planning half", "planned"), ("held out", "held_out")):
-            sides = [getattr(one, name) for one in done]
-            off = np.array(
-                [side.ours / max(getattr(side, attribute), 1e-300) - 1 for side in sides]
-            )
-            better, worse = int((off < -SAME).sum()), int((off > SAME).sum())
+    for of, ratio in (("any", "ratio"), ("with equal devices", "ratio_equal")):
+        for half, side in (("planning half", "planned"), ("held out", "held_out")):
+            ratios = np.array([getattr(getattr(one, side), ratio) for one in done])
+            better, worse = int((ratios < 1 - SAME).sum()), int((ratios > 1 + SAME).sum())
             same = len(done) - better - worse
             said.append(f"  {of}, {half}: better in {better}, the same in {same}, worse in {worse}")
     return said

@@ -183,20 +183,21 @@ class Problem:
         return max(int(self.tokens_of_size_LK[:, 1:].sum()), 1)
 
     @functools.cached_property
-    def balanced_LE(self) -> np.ndarray:
-        """The most even placement that packing and swaps find, or a program within the cap.
-
-        A relative cap is relative to what packing and swaps find.
-        """
+    def packed_LE(self) -> np.ndarray:
+        """int64 [L, E]: the most even placement that packing and swaps find."""
         speed_M = None if self.even_speed else self.topology.speed_M
-        device_LE = greedy.balanced(self.load_LE, self.num_devices, speed_M)
+        return greedy.balanced(self.load_LE, self.num_devices, speed_M)
+
+    @functools.cached_property
+    def balanced_LE(self) -> np.ndarray:
+        """int64 [L, E]: the same, where that is above an absolute cap an exact program's."""
         if self.load_cap is None or self.load_cap.relative:
-            return device_LE
-        cap_L = self.load_cap.largest_L(self.mean_L, self.mean_L, self.scale)
+            return self.packed_LE
+        cap_L = self.load_cap.largest_L(self.mean_L, self.mean_L, self.rows_per_step)
         least_L = np.array([self.least_load(layer) for layer in range(len(cap_L))])
         if (least_L > cap_L * (1 + 1e-9)).any():
-            return device_LE  # proven: nothing meets the cap
-        return caps.met(self.load_LE, device_LE, cap_L, self.topology.speed_M)
+            return self.packed_LE  # proven: nothing meets the cap
+        return caps.met(self.load_LE, self.packed_LE, cap_L, self.topology.speed_M)
 
     @property
     def mean_L(self) -> np.ndarray:
@@ -204,7 +205,7 @@ class Problem:
         return self.load_LE.sum(axis=1) / self.num_devices
 
     @property
-    def scale(self) -> float:
+    def rows_per_step(self) -> float:
         """Rows of a step for each row of the trace."""
         return self.work.batch_tokens / self.trace.num_tokens
 
@@ -219,6 +220,10 @@ class Problem:
             return 0.0
         rows = self.work.shared_flops / self.work.row_flops
         return self.trace.num_tokens / self.num_devices * rows
+
+    def largest_L(self, device_LE: np.ndarray) -> np.ndarray:
+        """float64 [L]: the largest load over its device's speed."""
+        return caps.largest_L(self.load_LE, device_LE, self.topology.speed_M)
 
     def relative_M(self, layer: int, device_E: np.ndarray) -> np.ndarray:
         """float64 [M]: loads over speeds."""
@@ -236,23 +241,28 @@ class Problem:
         layers = self.trace.num_layers
         if self.load_cap is None:
             return np.full(layers, np.inf)
-        mean_L, scale = self.mean_L, self.scale
-        load_LM = loads(self.load_LE, self.balanced_LE, self.num_devices)
-        reachable_L = (load_LM / self.topology.speed_M).max(axis=1)
-        cap_L = self.load_cap.largest_L(mean_L, reachable_L, scale)
+        mean_L, reachable_L = self.mean_L, self.largest_L(self.balanced_LE)
+        cap_L = self.load_cap.largest_L(mean_L, reachable_L, self.rows_per_step)
         if (reachable_L > cap_L * (1 + 1e-9)).any():
-            reachable_L = caps.evened_L(self.load_LE, reachable_L, mean_L, self.topology.speed_M)
-            ratio_L = reachable_L / np.maximum(mean_L, 1e-300)
-            layer = int(ratio_L.argmax())
-            proven = self.least_load(layer) / mean_L[layer]
-            raise Refused(
-                "load_cap",
-                str(self.load_cap),
-                f"layer {self.trace.layer_ids[layer]} was not balanced better than "
-                f"{ratio_L[layer]:.4f} (proven: cannot be below {proven:.4f})",
-                self.load_cap.advice(reachable_L[layer], mean_L[layer], scale),
-            )
+            raise self._cap_refused()
         return cap_L
+
+    def _cap_refused(self) -> Refused:
+        """Names the smallest cap that can be kept, and the layer that decides it."""
+        assert self.load_cap is not None
+        share_L = 1 / np.maximum(self.mean_L, 1e-300)
+        least_L = np.array([self.least_load(n) for n in range(self.trace.num_layers)]) * share_L
+        args = self.load_LE, self.balanced_LE, float(least_L.max()), self.topology.speed_M
+        reachable_L = self.largest_L(caps.evened(*args))
+        layer = int((reachable_L * share_L).argmax())
+        return Refused(
+            "load_cap",
+            str(self.load_cap),
+            f"layer {self.trace.layer_ids[layer]} was not balanced better than "
+            f"{reachable_L[layer] * share_L[layer]:.4f} (proven: cannot be below "
+            f"{least_L[layer]:.4f})",
+            self.load_cap.advice(reachable_L[layer], self.mean_L[layer], self.rows_per_step),
+        )
 
     @property
     def node_likeness(self) -> float:
@@ -501,7 +511,7 @@ class Problem:
         if self.objective == "rows":
             scale = self.trace.num_layers / self.token_layers
             return scale * ways.rows(self.topology, self.dispatch, touched_PM, node_PN)
-        scale = self.work.batch_tokens / self.trace.num_tokens
+        scale = self.rows_per_step
         way_P = ways.seconds(
             self.topology,
             self.dispatch,

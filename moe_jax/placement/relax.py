@@ -44,7 +44,7 @@ def lower_bound(problem: Problem, deadline: float, steps: int = STEPS) -> float:
     if problem.objective == "moetuner":
         return SAFETY * _tuner_lower(problem, deadline, steps)
     if problem.objective == "load":
-        mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
+        mean_L = problem.mean_L
         over_L = _load_lower_L(problem) / np.maximum(mean_L, 1e-300)
         return SAFETY * float(np.where(mean_L > 0, over_L, 1.0).mean())
     contacts = _contacts(problem, deadline, steps)
@@ -256,7 +256,7 @@ def _gathered_L(problem: Problem) -> np.ndarray:
     """Seconds of one way, the same under every placement."""
     topology, work, nodes = problem.topology, problem.work, problem.topology.nodes
     rows_L = problem.tokens_of_size_LK[:, 1:].sum(axis=1) / problem.num_devices
-    bytes_L = rows_L * (work.batch_tokens / problem.trace.num_tokens * work.row_bytes)
+    bytes_L = rows_L * (problem.rows_per_step * work.row_bytes)
     links, hops = 1, 1
     if (torus := topology.torus) is not None:
         links, hops = max(int(torus.links_G.min()), 1), int(torus.hops_GG.max())
@@ -299,7 +299,7 @@ def _links(problem: Problem) -> float:
 def _least_compute_L(problem: Problem) -> np.ndarray:
     """Seconds of the slowest device's experts, shared ones included."""
     work, topology = problem.work, problem.topology
-    row_flops = work.batch_tokens / problem.trace.num_tokens * work.row_flops
+    row_flops = problem.rows_per_step * work.row_flops
     return _load_lower_L(problem, problem.shared_load) * (row_flops / topology.mean_flops)
 
 

@@ -10,6 +10,11 @@ CUT = "the time limit ended the search"
 NO_TIME = "time limit 0: this is where the search would have begun"
 
 
+def cut_by(time_limit: float) -> str:
+    """Why a search that did not come to its end stopped; `time_limit` in seconds."""
+    return CUT if time_limit else NO_TIME
+
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """Where a running solve stands."""

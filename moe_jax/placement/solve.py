@@ -45,7 +45,7 @@ from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.seconds import Work
-from moe_jax.placement.solution import CUT, NO_TIME, Interrupted, Progress, Report, Solution
+from moe_jax.placement.solution import CUT, Interrupted, Progress, Report, Solution, cut_by
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -191,8 +191,7 @@ def _restricted(
         run.offer("within limits", step.device_LE)
         value_B = step.value_B
     run.finished = free.report.finished and time.monotonic() < deadline
-    cut = CUT if time_limit else NO_TIME
-    return run.solution("" if run.finished else cut, value_B)
+    return run.solution("" if run.finished else cut_by(time_limit), value_B)
 
 
 def constructed(problem: Problem) -> np.ndarray:

@@ -16,7 +16,7 @@ from moe_jax.placement import with_copies
 from moe_jax.placement.limits import slots
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
-from moe_jax.placement.solution import CUT, NO_TIME, Interrupted, Progress, Report, Solution
+from moe_jax.placement.solution import Interrupted, Progress, Report, Solution, cut_by
 
 FREE_SHARE = 0.5  # of the time for the plan without limits
 
@@ -60,7 +60,6 @@ class _Best:
         problem, placement = self.problem, self.placement
         if problem.previous is not None:
             placement = problem.previous.slotted(placement)
-        cut = CUT if self.time_limit else NO_TIME
         report = Report(
             objective_name=problem.objective,
             dispatch=problem.dispatch,
@@ -71,7 +70,7 @@ class _Best:
             seconds=time.monotonic() - self.started,
             finished=finished,
             history=tuple(self.history),
-            note=self.note if finished or stopped else f"{self.note}; {cut}",
+            note=self.note if finished or stopped else f"{self.note}; {cut_by(self.time_limit)}",
         )
         if stopped is not None:
             raise Interrupted(Solution(placement, report)) from stopped

@@ -77,9 +77,9 @@ def without(problem: Problem) -> Problem:
     same = dataclasses.replace(problem, num_slots=None)
     if same.load_cap is None:
         return same
-    try:
-        _ = same.cap_L
-    except Refused:
+    reached_L = same.largest_L(same.packed_LE)  # no exact program for a mere start of a search
+    cap_L = same.load_cap.largest_L(same.mean_L, reached_L, same.rows_per_step)
+    if (reached_L > cap_L * (1 + 1e-9)).any():
         factor = USUAL if same.load_cap.rows else same.load_cap.factor
         return dataclasses.replace(same, load_cap=LoadCap(factor, relative=True))
     return same
@@ -119,8 +119,7 @@ def caps(problem: Problem, reached_L: Float[np.ndarray, " L"]) -> Float[np.ndarr
     """Largest device load that is allowed in each layer, given what balance alone reaches."""
     if problem.load_cap is None:
         return np.full(problem.trace.num_layers, np.inf)
-    mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
-    scale = problem.work.batch_tokens / problem.trace.num_tokens
+    mean_L, scale = problem.mean_L, problem.rows_per_step
     cap_L = problem.load_cap.largest_L(mean_L, reached_L, scale)
     ratio_L = reached_L / np.maximum(mean_L, 1e-300)
     if (over_L := reached_L > cap_L * (1 + 1e-9)).any():

@@ -30,7 +30,7 @@ def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
     if problem.objective == "hops":
         note = "bound: ways to the nearest copy, or prices of slots over all sets of devices"
         return hops_bound.fewest_hops(problem, deadline), note
-    mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
+    mean_L = problem.mean_L
     now = time.monotonic()
     deadline = now + RELAX_SHARE * (deadline - now)
     if problem.objective == "load":
@@ -119,8 +119,7 @@ def begin(problem: Problem) -> Run:
         cap_L = spare.caps(problem, spare.largest_L(problem, balanced))
         share = BASE_SHARE / max(len(bases), 1)
         return Run(problem, spare.valued(problem, balanced), cap_L, bases, share)
-    mean_L = problem.load_LE.sum(axis=1) / problem.num_devices
-    even = staying.flows(problem, balanced, mean_L / staying.AIM)
+    even = staying.flows(problem, balanced, problem.mean_L / staying.AIM)
     started = time.monotonic()
     counted = staying.counted(problem, even)
     count_seconds = time.monotonic() - started

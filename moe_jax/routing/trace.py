@@ -200,7 +200,9 @@ def load(path: str | os.PathLike, num_experts: int | None = None) -> Trace:
     experts = meta.get("num_experts", num_experts)
     if experts is None:
         chosen = ids[ids != np.iinfo(ids.dtype).max]
-        experts = int(chosen.max()) + 1 if chosen.size else ids.shape[2]
+        experts = (
+            int(chosen.max()) + 1 if chosen.size else ids.shape[2]
+        )  # as many as a token may have
     experts = checks.valid_num_experts(experts, ids)
     return Trace(
         expert_ids_TLK=ids,

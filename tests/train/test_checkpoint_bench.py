@@ -1,8 +1,12 @@
 """The benchmark of checkpoints measures what it says, on a model of a few kilobytes."""
 
 import dataclasses
+import json
+import pathlib
+import subprocess
 
 import numpy as np
+import pytest
 
 from moe_jax.train import checkpoint_bench
 from tests import tiny
@@ -18,6 +22,14 @@ def test_both_tables(monkeypatch):
             return 9.0, 2.0
         before, restore = start(words)
         assert before > 0 < restore
+        [manifest] = pathlib.Path(words[1]).glob("checkpoints/*/integrity.json")
+        listed = json.loads(manifest.read_text())
+        for file in listed.values():
+            file["sha256"] = "0" * 64
+        manifest.write_text(json.dumps(listed))
+        assert start([*words[:2], "not"])
+        with pytest.raises(subprocess.CalledProcessError):
+            start(words)
         return before, restore
 
     monkeypatch.setattr(checkpoint_bench, "_start", first_is_real)

@@ -97,7 +97,7 @@ class HomedProblem(Problem):
             scale = self.trace.num_layers / self.token_layers
             return scale * (touched_PM.sum(axis=1) + node_PN.sum(axis=1))
         row_seconds = self.work.row_bytes / self.topology.fast.bandwidth
-        row_seconds *= self.work.batch_tokens / self.trace.num_tokens
+        row_seconds *= self.rows_per_step
         node_PN = node_PN / self.topology.nodes.size_N  # its relays share
         busiest_P = touched_PM.max(axis=1) + node_PN.max(axis=1)
         compute_PM = seconds_lib.compute_seconds(

@@ -13,7 +13,9 @@ import numpy as np
 from moe_jax.errors import Refused
 from moe_jax.placement import ilp
 
-SECONDS = 5.0  # of exact programs: of a layer that a cap asks for more of; of a refusal
+SECONDS = 5.0  # of exact programs of all layers: to meet a cap, and again to say which can be met
+TRY = 0.5  # of what is left of it, for one cap
+CLOSE = 1e-5  # of a cap: what is smaller by less is not looked for
 RULE = (
     "a factor of at least 1, as 1.1 (over the mean) or 1.1x (over what is reachable), or rows of a "
     "device and step as 9000rows"
@@ -75,45 +77,69 @@ class LoadCap:
         return f"{self.factor:g}" + ("rows" if self.rows else "x" * self.relative)
 
 
+def largest_L(load_LE: np.ndarray, device_LE: np.ndarray, speed_M: np.ndarray) -> np.ndarray:
+    """float64 [L]: the largest load of a device over its speed.
+
+    Args:
+      load_LE: rows of every expert.
+      device_LE: labels.
+      speed_M: of devices, 1 on average.
+    """
+    layers = zip(load_LE, device_LE, strict=True)
+    load_LM = [np.bincount(device_E, load_E, len(speed_M)) for load_E, device_E in layers]
+    return (np.stack(load_LM) / speed_M).max(axis=1)
+
+
 def met(
-    load_LE: np.ndarray, device_LE: np.ndarray, cap_L: np.ndarray, speed_M: np.ndarray
+    load_LE: np.ndarray,
+    device_LE: np.ndarray,
+    cap_L: np.ndarray,
+    speed_M: np.ndarray,
+    seconds: float = SECONDS,
 ) -> np.ndarray:
     """int64 [L, E]: the labels, those of a layer above its cap replaced by an exact program's.
 
     The worst layer first; after one for which nothing is found in time, the others are left.
+
+    Args:
+      load_LE, device_LE, speed_M: as for `largest_L`; labels in groups of one size.
+      cap_L: the largest load over its device's speed that is allowed.
+      seconds: of all programs together.
     """
-    device_LE, devices = device_LE.copy(), len(speed_M)
-    rows = zip(load_LE, device_LE, strict=True)
-    load_LM = np.stack([np.bincount(device_E, load_E, devices) for load_E, device_E in rows])
-    excess_L = (load_LM / speed_M).max(axis=1) / np.maximum(cap_L, 1e-300)
-    for layer in np.argsort(-excess_L, kind="stable"):
-        if excess_L[layer] <= 1 + 1e-9:
+    deadline = time.monotonic() + seconds
+    over_L = largest_L(load_LE, device_LE, speed_M) / np.maximum(cap_L, 1e-300)
+    device_LE, anywhere_EM = device_LE.copy(), np.zeros((load_LE.shape[1], len(speed_M)))
+    for layer in np.argsort(-over_L, kind="stable"):
+        left = deadline - time.monotonic()
+        if over_L[layer] <= 1 + 1e-9 or left <= 0:
             break
-        anywhere_EM = np.zeros((load_LE.shape[1], devices))
-        found_E = ilp.assign_capped(anywhere_EM, load_LE[layer], cap_L[layer] * speed_M, SECONDS)
+        cap_M = cap_L[layer] * speed_M
+        found_E = ilp.assign_capped(anywhere_EM, load_LE[layer], cap_M, left)
         if found_E is None:
             break
         device_LE[layer] = found_E
     return device_LE
 
 
-def evened_L(
-    load_LE: np.ndarray, reachable_L: np.ndarray, mean_L: np.ndarray, speed_M: np.ndarray
+def evened(
+    load_LE: np.ndarray, device_LE: np.ndarray, least: float, speed_M: np.ndarray
 ) -> np.ndarray:
-    """float64 [L]: smallest largest loads that are reachable, by exact programs where they decide.
+    """int64 [L, E]: labels that keep the smallest cap over the mean that is found in SECONDS.
 
-    The layer of the largest one over its mean decides which cap can be kept, until a program has
-    made it as small as it gets; then maybe another one does.
+    Caps between what is proven and what is reached are tried by `met`, halfway each time. Where its
+    programs come to their ends, none smaller is kept but for `CLOSE`.
+
+    Args:
+      load_LE, device_LE, speed_M: as for `met`; the labels to begin with.
+      least: proven: no cap below can be kept.
     """
-    reachable_L, tried = reachable_L.copy(), set()
+    mean_L = np.maximum(load_LE.sum(axis=1) / len(speed_M), 1e-300)
+    most = float((largest_L(load_LE, device_LE, speed_M) / mean_L).max())
     deadline = time.monotonic() + SECONDS
-    while (left := deadline - time.monotonic()) > 0:
-        layer = int((reachable_L / np.maximum(mean_L, 1e-300)).argmax())
-        if layer in tried:
-            break
-        tried.add(layer)
-        found_E = ilp.balance(load_LE[layer], len(speed_M), left, speed_M)
-        if found_E is not None:
-            load_M = np.bincount(found_E, load_LE[layer], len(speed_M)) / speed_M
-            reachable_L[layer] = min(reachable_L[layer], load_M.max())
-    return reachable_L
+    while most > least * (1 + CLOSE) and (left := deadline - time.monotonic()) > 0:
+        cap = (least + most) / 2
+        device_LE = met(load_LE, device_LE, cap * mean_L, speed_M, TRY * left)
+        most = float((largest_L(load_LE, device_LE, speed_M) / mean_L).max())
+        if most > cap * (1 + 1e-9):  # but for layers that were found all the same
+            least = cap
+    return device_LE
