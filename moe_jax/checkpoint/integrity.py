@@ -89,8 +89,10 @@ class Digests:
       share: which one, of how many.
     """
 
-    def __init__(self, folder: pathlib.Path, share: tuple[int, int] = (0, 1)):
-        """Args: as the attributes."""
+    def __init__(
+        self, folder: pathlib.Path, share: tuple[int, int] = (0, 1), threads: int = HASHERS
+    ):
+        """Args: as the attributes; `threads`, at most."""
         self.folder, self.share = folder, share
         self._large = [
             (name, digest)
@@ -103,7 +105,7 @@ class Digests:
         for number, (name, digest) in list(enumerate(self._large))[index::count]:
             self._equal[number] = concurrent.futures.Future()
             waiting.put((self._equal[number], folder / name, digest))
-        for _ in range(min(HASHERS, len(self._equal))):
+        for _ in range(min(threads, len(self._equal))):
             threading.Thread(target=_compare, args=(waiting,), daemon=True).start()
 
     def first_wrong(self) -> int | None:

@@ -115,7 +115,8 @@ def digests_ahead(
     try:
         newest = directory / str(folders.steps(directory)[-1])
         integrity.check_listed(newest, digests=False)
-        return integrity.Digests(newest, share)
+        cores = os.cpu_count() or 1  # one of them is left to what is done meanwhile
+        return integrity.Digests(newest, share, max(1, min(integrity.HASHERS, cores - 1)))
     except (IndexError, OSError, Refused):
         return None
 
