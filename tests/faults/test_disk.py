@@ -12,6 +12,8 @@ import pytest
 from moe_jax import checkpoint
 from tests.faults import harness
 
+STEPS = 100
+
 
 def limit_files(process, size):
     """No file of the process may grow beyond `size` bytes: writes fail as on a full disk."""
@@ -22,9 +24,8 @@ def half_steps(workdir):
     return [path.name for path in (workdir / "checkpoints").iterdir() if path.name[0] == "."]
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_was_not_told_to_go_on(start, whole, tmp_path):
-    workdir, num_steps = tmp_path / "run", 200
+    workdir, num_steps = tmp_path / "run", STEPS
     process = start(workdir, num_steps)
     harness.saves(process, 1)
     limit_files(process, 1000)
@@ -43,7 +44,7 @@ def test_a_full_disk_ends_a_run_that_was_not_told_to_go_on(start, whole, tmp_pat
 
 
 def test_a_full_disk_is_waited_out_by_a_run_that_was_told_to_go_on(start, whole, tmp_path):
-    workdir, num_steps = tmp_path / "run", 40
+    workdir, num_steps = tmp_path / "run", STEPS
     process = start(workdir, num_steps, train__failed_save="go_on")
     harness.until(process, f"step {harness.EVERY}: being saved")
     limit_files(process, 1000)

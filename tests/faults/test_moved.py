@@ -16,7 +16,6 @@ from tests.faults import harness
 
 MOVES = {"replan__every": 8, "replan__record_steps": 4, "replan__seconds": 0.05}
 STEPS = 60
-KILLS = 6
 
 
 @contextlib.contextmanager
@@ -55,12 +54,11 @@ def until_moved(process, workdir, start):
         time.sleep(0.01)
 
 
-@pytest.mark.faults
 def test_hang(start, whole, tmp_path):
     """The stacks say where, exit code 75, and the next start goes on from the last save."""
     workdir, num_steps = tmp_path / "run", 20
     expected = whole(num_steps)  # has compiled the step: compiling takes long, too
-    fields = {"train__hang_seconds": 60.0, "train__hang_exit": True}
+    fields = {"train__hang_seconds": 30.0, "train__hang_exit": True}
     with hurt("stands", workdir, num_steps, **fields) as process:
         assert process.wait(timeout=300) == 75, said(workdir)[-3000:]
     assert "__next__" in (workdir / "hang.txt").read_text()
@@ -83,12 +81,12 @@ def logical(workdir, step):
     return permute.apply_to_arrays(arrays, contents.arrays, placement, order), placement
 
 
-@pytest.mark.faults
-def test_kill_after_moves(whole, tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.faults)])
+def test_kill_after_moves(kills, whole, tmp_path):
     """SIGKILL between a move and the save after it, or in it: no bit of the curve changes."""
     rng, workdir, expected = np.random.default_rng(5), tmp_path / "run", whole(STEPS)
     done = lost = 0
-    while done < KILLS:
+    while done < kills:
         saved, before = harness.newest_step(workdir), said(workdir) if done else ""
         with hurt("moves", workdir, STEPS, **MOVES) as process:
             until_moved(process, workdir, len(before))

@@ -1,10 +1,11 @@
 """Several processes: one of them is told to go, and all save the same step; then one goes on. One
-of them is killed, and the other ends; then both go on."""
+of them is killed, and the other ends; or all are; then all go on."""
 
 import signal
 import socket
 import time
 
+import numpy as np
 import pytest
 
 from tests.faults import harness
@@ -84,6 +85,32 @@ def test_terms_of_one_process_of_two(start, tmp_path):
     processes = start_all(start, workdir, num_steps + 2, 2, tmp_path)
     ended(processes)
     assert harness.resumed_after(processes[0]) == num_steps + 1
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_kills_of_all_processes(start, tmp_path):
+    """A machine that goes down: both at once, in saves too; nothing that was saved is lost."""
+    rng, kills, num_steps = np.random.default_rng(3), 10, 150
+    whole, workdir = tmp_path / "whole" / "run", tmp_path / "run"
+    whole.parent.mkdir()
+    ended(start_all(start, whole, num_steps, 2, whole.parent))
+    lost = in_save = 0
+    for _ in range(kills):
+        saved, reached = harness.newest_step(workdir), harness.last_step(workdir)
+        processes = start_all(start, workdir, num_steps, 2, tmp_path)
+        harness.saves(processes[0], saved + 1)
+        time.sleep(rng.uniform(0, 0.1))
+        for process in processes:
+            process.kill(signal.SIGKILL)
+        assert [process.wait() for process in processes] == [-signal.SIGKILL] * 2
+        resumed = harness.resumed_after(processes[0])
+        lost += resumed < saved or resumed < reached - 2 * harness.EVERY
+        in_save += bool(list((workdir / "checkpoints").glob(".*")))
+    ended(start_all(start, workdir, num_steps, 2, tmp_path))
+    identical = harness.same_end(workdir, whole)
+    harness.told(kills, lost, identical, f"kill, both of two processes ({in_save} within a save)")
+    assert (lost, identical) == (0, True)
 
 
 @pytest.mark.slow

@@ -56,6 +56,19 @@ def test_resumed_curve_is_bit_identical(whole, tmp_path):
         np.testing.assert_array_equal(first, second)
 
 
+def test_steps_that_stay(tmp_path):
+    """The newest, every so many, and the best by held-out loss, each for its own reason."""
+    kept = {"checkpoints_kept": 1, "checkpoints_kept_every": 4, "checkpoints_kept_best": 1}
+    often = {"checkpoint_every": 1, "eval_every": 1, "num_steps": 7}
+    rates = {"optimizer__learning_rate": 0.2}  # losses that do not fall step by step
+    config = tiny.config(**{f"train__{k}": v for k, v in (kept | often).items()}, **rates)
+    train(config, tmp_path / "run")
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")[1]
+    best = min(rows, key=lambda row: row["heldout_loss"])["step"]
+    assert best not in (4, 7)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == sorted({best, 4, 7})
+
+
 def _copy_until(source, target, last_step):
     """What a kill right after the checkpoint of `last_step` leaves: later lines half written."""
     shutil.copytree(
