@@ -132,9 +132,32 @@ class Network:
 
     def limit(self, mbit: float) -> None:
         """Sets the rate of every link, in both directions, in 10^6 bits per second."""
+        for end in self._ends():
+            self._limit(end, mbit)
+
+    def limit_sending(self, host: int, mbit: float) -> None:
+        """Sets the rate at which one host sends."""
+        self._limit((self.hosts[host].namespace, "eth0"), mbit)
+
+    def limit_receiving(self, host: int, mbit: float) -> None:
+        """Sets the rate at which one host receives."""
+        self._limit((self._switch, self.hosts[host].name), mbit)
+
+    def limit_link(self, source: int, destination: int, mbit: float, others: float) -> None:
+        """Sets the rate from one host to another; to `others` it sends at theirs together."""
+        namespace, to = self.hosts[source].namespace, self.hosts[destination].address
+        of = ("tc", "-n", namespace)
+        _run(*of, "qdisc", "replace", "dev", "eth0", "root", "handle", "1:", "htb", "default", "1")
+        for name, rate in (("1:1", others), ("1:2", mbit)):
+            shape = ("htb", "rate", f"{int(rate * 1e6)}bit", "burst", "64kb", "quantum", MTU)
+            _run(*of, "class", "add", "dev", "eth0", "parent", "1:", "classid", name, *shape)
+        chosen = ("u32", "match", "ip", "dst", f"{to}/32", "flowid", "1:2")
+        _run(*of, "filter", "add", "dev", "eth0", "parent", "1:", "protocol", "ip", *chosen)
+
+    def _limit(self, end: tuple[str, str], mbit: float) -> None:
+        namespace, device = end
         shape = ("tbf", "rate", f"{int(mbit * 1e6)}bit", "burst", "64kb", "latency", "50ms")
-        for namespace, device in self._ends():
-            _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *shape)
+        _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *shape)
 
     def unlimit(self) -> None:
         """Lets the links run as fast as the machine does."""

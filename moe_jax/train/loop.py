@@ -179,7 +179,7 @@ def train(
             )
             run.step += 1
             replanning.record(run.step, step_metrics)
-            stragglers.look(run.step, run.state)
+            reporter.beside(run.step, stragglers.look(run.step, run.state))
             at_end = run.step == train_config.num_steps
             evaluate = run.step % train_config.eval_every == 0 or at_end
             loss = held_out_loss(run.state.model, table) if evaluate else None

@@ -53,8 +53,8 @@ class Reporter:
         )
 
     def beside(self, step: int, values: dict[str, float]) -> None:
-        """Has these values written with those of a step that is still to come."""
-        self._beside[step] = values
+        """Has these values written with those of a step that is not yet reported."""
+        self._beside[step] = self._beside.get(step, {}) | values
 
     def report(
         self,

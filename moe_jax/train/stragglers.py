@@ -5,9 +5,13 @@ steps each host times, between two steps, a matmul of its own and messages to ev
 all of them learn all times. After C4 (arXiv 2406.04594), which reads the same from the times of a
 collective library's own messages; JAX shows none.
 
-Messages go in rounds. In round d host i sends to i + d and so receives from i - d, and its time is
-that of the slower of the two. A link from i to j is in the times of both of its ends, and so is no
-slower than the lesser of them. Where i + d and i - d are one host, the round goes in two halves.
+One matmul or message may take less than a call from Python does, and less than the turn that a host
+with too few cores gets at once: the first probe finds out how many make a time worth measuring.
+
+Messages go in rounds. In each a host sends to one other or receives from it, and the receiver
+answers with one value, so that both ends know the time of the way there: without an answer a sender
+is done when its buffers have the message, and runs ahead. (In rounds in which all send and receive
+at once, a slow link is in the times of one end or of both, as the transport has it.)
 
 What is slow was so in all but one of the last `WINDOW` probes (the second least of their times
 counts), against the median of all hosts (of all links of the same distance: on a torus they are as
@@ -23,7 +27,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -34,9 +37,12 @@ from moe_jax.config import Config
 
 WINDOW = 5  # probes
 SLOW = 1.6  # times the median of its peers
-_SIDE = 256  # of the matmul
+_SIDE = 256  # of a matmul
 _VALUES = 1 << 16  # float32 of a message
-_REPEATS = 3  # of each timing; the least counts
+_COMPUTE_SECONDS = 0.05  # of all matmuls of a probe, at least: some turns of a shared core
+_MESSAGE_SECONDS = 0.003  # of the messages of a round
+_MOST = 1 << 16  # matmuls or messages
+_REPEATS = 3  # of a round's messages; the least counts: the first waits for hosts that are late
 
 COMPUTES, RECEIVES, SENDS, LINK = "computes", "receives", "sends", "link"
 
@@ -62,13 +68,16 @@ class Finding:
 
 
 def rounds(num_hosts: int) -> list[list[tuple[int, int]]]:
-    """(from, to) of the messages of each round; every ordered pair is in one of them."""
+    """(from, to) of the messages of each round; every ordered pair is in one, a host at most once.
+
+    A tournament's: all but the last go round in a circle. In the second half it goes the other way.
+    """
+    others = num_hosts - 1 + num_hosts % 2  # an odd number of them goes round whole
     found = []
-    for distance in range(1, num_hosts):
-        pairs = [(host, (host + distance) % num_hosts) for host in range(num_hosts)]
-        halves = [pairs[: num_hosts // 2], pairs[num_hosts // 2 :]]
-        found += halves if 2 * distance == num_hosts else [pairs]
-    return found
+    for turn in range(others if num_hosts > 1 else 0):
+        meet = [((turn + k) % others, (turn - k) % others) for k in range(1, (others + 1) // 2)]
+        found.append(meet if num_hosts % 2 else [(turn, others), *meet])
+    return found + [[(b, a) for a, b in pairs] for pairs in found]
 
 
 def link_seconds(time_RP: Float[np.ndarray, "R P"], num_hosts: int) -> Float[np.ndarray, "P P"]:
@@ -148,6 +157,27 @@ def _distances(num_hosts: int) -> list[list[tuple[int, int]]]:
     return [[(h, (h + d) % num_hosts) for h in range(num_hosts)] for d in range(1, num_hosts)]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Timed:
+    """Work that is done n times in one call; `times`: the n that is worth measuring."""
+
+    call: Callable[[int], jax.Array]
+    times: int
+
+    @classmethod
+    def of(cls, call: Callable[[int], jax.Array], seconds: float) -> "_Timed":
+        """With the n, the same on every process, that keeps the slowest of them busy so long."""
+        _seconds(call, 1)  # compiled, and connected
+        times = 1
+        while times < _MOST and _all(_seconds(call, times)).max() < seconds:
+            times *= 2
+        return cls(call, times)
+
+    def least(self, repeats: int) -> float:
+        """Seconds of one of the n, in the quickest of so many calls."""
+        return min(_seconds(self.call, self.times) for _ in range(repeats)) / self.times
+
+
 class Probe:
     """Times this host and its links. Every process calls it between the same two steps."""
 
@@ -159,39 +189,49 @@ class Probe:
         self.num_hosts = len(self._hosts)
         self._line = Mesh(np.array([first[host] for host in self._hosts]), ("host",))
         self._mine = first[jax.process_index()]
-        self._programs: list[Any] | None = None
+        self._matmuls: _Timed | None = None
+        self._messages: list[_Timed] = []
 
     def __call__(self) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "R P"]]:
-        """(compute_P, time_RP), the same on every process."""
-        if self._programs is None:
-            self._build()
-        assert self._programs is not None
-        times = [
-            _least(self._matmul, self._square, self._square),
-            *(_least(program, self._message) for program in self._programs),
-        ]
-        all_times = np.asarray(multihost_utils.process_allgather(np.array(times, np.float32)))
-        all_PX = all_times.reshape(self.num_hosts, -1).astype(np.float64)
+        """(compute_P, time_RP), seconds of a matmul and of a message, the same on every process."""
+        if self._matmuls is None:
+            self._matmuls = _Timed.of(self._computing(), _COMPUTE_SECONDS)
+            self._messages = [
+                _Timed.of(self._sending(pairs), _MESSAGE_SECONDS)
+                for pairs in rounds(self.num_hosts)
+            ]
+        times = [self._matmuls.least(1), *(timed.least(_REPEATS) for timed in self._messages)]
+        all_PX = _all(*times).reshape(self.num_hosts, -1)
         return all_PX[:, 0], all_PX[:, 1:].T
 
-    def _build(self) -> None:
-        self._square = jax.device_put(np.ones((_SIDE, _SIDE), np.float32), self._mine)
-        self._matmul = jax.jit(jnp.dot).lower(self._square, self._square).compile()
-        whole = NamedSharding(self._line, PartitionSpec("host"))
-        shape = (self.num_hosts, _VALUES)
-        self._message = jax.make_array_from_callback(
-            shape, whole, lambda index: np.ones(shape, np.float32)[index]
+    def _computing(self) -> Callable[[int], jax.Array]:
+        square = jax.device_put(np.full((_SIDE, _SIDE), 1 / _SIDE, np.float32), self._mine)
+
+        @jax.jit
+        def multiply(square: jax.Array, times: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, times, lambda _, x: x @ square, square)
+
+        return lambda times: multiply(square, np.int32(times))
+
+    def _sending(self, pairs: list[tuple[int, int]]) -> Callable[[int], jax.Array]:
+        shape, spec = (self.num_hosts, _VALUES), PartitionSpec("host")
+        message = jax.make_array_from_callback(
+            shape, NamedSharding(self._line, spec), lambda index: np.ones(shape, np.float32)[index]
         )
-        self._programs = [self._sending(pairs) for pairs in rounds(self.num_hosts)]
-        for program in self._programs:  # compiled, and connected
-            jax.block_until_ready(program(self._message))
 
-    def _sending(self, pairs: list[tuple[int, int]]) -> Callable[[jax.Array], jax.Array]:
-        def send(message: jax.Array) -> jax.Array:
-            return jax.lax.ppermute(message, "host", pairs)
+        back = [(destination, source) for source, destination in pairs]
 
-        spec = PartitionSpec("host")
-        return jax.jit(jax.shard_map(send, mesh=self._line, in_specs=spec, out_specs=spec))
+        def there_and_back(_: int, x_1V: jax.Array) -> jax.Array:
+            came_1V = jax.lax.ppermute(x_1V, "host", pairs)
+            return x_1V.at[:, :1].set(jax.lax.ppermute(came_1V[:, :1], "host", back))
+
+        def send(x_1V: jax.Array, times: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, times, there_and_back, x_1V)
+
+        program = jax.jit(
+            jax.shard_map(send, mesh=self._line, in_specs=(spec, PartitionSpec()), out_specs=spec)
+        )
+        return lambda times: program(message, np.int32(times))
 
 
 class Stragglers:
@@ -203,24 +243,32 @@ class Stragglers:
         self._judge = Judge(self._probe.num_hosts)
         self._known: list[tuple[str, tuple[int, ...]]] = []
 
-    def look(self, step: int, state: Any) -> None:
-        """After every step, by every process; `state` is what the step at hand makes."""
+    def look(self, step: int, state: Any) -> dict[str, float]:
+        """After every step, by every process; `state` is what the step at hand makes.
+
+        Returns what belongs to the metrics of this step: every host's seconds, if it was probed.
+        """
         if not self._every or step % self._every or jax.process_count() == 1:
-            return
+            return {}
         jax.block_until_ready(state)
-        found = self._judge.add(*self._probe())
+        compute_P, time_RP = self._probe()
+        found = self._judge.add(compute_P, time_RP)
         known = [(finding.kind, finding.hosts) for finding in found]
         if known != self._known:
             gist = "; ".join(map(str, found)) or "nobody is slow any more"
             metrics.fail(f"step {step}: {gist}")
         self._known = known
+        seconds = {f"host_{p}_matmul_seconds": float(s) for p, s in enumerate(compute_P)}
+        message_P = time_RP.max(axis=0)
+        return seconds | {f"host_{p}_message_seconds": float(s) for p, s in enumerate(message_P)}
 
 
-def _least(call: Callable[..., Any], *arguments: jax.Array) -> float:
-    """Seconds of the quickest of a few calls."""
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        jax.block_until_ready(call(*arguments))
-        times.append(time.perf_counter() - started)
-    return min(times)
+def _seconds(call: Callable[[int], jax.Array], times: int) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(call(times))
+    return time.perf_counter() - started
+
+
+def _all(*seconds: float) -> Float[np.ndarray, "P N"]:
+    """What every process has measured."""
+    return np.asarray(multihost_utils.process_allgather(np.array(seconds, np.float32)), float)

@@ -45,6 +45,15 @@ def test_ways_that_cannot_be_measured_are_refused():
             ways.chosen([word], tiny.config(mesh={"expert": 1}))
 
 
+@pytest.mark.parametrize("flag", ["--hosts=1", "--mbit=0", "--times=nan", "--quiet=0"])
+def test_what_cannot_be_slowed_is_refused(flag):
+    ended = subprocess.run(
+        [sys.executable, "benchmarks/stragglers.py", flag], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"stragglers.py: {flag.partition('=')[0]} = ")
+
+
 def test_rows_between_hosts():
     rows_MM = np.arange(16).reshape(4, 4)
     between = plans.between_hosts(rows_MM, Box(2, 2))

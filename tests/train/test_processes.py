@@ -112,6 +112,10 @@ def test_several_processes_equal_one(processes, devices, goes_on, tmp_path):
     several, one = read
     assert [row["step"] for row in several] == list(range(1, 5 if goes_on else 3))
     # the same tokens take the same ways; sums over processes are made in another order
+    for row in several[:2]:  # of steps of several processes: every host's times
+        for host in range(processes):
+            assert row[f"host_{host}_matmul_seconds"] > 0
+            assert row[f"host_{host}_message_seconds"] > 0
     for row, expected in zip(several, one, strict=True):
         assert row["rows_moved"] == expected["rows_moved"]
         assert row["load_imbalance"] == expected["load_imbalance"]

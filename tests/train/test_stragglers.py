@@ -107,11 +107,23 @@ def test_a_change_is_said_once(capsys, monkeypatch):
     watch._probe = lambda: now.probe()
     for step in range(30):
         now = slow if step < 16 else normal
-        watch.look(step, jax.numpy.zeros(3))
+        seconds = watch.look(step, jax.numpy.zeros(3))
+        names = {f"host_{p}_{what}_seconds" for p in range(4) for what in ("matmul", "message")}
+        assert seconds.keys() == (set() if step % 2 else names)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2, said
     assert "host 1 receives slowly" in said[0]
     assert "nobody is slow any more" in said[1]
+
+
+def test_a_link_is_in_the_times_of_both_ends_and_of_nobody_else():
+    """As real hosts have them, each of which is in one message of a round at most."""
+    pairs, time_RP = (2, 0), np.full((6, 4), 1e-3)
+    number = next(r for r, one in enumerate(stragglers.rounds(4)) if pairs in one)
+    time_RP[number, [2, 0]] = 5e-3
+    expected_PP = 1e-3 * (1 - np.eye(4))
+    expected_PP[pairs] = 5e-3
+    np.testing.assert_array_equal(stragglers.link_seconds(time_RP, 4), expected_PP)
 
 
 def test_words():
