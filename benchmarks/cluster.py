@@ -10,14 +10,12 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import signal
 import sys
 import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.box import links, measure, subject, table
-from benchmarks.box.hosts import Failed
+from benchmarks.box import command, links, measure, subject, table
 from benchmarks.box.plans import Box
 from moe_jax.errors import Refused
 
@@ -66,26 +64,18 @@ def request_of(flags: argparse.Namespace) -> measure.Request:
     return measure.Request(run, box, mbits, ways, flags.rounds, flags.plan_seconds, sizes)
 
 
-def main() -> int:
+def work() -> None:
+    """What the flags ask for, on stdout."""
     flags = parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        links.check_machine()
-        request = request_of(flags)
-        with tempfile.TemporaryDirectory(prefix="moe_jax-box-") as folder:
-            results = measure.run(request, pathlib.Path(folder))
-    except (Refused, Failed) as error:
-        print(f"cluster.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("cluster.py: interrupted", file=sys.stderr)
-        return 130
+    links.check_machine()
+    request = request_of(flags)
+    with tempfile.TemporaryDirectory(prefix="moe_jax-box-") as folder:
+        results = measure.run(request, pathlib.Path(folder))
     if flags.json:
         print(json.dumps(dataclasses.asdict(results)))
     else:
         print("\n".join(table.lines(results)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("cluster.py", work))

@@ -5,11 +5,13 @@
 A small model trains on hosts with limited links inside this machine (`train.py --distributed`, a
 process a host), `train.probe_every=1`. First nothing is slow and every word is a false alarm; then
 a host computes, receives or sends slowly, or one link is slow, each for a while. The table says
-what the run said of it, after how many probes, and when it said that it was over. Needs root.
+what the run said of it, after how many probes, and after how many it said that it was over.
+Needs root.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -20,11 +22,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.box import links
+from benchmarks.box import command, links
 from benchmarks.box.hosts import PORT, Failed
 from moe_jax import metrics
 from moe_jax.errors import Refused
@@ -56,14 +58,13 @@ class Run:
             *(f"--workdir={self._workdir}", *(f"--config.{k}={v}" for k, v in fields.items())),
         ]
         self._processes = []
-        cores = sorted(os.sched_getaffinity(0))
-        self._hosts_per_core = max(1, len(hosts) / len(cores))
+        self._cores = sorted(os.sched_getaffinity(0))  # hosts that share one get equal parts of it
         for number, host in enumerate(hosts):
             to = f"--distributed={hosts[0].name}:{PORT},{len(hosts)},{number}"
             with open(folder / f"h{number}.log", "wb") as said:
                 self._processes.append(
                     subprocess.Popen(
-                        host.command("taskset", "-c", str(cores[number % len(cores)]), *words, to),
+                        host.command("taskset", "-c", str(self._core(number)), *words, to),
                         cwd=ROOT,
                         env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
                         stdout=said,
@@ -71,6 +72,13 @@ class Run:
                         start_new_session=True,
                     )
                 )
+
+    def _core(self, host: int) -> int:
+        return self._cores[host % len(self._cores)]
+
+    def now(self) -> int:
+        """The last step that anything is known of: metrics are written a step late."""
+        return max([self.step(), *(step for step, _ in self.said(0))])
 
     def step(self) -> int:
         """The last one of the metrics: as many probes there were."""
@@ -101,7 +109,8 @@ class Run:
     def slowed(self, host: int, times: float) -> Iterator[None]:
         """A host that runs for a part of every turn only, like one that others use too."""
         process, over = self._processes[host], threading.Event()
-        part = 1 / times / self._hosts_per_core  # what it leaves is taken by those on its core
+        on_core = [self._core(other) for other in range(len(self._processes))]
+        part = 1 / times / on_core.count(self._core(host))  # what it leaves, those others take
 
         def take_turns() -> None:
             while not over.is_set():
@@ -160,27 +169,45 @@ def faults(
     return made
 
 
-def watched(run: Run, fault: contextlib.AbstractContextManager[None]) -> tuple[list[str], str, str]:
-    """(all that was said while it lasted, probes until the first word, and until it was over)."""
-    began = max([run.step(), *(step for step, _ in run.said(0))])  # metrics come a step late
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """What a run said of a fault.
+
+    Attributes:
+      words: all of it, while the fault lasted.
+      after: probes until the first of them; None = nothing was said.
+      over: probes after its end until the run said that it was over; None = not in `MOST_PROBES`.
+    """
+
+    words: list[str]
+    after: int | None
+    over: int | None
+
+    def judged(self, expected: str) -> str:
+        """Whether it was named: yes, at last (after something else), or NO."""
+        named = [{part.rpartition(":")[0] for part in words.split("; ")} for words in self.words]
+        if not named or named[-1] != {expected}:
+            return "NO"
+        return "yes" if all(names == {expected} for names in named) else "at last"
+
+
+def watched(run: Run, fault: contextlib.AbstractContextManager[None]) -> Heard:
+    """Lets a fault come, last for `AFTER_PROBES` after the first word, and go."""
+    began = run.now()
     with fault:
         run.wait(lambda: bool(run.said(began)) or run.step() > began + MOST_PROBES)
         until = run.step() + AFTER_PROBES
         run.wait(lambda: run.step() > until)
         heard = run.said(began)
-    ended = run.step()
-    words = [words for _, words in heard]
-    if not heard:
-        return words, "-", "-"
-    over = lambda: [step for step, said in run.said(ended) if said == OVER]  # noqa: E731
-    run.wait(lambda: bool(over()) or run.step() > ended + MOST_PROBES)
-    probes_over = str(over()[0] - ended) if over() else f"not in {MOST_PROBES}"
-    return words, str(heard[0][0] - began), probes_over
+    ended = run.now()
+    after = heard[0][0] - began if heard else None
 
+    def is_over() -> list[int]:
+        return [step for step, words in run.said(ended) if words == OVER]
 
-def named(words: str) -> set[str]:
-    """What is slow, without how slow."""
-    return {part.rpartition(":")[0] for part in words.split("; ")}
+    run.wait(lambda: not heard or bool(is_over()) or run.step() > ended + MOST_PROBES)
+    over = is_over()[0] - ended if heard and is_over() else None
+    return Heard([words for _, words in heard], after, over)
 
 
 def measure(hosts: int, mbit: float, times: float, quiet: int, folder: pathlib.Path) -> list[str]:
@@ -201,20 +228,21 @@ def measure(hosts: int, mbit: float, times: float, quiet: int, folder: pathlib.P
             ),
             f"nothing slow, {quiet} probes: {len(alarms)} alarms {'; '.join(alarms)}".rstrip(),
             "",
-            f"{'slowed':32} {'named':>6} {'after':>7} {'over':>10}  last said",
+            f"{'slowed':32} {'named':>8} {'after':>6} {'over':>6}  said",
         ]
-        right = 0
+        found = []
         made = faults(network, run, mbit, times)
         for number, (expected, fault) in enumerate(made):
             metrics.say(f"{number + 1} of {len(made)}: {expected}")
-            words, after, over = watched(run, fault)
-            last = words[-1] if words else "nothing"
-            held = named(last) == {expected}
-            right += held
-            lines.append(
-                f"{expected:32} {'yes' if held else 'NO':>6} {after:>7} {over:>10}  {last}"
-            )
-        lines.append(f"{right} of {len(made)} named, and nothing else with them")
+            heard = watched(run, fault)
+            found.append(heard.judged(expected))
+            probes = [str(n) if n is not None else "-" for n in (heard.after, heard.over)]
+            said = "; then ".join(heard.words) or "nothing"
+            lines.append(f"{expected:32} {found[-1]:>8} {probes[0]:>6} {probes[1]:>6}  {said}")
+        lines.append(
+            f"{found.count('yes')} of {len(made)} named and nothing else said while they lasted; "
+            f"{found.count('at last')} named after something else"
+        )
     return lines
 
 
@@ -240,23 +268,15 @@ def check(flags: argparse.Namespace) -> None:
             raise Refused(flag, value, f"must be at least {least}", f"use {least} or more")
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    flags = parser().parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        check(flags)
-        links.check_machine()
-        with tempfile.TemporaryDirectory(prefix="moe_jax-box-") as folder:
-            sizes = (flags.hosts, flags.mbit, flags.times, flags.quiet)
-            print("\n".join(measure(*sizes, pathlib.Path(folder))))
-    except (Refused, Failed) as error:
-        print(f"stragglers.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stragglers.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+def work() -> None:
+    """What the flags ask for, on stdout."""
+    flags = parser().parse_args()
+    check(flags)
+    links.check_machine()
+    with tempfile.TemporaryDirectory(prefix="moe_jax-box-") as folder:
+        sizes = (flags.hosts, flags.mbit, flags.times, flags.quiet)
+        print("\n".join(measure(*sizes, pathlib.Path(folder))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("stragglers.py", work))

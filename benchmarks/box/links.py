@@ -26,7 +26,12 @@ MTU = "9000"  # jumbo frames, as between machines of a cluster: headers are belo
 NETWORK = ipaddress.ip_network("10.77.0.0/24")
 NETNS_FILES = pathlib.Path("/etc/netns")  # files here replace those of /etc inside a namespace
 # Programs and the Debian package they come in.
-PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux"}
+PROGRAMS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "taskset": "util-linux",
+    "unshare": "util-linux",
+}
 
 # $1...: namespaces. A process may start another while it is killed, hence the repetition.
 _CLEAN = """
@@ -136,15 +141,21 @@ class Network:
             self._limit(end, mbit)
 
     def limit_sending(self, host: int, mbit: float) -> None:
-        """Sets the rate at which one host sends."""
+        """Sets the rate at which one host sends, in 10^6 bits per second."""
         self._limit((self.hosts[host].namespace, "eth0"), mbit)
 
     def limit_receiving(self, host: int, mbit: float) -> None:
-        """Sets the rate at which one host receives."""
+        """Sets the rate at which one host receives, in 10^6 bits per second."""
         self._limit((self._switch, self.hosts[host].name), mbit)
 
     def limit_link(self, source: int, destination: int, mbit: float, others: float) -> None:
-        """Sets the rate from one host to another; to `others` it sends at theirs together."""
+        """Sets the rate from one host to another, in 10^6 bits per second.
+
+        Args:
+          source, destination: numbers of the hosts.
+          mbit: between the two.
+          others: of all that the source sends to other hosts, together.
+        """
         namespace, to = self.hosts[source].namespace, self.hosts[destination].address
         of = ("tc", "-n", namespace)
         _run(*of, "qdisc", "replace", "dev", "eth0", "root", "handle", "1:", "htb", "default", "1")
@@ -217,6 +228,6 @@ def _run(*words: str) -> str:
             "cluster in a box",
             " ".join(words),
             f"this command failed: {said}",
-            "see that the kernel has network namespaces, veth, bridge and the tbf qdisc",
+            "see that the kernel has network namespaces, veth, bridge, tbf, htb and u32",
         )
     return done.stdout

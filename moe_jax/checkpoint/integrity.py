@@ -92,7 +92,7 @@ class Digests:
     def __init__(
         self, folder: pathlib.Path, share: tuple[int, int] = (0, 1), threads: int = HASHERS
     ):
-        """Args: as the attributes; `threads`, at most."""
+        """Args: as the attributes; `threads`: that hash, at most."""
         self.folder, self.share = folder, share
         self._large = [
             (name, digest)

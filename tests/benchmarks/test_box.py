@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import stragglers
 from benchmarks.box import counters, plans, statistics, ways
 from benchmarks.box.plans import Box
 from moe_jax import config as config_lib
@@ -52,6 +53,21 @@ def test_what_cannot_be_slowed_is_refused(flag):
     )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith(f"stragglers.py: {flag.partition('=')[0]} = ")
+
+
+@pytest.mark.parametrize(
+    ("words", "judged"),
+    [
+        ([], "NO"),
+        (["host 1 sends slowly: 2.0 x"], "yes"),
+        (["host 1 sends slowly: 2.0 x", "host 1 sends slowly: 3.1 x"], "yes"),
+        (["the link from host 1 to 2: 2.0 x", "host 1 sends slowly: 2.0 x"], "at last"),
+        (["host 1 sends slowly: 2.0 x", "nobody is slow any more"], "NO"),
+        (["host 1 sends slowly: 2.0 x; host 0 computes slowly: 1.7 x"], "NO"),
+    ],
+)
+def test_what_a_run_said_is_judged_by_all_of_it(words, judged):
+    assert stragglers.Heard(words, 1, 1).judged("host 1 sends slowly") == judged
 
 
 def test_rows_between_hosts():

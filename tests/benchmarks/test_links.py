@@ -131,6 +131,42 @@ def test_hosts_reach_each_other_by_name_at_the_limited_rate():
         network.unlimit()
 
 
+@needs_root
+def test_one_end_or_one_link_is_limited_and_all_others_stay():
+    with links.Network(3) as network:
+
+        def rates():
+            shown = {}
+            for namespace, device in network._ends():
+                of = ("tc", "-n", namespace)
+                text = links._run(*of, "qdisc", "show", "dev", device)
+                text += links._run(*of, "class", "show", "dev", device)
+                text += links._run(*of, "filter", "show", "dev", device)
+                shown[namespace.split("-")[-1], device] = text
+            return shown
+
+        network.limit(100)
+        before = rates()
+        for limit, end, words in (
+            (lambda: network.limit_sending(1, 30), ("h1", "eth0"), ["tbf", "30Mbit"]),
+            (lambda: network.limit_receiving(2, 20), ("switch", "h2"), ["tbf", "20Mbit"]),
+            (
+                lambda: network.limit_link(0, 2, 10, 100),
+                ("h0", "eth0"),
+                ["htb", "10Mbit", "100Mbit", "0a4d0003/ffffffff"],  # 10.77.0.3
+            ),
+        ):
+            limit()
+            now = rates()
+            assert all(word in now[end] for word in words), now[end]
+            assert {e: t for e, t in now.items() if e != end} == {
+                e: t for e, t in before.items() if e != end
+            }
+            network.limit(100)
+            assert "100Mbit" in rates()[end]
+            assert "htb" not in rates()[end]
+
+
 def test_refused_without_root_or_programs(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/sbin/{name}")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

@@ -60,7 +60,7 @@ def test_steps_that_stay(tmp_path):
     """The newest, every so many, and the best by held-out loss, each for its own reason."""
     kept = {"checkpoints_kept": 1, "checkpoints_kept_every": 4, "checkpoints_kept_best": 1}
     often = {"checkpoint_every": 1, "eval_every": 1, "num_steps": 7}
-    rates = {"optimizer__learning_rate": 0.2}  # losses that do not fall step by step
+    rates = {"optimizer__learning_rate": 1.0}  # the loss falls, then doubles
     config = tiny.config(**{f"train__{k}": v for k, v in (kept | often).items()}, **rates)
     train(config, tmp_path / "run")
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")[1]
