@@ -40,19 +40,20 @@ AFTER_PROBES = 10  # that it goes on, and that nothing else is said
 START_SECONDS = 300.0
 MODEL = {
     **{"model.num_layers": 1, "model.d_model": 16, "model.d_ff": 16, "data.seq_len": 16},
-    **{"data.global_batch": 8, "data.max_bytes": 100_000, "train.eval_sequences": 8},
+    "data.max_bytes": 100_000,
     **{"train.eval_every": 10**6, "train.log_every": 10**6, "train.checkpoint_every": 10**6},
     **{"train.num_steps": 10**6, "train.probe_every": 1, "virtual_devices": 1, "mesh.data": 1},
 }
+PER_HOST = ("model.num_experts", "data.global_batch", "train.eval_sequences")
 
 
 class Run:
     """A training run, one process a host; a context manager."""
 
     def __init__(self, network: links.Network, folder: pathlib.Path):
-        self._workdir, self._log = folder / "run", folder / "h0.log"
         hosts = network.hosts
-        fields = {**MODEL, "mesh.expert": len(hosts), "model.num_experts": 2 * len(hosts)}
+        self._workdir, self._logs = folder / "run", [folder / f"{host.name}.log" for host in hosts]
+        fields = {**MODEL, "mesh.expert": len(hosts), **dict.fromkeys(PER_HOST, 2 * len(hosts))}
         words = [
             *(sys.executable, str(ROOT / "train.py"), "--config=configs/quickstart.py:smoke"),
             *(f"--workdir={self._workdir}", *(f"--config.{k}={v}" for k, v in fields.items())),
@@ -61,7 +62,7 @@ class Run:
         self._cores = sorted(os.sched_getaffinity(0))  # hosts that share one get equal parts of it
         for number, host in enumerate(hosts):
             to = f"--distributed={hosts[0].name}:{PORT},{len(hosts)},{number}"
-            with open(folder / f"h{number}.log", "wb") as said:
+            with open(self._logs[number], "wb") as said:
                 self._processes.append(
                     subprocess.Popen(
                         host.command("taskset", "-c", str(self._core(number)), *words, to),
@@ -82,14 +83,15 @@ class Run:
 
     def step(self) -> int:
         """The last one of the metrics: as many probes there were."""
-        if any(process.poll() is not None for process in self._processes):
-            raise Failed(f"a host ended:\n{self._log.read_text(errors='replace')[-2000:]}")
+        for number, process in enumerate(self._processes):
+            if process.poll() is not None:
+                raise self._failed(number, "ended")
         found = metrics.read(self._workdir / "metrics.jsonl")[1]
         return found[-1]["step"] if found else 0
 
     def said(self, after: int) -> list[tuple[int, str]]:
         """(step, words) that the run has said of slow hosts and links in later steps."""
-        found = SAID.findall(self._log.read_text(errors="replace"))
+        found = SAID.findall(self._logs[0].read_text(errors="replace"))
         return [(int(step), words) for step, words in found if int(step) > after]
 
     def seconds(self, name: str) -> list[float]:
@@ -102,8 +104,12 @@ class Run:
         deadline = time.monotonic() + seconds
         while not until():
             if time.monotonic() > deadline:
-                raise Failed(f"no step:\n{self._log.read_text(errors='replace')[-2000:]}")
+                raise self._failed(0, f"made no step in {seconds:.0f} s")
             time.sleep(0.1)
+
+    def _failed(self, host: int, how: str) -> Failed:
+        said = self._logs[host].read_text(errors="replace").strip().splitlines()[-12:]
+        return Failed(f"host {host} {how}:\n" + "\n".join(said))
 
     @contextlib.contextmanager
     def slowed(self, host: int, times: float) -> Iterator[None]:
