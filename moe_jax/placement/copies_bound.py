@@ -24,7 +24,7 @@ Where there is time, a semidefinite relaxation of all devices together follows, 
 Hierarchical dispatch, nodes being equal: rows between nodes are those of G = N nodes; inside nodes
 home's place is free, in each of the N nodes. Whatever the nodes, a plan has as many rows as in
 `exchange` at least: the relay gets one in place of the node's first device. Coherent dispatch:
-d - 1 rows out and as many back, at least.
+d - 1 rows out and as many back, at least; shuffled dispatch as well, wherever its homes are.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ import math
 
 import numpy as np
 
-from moe_jax.placement import bounds, copies_homes
+from moe_jax.placement import bounds, copies_homes, cost
 from moe_jax.placement.contacts import Sets
 from moe_jax.placement.problem import Problem
 
@@ -45,7 +45,7 @@ def fewest_rows(problem: Problem, deadline: float = -math.inf) -> float:
     Past the deadline, of time.monotonic(), by counting alone.
     """
     counted_L = np.array([_layer_rows(problem, _Counts.of(sets)) for sets in problem.sets])
-    homes = problem.dispatch != "coherent"
+    homes = problem.dispatch not in cost.TIED
     fewest_L = copies_homes.fewest_L(problem, homes, deadline)
     if fewest_L is not None:
         if not homes:  # one of the devices is where the token waits, and one where it goes on
@@ -65,7 +65,7 @@ def _layer_rows(problem: Problem, counts: "_Counts") -> float:
     devices, nodes = problem.num_devices, problem.topology.nodes
     slots = problem.num_slots // devices
     copies = _Copies(problem.num_slots, devices)
-    if problem.dispatch == "coherent":
+    if problem.dispatch in cost.TIED:
         apart = counts.tokens - copies.most(counts.inside_E(slots))
         return max(apart, counts.beyond(copies, slots, devices, None), 0.0)
     flat = _least_row(problem) * max(

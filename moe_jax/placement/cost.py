@@ -351,16 +351,18 @@ class _Ways:
         return _no_diagonal(total)
 
     def _hops(self, pick_T, home_T, sent_TK, sent_node_TK) -> np.ndarray:
-        device_TK, home_TK = (
-            self.device_TK[pick_T],
-            np.broadcast_to(home_T[:, None], self.device_TK[pick_T].shape),
-        )
-        relay_TK = self.nodes.relay(home_TK, self.nodes.node_of(device_TK))
-        slow, fast = sent_node_TK[pick_T], sent_TK[pick_T]
-        devices = self.nodes.devices
-        return _pairs(home_TK[slow], relay_TK[slow], devices) + _pairs(
-            relay_TK[fast], device_TK[fast], devices
-        )
+        """Counted by what a token is: home, and node or device of the row."""
+        nodes, devices = self.nodes, self.nodes.devices
+        device_TK, home_T1 = self.device_TK[pick_T], home_T[:, None]
+        to_MM = _sent(home_T1, device_TK, sent_TK[pick_T], devices)
+        node_TK = nodes.node_of(device_TK)
+        slow_MN = _sent(home_T1, node_TK, sent_node_TK[pick_T], devices, nodes.count)
+        home_M1 = np.arange(devices)[:, None]
+        entry_MN = nodes.relay(home_M1, np.arange(nodes.count))
+        hops_MM = np.zeros((devices, devices), to_MM.dtype)
+        np.add.at(hops_MM, (home_M1, entry_MN), slow_MN)
+        np.add.at(hops_MM, (entry_MN[:, nodes.node_M], np.arange(devices)), to_MM)
+        return hops_MM
 
     def _expected(self, pick_T, sent_TK, sent_node_TK) -> np.ndarray:
         nodes, device_TK = self.nodes, self.device_TK[pick_T]
@@ -374,9 +376,12 @@ class _Ways:
         return np.where(nodes.same_MM, fast_MM, slow_MM) / nodes.devices
 
 
-def _pairs(source: np.ndarray, destination: np.ndarray, devices: int) -> np.ndarray:
-    counts = np.bincount(source * devices + destination, minlength=devices * devices)
-    return counts.reshape(devices, devices)
+def _sent(home_T1, to_TK, sent_TK, devices: int, ends: int | None = None) -> np.ndarray:
+    """int64 [home, end]: rows for each `sent`; ends are devices, or so many."""
+    ends = ends or devices
+    at_TK = np.where(sent_TK, home_T1 * ends + to_TK, devices * ends)
+    counts = np.bincount(at_TK.ravel(), minlength=devices * ends + 1)[:-1]
+    return counts.reshape(devices, ends)
 
 
 def _no_diagonal(rows_MM: np.ndarray) -> np.ndarray:

@@ -4,13 +4,15 @@ Axes: none. One line a combination: the best baseline, the planner, and their ra
 half and on the held-out half. Baselines know neither dispatch nor cap, so each is made once per
 machine; the one with the best value counts even if it breaks the cap or the pins that the planner
 keeps, or holds more experts on a device than there are slots. Those at random count as their mean.
-The planner gives every device as many experts, so the best baseline that does so counts apart.
+The planner gives every device as many experts, so the best baseline that does so counts apart. One
+that does not needs more slots, as all devices have as many as its fullest: the planner is asked for
+a plan with so many, too, which it fills with copies.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +41,8 @@ class Side:
       theirs: its objective.
       ours: the planner's.
       best_equal, theirs_equal: the same of the best with as many experts on every device.
+      slots: of a layer, as many as the best baseline needs.
+      ours_slots: the planner's with as many.
     """
 
     best: str
@@ -46,6 +50,8 @@ class Side:
     ours: float
     best_equal: str
     theirs_equal: float
+    slots: int
+    ours_slots: float
 
     @property
     def ratio(self) -> float:
@@ -56,6 +62,11 @@ class Side:
     def ratio_equal(self) -> float:
         """The same, over the best with as many experts on every device."""
         return self.ours / max(self.theirs_equal, 1e-300)
+
+    @property
+    def ratio_slots(self) -> float:
+        """The same over the best of all, the planner having as many slots."""
+        return self.ours_slots / max(self.theirs, 1e-300)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +91,11 @@ class Line:
         fields = dataclasses.asdict(self)
         for name in ("planned", "held_out"):
             side = getattr(self, name)
-            fields[name] |= {"ratio": side.ratio, "ratio_equal": side.ratio_equal}
+            fields[name] |= {
+                "ratio": side.ratio,
+                "ratio_equal": side.ratio_equal,
+                "ratio_slots": side.ratio_slots,
+            }
         return fields
 
 
@@ -124,16 +139,29 @@ def lines(
             if plan.objective == "rows" and dispatch == "gathered":
                 continue  # the same under every placement
             free = dataclasses.replace(plan, dispatch=dispatch)
-            judge = dataclasses.replace(free, trace=halves.judge_half)
-            theirs = [_best(problem, made) for problem in (free, judge)]
+            halves_of = (free, dataclasses.replace(free, trace=halves.judge_half))
+            theirs = [_best(problem, made) for problem in halves_of]
             for cap in caps:
                 limit = None if cap == "none" else LoadCap.parse(cap)
                 problem = dataclasses.replace(free, load_cap=limit, pins=pinned)
-                placement, report = solve.solve_problem(problem, seed, time_limit, progress)
-                ours = (free.value_of(placement), judge.value_of(placement))
+                ours = {}
+                for slots in sorted({plan.trace.num_experts, *(one.slots for one in theirs)}):
+                    copied = slots > plan.trace.num_experts and plan.objective != "moetuner"
+                    more = slots if copied else None  # MoETuner's objective knows no copies
+                    asked = dataclasses.replace(problem, num_slots=more)
+                    ours[slots] = solve.solve_problem(asked, seed, time_limit, progress)
+                placement, report = ours[plan.trace.num_experts]
                 planned, held_out = (
-                    Side(best, value, own, *equal)
-                    for ((best, value), equal), own in zip(theirs, ours, strict=True)
+                    Side(
+                        rival.best,
+                        rival.theirs,
+                        half.value_of(placement),
+                        rival.best_equal,
+                        rival.theirs_equal,
+                        rival.slots,
+                        half.value_of(ours[rival.slots].placement),
+                    )
+                    for rival, half in zip(theirs, halves_of, strict=True)
                 )
                 yield Line(dispatch, one.name, cap, planned, held_out, report.gap)
 
@@ -148,8 +176,8 @@ def _pinned(like: Problem, one: Topology, words: Sequence[str]) -> Pins | None:
 
 def text(done: Sequence[Line]) -> str:
     """The table, and how often the planner is better."""
-    heads = ["dispatch", "machine", "cap", "planned: best", "theirs", "ours", "ratio"]
-    heads += ["held out: best", "theirs", "ours", "ratio"]
+    cells = ["theirs", "ours", "ratio", "slots", "with as many"]
+    heads = ["dispatch", "machine", "cap", "planned: best", *cells, "held out: best", *cells]
     rows = [
         [one.dispatch, one.machine, one.cap, *_cells(one.planned), *_cells(one.held_out)]
         for one in done
@@ -158,9 +186,12 @@ def text(done: Sequence[Line]) -> str:
 
 
 def _counts(done: Sequence[Line]) -> list[str]:
-    """How often the planner is better, as good, worse, than all and than those of equal sizes."""
+    """How often the planner is better, as good, worse: than all, than those of equal sizes, and
+    than all where it has as many slots as the best of them.
+    """
     said = [f"The planner's objective beside the best baseline's, in {len(done)} combinations:"]
-    for of, ratio in (("any", "ratio"), ("with equal devices", "ratio_equal")):
+    kinds = [("any", "ratio"), ("with equal devices", "ratio_equal")]
+    for of, ratio in [*kinds, ("any, at as many slots", "ratio_slots")]:
         for half, side in (("planning half", "planned"), ("held out", "held_out")):
             ratios = np.array([getattr(getattr(one, side), ratio) for one in done])
             better, worse = int((ratios < 1 - SAME).sum()), int((ratios > 1 + SAME).sum())
@@ -170,7 +201,8 @@ def _counts(done: Sequence[Line]) -> list[str]:
 
 
 def _cells(side: Side) -> list[str]:
-    return [side.best, f"{side.theirs:.5g}", f"{side.ours:.5g}", f"{side.ratio:.4f}"]
+    values = [f"{side.theirs:.5g}", f"{side.ours:.5g}", f"{side.ratio:.4f}"]
+    return [side.best, *values, str(side.slots), f"{side.ratio_slots:.4f}"]
 
 
 def _made(plan: Problem, seed: int, seconds: float) -> dict[str, list[Placement]]:
@@ -184,12 +216,22 @@ def _made(plan: Problem, seed: int, seconds: float) -> dict[str, list[Placement]
     return found
 
 
-def _best(problem: Problem, made: dict[str, list[Placement]]) -> list[tuple[str, float]]:
-    """Name and value of the best of all, and of the best with as many experts on every device."""
+class _Rival(NamedTuple):
+    """The best baseline of all, and the best with as many experts on every device."""
+
+    best: str
+    theirs: float
+    best_equal: str
+    theirs_equal: float
+    slots: int
+
+
+def _best(problem: Problem, made: dict[str, list[Placement]]) -> _Rival:
     values = {
         key: float(np.mean([problem.value_of(one) for one in several]))
         for key, several in made.items()
     }
     equal = [key for key, several in made.items() if not isinstance(several[0], uneven.Uneven)]
-    best = [min(names, key=lambda name: values[name]) for names in (values, equal)]
-    return [(key, values[key]) for key in best]
+    best, best_equal = (min(names, key=lambda name: values[name]) for names in (values, equal))
+    slots = made[best][0].num_slots
+    return _Rival(best, values[best], best_equal, values[best_equal], slots)

@@ -45,7 +45,9 @@ from moe_jax.placement import (
     greedy,
     hops_counts,
     moetuner,
+    tied_counts,
     uneven,
+    uniform_counts,
     ways,
 )
 from moe_jax.placement import hops as hops_lib
@@ -116,9 +118,6 @@ class Problem:
                 "MoETuner has no replicas",
                 "Leave --slots out, or choose --objective=seconds",
             )
-        if self.dispatch == "shuffled" and self.has_replicas:
-            rule = "no copies are planned for shuffled dispatch, whose homes follow first copies"
-            raise Refused("num_slots", self.num_slots, rule, "Leave --slots out")
         if self.dispatcher not in hops_lib.DISPATCHERS:
             known = ", ".join(hops_lib.DISPATCHERS)
             raise Refused("dispatcher", self.dispatcher, "not known", f"Use one of {known}")
@@ -384,7 +383,23 @@ class Problem:
             return self.tuner.value(device_LE)
         if self.objective == "exflow":
             return self.hops(self.chain(self.top1_LEE).value(device_LE))
-        return float(self.values_L(device_LE).mean())
+        if self.separable:
+            return float(self.values_L(device_LE).mean())
+        key = device_LE.astype(np.int64).tobytes()
+        if key not in self._counted:  # token by token: a search and who keeps its best both ask
+            self._counted.clear()
+            self._counted[key] = float(self.values_L(device_LE).mean())
+        return self._counted[key]
+
+    @functools.cached_property
+    def _last(self) -> dict[Placement, tied_counts.Counted]:
+        """The last plan with copies that was counted, and its counts."""
+        return {}
+
+    @functools.cached_property
+    def _counted(self) -> dict[bytes, float]:
+        """The last placement that was counted, and its value."""
+        return {}
 
     def value_of(self, placement: Placement) -> float:
         """The objective of a whole placement, replicas allowed."""
@@ -399,15 +414,9 @@ class Problem:
         if self.objective == "hops":
             scale = self.trace.num_layers / self.token_layers
             return scale * self.counted_hops(placement).hops_L
-        ids_TLK, each = self.trace.expert_ids_TLK, self.topology.devices_per_node
-        if self.objective != "rows":
-            load_LM = self.computed_LM(placement)
         if self.objective == "load":
-            return evidence.over_mean(load_LM, self.topology.speed_M)
-        step_tokens = self.work.batch_tokens
-        rows = cost.rows(
-            *(ids_TLK, placement, self.dispatch), devices_per_node=each, step_tokens=step_tokens
-        )
+            return evidence.over_mean(self.computed_LM(placement), self.topology.speed_M)
+        rows, load_LM = self._counts(placement)
         if self.objective == "rows":
             weighted_LMM = rows.total_LMM * self.row_weight_MM
             return weighted_LMM.sum(axis=(1, 2)) * (self.trace.num_layers / self.token_layers)
@@ -418,10 +427,29 @@ class Problem:
     def computed_LM(self, placement: Placement) -> np.ndarray:
         """float64 [L, M]: rows that every device computes; the mean over homes."""
         ids_TLK, topology = self.trace.expert_ids_TLK, self.topology
-        if placement.has_replicas and self.dispatch not in cost.TIED:
+        if placement.has_replicas:
+            if self.dispatch in cost.TIED:
+                return self._counts(placement).load_LM
             return hops_counts.loads_LM(ids_TLK, placement, topology.nodes)
         where = (topology.devices_per_node, None, self.work.batch_tokens)
         return cost.computed_LM(ids_TLK, placement, self.dispatch, None, *where)
+
+    def _counts(self, placement: Placement) -> tied_counts.Counted:
+        """Rows and loads, token by token."""
+        where = (self.topology.devices_per_node, self.work.batch_tokens)
+        args = self.trace.expert_ids_TLK, placement, self.dispatch
+        if placement.has_replicas and self.dispatch in cost.TIED:
+            if placement not in self._last:  # asked for its loads, then for its rows
+                self._last.clear()
+                self._last[placement] = tied_counts.counted(*args, *where)
+            return self._last[placement]
+        local = placement.has_replicas and placement.share_LNP is None
+        if local and self.dispatch in uniform_counts.DISPATCHES:
+            rows = uniform_counts.rows(*args, self.topology.nodes)
+        else:
+            each, step_tokens = where
+            rows = cost.rows(*args, devices_per_node=each, step_tokens=step_tokens)
+        return tied_counts.Counted(rows, self.computed_LM(placement))
 
     def counted_hops(self, placement: Placement) -> hops_counts.Counted:
         """Hops and loads of the objective `hops`, counted token by token."""

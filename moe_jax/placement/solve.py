@@ -266,6 +266,8 @@ class _Run:
             searched -= min(STEADY_SHARE * (deadline - time.monotonic()), STEADY_MOST)
         for device_LE in _steps(problem, self.best_LE, rng, searched):
             self.offer("search", device_LE)
+            if time.monotonic() >= searched:
+                break  # counting the next one may take a time of its own
         self._whole(deadline)
         self._steady(seed, deadline)
         if problem.separable and problem.trace.num_layers > 1:

@@ -1,6 +1,7 @@
 """The search with replicas: free, or within pins and a budget of moves from the plan in use.
 
-`free` begins with the plan for balance alone and fills plans without copies (with_copies.py).
+`free` begins with the plan for balance alone, fills plans without copies, and exchanges copies
+(with_copies.py).
 `within_limits` begins with the plan in use and looks between it and the free plan
 (limits/slots.py). Both ask for plans of other problems through `inner`, solve.solve_problem.
 """
@@ -18,7 +19,7 @@ from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import Interrupted, Progress, Report, Solution, cut_by
 
-FREE_SHARE = 0.5  # of the time for the plan without limits
+FREE_SHARE = 0.5  # of the time for plans without limits, or without copies
 
 Tell = Callable[[Progress], None] | None
 Inner = Callable[[Problem, int, float, Tell], Solution]
@@ -85,23 +86,24 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     """
     started = time.monotonic()
     deadline = started + time_limit
-    run, stopped, ended = with_copies.begin(problem), None, True
+    run, stopped = with_copies.begin(problem), None
     bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
-    first = run.best
+    first, ended = run.best, run.base is None
     best = _Best(problem, started, time_limit, progress, bound, note, first.placement, first.value)
     try:
-        for base in run.bases:
-            if len(best.history) > 1 and time.monotonic() >= deadline:
-                break  # filling and counting another one takes a time of its own
-            share = run.base_share * time_limit
-            without = inner(base, seed, share, best.telling())
-            ended = ended and without.report.finished
+        left = deadline - time.monotonic() - run.count_seconds
+        if run.base is not None and left > 0:
+            share = min(run.base_share * time_limit, FREE_SHARE * left)
+            without = inner(run.base, seed, share, best.telling())
+            ended = without.report.finished
             device_LE = without.placement.device_LE
             for found in run.filled(device_LE.astype(np.int64), seed, deadline):
                 best.take(found.placement, found.value)
+        for found in run.exchanged(first.placement, seed, deadline):
+            best.take(found.placement, found.value)
     except KeyboardInterrupt as stop:
         stopped = stop
-    in_time = not run.bases or time.monotonic() < deadline
+    in_time = run.base is None or time.monotonic() < deadline
     return best.solution(ended and in_time and not run.cut, stopped)
 
 

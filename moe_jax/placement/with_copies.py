@@ -1,18 +1,30 @@
-"""The search with replicas, whatever the objective: bases without copies, filled, then counted.
+"""The search with replicas, whatever the objective: a base without copies, filled, then counted.
 
 A plan made for balance alone comes first; it says how even loads can be, and it is the answer for
 `load`. Other objectives solve the plan without copies and fill its spare slots: one by one by what
-they save (spare.py, the rule `local`), for `exflow` slots and shares together by integer programs
-(staying.py, the rule `stay`). What is kept is decided by true counts under the copy rule.
+they save, and by exchanges of copies (spare.py, exchanges.py, the rule `local`), for `exflow` slots
+and shares together by integer programs (staying.py, the rule `stay`). What is kept is decided by
+true counts under the copy rule.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import bounds, copies_bound, copies_relax, hops_bound, spare, staying
+from moe_jax.placement import (
+    bounds,
+    copies_bound,
+    copies_relax,
+    exchanges,
+    hops_bound,
+    replication,
+    sampled,
+    spare,
+    staying,
+)
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.layout import Layout
 from moe_jax.placement.plan import Placement
@@ -20,8 +32,13 @@ from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.spare import Valued
 
 BASE_SHARE = 0.5  # of the time, for plans without replicas
-BOUND_SHARE = 0.3  # of the time, at most, for the bound
+BOUND_SHARE = 0.15  # of the time, at most, for the bound
 RELAX_SHARE = 0.5  # of the time for the bound, for relaxations: the search gains more by the rest
+DEVIATIONS, LEAST_AIM = 2.5, 0.95  # below a load cap, of what is only expected; and at least
+ROUND_SHARE = 0.4  # of the time that is left, for one round of exchanges
+MADE_UP = 4  # starts with loads that are made up
+LITTLE = 1e-4  # of the objective: a round that wins less was the last one
+SLACK = 1e-9  # of a load cap
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
 
@@ -77,30 +94,32 @@ class Run:
       problem: with its replicas.
       best: by true counts.
       cap_L: largest load of each layer, over the device's speed.
-      bases: problems without replicas whose plans are worth filling.
-      base_share: of the time, for each of them.
+      base: the problem without replicas whose plan is filled; None: there is no need.
+      base_share: of the time, for it.
       bound_share: of the time, at most, for the bound.
       count_seconds: that it takes to count a plan, which the search leaves for the end.
+      last: the plan that was filled last, whether it keeps the caps or not.
       cut: a step of the search was cut short by a time of its own.
     """
 
     problem: Problem
     best: Valued
     cap_L: np.ndarray
-    bases: list[Problem]
+    base: Problem | None
     base_share: float
     bound_share: float = BOUND_SHARE
     count_seconds: float = 0.0
+    last: Placement | None = None
     cut: bool = False
 
     def filled(self, device_LE: np.ndarray, seed: int, deadline: float) -> Iterator[Valued]:
         """The best so far after every plan with all slots filled, from one without copies."""
+        end = deadline - self.count_seconds
         if self.problem.objective != "exflow":
-            filled = spare.filled(self.problem, device_LE, self.cap_L, seed, deadline)
-            self.best = spare.better(self.problem, self.best, filled, self.cap_L)
+            self.last = spare.filled(self.problem, device_LE, self.aim_L, seed, end)
+            self.best = spare.better(self.problem, self.best, self.last, self.cap_L)
             yield self.best
             return
-        end = deadline - self.count_seconds
         sweeps = deadline - 5 * self.count_seconds
         for found in staying.search(self.problem, device_LE, self.cap_L, seed, sweeps, end):
             self.cut = found.cut
@@ -109,16 +128,71 @@ class Run:
                 self.best = Valued(found.placement, np.array([found.counted.hops]))
             yield self.best
 
+    @property
+    def aim_L(self) -> np.ndarray:
+        """float64: what expected or sampled loads have to keep for counted ones to keep the cap."""
+        problem = self.problem
+        tokens = len(sampled.drawn(problem, 0)[0])
+        counted = problem.trace.num_tokens if problem.separable else tokens
+        spread = np.sqrt(problem.num_devices / (counted * problem.trace.top_k))
+        return self.cap_L * max(1 - DEVIATIONS * spread, LEAST_AIM)
+
+    def exchanged(self, even: Placement, seed: int, deadline: float) -> Iterator[Valued]:
+        """The best so far after exchanges of copies, round after round, while they help.
+
+        Every round draws another sample of tokens. Layers that turn out to be above their cap go on
+        under a narrower one. Then it begins anew: with the plan for balance alone, and with plans
+        for loads that are made up.
+        """
+        problem, end = self.problem, deadline - self.count_seconds
+        if problem.objective not in exchanges.OBJECTIVES:
+            return
+        plan = self.best.placement if self.last is None else self.last
+        aim_L, others = self.aim_L, itertools.chain([even], _made_up(problem, seed))
+        for draw in itertools.count(seed):
+            now, before = time.monotonic(), self.best.value
+            if now >= end:
+                self.cut = True
+                return
+            share = now + ROUND_SHARE * (end - now)
+            plan = exchanges.exchanged(problem, plan, aim_L, draw, share)
+            over_L = np.ones(len(aim_L))
+            if np.isfinite(self.cap_L).any():
+                over_L = np.maximum(spare.largest_L(problem, plan) / self.cap_L, 1.0)
+                aim_L = aim_L / over_L
+            self.best = spare.better(problem, self.best, plan, self.cap_L)
+            yield self.best
+            go_on = self.best.value < before * (1 - LITTLE)
+            if not go_on:
+                if (other := next(others, None)) is None:
+                    return
+                plan = other
+            elif problem.separable or not (over_L > 1 + SLACK).any():
+                plan = spare.mixed(plan, self.best.placement, over_L > 1 + SLACK)
+
+
+def _made_up(problem: Problem, seed: int) -> Iterator[Placement]:
+    """Plans that are even for loads that are not those of the trace."""
+    assert problem.num_slots is not None
+    rng = np.random.default_rng(seed)
+    for _ in range(MADE_UP):
+        load_LE = (problem.load_LE + 1) * rng.lognormal(0, 1, problem.load_LE.shape)
+        yield replication.balanced_slots(load_LE, problem.num_slots, problem.num_devices)
+
 
 def begin(problem: Problem) -> Run:
     """The plan for balance alone, and what is to be tried after it; pins and budgets aside."""
     problem = problem.unrestricted
     balanced = spare.balanced(problem)
     if problem.objective != "exflow":
-        bases = [] if problem.objective == "load" else spare.bases(problem)
-        cap_L = spare.caps(problem, spare.largest_L(problem, balanced))
-        share = BASE_SHARE / max(len(bases), 1)
-        return Run(problem, spare.valued(problem, balanced), cap_L, bases, share)
+        base = None if problem.objective == "load" else spare.without(problem)
+        cap_L = np.full(problem.trace.num_layers, np.inf)
+        if problem.load_cap is not None:
+            cap_L = spare.caps(problem, spare.largest_L(problem, balanced))
+        started = time.monotonic()
+        best = spare.valued(problem, balanced)
+        count_seconds = time.monotonic() - started
+        return Run(problem, best, cap_L, base, BASE_SHARE, count_seconds=count_seconds)
     even = staying.flows(problem, balanced, problem.mean_L / staying.AIM)
     started = time.monotonic()
     counted = staying.counted(problem, even)
@@ -128,7 +202,7 @@ def begin(problem: Problem) -> Run:
     if base.load_cap is not None:
         base = spare.without(dataclasses.replace(problem, load_cap=_of_base(base)))
     best, share = Valued(even, np.array([counted.hops])), staying.BASE_SHARE
-    return Run(problem, best, cap_L, [base], share, staying.BOUND_SHARE, count_seconds)
+    return Run(problem, best, cap_L, base, share, staying.BOUND_SHARE, count_seconds)
 
 
 def _of_base(base: Problem) -> LoadCap:

@@ -171,20 +171,38 @@ def test_every_combination_has_its_line(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "in 8 combinations:" in said
     counts = re.findall(r"better in (\d), the same in (\d), worse in (\d)", said)
-    assert len(counts) == 4
+    assert len(counts) == 6
     assert all(sum(map(int, of)) == 8 for of in counts)
 
 
 def test_how_often_the_planner_is_better():
-    """Of all, and of those with equal devices; what differs by rounding is the same."""
+    """Of all, of those with equal devices, with as many slots; rounding makes no difference."""
 
     def line(ours, theirs, theirs_equal):
-        side = every.Side("grace", theirs, ours, "lpt", theirs_equal)
+        side = every.Side("grace", theirs, ours, "lpt", theirs_equal, 12, ours / 3)
         return every.Line("exchange", "flat4", "none", side, side, 0.0)
 
     said = every.text([line(1.0, 0.5, 2.0), line(1.0, 1 + 1e-12, 1 + 1e-12), line(1.0, 2.0, 2.0)])
     assert "  any, planning half: better in 1, the same in 1, worse in 1" in said
     assert "  with equal devices, held out: better in 2, the same in 1, worse in 0" in said
+    assert "  any, at as many slots, held out: better in 3, the same in 0, worse in 0" in said
+
+
+def test_a_baseline_with_unequal_devices_is_met_with_as_many_slots():
+    """Two experts are half of all rows: alone on their devices, beside crowded ones."""
+    ids = np.stack([np.arange(600) % 2, 2 + np.arange(600) % 6], axis=1).astype(np.uint8)[:, None]
+    trace = Trace(ids, 8, np.full(12, 50))
+    like = Problem(trace, topology.flat(1), "seconds")
+    halves = trace_lib.split(trace, 0)
+    args = (halves, like, [topology.flat(4)], ["none"], ["gathered"], 0, 1.0)
+    (line,) = every.lines(*args)
+    side = line.planned
+    assert side.best == "moetuner-free"
+    assert side.slots > 8  # of its fullest device, four times
+    assert side.ours > side.theirs >= side.ours_slots * (1 - 1e-9)  # both are even
+    assert side.ratio_slots == pytest.approx(side.ours_slots / side.theirs)
+    equal = next(every.lines(*args[:2], [topology.flat(8)], *args[3:]))
+    assert (equal.planned.slots, equal.planned.ours_slots) == (8, equal.planned.ours)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_no_plan_under_any_copy_rule_has_fewer_rows(machine, experts, slots, dis
 
 
 @pytest.mark.parametrize("gaps", [False, True])
-@pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "coherent"])
+@pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "coherent", "shuffled"])
 @pytest.mark.parametrize(("nodes", "devices", "slots"), [(1, 2, 6), (2, 4, 8), (1, 4, 8)])
 def test_no_plan_under_the_planners_rule_has_fewer_rows(nodes, devices, slots, dispatch, gaps):
     for top_k in (1, 2, 3):
@@ -117,7 +117,7 @@ def test_where_sets_are_spread_out_it_is_close():
 
 def test_more_slots_never_raise_it():
     trace = instances.tiny_trace(2, num_tokens=200, num_experts=8, top_k=3)
-    for dispatch in ("exchange", "hierarchical", "coherent"):
+    for dispatch in ("exchange", "hierarchical", "coherent", "shuffled"):
         problem = Problem(trace, topology.nodes_by_devices(2, 4), "rows", dispatch, num_slots=12)
         found = [
             copies_bound.fewest_rows(dataclasses.replace(problem, num_slots=slots))

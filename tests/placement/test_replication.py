@@ -380,6 +380,8 @@ def realistic(seed: int = 0) -> Trace:
         ("seconds", "hierarchical", 2, None),
         ("seconds", "gathered", 1, None),
         ("seconds", "coherent", 2, None),
+        ("rows", "shuffled", 1, LoadCap(1.3, relative=True)),
+        ("seconds", "shuffled", 2, None),
         ("exflow", "exchange", 1, None),
         ("exflow", "exchange", 2, LoadCap(1.2, relative=True)),
         ("load", "exchange", 1, None),

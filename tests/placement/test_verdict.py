@@ -109,8 +109,7 @@ def test_home_by_home_is_the_same_without_replicas(dispatch, machine):
 @pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
 def test_the_first_sample_of_a_plan_with_replicas_is_what_is_counted(dispatch, machine):
     trace = realistic()
-    slots = None if dispatch == "shuffled" else 12  # no copies are planned for it; they are judged
-    problem = Problem(trace, machine, "seconds", dispatch, num_slots=slots)
+    problem = Problem(trace, machine, "seconds", dispatch, num_slots=12)
     load_LE = np.random.default_rng(0).lognormal(0, 1, (3, 8))
     placement = replication.balanced_slots(load_LE, 12, 4)
     samples = paired_copies.sample(problem, placement, paired.weights(trace.num_sequences, 0))
