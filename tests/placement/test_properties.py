@@ -123,7 +123,12 @@ def test_a_seed_gives_one_plan(number):
 @pytest.mark.parametrize("replicas", [False, True])
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize(
-    ("objective", "dispatch"), sorted({one[:2] for one in instances.COMBINATIONS})
+    ("objective", "dispatch"),
+    [
+        *sorted({one[:2] for one in instances.COMBINATIONS}),
+        ("rows", "shuffled"),
+        ("seconds", "shuffled"),
+    ],
 )
 def test_time_limit_is_kept(objective, dispatch, capped, replicas, tmp_path):
     """Within 10 % and half a second of processor time, in a process of its own.
