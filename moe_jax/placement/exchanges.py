@@ -63,10 +63,7 @@ def _layers(problem: Problem, held_LEM, cap_L, seed: int) -> list[sampled.Layer]
         if problem.dispatch == "coherent" and layers:
             layers[-1].following = one
         layers.append(one)
-        if problem.dispatch == "shuffled":
-            home_n = one.homes_T()[token_n]
-        elif not problem.separable:
-            home_n = one.next_n
+        home_n = one.homes_after()
     return layers
 
 

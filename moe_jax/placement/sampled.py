@@ -82,12 +82,18 @@ class Layer:
         self.home_n = home_n
         self.device_nK = self._served()
 
+    def homes_after(self) -> Int[np.ndarray, " n"]:
+        """Where tokens begin the next layer."""
+        if self._problem.dispatch == "shuffled":
+            return self._homes_T()[self._position_n]
+        return self.home_n if self._problem.separable else self.next_n
+
     @property
     def next_n(self) -> Int[np.ndarray, " n"]:
         """Where tokens are after the layer, if they stay."""
         return np.where(self.device_nK[:, 0] >= 0, self.device_nK[:, 0], self.home_n)
 
-    def homes_T(self) -> Int[np.ndarray, " T"]:
+    def _homes_T(self) -> Int[np.ndarray, " T"]:
         """Where shuffled dispatch puts all tokens of the trace after the layer."""
         problem = self._problem
         first_E = np.append(self.holds_EM.argmax(axis=1), cost.UNKNOWN)

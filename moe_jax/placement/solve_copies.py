@@ -20,6 +20,7 @@ from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import Interrupted, Progress, Report, Solution, cut_by
 
 FREE_SHARE = 0.5  # of the time for plans without limits, or without copies
+QUICK = 0.1  # seconds that counting may take for plans to be filled even where no time is left
 
 Tell = Callable[[Progress], None] | None
 Inner = Callable[[Problem, int, float, Tell], Solution]
@@ -92,8 +93,8 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     best = _Best(problem, started, time_limit, progress, bound, note, first.placement, first.value)
     try:
         left = deadline - time.monotonic() - run.count_seconds
-        if run.base is not None and left > 0:
-            share = min(run.base_share * time_limit, FREE_SHARE * left)
+        if run.base is not None and (left > 0 or run.count_seconds < QUICK):
+            share = max(min(run.base_share * time_limit, FREE_SHARE * left), 0.0)
             without = inner(run.base, seed, share, best.telling())
             ended = without.report.finished
             device_LE = without.placement.device_LE

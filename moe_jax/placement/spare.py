@@ -58,10 +58,7 @@ def filled(
         one = sampled.Layer(problem, layer, token_n, home_n, holds_EM, cap_L[layer])
         _fill(one, problem.load_LE[layer], problem.num_slots // devices, deadline)
         rows.append(np.nonzero(one.holds_EM.T)[1])
-        if problem.dispatch == "shuffled":
-            home_n = one.homes_T()[token_n]
-        elif not problem.separable:
-            home_n = one.next_n
+        home_n = one.homes_after()
     return Placement(np.stack(rows), trace.num_experts, devices)
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.placement import exchanges, sampled, solve, topology, with_copies
+from moe_jax.placement import cost, exchanges, sampled, solve, topology, with_copies
 from moe_jax.placement.limits.previous import holds_LEM
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -47,9 +47,25 @@ def layers_of(problem: Problem, plan: Placement) -> list[sampled.Layer]:
 
 
 @pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
-@pytest.mark.parametrize(
-    "dispatch", ["exchange", "hierarchical", "coherent", "shuffled", "gathered"]
-)
+@pytest.mark.parametrize("dispatch", cost.DISPATCHES)
+def test_sampled_tokens_are_where_they_are_counted(dispatch, machine, monkeypatch):
+    monkeypatch.setattr(sampled, "SAMPLE", 100)
+    problem, plan = problem_of(0, "seconds", dispatch, machine), start_of(0)
+    layers, (token_n, home_n) = layers_of(problem, plan), sampled.drawn(problem, 0)
+    assert len(token_n) == 100 < problem.trace.num_tokens
+    home_T = np.zeros(problem.trace.num_tokens, np.int64)
+    home_T[token_n] = home_n
+    if dispatch == "shuffled":
+        (home_T,) = cost.homes(plan, len(home_T), None, dispatch, problem.work.batch_tokens)
+    where = (machine.devices_per_node, None, problem.work.batch_tokens)
+    walk = cost.walk(problem.trace.expert_ids_TLK, plan, dispatch, home_T, *where)
+    for layer, step in zip(layers, walk, strict=True):
+        np.testing.assert_array_equal(layer.home_n, step.home_T[token_n])
+        np.testing.assert_array_equal(layer.device_nK, step.device_TK[token_n])
+
+
+@pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
+@pytest.mark.parametrize("dispatch", cost.DISPATCHES)
 def test_changes_are_what_holding_it_so_changes(dispatch, machine):
     problem, plan = problem_of(1, "seconds", dispatch, machine), start_of(1)
     layer = layers_of(problem, plan)[1]

@@ -244,7 +244,7 @@ def test_every_combination_keeps_pins_and_refuses_devices_that_a_machine_lacks(
     words += ["--caps=none,1.3x", "--pin=0:7:3"]
     assert command_line.main([*words, "--machines=flat4,2x2"]) == 0
     assert set(seen) == {0}
-    assert len(seen) == 4
+    assert len(seen) >= 4  # more, where the best baseline needs more slots
     seen.clear()
     assert command_line.main([*words, "--machines=flat4,flat3"]) == 1
     assert "devices go from 0 to 2" in capsys.readouterr().err
