@@ -40,7 +40,7 @@ from moe_jax.placement.move import Move
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
-from moe_jax.placement.solution import Progress, Report, Solution
+from moe_jax.placement.solution import Interrupted, Progress, Report, Solution
 from moe_jax.placement.windows import Window
 from moe_jax.routing.trace import Trace
 
@@ -174,6 +174,7 @@ def verdict(
     settings: Settings | None = None,
     progress: Tell | None = None,
     say: Callable[[str], None] | None = None,
+    planned: Callable[[Placement], None] | None = None,
 ) -> Verdict:
     """Plans, judges, counts the move, and says what that comes to.
 
@@ -183,6 +184,8 @@ def verdict(
       settings: how it is split and judged.
       progress: called at every step of every plan.
       say: is told how long it will take, once the input is accepted.
+      planned: is told the plan of every window before it is judged, its devices numbered so that
+        least moves; after Ctrl-C in the search the best so far.
     """
     settings = settings or Settings()
     trace = problem.trace
@@ -194,9 +197,18 @@ def verdict(
     if say is not None:
         say(estimate(settings, found))
     judge = _Judge(problem, before, found, settings, progress)
-    solutions = judge.solutions("plan", [window.plan for window in found])
+    try:
+        solutions = judge.solutions("plan", [window.plan for window in found])
+    except KeyboardInterrupt as stop:
+        last = stop.solution if isinstance(stop, Interrupted) else judge.last
+        if planned is not None and last is not None:
+            planned(move_lib.relabelled(problem, before, last.placement))
+        raise
     raw = [solution.placement for solution in solutions]
     after = [move_lib.relabelled(problem, before, placement) for placement in raw]
+    if planned is not None:
+        for placement in after:
+            planned(placement)
     gains = judge.gains(after)
     size = problem.work.expert_bytes if settings.expert_bytes is None else settings.expert_bytes
     moves = [move_lib.move(before, plan, problem.topology, size) for plan in after]
@@ -296,6 +308,7 @@ class _Judge:
     ):
         self._problem, self._before, self._windows = problem, before, windows
         self._settings, self._progress = settings, progress
+        self.last: Solution | None = None  # of the plans that were made
         total = sum(window.judge.num_sequences for window in windows)
         # one draw over all windows; a group that is not drawn has no tokens in that sample
         weight_BS = paired.weights(total, settings.seed)
@@ -315,8 +328,9 @@ class _Judge:
             name = stage if len(traces) == 1 else f"{stage} {number} of {len(traces)}"
             problem = dataclasses.replace(self._problem, trace=trace)
             tell = self._telling(name)
-            made.append(solve.solve_problem(problem, self._settings.seed, limit, tell))
-            report = made[-1].report
+            self.last = solve.solve_problem(problem, self._settings.seed, limit, tell)
+            made.append(self.last)
+            report = self.last.report
             if tell is not None:
                 tell(Progress("judging", report.seconds, limit, report.objective, report.bound))
         return made

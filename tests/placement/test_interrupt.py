@@ -14,6 +14,7 @@ from moe_jax.placement.commands import interrupt
 from moe_jax.placement.commands import solve as solve_command
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
+from moe_jax.placement.progress import Ticker
 from moe_jax.placement.solution import Interrupted, Progress
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
@@ -190,6 +191,35 @@ def test_ctrl_c_while_writing_keeps_the_file_that_is_there(
     assert capsys.readouterr().err == "interrupted: nothing written\n"
     assert Plan.read(out) == before
     assert sorted(tmp_path.iterdir()) == [out, trace_path]
+
+
+@pytest.mark.parametrize("stage", ["plan: search", "plan: judging", "null test: search"])
+def test_verdict_writes_the_plan_that_it_would_have_judged(
+    stage, trace_path, tmp_path, monkeypatch, capsys
+):
+    told, real = [], Ticker.tell
+
+    def tell(self, progress):
+        told.append(progress.stage)
+        real(self, progress)
+        if progress.stage == stage:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ticker, "tell", tell)
+    out = tmp_path / "p.json"
+    words = ["verdict", str(trace_path), "--devices=4", "--time-limit=1", f"--out={out}"]
+    code, captured = command_line.main(words), capsys.readouterr()
+    assert code == 130
+    assert captured.out == ""
+    assert told[-1] == stage
+    assert captured.err.endswith(f"wrote the best plan so far to {out}, not judged\n")
+    plan = Plan.read(out)
+    assert plan.provenance["interrupted"] is True
+    assert "verdict" not in plan.provenance
+    halves = trace_lib.split(trace_lib.load(trace_path), 0)
+    problem = Problem(halves.plan_half, topology.flat(4))
+    contiguous = Placement.contiguous(6, 16, 4)
+    assert problem.value_of(plan.placement) < problem.value_of(contiguous)
 
 
 @pytest.mark.parametrize("command", ["compare", "verdict"])

@@ -5,11 +5,12 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
 from moe_jax.errors import Refused
 from moe_jax.placement import verdict as verdict_lib
 from moe_jax.placement import verdict_text, windows
-from moe_jax.placement.commands import inputs, limits, words
+from moe_jax.placement.commands import inputs, interrupt, limits, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
@@ -66,8 +67,16 @@ def run(options: argparse.Namespace) -> str:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    with Ticker() as ticker:
-        found = verdict_lib.verdict(problem, before, settings, ticker.tell, say)
+    plans: list[Placement] = []
+    try:
+        with Ticker() as ticker:
+            found = verdict_lib.verdict(problem, before, settings, ticker.tell, say, plans.append)
+    except KeyboardInterrupt as stop:
+        if not options.out or not plans:
+            raise
+        _unjudged(trace, problem, settings, plans[-1]).write(options.out)
+        left = f"wrote the best plan so far to {options.out}, not judged"
+        raise interrupt.Stopped(left) from stop
     if options.out:
         _judged_plan(trace, problem, found).write(options.out)
     if options.report:
@@ -146,14 +155,30 @@ def _write_page(
 def _judged_plan(trace: Trace, problem: Problem, found: verdict_lib.Verdict) -> Plan:
     """The plan that was judged, whatever the verdict; the verdict travels with it."""
     origin = {
-        "trace_digest": trace.digest,
         "planned_on": f"split {found.settings.split}: {found.planned} sequences",
-        "solver": "greedy + integer programs (HiGHS), devices numbered so that least moves",
-        "seed": found.settings.seed,
-        "objective_name": problem.objective,
-        "dispatch": problem.dispatch,
+        **_origin(trace, problem, found.settings),
         "verdict": found.answer,
         "reason": found.reason,
-        **words.limits(problem),
     }
     return Plan(found.placement, trace.layer_ids, problem.topology.to_json(), origin)
+
+
+def _unjudged(trace: Trace, problem: Problem, settings: Settings, placement: Placement) -> Plan:
+    """The plan that would have been judged, as far as it had come at Ctrl-C."""
+    origin = {
+        "planned_on": f"split {settings.split}",
+        **_origin(trace, problem, settings),
+        "interrupted": True,
+    }
+    return Plan(placement, trace.layer_ids, problem.topology.to_json(), origin)
+
+
+def _origin(trace: Trace, problem: Problem, settings: Settings) -> dict[str, Any]:
+    return {
+        "trace_digest": trace.digest,
+        "solver": "greedy + integer programs (HiGHS), devices numbered so that least moves",
+        "seed": settings.seed,
+        "objective_name": problem.objective,
+        "dispatch": problem.dispatch,
+        **words.limits(problem),
+    }
