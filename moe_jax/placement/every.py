@@ -177,9 +177,13 @@ def _pinned(like: Problem, one: Topology, words: Sequence[str]) -> Pins | None:
 def text(done: Sequence[Line]) -> str:
     """The table, and how often the planner is better."""
     cells = ["theirs", "ours", "ratio", "slots", "with as many"]
-    heads = ["dispatch", "machine", "cap", "planned: best", *cells, "held out: best", *cells]
+    heads = ["dispatch", "machine", "cap", "planned: best", *cells, "gap %"]
+    heads += ["held out: best", *cells]
     rows = [
-        [one.dispatch, one.machine, one.cap, *_cells(one.planned), *_cells(one.held_out)]
+        [
+            *(one.dispatch, one.machine, one.cap, *_cells(one.planned)),
+            *(f"{100 * one.gap:.1f}", *_cells(one.held_out)),
+        ]
         for one in done
     ]
     return "\n".join([tables.table(heads, rows), "", *_counts(done)])

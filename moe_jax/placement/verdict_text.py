@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from moe_jax.placement import tables
 from moe_jax.placement.paired import Gain
+from moe_jax.placement.solution import Report
 from moe_jax.placement.verdict import SHARE_LIMIT, Named, Verdict, percent, steps_of
 
 
@@ -12,6 +13,7 @@ def text(found: Verdict, now: str) -> str:
     lines = [
         f"Planned on {found.planned} sequences, judged on {found.judged} others "
         f"(split {found.settings.split}, seed {found.settings.seed}).",
+        _search_text(found.search),
         "",
         _gains_table(found.gains, now),
         "",
@@ -33,6 +35,13 @@ def text(found: Verdict, now: str) -> str:
         f"Verdict: {found.answer}. {found.reason[0].upper()}{found.reason[1:]}.",
     ]
     return "\n".join(lines)
+
+
+def _search_text(search: Report) -> str:
+    return (
+        f"Where it was planned: {search.objective:.6g} {search.unit}, proven bound "
+        f"{search.bound:.6g}, gap {100 * search.gap:.2f} %."
+    )
 
 
 def _gains_table(gains: dict[str, Gain], now: str) -> str:

@@ -180,9 +180,10 @@ def test_how_often_the_planner_is_better():
 
     def line(ours, theirs, theirs_equal):
         side = every.Side("grace", theirs, ours, "lpt", theirs_equal, 12, ours / 3)
-        return every.Line("exchange", "flat4", "none", side, side, 0.0)
+        return every.Line("exchange", "flat4", "none", side, side, 0.123)
 
     said = every.text([line(1.0, 0.5, 2.0), line(1.0, 1 + 1e-12, 1 + 1e-12), line(1.0, 2.0, 2.0)])
+    assert "12.3" in said.splitlines()[1].split()  # the gap, percent
     assert "  any, planning half: better in 1, the same in 1, worse in 1" in said
     assert "  with equal devices, held out: better in 2, the same in 1, worse in 0" in said
     assert "  any, at as many slots, held out: better in 3, the same in 0, worse in 0" in said

@@ -511,7 +511,11 @@ def test_a_load_cap_out_of_reach_of_few_sequences_is_said(capsys):
     found = verdict.verdict(problem, settings=dataclasses.replace(FAST, time_limit=0.0))
     assert found.evidence[0].gain is not None
     assert any(row.gain is None for row in found.evidence)
-    assert "load cap out of reach" in verdict_text.text(found, "contiguous")
+    said = verdict_text.text(found, "contiguous")
+    assert "load cap out of reach" in said
+    gap = 100 * (1 - found.search.bound / found.search.objective)
+    assert f"proven bound {found.search.bound:.6g}, gap {gap:.2f} %." in said
+    assert 0 < found.search.bound <= found.search.objective
 
 
 # The command
@@ -546,6 +550,9 @@ def test_the_command_prints_one_object(trace_path, tmp_path, capsys):
         "within_steps",
         "min_gain",
         "plan_digest",
+        "objective",
+        "bound",
+        "gap",
         "planned_on_sequences",
         "judged_on_sequences",
         "gains",
