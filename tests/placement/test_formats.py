@@ -327,6 +327,64 @@ def test_exflow_trace(tmp_path):
     assert trace.seq_len.tolist() == [3]
 
 
+TRACES = {
+    "own": "again.npz",
+    "sglang": "again.npz",
+    "megatron": "again.jsonl",
+    "exflow": "again.npy",
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("experts", [8, 300])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_our_trace_to_format_to_ours_is_the_identity(name, experts, top_k, tmp_path):
+    rng = np.random.default_rng(top_k)
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(40)]).reshape(20, 2, top_k)
+    ids = ids.astype(np.uint8 if experts <= 255 else np.uint16)
+    ids[3, 1, -1] = ids[7, 0, -1] = np.iinfo(ids.dtype).max
+    one, layers = name == "exflow", (0, 1) if name == "exflow" else (3, 5)
+    lens = np.array([20] if one else [5, 9, 6])
+    trace = Trace(ids[:, :, :1] if one else ids, experts, lens, layer_ids=layers)
+    trace_lib.save(trace, tmp_path / "t.npz")
+    path = tmp_path / TRACES[name]
+    done = convert_lib.convert(tmp_path / "t.npz", path, name, Hints())
+    assert done.written == name
+    assert not any("lost" in note for note in done.notes)
+    convert_lib.convert(path, tmp_path / "back.npz", None, Hints(num_experts=experts))
+    again = trace_lib.load(tmp_path / "back.npz")
+    np.testing.assert_array_equal(again.expert_ids_TLK, trace.expert_ids_TLK)
+    assert again.expert_ids_TLK.dtype == trace.expert_ids_TLK.dtype
+    np.testing.assert_array_equal(again.seq_len, trace.seq_len)
+    assert (again.num_experts, again.layer_ids) == (experts, layers)
+
+
+def test_what_a_form_of_traces_cannot_hold_is_said(tmp_path):
+    ids = np.array([[[1, 0]], [[2, 1]]], np.uint8)
+    more = {
+        "expert_weights_TLK": np.full(ids.shape, 0.5, np.float16),
+        "seq_name": ("a", "b"),
+        "seq_home": np.array([0, 1]),
+        "token_ids_T": np.array([7, 9]),
+        "layer_ids": (4,),
+    }
+    trace_lib.save(Trace(ids, 4, np.array([1, 1]), **more), tmp_path / "t.npz")
+    always = {"weights", "names of sequences", "homes of sequences"}
+    lost = {
+        "sglang": always,
+        "megatron": always | {"identities"},
+        "exflow": always | {"identities", "borders of sequences", "numbers of layers"},
+    }
+    for name, words in lost.items():
+        path = tmp_path / TRACES[name]
+        notes = convert_lib.convert(tmp_path / "t.npz", path, name, Hints()).notes
+        assert {note.split(" are lost")[0] for note in notes if "are lost" in note} == words
+        assert "to read it back, give --num-experts=4" in notes
+        assert any("only the best of 2" in note for note in notes) == (name == "exflow")
+    back = convert_lib.read(tmp_path / "again.npz", Hints()).value
+    assert back.token_ids_T.tolist() == [7, 9]
+
+
 def test_counts_go_round_and_never_become_a_trace(tmp_path, capsys):
     count_SLE = np.zeros((2, 3, 4), np.int64)
     count_SLE[:, 1:] = np.arange(16).reshape(2, 2, 4)
@@ -439,7 +497,8 @@ COMMANDS = {
     "plan as a trace": (["p.json", "o.npz"], "a plan is written as"),
     "trace as a plan": (["t.npz", "o.yaml"], "a trace is written as .npz"),
     "trace as counts of another format": (["t.npz", "o.json", "--format=vllm"], "format vllm"),
-    "trace in sglang's form": (["t.npz", "o.npz", "--format=sglang"], "our own form"),
+    "trace in vllm's form": (["t.npz", "o.npz", "--format=vllm"], "own or sglang"),
+    "trace in sglang's form, as lines": (["t.npz", "o.jsonl", "--format=sglang"], "megatron"),
     "devices contradict": (["p.json", "o.json", "--devices=2"], "the file says 4"),
     "experts contradict": (["p.json", "o.json", "--num-experts=9"], "the file says 8"),
     "layers of our own": (["p.json", "o.json", "--layer-ids=3-5"], "number their layers"),

@@ -20,9 +20,11 @@ def add(commands) -> None:
     command.add_argument(
         "source", metavar="IN", help="file (also .pt), or a folder of Megatron-LM traces"
     )
-    command.add_argument("target", metavar="OUT", help=".json .yaml .csv .npy .npz .safetensors")
     command.add_argument(
-        "--format", choices=FORMATS, help="of OUT, where .json has several (default own)"
+        "target", metavar="OUT", help=".json .yaml .csv .npy .npz .jsonl .safetensors"
+    )
+    command.add_argument(
+        "--format", choices=FORMATS, help="of OUT, where .json or .npz has several (default own)"
     )
     command.add_argument("--devices", type=int, help="of a plan whose file does not say it")
     command.add_argument("--num-experts", type=int, help="of a layer, likewise")

@@ -1,21 +1,22 @@
-"""From one file to another: plans to plans, traces to our trace, counts to counts.
+"""From one file to another: plans to plans, traces to traces, counts to counts.
 
 What a file is follows from its extension and its contents; what is written from the extension of
 the output, and `--format` where JSON has several meanings. A `.npy` is counts where its name has
 `logical_count` in it, SGLang's ids of a trace where it has three axes, and with two axes a trace of
-ExFlow where a trace is asked for (an output `.npz`), else a map of sglang-jax.
+ExFlow where a trace is asked for (an output `.npz` or `.jsonl`), else a map of sglang-jax.
 """
 
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement.formats import counts as counts_lib
-from moe_jax.placement.formats import megatron, plans, raw, torchfile, traces, trtllm
+from moe_jax.placement.formats import megatron, plans, raw, torchfile, trace_files, traces, trtllm
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.formats.hints import Hints, agree
 from moe_jax.placement.plan import FORMAT, MAP, Plan
@@ -23,7 +24,7 @@ from moe_jax.routing import npz
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
-FORMATS = ("own", "sglang", "vllm", "tensorrt-llm", "exflow", "sglang-jax")
+FORMATS = ("own", "sglang", "vllm", "tensorrt-llm", "exflow", "sglang-jax", "megatron")
 _DUMP = (traces.IDS, traces.SEQ_LENS, traces.SLOTS, traces.TOKENS, counts_lib.COUNT)
 # Extension of the output -> formats of a plan; the first one is the default.
 _PLAN_SUFFIXES = {
@@ -33,6 +34,7 @@ _PLAN_SUFFIXES = {
     ".csv": ("exflow",),
     ".npy": ("sglang-jax",),
 }
+_TRACE_SUFFIXES = {".npz": ("own", "sglang"), ".jsonl": ("megatron",), ".npy": ("exflow",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +63,11 @@ def convert(
 ) -> Converted:
     """Reads, checks, writes whole or not at all."""
     suffix = pathlib.Path(target).suffix.lower()
-    found = read(source, hints, wants_trace=suffix == ".npz")
+    found = read(source, hints, wants_trace=suffix in (".npz", ".jsonl"))
     if isinstance(found.value, Plan):
         name = _write_plan(found.value, target, suffix, written, hints)
-    elif suffix == ".npz":
-        name = _write_trace(found.value, target, written)
+    elif suffix in _TRACE_SUFFIXES:
+        name = _write_trace(found.value, target, suffix, written, hints)
     else:
         name = _write_counts(found.value, target, suffix, written, hints)
     return Converted(found, name, tuple(hints.notes))
@@ -228,7 +230,13 @@ def _plan_text(plan: Plan, name: str, hints: Hints) -> str:
     return plans.exflow_text(plan, hints)
 
 
-def _write_trace(value: Trace | Counts, target: str | os.PathLike, written: str | None) -> str:
+def _write_trace(
+    value: Trace | Counts,
+    target: str | os.PathLike,
+    suffix: str,
+    written: str | None,
+    hints: Hints,
+) -> str:
     if isinstance(value, Counts):
         raise Refused(
             counts_lib.COUNT,
@@ -237,10 +245,24 @@ def _write_trace(value: Trace | Counts, target: str | os.PathLike, written: str 
             "they do not make a trace",
             "Record every token (SGLang: --expert-distribution-recorder-mode=per_token)",
         )
-    if written not in (None, "own"):
-        raise Refused("format", written, "a trace is written in our own form", "Leave it out")
-    trace_lib.save(value, target)
-    return "own"
+    names = _TRACE_SUFFIXES[suffix]
+    name = written or names[0]
+    if name not in names:
+        rule = f"traces in {suffix} files are {' or '.join(names)}"
+        raise Refused("format", name, rule, "Change --format or the name of the output")
+    if name == "own":
+        trace_lib.save(value, target)
+    elif name == "megatron":
+        with files.atomic_write(target, "w") as file:
+            file.writelines(trace_files.megatron_lines(value, hints))
+    elif name == "sglang":
+        arrays: dict[str, Any] = dict(trace_files.sglang_arrays(value, hints))
+        with files.atomic_write(target) as file:
+            np.savez_compressed(file, **arrays)
+    else:
+        with files.atomic_write(target) as file:
+            np.save(file, trace_files.exflow_array(value, hints), allow_pickle=False)
+    return name
 
 
 def _write_counts(
@@ -256,7 +278,8 @@ def _write_counts(
         raise Refused(
             "out",
             f"{target}, format {written}",
-            "a trace is written as .npz; counts as .json (sglang) or .safetensors (tensorrt-llm)",
+            "a trace is written as .npz, .jsonl or .npy; counts as .json (sglang) or "
+            ".safetensors (tensorrt-llm)",
             "Change the name of the output or --format",
         )
     if isinstance(value, Trace):
