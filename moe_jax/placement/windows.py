@@ -7,7 +7,7 @@ Splits
 - time: the first half of the sequences plans, the second judges. When does a plan go stale?
 - name: one window per group of sequences, which judges what was planned on all the others. Does a
   plan carry over to text of a kind that it has not seen? The group of a sequence is the part of
-  its name before the first `/`, `-` or `:`, whichever comes first (`mmlu/physics` -> `mmlu`).
+  its name before the first `/`, `-` or `:`, whichever comes first (`mmlu/physics` -> `mmlu`). `name:GROUP` is one of these windows.
 
 `without_affinity` is the null model: every expert keeps its number of tokens in every layer and
 rank, every token its number of experts, and everything else is random. To shuffle whole tokens of
@@ -55,6 +55,20 @@ def windows(trace: Trace, split: str, seed: int) -> list[Window]:
         return [Window("second half", trace.select(all_S[:cut]), trace.select(all_S[cut:]))]
     halves = trace_lib.split(trace, seed)  # refuses a single sequence
     return [Window("other half", halves.plan_half, halves.judge_half)]
+
+
+def window(trace: Trace, split: str, seed: int) -> Window:
+    """One window: `sequence`, `time`, or `name:GROUP`, the one that GROUP judges."""
+    way, _, group = split.partition(":")
+    if way not in SPLITS or (way == "name") != bool(group):
+        raise Refused("split", split, "not known", "Use sequence, time or name:GROUP")
+    found = {one.name: one for one in windows(trace, way, seed)}
+    if way != "name":
+        return next(iter(found.values()))
+    if group not in found:
+        names = ", ".join(found)
+        raise Refused("split", split, f"the groups of the names are {names}", "Use one of them")
+    return found[group]
 
 
 def group_of(name: str) -> str:

@@ -36,6 +36,82 @@ def run(*words) -> int:
     return command_line.main([str(word) for word in words])
 
 
+@pytest.fixture
+def named_path(tmp_path) -> pathlib.Path:
+    """12 sequences of 50 tokens: the first half of group a, then b and c in turn; b is of its own.
+
+    Group b asks for expert 7 alone, which nobody else does.
+    """
+    trace = synthetic.realistic(
+        num_tokens=600, num_layers=3, num_experts=7, top_k=2, seed=0, num_sequences=12
+    )
+    names = tuple([f"a/{n}" for n in range(6)] + [f"{'bc'[n % 2]}/{n}" for n in range(6)])
+    ids = trace.expert_ids_TLK.copy()
+    group_T = np.repeat([name[0] for name in names], trace.seq_len)
+    ids[group_T == "b"] = np.array([7, trace.no_expert], ids.dtype)
+    trace_lib.save(Trace(ids, 8, trace.seq_len, seq_name=names), tmp_path / "n.npz")
+    return tmp_path / "n.npz"
+
+
+@pytest.mark.parametrize(
+    ("split", "planned", "judged", "said"),
+    [
+        ("sequence", 6, 6, "a random half of the sequences: 6,"),
+        ("time", 6, 6, "the first half of the sequences: 6,"),
+        ("name:a", 6, 6, "all but a of the sequences: 6,"),
+        ("name:b", 9, 3, "all but b of the sequences: 9,"),
+    ],
+)
+def test_what_is_planned_on_and_what_judges(split, planned, judged, said, named_path, capsys):
+    out, trace = named_path.parent / "p.json", trace_lib.load(named_path)
+    words = [named_path, "--devices=4", f"--split={split}", "--time-limit=1", "--objective=load"]
+    assert run("solve", *words, f"--out={out}", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["planned_on"].startswith(said)
+    assert Plan.read(out).provenance["planned_on"] == answer["planned_on"]
+    group_S = np.array([name[0] for name in trace.seq_name])
+    parts = {"time": np.arange(12) < 6, "name:a": group_S != "a", "name:b": group_S != "b"}
+    if split in parts:
+        halves = [trace.select(np.flatnonzero(part)) for part in (parts[split], ~parts[split])]
+        assert answer["objective"] == pytest.approx(
+            Problem(halves[0], topology.flat(4), "load").value_of(Plan.read(out).placement)
+        )
+        judge = Problem(halves[1], topology.flat(4), "load")
+        held_out = answer["held_out"]["load_max_over_mean"]["mean"]["value"]
+        assert held_out == pytest.approx(judge.value_of(Plan.read(out).placement))
+    assert run("compare", *words, "--methods=lpt", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["planned_on"].startswith(said)
+    assert answer["held_out_sequences"] == judged
+    assert run("compare", *words, "--methods=lpt") == 0
+    assert f"Planned on {said}" in capsys.readouterr().out
+    assert planned + judged == 12
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("name:d", "groups of the names are a, b, c"),
+        ("name", "Use sequence, time or name:GROUP"),
+        ("time:a", "Use sequence, time or name:GROUP"),
+        ("half", "Use sequence, time or name:GROUP"),
+    ],
+)
+def test_splits_that_are_none_are_refused(split, message, named_path, capsys):
+    out = named_path.parent / "p.json"
+    words = [named_path, "--devices=4", f"--split={split}"]
+    for command in (["solve", *words, f"--out={out}"], ["compare", *words]):
+        assert run(*command) == 1
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_split_by_names_needs_names(trace_path, tmp_path, capsys):
+    words = ["solve", trace_path, "--devices=4", "--split=name:a", f"--out={tmp_path / 'p.json'}"]
+    assert run(*words) == 1
+    assert "needs the names of the sequences" in capsys.readouterr().err
+
+
 def test_solve_writes_a_plan_and_prints_one_object(trace_path, tmp_path, capsys):
     out = tmp_path / "plans" / "p.json"
     assert run("solve", trace_path, "--devices=4", f"--out={out}", "--json") == 0

@@ -237,6 +237,8 @@ UNFIT = {
     "slots": (["solve", "--devices=4", "--out=p.json", "--objective=load", "--slots=10"], "slots"),
     "time": (["solve", "--devices=4", "--out=p.json", "--objective=load", "--time-limit=-1"],
              "time_limit"),
+    "split": (["solve", "--devices=4", "--out=p.json", "--objective=load", "--split=time"],
+              "counts have steps"),
     "compare": (["compare", "--devices=4"], "compare needs to know which experts"),
     "verdict": (["verdict", "--devices=4"], "verdict needs"),
     "homes": (["homes", "--devices=4"], "homes needs"),

@@ -21,6 +21,7 @@ def add(commands) -> None:
     """The sub-command and its options."""
     command = options_lib.command(commands, "compare", "baselines, greedy and planner, held-out")
     options_lib.trace_options(command)
+    options_lib.split_option(command)
     options_lib.report_option(command)
     options_lib.machine_options(command)
     options_lib.objective_options(command)
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> str:
     """All baselines and the planner, held-out."""
     options_lib.report_ok(options)
     trace = inputs.trace(options)
-    halves = options_lib.split(trace, options.seed)
+    halves = options_lib.split(trace, options.seed, options.split)
     if halves is None:
         raise Refused(
             "sequences",
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> str:
                 "objective_name": plan.objective,
                 "dispatch": plan.dispatch,
                 "unit": solved.unit,
-                "planned_on": words.planned_on(plan.trace, True),
+                "planned_on": words.planned_on(plan.trace, options.split),
                 "held_out_sequences": judge.trace.num_sequences,
                 "report": options.report,
                 "methods": [method.to_json() for method in made],
@@ -78,8 +79,8 @@ def run(options: argparse.Namespace) -> str:
     return "\n".join(
         [
             words.describe(trace),
-            f"Planned on {halves.plan_half.num_sequences} sequences, every figure below is from "
-            f"the other {halves.judge_half.num_sequences} (seed {options.seed}).",
+            f"Planned on {words.planned_on(plan.trace, options.split)}; every figure below is from "
+            f"the other {halves.judge_half.num_sequences} sequences (seed {options.seed}).",
             "",
             compare_text.text(made),
             "",
@@ -128,7 +129,7 @@ def _write_plans(options, made: list[compare_lib.Method], trace: Trace, plan: Pr
         name = "".join(c if c.isalnum() else "_" for c in method.name.split(" (")[0].lower())
         origin = {"trace_digest": trace.digest, "solver": method.name, "seed": options.seed}
         if method.report is not None:
-            origin = words.provenance(trace, plan, method.report, options.seed, True)
+            origin = words.provenance(trace, plan, method.report, options.seed, options.split)
         origin |= words.copy_rule(method.placement)
         written = Plan(method.placement, trace.layer_ids, plan.topology.to_json(), origin)
         written.write(pathlib.Path(options.out_plans) / f"{name}.json")

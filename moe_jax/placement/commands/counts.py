@@ -89,6 +89,9 @@ def _check(options: argparse.Namespace) -> None:
             raise Refused(
                 name, getattr(options, name), rule, f"Leave --{name} out".replace("_", "-")
             )
+    if options.split != options_lib.SEQUENCE:
+        rule = "counts have steps, of which a random half plans"
+        raise Refused("split", options.split, rule, "Leave --split out, or give a trace")
     if isinstance(options_lib.topology_of(options).device_flops, tuple):
         rule = "plans from counts are for devices of one speed"
         raise Refused("device_flops", options.device_flops, rule, "Give a trace, or one speed")

@@ -72,9 +72,9 @@ def run(options: argparse.Namespace, trace: Trace, halves: Halves) -> str:
             {"objective_name": options.objective, "lines": [one.to_json() for one in done]}
         )
     head = (
-        f"Planned on {halves.plan_half.num_sequences} sequences, held out are the other "
-        f"{halves.judge_half.num_sequences} (seed {options.seed}), {options.time_limit:g} s each; "
-        f"objective {options.objective}; ratio: ours over theirs."
+        f"Planned on {words.planned_on(halves.plan_half, options.split)}; held out are the other "
+        f"{halves.judge_half.num_sequences} sequences (seed {options.seed}), "
+        f"{options.time_limit:g} s each; objective {options.objective}; ratio: ours over theirs."
     )
     return "\n".join([words.describe(trace), head, "", every_lib.text(done)])
 

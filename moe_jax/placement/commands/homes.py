@@ -187,11 +187,13 @@ def _origin(options, trace: Trace, problem: Problem, planned: _Planned) -> dict:
         names = ("uniform", "seated", "numbered", "value", "homes_gap", "finished")
         homes |= {name: getattr(planned.joint, name) for name in names}
     if planned.solved is not None:
-        origin = words.provenance(trace, problem, planned.solved, options.seed, True)
+        origin = words.provenance(
+            trace, problem, planned.solved, options.seed, options_lib.SEQUENCE
+        )
     else:
         origin = {
             "trace_digest": trace.digest,
-            "planned_on": words.planned_on(problem.trace, True),
+            "planned_on": words.planned_on(problem.trace, options_lib.SEQUENCE),
             "seed": options.seed,
             "objective_name": problem.objective,
             "dispatch": problem.dispatch,
@@ -221,7 +223,7 @@ def _text(options, trace, problem, planned: _Planned, found: Found, judge: Trace
     lines = [
         words.describe(trace),
         f"{problem.dispatch} dispatch on {problem.topology.name}; planned and learned on "
-        f"{words.planned_on(problem.trace, True)}.",
+        f"{words.planned_on(problem.trace, options_lib.SEQUENCE)}.",
     ]
     if planned.joint is not None:
         both = planned.joint

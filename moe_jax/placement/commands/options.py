@@ -8,7 +8,7 @@ import sys
 
 from moe_jax import files
 from moe_jax.errors import Refused
-from moe_jax.placement import solve
+from moe_jax.placement import solve, windows
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.cost import DISPATCHES
 from moe_jax.placement.hops import DISPATCHERS
@@ -16,8 +16,9 @@ from moe_jax.placement.plan import Placement, Plan, check_fits
 from moe_jax.placement.problem import OBJECTIVES, LoadCap, Problem
 from moe_jax.placement.seconds import Work
 from moe_jax.placement.topology import Topology
-from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Halves, Trace
+
+SEQUENCE = "sequence"  # the default of --split
 
 
 def typed(options: argparse.Namespace) -> str:
@@ -270,10 +271,22 @@ def in_use(path: str, trace: Trace, topology: Topology) -> Placement:
     return plan.placement
 
 
-def split(trace: Trace, seed: int) -> Halves | None:
-    """Halves by sequences; None, said on stderr, where there is one sequence only."""
+def split_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--split",
+        default=SEQUENCE,
+        metavar="HOW",
+        help="planned on and judged on: random halves of the sequences (sequence, the default), "
+        "the first and the second half of them (time), or all groups of names but one and that one "
+        "(name:GROUP; a group is the part of a name before the first / - or :)",
+    )
+
+
+def split(trace: Trace, seed: int, how: str = SEQUENCE) -> Halves | None:
+    """What is planned on and judged on; None, said on stderr, where there is one sequence only."""
     if trace.num_sequences > 1:
-        return trace_lib.split(trace, seed)
+        window = windows.window(trace, how, seed)
+        return Halves(window.plan, window.judge)
     print("The trace has one sequence only: there is no held-out half.", file=sys.stderr)
     return None
 

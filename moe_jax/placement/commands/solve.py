@@ -1,4 +1,4 @@
-"""`solve`: plans on a random half of the sequences (--seed), judges on the other half, writes.
+"""`solve`: plans on a part of the sequences (--split, --seed), judges on the other part, writes.
 
 What is printed about a plan is always from the half it has not seen. Ctrl-C ends the search and
 writes the best plan so far, marked as interrupted.
@@ -18,6 +18,7 @@ from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
 from moe_jax.placement.report import build, page
 from moe_jax.placement.solution import Interrupted, Report, Solution
+from moe_jax.routing.trace import Halves
 
 
 def add(commands) -> None:
@@ -26,6 +27,7 @@ def add(commands) -> None:
         commands, "solve", "plan on half of the sequences, judge on the other half"
     )
     options_lib.trace_options(command)
+    options_lib.split_option(command)
     command.add_argument("--out", required=True, metavar="PLAN.json", help="where the plan goes")
     options_lib.report_option(command)
     options_lib.machine_options(command)
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace) -> str:
     trace = inputs.trace_or_counts(options)
     if isinstance(trace, Counts):
         return counts.solve(options, trace)
-    halves = options_lib.split(trace, options.seed)
+    halves = options_lib.split(trace, options.seed, options.split)
     problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
     problem = limits.limited(options, problem)
     placement, report = _best_found(options, problem)
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> str:
         placement,
         trace.layer_ids,
         problem.topology.to_json(),
-        words.provenance(trace, problem, report, options.seed, bool(halves))
+        words.provenance(trace, problem, report, options.seed, _split(options, halves))
         | words.copy_rule(placement),
     )
     plan.write(options.out)
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace) -> str:
                 "plan_digest": placement.digest,
                 "out": str(options.out),
                 "report": options.report,
-                "planned_on": words.planned_on(problem.trace, bool(halves)),
+                "planned_on": words.planned_on(problem.trace, _split(options, halves)),
                 "stays": dataclasses.asdict(stays) if (stays := _stays(problem, report)) else None,
                 "held_out": held_out.to_json() if held_out else None,
             }
@@ -82,6 +84,10 @@ def run(options: argparse.Namespace) -> str:
     if report.interrupted:
         raise interrupt.Stopped(f"wrote the best plan so far to {options.out}", answer)
     return answer
+
+
+def _split(options: argparse.Namespace, halves: Halves | None) -> str | None:
+    return options.split if halves else None
 
 
 def _best_found(options: argparse.Namespace, problem: Problem) -> Solution:
@@ -120,7 +126,7 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
     first = "plan in use" if problem.previous else "greedy start"
     lines = [
         words.describe(trace),
-        f"Planned on {words.planned_on(problem.trace, bool(halves))}.",
+        f"Planned on {words.planned_on(problem.trace, _split(options, halves))}.",
         f"  {report.objective_name} for {report.dispatch} dispatch on {problem.topology.name}: "
         f"{report.objective:.6g} {report.unit}",
         f"  proven bound {report.bound:.6g}, gap {100 * report.gap:.2f} %; "

@@ -19,19 +19,22 @@ def describe(trace: Trace) -> str:
     )
 
 
-def planned_on(trace: Trace, halved: bool) -> str:
-    part = "a random half" if halved else "all"
+def planned_on(trace: Trace, split: str | None) -> str:
+    """Which part of the sequences; split as typed, None: there is no other part."""
+    part = {None: "all", "sequence": "a random half", "time": "the first half"}.get(split)
+    if part is None:
+        part = f"all but {str(split).partition(':')[2]}"
     return f"{part} of the sequences: {trace.num_sequences}, {trace.num_tokens} tokens"
 
 
 def provenance(
-    trace: Trace, problem: Problem, report: Report, seed: int, halved: bool
+    trace: Trace, problem: Problem, report: Report, seed: int, split: str | None
 ) -> dict[str, Any]:
     """Where a plan comes from, for its file."""
     return {
         "trace_digest": trace.digest,
         "tokens": problem.trace.num_tokens,
-        "planned_on": planned_on(problem.trace, halved),
+        "planned_on": planned_on(problem.trace, split),
         "solver": "greedy + integer programs (HiGHS)",
         "seed": seed,
         "objective_name": report.objective_name,
