@@ -7,7 +7,8 @@ Splits
 - time: the first half of the sequences plans, the second judges. When does a plan go stale?
 - name: one window per group of sequences, which judges what was planned on all the others. Does a
   plan carry over to text of a kind that it has not seen? The group of a sequence is the part of
-  its name before the first `/`, `-` or `:`, whichever comes first (`mmlu/physics` -> `mmlu`). `name:GROUP`: one of these windows alone.
+  its name before the first `/`, `-` or `:`, whichever comes first (`mmlu/physics` -> `mmlu`).
+- name:GROUP: of these windows the one that GROUP judges.
 
 `without_affinity` is the null model: every expert keeps its number of tokens in every layer and
 rank, every token its number of experts, and everything else is random. To shuffle whole tokens of
