@@ -42,7 +42,8 @@ def exchanged(
     ahead = problem.dispatch == "coherent"
     open_L = np.ones(len(layers), bool)
     while open_L.any() and time.monotonic() < deadline:
-        over_L = np.array([layer.loads().max() for layer in layers]) / cap_L
+        speed_M = problem.topology.speed_M
+        over_L = np.array([(layer.loads() / speed_M).max() for layer in layers]) / cap_L
         first_L = np.where(over_L > 1, -over_L, 0.0)  # what is above its cap, then all in order
         for layer in [n for n in np.argsort(first_L, kind="stable").tolist() if open_L[n]]:
             if time.monotonic() >= deadline:

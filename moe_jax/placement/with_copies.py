@@ -36,6 +36,7 @@ BOUND_SHARE = 0.15  # of the time, at most, for the bound
 RELAX_SHARE = 0.5  # of the time for the bound, for relaxations: the search gains more by the rest
 DEVIATIONS, LEAST_AIM = 2.5, 0.95  # below a load cap, of what is only expected; and at least
 ROUND_SHARE = 0.4  # of the time that is left, for one round of exchanges
+CAPPED_COUNTS = 2  # of a plan with layers above their caps, where homes follow the layer before
 MADE_UP = 4  # starts with loads that are made up
 LITTLE = 1e-4  # of the objective: a round that wins less was the last one
 SLACK = 1e-9  # of a load cap
@@ -132,6 +133,8 @@ class Run:
     def aim_L(self) -> np.ndarray:
         """float64: what expected or sampled loads have to keep for counted ones to keep the cap."""
         problem = self.problem
+        if problem.objective not in exchanges.OBJECTIVES:
+            return self.cap_L  # its loads are exact
         tokens = len(sampled.drawn(problem, 0)[0])
         counted = problem.trace.num_tokens if problem.separable else tokens
         spread = np.sqrt(problem.num_devices / (counted * problem.trace.top_k))
@@ -187,11 +190,13 @@ def begin(problem: Problem) -> Run:
     if problem.objective != "exflow":
         base = None if problem.objective == "load" else spare.without(problem)
         cap_L = np.full(problem.trace.num_layers, np.inf)
+        started = time.monotonic()
         if problem.load_cap is not None:
             cap_L = spare.caps(problem, spare.largest_L(problem, balanced))
-        started = time.monotonic()
         best = spare.valued(problem, balanced)
         count_seconds = time.monotonic() - started
+        if problem.load_cap is not None and not problem.separable:
+            count_seconds *= CAPPED_COUNTS
         return Run(problem, best, cap_L, base, BASE_SHARE, count_seconds=count_seconds)
     even = staying.flows(problem, balanced, problem.mean_L / staying.AIM)
     started = time.monotonic()

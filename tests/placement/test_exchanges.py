@@ -149,6 +149,19 @@ def test_close_to_the_best_of_all_plans(seed, experts, devices, slots, objective
     assert least * (1 - 1e-12) <= found.objective <= 1.02 * least
 
 
+@pytest.mark.parametrize(
+    ("objective", "dispatch", "counted"),
+    [("rows", "exchange", 300), ("rows", "coherent", 300), ("hops", "exchange", None)],
+)
+def test_loads_that_are_only_expected_aim_below_the_cap(objective, dispatch, counted):
+    problem = problem_of(4, objective, dispatch)
+    run = with_copies.begin(dataclasses.replace(problem, load_cap=LoadCap(1.5, relative=True)))
+    share = 1.0
+    if counted is not None:  # 2.5 deviations of a device's load are a lot for so few tokens
+        share = max(1 - 2.5 * np.sqrt(4 / (3 * counted)), 0.95)
+    np.testing.assert_allclose(run.aim_L, share * run.cap_L)
+
+
 @pytest.mark.parametrize("dispatch", ["exchange", "coherent", "shuffled"])
 def test_a_cap_is_kept(dispatch):
     problem = problem_of(3, "rows", dispatch)
