@@ -178,12 +178,16 @@ def walk(
         yield Step(device_TK, home_T, next_T)
         home_T = next_T
         if dispatch == "shuffled":
-            first_TK = _first_copies(expert_ids_TLK, placement, layer, device_TK)
+            first_TK = first_copies_TK(expert_ids_TLK, placement, layer, device_TK)
             home_T = row_homes.balanced(first_TK, placement.num_devices, step_tokens)
 
 
-def _first_copies(ids_TLK, placement: Placement, layer: int, device_TK: np.ndarray) -> np.ndarray:
-    """int64 [T, K]: the device of every assignment's first copy, whichever one computes it."""
+def first_copies_TK(
+    ids_TLK: np.ndarray, placement: Placement, layer: int, device_TK: np.ndarray
+) -> np.ndarray:
+    """int64 [T, K]: the device of every assignment's first copy, whichever one computes it; -1
+    where `device_TK`, from `devices_TK`, says that there is no expert.
+    """
     if not placement.has_replicas:
         return device_TK
     first_E = placement.logical_to_physical_LER[layer, :, 0] // placement.slots_per_device
@@ -311,10 +315,8 @@ def _direct(
     device_TK: np.ndarray, sent_TK: np.ndarray, home_T: np.ndarray, devices: int
 ) -> Float[np.ndarray, "M M"] | Int[np.ndarray, "M M"]:
     """[home, device]: one row for each assignment in `sent_TK` that is not on its home."""
-    home_T1, nowhere = home_T[:, None], devices * devices
-    pair_TK = np.where(sent_TK & (home_T1 >= 0), home_T1 * devices + device_TK, nowhere)
-    counts = np.bincount(pair_TK.ravel(), minlength=nowhere + 1)[:nowhere]
-    rows_MM: np.ndarray = counts.reshape(devices, devices)
+    home_T1 = home_T[:, None]
+    rows_MM = _sent(home_T1, device_TK, sent_TK & (home_T1 >= 0), devices)
     expected = sent_TK & (home_T1 < 0)
     if expected.any():
         rows_M = np.bincount(device_TK[expected], minlength=devices)

@@ -1,6 +1,6 @@
 """Copies exchanged after the slots are filled: two experts change what holds them, while it helps.
 
-Axes: n sampled tokens, E experts, M devices, X alternatives of single experts, G a few devices.
+Axes: n sampled tokens, E experts, M devices, X alternatives of single experts, p pairs of them.
 
 An alternative of an expert is one copy more, one less (never its last), or one on another device.
 Two alternatives of two experts make an exchange if every device holds as many as before: a copy of
@@ -136,11 +136,16 @@ def _after(layer: sampled.Layer, found: _Alternatives, x: int) -> Bool[np.ndarra
     leaves, comes = int(found.from_X[x]), int(found.to_X[x])
     if (leaves != NONE and not row_M[leaves]) or (comes != NONE and row_M[comes]):
         return None
+    _change(row_M, leaves, comes)
+    return row_M if row_M.any() else None
+
+
+def _change(row_M: np.ndarray, leaves: int, comes: int) -> None:
+    """In place: a copy leaves a device, or NONE, and one comes."""
     if leaves != NONE:
         row_M[leaves] = False
     if comes != NONE:
         row_M[comes] = True
-    return row_M if row_M.any() else None
 
 
 def _value(layer: sampled.Layer) -> float:
@@ -168,9 +173,8 @@ def _alternatives(
         ways = [(a, b) for a in from_m for b in to_m] + [(NONE, b) for b in to_m]
         ways += [(a, NONE) for a in from_m if row_M.sum() > 1]
         rows = np.tile(row_M, (len(ways), 1))
-        for row, (a, b) in zip(rows, ways, strict=True):
-            row[[m for m in (a,) if m != NONE]] = False
-            row[[m for m in (b,) if m != NONE]] = True
+        for other_M, way in zip(rows, ways, strict=True):
+            _change(other_M, *way)
         if keep_first:
             same = rows.argmax(axis=1) == row_M.argmax()
             rows, ways = rows[same], [way for way, kept in zip(ways, same, strict=True) if kept]

@@ -386,18 +386,18 @@ class Problem:
         if self.separable:
             return float(self.values_L(device_LE).mean())
         key = device_LE.astype(np.int64).tobytes()
-        if key not in self._counted:  # token by token: a search and who keeps its best both ask
-            self._counted.clear()
-            self._counted[key] = float(self.values_L(device_LE).mean())
-        return self._counted[key]
+        if key not in self._last_value:  # token by token: a search and who keeps its best both ask
+            self._last_value.clear()
+            self._last_value[key] = float(self.values_L(device_LE).mean())
+        return self._last_value[key]
 
     @functools.cached_property
-    def _last(self) -> dict[Placement, tied_counts.Counted]:
+    def _last_counts(self) -> dict[Placement, tied_counts.Counted]:
         """The last plan with copies that was counted, and its counts."""
         return {}
 
     @functools.cached_property
-    def _counted(self) -> dict[bytes, float]:
+    def _last_value(self) -> dict[bytes, float]:
         """The last placement that was counted, and its value."""
         return {}
 
@@ -439,10 +439,10 @@ class Problem:
         where = (self.topology.devices_per_node, self.work.batch_tokens)
         args = self.trace.expert_ids_TLK, placement, self.dispatch
         if placement.has_replicas and self.dispatch in cost.TIED:
-            if placement not in self._last:  # asked for its loads, then for its rows
-                self._last.clear()
-                self._last[placement] = tied_counts.counted(*args, *where)
-            return self._last[placement]
+            if placement not in self._last_counts:  # asked for its loads, then for its rows
+                self._last_counts.clear()
+                self._last_counts[placement] = tied_counts.counted(*args, *where)
+            return self._last_counts[placement]
         local = placement.has_replicas and placement.share_LNP is None
         if local and self.dispatch in uniform_counts.DISPATCHES:
             rows = uniform_counts.rows(*args, self.topology.nodes)

@@ -23,14 +23,19 @@ SAMPLE = 8192  # tokens, at most
 FIRST = 1e6  # what an overload of 1 counts, in values of the objective
 
 
+def size(problem: Problem) -> int:
+    """How many tokens are sampled."""
+    most = max(WORK // (problem.num_devices * problem.trace.top_k**2), 256)
+    return min(SAMPLE, most, problem.trace.num_tokens)
+
+
 def drawn(problem: Problem, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Sampled tokens, in order, and their homes before the first layer."""
     trace, devices = problem.trace, problem.num_devices
     rng = np.random.default_rng(seed)
-    most = max(WORK // (devices * trace.top_k**2), 256)
-    size = min(SAMPLE, most, trace.num_tokens)
-    token_n = np.sort(rng.choice(trace.num_tokens, size, replace=False))
-    home_n = rng.permutation(np.arange(size) % devices)
+    count = size(problem)
+    token_n = np.sort(rng.choice(trace.num_tokens, count, replace=False))
+    home_n = rng.permutation(np.arange(count) % devices)
     if problem.dispatch == "shuffled":
         home_T = row_homes.first(trace.num_tokens, devices, problem.work.batch_tokens)
         home_n = home_T[token_n]

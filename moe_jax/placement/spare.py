@@ -181,7 +181,8 @@ def _fill(layer: sampled.Layer, load_E: np.ndarray, slots: int, deadline: float)
         if time.monotonic() > deadline:
             _relieve(layer, load_E, int(room_M.argmax()))
             continue
-        at = _At(layer.rows(), layer.loads())
+        rows_2MM, load_M = layer.rows(), layer.loads()
+        at = _At(rows_2MM, load_M, float(layer.value(rows_2MM[None], load_M[None])[0]))
         for e in stale:
             saving_EX[e] = _savings(layer, int(e), room_M > 0, at)
         e, x = np.unravel_index(int(saving_EX.argmax()), saving_EX.shape)
@@ -208,10 +209,11 @@ def _relieve(layer: sampled.Layer, load_E: np.ndarray, device: int) -> None:
 
 
 class _At(NamedTuple):
-    """A layer's rows and loads as it stands."""
+    """A layer's rows, loads and value as it stands."""
 
     rows_2MM: np.ndarray
     load_M: np.ndarray
+    value: float
 
 
 def _savings(layer: sampled.Layer, e: int, room_M: np.ndarray, at: _At) -> Float[np.ndarray, " X"]:
@@ -225,7 +227,6 @@ def _savings(layer: sampled.Layer, e: int, room_M: np.ndarray, at: _At) -> Float
     added_XM = added_XM if free_M.sum() > 1 else added_XM[:1]
     at_X = np.append(np.flatnonzero(free_M), devices)[: len(added_XM)]
     found = layer.changes(e, layer.holds_EM[e] | added_XM)
-    now = layer.value(at.rows_2MM[None], at.load_M[None])[0]
     after_X = layer.value(at.rows_2MM + found.rows_X2MM, at.load_M + found.load_XM)
-    saving_X[at_X] = (now - after_X) / added_XM.sum(axis=1)
+    saving_X[at_X] = (at.value - after_X) / added_XM.sum(axis=1)
     return saving_X

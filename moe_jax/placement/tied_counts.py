@@ -68,9 +68,7 @@ def counted(
         there.append(_pairs_MM(home_S, device_SK, first_SK, each_SK, devices))
         if dispatch == "shuffled":
             back.append(there[-1].T)
-            ids_TK = np.where(real_SK, ids_SK.astype(np.int64), 0)
-            first_E = placement.logical_to_physical_LER[layer, :, 0] // placement.slots_per_device
-            first_TK = np.where(real_SK, first_E[ids_TK], cost.UNKNOWN)
+            first_TK = cost.first_copies_TK(expert_ids_TLK, placement, layer, device_SK)
             home_S = row_homes.balanced(first_TK, devices, step_tokens)
             continue
         home_S = np.where(real_SK[:, 0], device_SK[:, 0], home_S)

@@ -135,8 +135,7 @@ class Run:
         problem = self.problem
         if problem.objective not in exchanges.OBJECTIVES:
             return self.cap_L  # its loads are exact
-        tokens = len(sampled.drawn(problem, 0)[0])
-        counted = problem.trace.num_tokens if problem.separable else tokens
+        counted = problem.trace.num_tokens if problem.separable else sampled.size(problem)
         spread = np.sqrt(problem.num_devices / (counted * problem.trace.top_k))
         return self.cap_L * max(1 - DEVIATIONS * spread, LEAST_AIM)
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.placement import cost, exchanges, sampled, solve, topology, with_copies
+from moe_jax.placement import cost, exchanges, replication, sampled, solve, topology, with_copies
 from moe_jax.placement.limits.previous import holds_LEM
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -23,22 +23,9 @@ def problem_of(seed: int, objective: str, dispatch: str, machine=FLAT) -> Proble
 
 
 def start_of(seed: int) -> Placement:
-    """Three layers of 8 experts in 12 slots of 4 devices, at random."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(3):
-        more = rng.choice(8, 4, replace=False)
-        dealt = np.argsort(np.append(np.arange(8), more), kind="stable") % 4  # copies are apart
-        at = np.append(np.arange(8), more)
-        held_ME = [set() for _ in range(4)]
-        for expert in at[rng.permutation(12)].tolist():
-            room = [m for m in range(4) if len(held_ME[m]) < 3 and expert not in held_ME[m]]
-            held_ME[room[0] if room else int(dealt[0])].add(expert)
-        rows.append(held_ME)
-    if any(len(held) != 3 for row in rows for held in row):
-        return start_of(seed + 1000)
-    slots = [[expert for held in row for expert in sorted(held)] for row in rows]
-    return Placement(np.array(slots), 8, 4)
+    """Three layers of 8 experts in 12 slots of 4 devices, even for loads that are made up."""
+    load_LE = np.random.default_rng(seed).lognormal(0, 1, (3, 8))
+    return replication.balanced_slots(load_LE, 12, 4)
 
 
 def layers_of(problem: Problem, plan: Placement) -> list[sampled.Layer]:
