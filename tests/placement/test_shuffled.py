@@ -22,7 +22,7 @@ from moe_jax.placement import (
 )
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.limits import pins as pins_lib
-from moe_jax.placement.limits.previous import Previous
+from moe_jax.placement.limits.previous import Previous, holds_LEM
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.seconds import Work
@@ -209,6 +209,19 @@ def test_copies_are_planned(objective):
     assert placement.num_slots == 12
     assert report.objective == pytest.approx(some.value_of(placement), rel=1e-12)
     assert 0 < report.bound <= report.objective < alone.objective
+
+
+def test_copies_keep_a_budget_and_pins():
+    some = dataclasses.replace(problem(7), num_slots=12)
+    in_use = solve.solve_problem(some, 0, 0.5).placement
+    other = dataclasses.replace(some, trace=traced(8))  # the text has changed
+    pins = pins_lib.parse(["*:0:1"], 8, 4, some.trace.layer_ids)
+    pinned = solve.solve_problem(dataclasses.replace(other, pins=pins), 0, 1.0)
+    assert not pins.broken(holds_LEM(pinned.placement))
+    near = solve.solve_problem(dataclasses.replace(other, previous=Previous(in_use, 4)), 0, 1.0)
+    assert (holds_LEM(near.placement) & ~holds_LEM(in_use)).sum() <= 4
+    assert near.report.bound <= near.report.objective <= other.value_of(in_use)
+    assert near.report.objective == pytest.approx(other.value_of(near.placement), rel=1e-12)
 
 
 @pytest.fixture
