@@ -9,10 +9,11 @@ flags.adopt_module_key_flags(of_infer)  # shown by --help
 
 
 def main() -> None:
+    ahead = of_infer.digests_ahead()  # while JAX is imported
     request = of_infer.request()
     from moe_jax.infer import run
 
-    run.run(request)
+    run.run(request, ahead)
 
 
 if __name__ == "__main__":

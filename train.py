@@ -6,6 +6,7 @@ from absl import flags
 
 from moe_jax import config as config_lib
 from moe_jax import entry
+from moe_jax import processes as processes_lib
 
 CONFIG = entry.define_config(
     "A file in configs/, with ':variant' if it has one. Override any field of moe_jax/config "
@@ -29,19 +30,22 @@ def main() -> None:
     config = config_lib.from_config_dict(entry.required("--config", CONFIG.value))
     workdir = pathlib.Path(entry.required("--workdir", WORKDIR.value))
     entry.check_output("--workdir", WORKDIR.value)
-    from moe_jax import mesh, metrics
-    from moe_jax.train import loop, replay, resume
+    from moe_jax.train import inputs  # not for --help
 
-    processes = mesh.parse_processes(DISTRIBUTED.value)
+    processes = processes_lib.parse(DISTRIBUTED.value)
     _, count, number = processes or ("", 1, 0)
     if config.virtual_devices and DISTRIBUTED.value != "auto":
         config_lib.check_devices(config, config.virtual_devices * count)
-    config, chosen = loop.choose_dispatch(config, workdir)
+    config, chosen = inputs.choose_dispatch(config, workdir)
     ahead = None
     if REPLAY.value is None and DISTRIBUTED.value != "auto":  # "auto": numbers are not known yet
-        ahead = resume.digests_ahead(config, workdir, (number, count))
-    corpus, plan = loop.prepare(config, workdir)
-    bad = replay.read(config, pathlib.Path(REPLAY.value)) if REPLAY.value is not None else None
+        ahead = inputs.digests_ahead(config, workdir, (number, count))
+    corpus, plan = inputs.prepare(config, workdir)
+    bad = inputs.bad_batch(config, pathlib.Path(REPLAY.value)) if REPLAY.value is not None else None
+
+    from moe_jax import mesh, metrics  # and with them JAX, which takes seconds
+    from moe_jax.train import loop, replay
+
     mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
     config_lib.check_devices(config, mesh.num_devices())
     if chosen:

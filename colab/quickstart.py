@@ -65,7 +65,7 @@ from moe_jax.placement import cost, evidence, solve, tables, topology
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.routing import affinity
-from moe_jax.train import loop
+from moe_jax.train import inputs, loop
 
 # %% [markdown]
 # Placement is about several devices. Where JAX finds fewer than four, one CPU plays eight: the program is the same, and so are the
@@ -125,7 +125,7 @@ config = Config(
 config_lib.validate(config)
 
 workdir = pathlib.Path(tempfile.mkdtemp()) / "run"
-corpus, contiguous = loop.prepare(config, workdir)
+corpus, contiguous = inputs.prepare(config, workdir)
 loop.train(config, workdir, corpus, contiguous)
 
 # %% [markdown]

@@ -10,13 +10,15 @@ import hashlib
 import pathlib
 import sysconfig
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.errors import Refused
+
+if TYPE_CHECKING:
+    import grain
 
 # Folders of the standard library that are not the library.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -122,8 +124,10 @@ class _Windows:
         return self._text[start : start + self._seq_len + 1].astype(np.int32)
 
 
-def batches(corpus: Corpus, config: DataConfig) -> grain.DatasetIterator:
+def batches(corpus: Corpus, config: DataConfig) -> "grain.DatasetIterator":
     """Endless shuffled batches, int32 [global_batch, seq_len + 1]; every epoch another order."""
+    import grain  # and with it JAX: text is read and checked before
+
     windows: Any = _Windows(corpus.train, config.seq_len)
     dataset = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4)

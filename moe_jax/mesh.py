@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from moe_jax import processes as processes_lib
 from moe_jax.config import MeshConfig
 from moe_jax.errors import Refused
 
@@ -57,7 +58,7 @@ def initialize(platform: str, virtual_devices: int, multi_process: str = "auto")
       multi_process: "off", "auto" (what Cloud TPU, Slurm or MPI say in the environment), or
         "HOST:PORT,NUM_PROCESSES,PROCESS_ID".
     """
-    processes = parse_processes(multi_process)
+    processes = processes_lib.parse(multi_process)
     if platform == "cpu":
         _keep_freed_memory()
     if platform:
@@ -92,23 +93,6 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 64 * 2**20)
         mallopt(mmap_max, 0)
-
-
-def parse_processes(text: str) -> tuple[str, int, int] | None:
-    """(address, processes, own number) of "HOST:PORT,NUM_PROCESSES,PROCESS_ID"; None for words."""
-    if text in ("off", "auto"):
-        return None
-    address, _, numbers = text.partition(",")
-    count, _, number = numbers.partition(",")
-    whole = count.isdecimal() and number.isdecimal() and 0 <= int(number) < int(count)
-    if not whole or not address.rpartition(":")[2].isdecimal():
-        raise Refused(
-            "--distributed",
-            text,
-            "must be 'off', 'auto' or 'HOST:PORT,NUM_PROCESSES,PROCESS_ID', the last from 0",
-            "for two processes on this machine: localhost:12345,2,0 and localhost:12345,2,1",
-        )
-    return address, int(count), int(number)
 
 
 def num_devices() -> int:

@@ -15,7 +15,7 @@ from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
-from moe_jax.train import loop
+from moe_jax.train import inputs
 from tests import tiny
 
 SLOW = {"bandwidth": 1e8, "latency": 1e-5}
@@ -131,13 +131,13 @@ def test_a_run_keeps_its_dispatch(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     sized = config(2, 4, top_k=8)
-    first, note = loop.choose_dispatch(sized, workdir)
+    first, note = inputs.choose_dispatch(sized, workdir)
     assert first.model.dispatch in ("exchange", "hierarchical")
     assert "<- chosen" in note
     other = {"exchange": "hierarchical", "hierarchical": "exchange"}[first.model.dispatch]
     kept = dataclasses.replace(first, model=dataclasses.replace(first.model, dispatch=other))
     (workdir / "config.json").write_text(config_lib.to_json(kept))
-    again, note = loop.choose_dispatch(sized, workdir)
+    again, note = inputs.choose_dispatch(sized, workdir)
     assert again.model.dispatch == other
     assert config_lib.digest(again) == config_lib.digest(kept)
     assert other in note

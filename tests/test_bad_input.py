@@ -26,11 +26,12 @@ from moe_jax import checkpoint, data
 from moe_jax import config as config_lib
 from moe_jax import infer as infer_package
 from moe_jax import mesh as mesh_lib
+from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.infer import run as _infer  # noqa: F401 the clock below starts after imports
 from moe_jax.placement import __main__ as placement_main
 from moe_jax.placement.plan import MAP, Placement, Plan
-from moe_jax.train import loop, resume
+from moe_jax.train import inputs, resume
 from moe_jax.train import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def trained(text, tmp_path_factory) -> pathlib.Path:
     plain = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]("smoke")
     plain.update_from_flattened_dict({**SMALL, "data.path": str(text)})
     config = config_lib.from_config_dict(plain)
-    corpus, plan = loop.prepare(config, workdir)
+    corpus, plan = inputs.prepare(config, workdir)
     mesh = mesh_lib.of_config(config.mesh)
     batches = data.batches(corpus, config.data)
     state = step_lib.initial_state(config, mesh)
@@ -579,6 +580,51 @@ def test_refused_in_one_line(
     SLOWEST.append((ended.seconds, f"{program} {says[0]}"))
 
 
+# Forks, so that Python starts once. Each says its exit code, whether it has JAX, and its seconds.
+ALONE = """
+import json, os, runpy, sys, time
+for arguments in json.load(sys.stdin):
+    if not os.fork():
+        sys.argv, code = ["train.py", *arguments], 0
+        try:
+            runpy.run_path("train.py", run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        print(json.dumps([code, "jax" in sys.modules, time.process_time()]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_train_refuses_before_it_imports_jax(trained, text, tmp_path):
+    """In processes of their own: JAX alone takes longer than a refusal may."""
+    cases, commands = [], []
+    for number, case in enumerate(TABLE):
+        program, arguments, _, make = case.values
+        if program == "train.py":
+            (tmp := tmp_path / str(number)).mkdir()
+            if make:
+                make(tmp, trained)
+            places = {"tmp": tmp, "run": trained, "text": text}
+            commands.append([argument.format(**places) for argument in arguments])
+            cases.append(case.id)
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        input=json.dumps(commands),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(said) == len(ended.stderr.splitlines()) == len(cases) >= 40
+    assert not [case for case, (code, _, _) in zip(cases, said, strict=True) if code != 1]
+    assert not [case for case, (_, has_jax, _) in zip(cases, said, strict=True) if has_jax]
+    seconds, case = max((seconds, case) for case, (_, _, seconds) in zip(cases, said, strict=True))
+    print(f"\n{len(cases)} refusals of train.py, the slowest {seconds:.2f} s of CPU: {case}")
+
+
 def test_a_mesh_beyond_the_real_devices_is_refused(tmp_path, text, capfd, monkeypatch):
     """Only JAX knows how many there are; nothing is made of them, or written."""
     monkeypatch.chdir(ROOT)
@@ -612,6 +658,22 @@ def test_a_damaged_step_is_named_and_the_one_before_answers(trained, tmp_path, c
     (line,) = ended.err
     assert line.startswith("skipping checkpoint 2: checkpoint file = ")
     assert "SHA-256" in line
+
+
+def test_infer_has_begun_to_hash_when_it_looks_for_a_step(trained, capfd, monkeypatch):
+    """Digests are computed once, from before JAX is imported."""
+    made = []
+
+    class Counted(integrity.Digests):
+        def __init__(self, *arguments):
+            made.append(sys._getframe(1).f_code.co_name)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
+    monkeypatch.setattr(integrity, "Digests", Counted)
+    arguments = [f"--workdir={trained}", "--prompt=green", "--max_new_tokens=1"]
+    assert call("infer.py", arguments, capfd).code == 0
+    assert made == ["digests_ahead"]
 
 
 def test_a_run_whose_steps_are_all_damaged_is_refused(trained, tmp_path, capfd, no_devices):

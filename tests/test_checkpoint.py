@@ -342,6 +342,19 @@ def test_digests_that_were_begun_ahead(three, monkeypatch):
     assert found(ahead=ahead) == 4  # of another process
 
 
+def test_digests_begun_ahead_serve_who_looks_before_reading(three, monkeypatch):
+    """As infer.py does: nothing is made of a step before it is known to be good."""
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 0)
+    directory, _, _ = three
+    ahead = checkpoint.digests_ahead(directory)
+    assert ahead.first_wrong() is None
+    _flip(_largest(directory / "6"))  # as above
+    assert checkpoint.newest_good(directory, [].append, ahead=ahead)[0].name == "6"
+    assert checkpoint.newest_good(directory, [].append)[0].name == "5"
+    again = checkpoint.digests_ahead(directory)
+    assert checkpoint.newest_good(directory, [].append, ahead=again)[0].name == "5"
+
+
 def test_nothing_is_begun_ahead_of_what_is_not_whole(three, tmp_path):
     directory, _, _ = three
     assert checkpoint.digests_ahead(tmp_path / "none") is None

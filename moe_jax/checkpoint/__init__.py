@@ -22,12 +22,31 @@ of names like "model.blocks.moe.gate_PDF". A directory is untrusted: see integri
     preservation.py  which steps stay
 """
 
-from moe_jax.checkpoint.arrays import flatten, restore, restore_numpy, unflatten
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from moe_jax.checkpoint.contents import ArrayInfo, Contents, describe, read_contents
 from moe_jax.checkpoint.folders import clean, remove, steps
-from moe_jax.checkpoint.newest import newest_good
-from moe_jax.checkpoint.restored import Restored, digests_ahead, restore_newest
-from moe_jax.checkpoint.saver import save, start_save
+from moe_jax.checkpoint.newest import digests_ahead, newest_good
+
+if TYPE_CHECKING:
+    from moe_jax.checkpoint.arrays import flatten, restore, restore_numpy, unflatten
+    from moe_jax.checkpoint.restored import Restored, restore_newest
+    from moe_jax.checkpoint.saver import save, start_save
+
+# What needs JAX and Orbax is imported when it is first named: a start checks its files before.
+_LATE = {
+    **dict.fromkeys(("flatten", "restore", "restore_numpy", "unflatten"), "arrays"),
+    **dict.fromkeys(("Restored", "restore_newest"), "restored"),
+    **dict.fromkeys(("save", "start_save"), "saver"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+
 
 __all__ = [
     "ArrayInfo",

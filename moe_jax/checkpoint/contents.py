@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 NumPy knows bfloat16 by it
+import numpy as np
 
 from moe_jax import files
 from moe_jax.checkpoint import integrity
@@ -129,5 +130,5 @@ def _array_info(info: Any) -> ArrayInfo:
     shape, dtype = tuple(info["shape"]), info["dtype"]
     if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or len(shape) > 32:
         raise ValueError(f"shape {shape}")
-    jnp.dtype(dtype)  # TypeError: none
+    np.dtype(dtype)  # TypeError: none
     return ArrayInfo(shape, dtype, tuple(info["axes"]))

@@ -123,6 +123,14 @@ class Digests:
             raise self.refusal(number)
 
 
+def digests(
+    folder: pathlib.Path, share: tuple[int, int] = (0, 1), *, begun: Digests | None
+) -> Digests:
+    """Those that have begun, if they are of this folder and share; else new ones."""
+    same = begun is not None and (begun.folder, begun.share) == (folder, share)
+    return begun if begun and same else Digests(folder, share)
+
+
 def _compare(waiting: _Waiting) -> None:
     """Answers what waits, until nothing does."""
     with contextlib.suppress(queue.Empty):

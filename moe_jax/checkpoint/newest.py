@@ -74,6 +74,7 @@ def newest_good(
     verify: bool = True,
     move_bad: bool = False,
     before: int | None = None,
+    ahead: integrity.Digests | None = None,
 ) -> tuple[pathlib.Path, Contents] | None:
     """The newest step whose manifest holds, and what it holds; None if there are no steps.
 
@@ -86,6 +87,7 @@ def newest_good(
       move_bad: move bad steps to directory/bad, so that no later start stumbles over them. Never
         the last one: a run whose steps are all damaged must not start anew without being told.
       before: only look at steps below this number.
+      ahead: from `digests_ahead`; used if this step is the one that they are of.
 
     Raises:
       OtherVersion: the newest that is whole is of another version than this program reads.
@@ -95,13 +97,35 @@ def newest_good(
     while found := search.next():
         try:
             if verify:
-                integrity.Digests(found[0]).check()
+                integrity.digests(found[0], begun=ahead).check()
         except Refused as error:
             search.bad(found[0], error)
             continue
         search.good()
         return found
     return None
+
+
+def digests_ahead(
+    directory: str | os.PathLike, share: tuple[int, int] = (0, 1)
+) -> integrity.Digests | None:
+    """The digests of the newest step, computed from now on, beside what has to be done before.
+
+    None if there is no step, or its files are not those that its manifest lists: `restore_newest`
+    will name what is wrong. Makes nothing, and says nothing.
+
+    Args:
+      directory: of the steps.
+      share: number of this process, and how many there are.
+    """
+    directory = pathlib.Path(directory)
+    try:
+        newest = directory / str(steps(directory)[-1])
+        integrity.check_listed(newest, digests=False)
+        cores = os.cpu_count() or 1  # one of them is left to what is done meanwhile
+        return integrity.Digests(newest, share, max(1, min(integrity.HASHERS, cores - 1)))
+    except (IndexError, OSError, Refused):
+        return None
 
 
 def _move_aside(directory: pathlib.Path, step: int, reason: str) -> str:

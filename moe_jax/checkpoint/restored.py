@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.checkpoint import folders, integrity
+from moe_jax.checkpoint import integrity
 from moe_jax.checkpoint.contents import Contents, read_contents
 from moe_jax.checkpoint.newest import Search
 from moe_jax.errors import Refused
@@ -77,8 +77,7 @@ def restore_newest(
         try:
             if verify:
                 share = (jax.process_index(), jax.process_count())
-                begun = ahead and (ahead.folder, ahead.share) == (folder, share)
-                digests = ahead if begun else integrity.Digests(folder, share)
+                digests = integrity.digests(folder, share, begun=ahead)
             contents = contents or read_contents(folder, verify=False)
             value = read(folder, contents)
         except Exception as error:  # of any kind, where files are damaged
@@ -97,28 +96,6 @@ def restore_newest(
         del value, failure, refused
         gc.collect()  # what was half read is held in circles, on the devices too
     return None
-
-
-def digests_ahead(
-    directory: str | os.PathLike, share: tuple[int, int] = (0, 1)
-) -> integrity.Digests | None:
-    """The digests of the newest step, computed from now on, beside what has to be done before.
-
-    None if there is no step, or its files are not those that its manifest lists: `restore_newest`
-    will name what is wrong. Makes nothing, and says nothing.
-
-    Args:
-      directory: of the steps.
-      share: number of this process, and how many there are.
-    """
-    directory = pathlib.Path(directory)
-    try:
-        newest = directory / str(folders.steps(directory)[-1])
-        integrity.check_listed(newest, digests=False)
-        cores = os.cpu_count() or 1  # one of them is left to what is done meanwhile
-        return integrity.Digests(newest, share, max(1, min(integrity.HASHERS, cores - 1)))
-    except (IndexError, OSError, Refused):
-        return None
 
 
 def _next(

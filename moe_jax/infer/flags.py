@@ -1,10 +1,14 @@
 """The flags of infer.py, and what they ask for. JAX is not imported for --help."""
 
+import pathlib
 from typing import Any
 
 from absl import flags
 
-from moe_jax import entry
+from moe_jax import checkpoint, entry
+from moe_jax import config as config_lib
+from moe_jax.checkpoint import integrity
+from moe_jax.errors import Refused
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
 HF = flags.DEFINE_string("hf", None, "Folder of a published model, in place of --workdir.")
@@ -62,6 +66,22 @@ PEER_PYTHON = flags.DEFINE_string(
     "peer_python", None, "With --serve-load and --hf: an interpreter that has torch and "
     "transformers, which then serves the same requests by generate."
 )  # fmt: skip
+
+
+def digests_ahead() -> integrity.Digests | None:
+    """Begins to verify the newest step of --workdir; None where there is nothing to verify.
+
+    What is wrong with the run is said later.
+    """
+    root = pathlib.Path(WORKDIR.value or "")
+    if not WORKDIR.value or not (root / "config.json").is_file():
+        return None
+    try:
+        config = config_lib.from_json((root / "config.json").read_text("utf-8", "replace"))
+    except (OSError, Refused):
+        return None
+    verified = config.train.checkpoints_verified
+    return checkpoint.digests_ahead(root / "checkpoints") if verified else None
 
 
 def request() -> Any:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from moe_jax import checkpoint, metrics, permute
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax.checkpoint import integrity
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json
@@ -65,13 +66,19 @@ class Source:
         return model
 
 
-def find(workdir: str, placement: str | None, dispatch: str | None = None) -> Source:
+def find(
+    workdir: str,
+    placement: str | None,
+    dispatch: str | None = None,
+    ahead: integrity.Digests | None = None,
+) -> Source:
     """Reads config, newest good step and plan. Raises `Refused`; touches no device.
 
     Args:
       workdir: of a training run.
       placement: plan to compute under; None = the one stored with the step.
       dispatch: to serve with; None = the one of the run's config.
+      ahead: digests of a step that have begun already.
     """
     root = pathlib.Path(workdir)
     kept = root / "config.json"
@@ -86,7 +93,7 @@ def find(workdir: str, placement: str | None, dispatch: str | None = None) -> So
     if dispatch is not None:
         config = config_lib.with_dispatch(config, dispatch)
     verify = config.train.checkpoints_verified
-    found = checkpoint.newest_good(root / "checkpoints", _warn, verify=verify)
+    found = checkpoint.newest_good(root / "checkpoints", _warn, verify=verify, ahead=ahead)
     if found is None:
         raise Refused("--workdir", workdir, "has no checkpoint", "train at least one interval")
     folder, contents = found

@@ -10,6 +10,7 @@ import numpy as np
 from moe_jax import auto, data, metrics
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.infer import load, published, record
 from moe_jax.infer.engine import Engine, Generation, check_prompts
@@ -49,8 +50,13 @@ class Request:
     serve: Settings | None = None
 
 
-def run(request: Request) -> None:
-    """Checks everything, then runs. Raises `Refused` before any device work."""
+def run(request: Request, ahead: integrity.Digests | None = None) -> None:
+    """Checks everything, then runs. Raises `Refused` before any device work.
+
+    Args:
+      request: what was asked for.
+      ahead: digests of a step of its work directory that have begun already.
+    """
     _check_flags(request)
     source: load.Source | published.Source
     if request.hf is not None:
@@ -58,7 +64,7 @@ def run(request: Request) -> None:
         source = published.find(*where)
     else:
         assert request.workdir is not None  # by `_check_flags`
-        source = load.find(request.workdir, request.placement, request.dispatch)
+        source = load.find(request.workdir, request.placement, request.dispatch, ahead)
     config, note = auto.resolve(
         dataclasses.replace(source.config, topology=request.topology, trace=request.trace),
         source.plan.placement,

@@ -6,9 +6,10 @@
 1. Starts from one checkpoint, each in a process of its own (`one_start.py`), with and without
    comparing digests, in turns; `warm`: its files are in memory, `cold`: they have been dropped from
    there first (as on a machine that has not written them). `restore`: from the mesh to the state;
-   `start`: the same and what comes before it, from the checks of the config on, where digests are
-   computed already. Cost: what verification adds, in restores without it: the median over rounds of
-   the difference within one round, and its quartiles. The rule that it is judged by: 15 %.
+   `start`: the same and what comes before it, from the checks of the config on: text is read, and
+   JAX is imported, while digests are computed already. Cost: what verification adds, in restores
+   without it: the median over rounds of the difference within one round, and its quartiles. The
+   rule that it is judged by: 15 %.
 2. Steps alone, the call that begins to save, steps while the save is being written, in rounds.
    The rule that it is judged by: the call takes no longer than one step.
 
@@ -70,12 +71,12 @@ def measure(config: Config, rounds: int) -> Costs:
     import jax
 
     from moe_jax import mesh as mesh_lib
-    from moe_jax.train import loop, resume
+    from moe_jax.train import inputs, resume
     from moe_jax.train import step as step_lib
 
     with tempfile.TemporaryDirectory(prefix="moe_jax-checkpoints-") as name, _muted():
         workdir = pathlib.Path(name)
-        corpus, plan = loop.prepare(config, workdir)
+        corpus, plan = inputs.prepare(config, workdir)
         mesh = mesh_lib.of_config(config.mesh)
         run, plan = resume.start_or_resume(config, mesh, workdir, corpus, plan)
         table = resume.put_table(mesh, plan)

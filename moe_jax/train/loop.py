@@ -9,7 +9,6 @@ Checkpoints are written while training goes on. SIGTERM: the step at hand is sav
 """
 
 import contextlib
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -17,107 +16,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import auto, checkpoint, data, files, metrics
 from moe_jax import config as config_lib
+from moe_jax import data, files, metrics
 from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.config import Config
 from moe_jax.errors import Refused
-from moe_jax.hf import config_json
-from moe_jax.hf.tokens import Tokenizer
 from moe_jax.model import transformer
 from moe_jax.model.dispatch.table import Table
-from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import preemption, resume, watchdog
 from moe_jax.train import step as step_lib
 from moe_jax.train.replanner import Replanner
 from moe_jax.train.reporter import Reporter
 from moe_jax.train.stragglers import Stragglers
-
-
-def choose_dispatch(config: Config, workdir: pathlib.Path) -> tuple[Config, str]:
-    """The config with a dispatch in the place of "auto", and what to tell people about it.
-
-    A run that goes on keeps the one that it was started with. Raises `Refused`; writes nothing.
-    """
-    kept = workdir / "config.json"
-    started = config_lib.from_json(kept.read_text("utf-8", "replace")) if kept.is_file() else None
-    return auto.resolve(
-        config,
-        load_plan(config).placement,
-        training=True,
-        fixed=started.model.dispatch if started else None,
-    )
-
-
-def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_lib.Plan]:
-    """All checks that need files but no devices. Raises `Refused`; writes nothing."""
-    config_lib.check_trainable(config)
-    plan = load_plan(config)
-    kept = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise Refused("--workdir", str(workdir), "is not a directory", "name another one")
-    if kept.exists():
-        old = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
-        if checkpoint.steps(workdir / "checkpoints") == [0]:  # no step was trained
-            old = _with_settings(old, config)
-        if config_lib.digest(old) != config_lib.digest(config):
-            raise Refused(
-                "--workdir",
-                str(workdir),
-                f"holds a run of another config ({_first_difference(old, config)})",
-                "use another --workdir, or the config in its config.json",
-            )
-    corpus = data.load_corpus(config.data)
-    if config.data.tokenizer:
-        tokenizer = Tokenizer(workdir / config.data.tokenizer, config.model.vocab_size)
-        ends = config_json.ends(workdir / config.data.tokenizer, config.model.vocab_size)
-        corpus = data.tokenised(corpus, lambda text: tokenizer.corpus(text, data.SEPARATOR, ends))
-        data.check_windows(corpus, config.data)
-    data.held_out_windows(corpus, config.data.seq_len, config.train.eval_sequences)
-    return corpus, plan
-
-
-def _with_settings(old: Config, new: Config) -> Config:
-    """What `old` says of the weights and of their tokens, with the training that `new` says."""
-    weights = {name: getattr(new.model, name) for name in config_lib.BESIDE_WEIGHTS}
-    return dataclasses.replace(
-        new,
-        name=old.name,
-        model=dataclasses.replace(old.model, **weights),
-        data=dataclasses.replace(new.data, tokenizer=old.data.tokenizer),
-    )
-
-
-def load_plan(config: Config) -> plan_lib.Plan:
-    """The plan named in the config, checked against the model; contiguous if there is none."""
-    model, devices = config.model, config.mesh.expert_devices
-    if not config.placement:
-        sizes = (model.num_plan_layers, model.num_experts, devices)
-        return plan_lib.Plan(plan_lib.Placement.contiguous(*sizes), model.moe_layer_ids)
-    plan = plan_lib.Plan.read(config.placement)
-    plan_lib.check_fits(
-        plan, num_layers=model.num_plan_layers, num_experts=model.num_experts, num_devices=devices
-    )
-    copies.check_nodes(plan.placement, config.mesh.node)
-    return plan
-
-
-def _first_difference(old: Config, new: Config) -> str:
-    before, after = (_flat(dataclasses.asdict(config)) for config in (old, new))
-    field = next(key for key in before if before[key] != after[key])
-    return f"{field} = {before[field]!r} there, {after[field]!r} here"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def train(
@@ -134,7 +46,7 @@ def train(
       workdir: of the run.
       corpus: from `prepare`.
       plan: from `prepare`; where the config names none, that of the checkpoint goes before it.
-      ahead: from `resume.digests_ahead`, begun before `prepare`.
+      ahead: from `inputs.digests_ahead`, begun before `prepare`.
 
     Raises:
       Refused: after `max_bad_steps` bad steps in a row, or when a step cannot be saved.

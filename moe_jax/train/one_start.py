@@ -3,7 +3,7 @@
     python -m moe_jax.train.one_start CONFIG.json WORKDIR verified|not
 
 What `checkpoint_bench` measures: a run restores once in its process, with everything that Python,
-JAX and Orbax do for the first time.
+JAX and Orbax do for the first time, and hashes while they are imported.
 """
 
 import contextlib
@@ -14,12 +14,8 @@ import pathlib
 import sys
 import time
 
-import jax
-
 from moe_jax import config as config_lib
-from moe_jax import mesh as mesh_lib
-from moe_jax.train import loop, resume
-from moe_jax.train import step as step_lib
+from moe_jax.train import inputs
 
 
 def main() -> None:
@@ -29,8 +25,15 @@ def main() -> None:
     train = dataclasses.replace(config.train, checkpoints_verified=verified == "verified")
     config = dataclasses.replace(config, train=train)
     began = time.perf_counter()
-    ahead = resume.digests_ahead(config, workdir, (0, 1))
-    corpus, plan = loop.prepare(config, workdir)
+    ahead = inputs.digests_ahead(config, workdir, (0, 1))
+    corpus, plan = inputs.prepare(config, workdir)
+
+    import jax
+
+    from moe_jax import mesh as mesh_lib
+    from moe_jax.train import loop, resume  # noqa: F401 all that train.py imports
+    from moe_jax.train import step as step_lib
+
     mesh_lib.initialize(config.platform, config.virtual_devices, "off")
     mesh = mesh_lib.of_config(config.mesh)
     step_lib.build_step(config, mesh)

@@ -20,12 +20,6 @@ from moe_jax.train.bad_batch import BadBatch
 from moe_jax.train.resume import put_table
 
 
-def read(config: Config, path: pathlib.Path) -> BadBatch:
-    """The file, checked against the config. Raises `Refused`; needs no devices."""
-    shape = (config.data.global_batch, config.data.seq_len + 1)
-    return BadBatch.read(path, shape, config.model.vocab_size)
-
-
 def replay(
     config: Config,
     workdir: pathlib.Path,

@@ -113,21 +113,6 @@ def _alike(state: Any, fresh: Any) -> bool:
     return named and all(_alike(state[name], value) for name, value in fresh.items())
 
 
-def digests_ahead(
-    config: Config, workdir: pathlib.Path, share: tuple[int, int]
-) -> integrity.Digests | None:
-    """Begins to verify the step that `start_or_resume` will look at first, if it is to be verified.
-
-    Args:
-      config: of the run.
-      workdir: with checkpoints or without.
-      share: number of this process, and how many there are.
-    """
-    if not config.train.checkpoints_verified:
-        return None
-    return checkpoint.digests_ahead(workdir / "checkpoints", share)
-
-
 def put_table(mesh: Mesh, plan: plan_lib.Plan) -> Table:
     """The plan as the model takes it, on every device."""
     table = permute.table(plan.placement)

@@ -14,7 +14,7 @@ from moe_jax.hf import load as hf_load
 from moe_jax.infer import load
 from moe_jax.model.dispatch.table import Table
 from moe_jax.placement.plan import Placement
-from moe_jax.train import loop
+from moe_jax.train import inputs
 from moe_jax.train import step as step_lib
 
 
@@ -30,7 +30,7 @@ def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> No
       Refused: no run, no good step, too few windows, or a folder that is no published model.
     """
     source = load.find(workdir, None)
-    corpus, _ = loop.prepare(source.config, pathlib.Path(workdir))
+    corpus, _ = inputs.prepare(source.config, pathlib.Path(workdir))
     window_BS1 = data.held_out_windows(corpus, source.config.data.seq_len, sequences)
     mesh_lib.initialize(source.config.platform, source.virtual_devices, "off")
     mesh = mesh_lib.of_config(source.config.mesh)

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import data, metrics
 from moe_jax.errors import Refused
-from moe_jax.train import loop, replay, spikes
+from moe_jax.train import inputs, loop, replay, spikes
 from moe_jax.train import step as step_lib
 from moe_jax.train.bad_batch import BadBatch
 from tests import tiny
@@ -85,7 +85,7 @@ def poison(monkeypatch):
 
 
 def train(config, workdir):
-    corpus, plan = loop.prepare(config, workdir)
+    corpus, plan = inputs.prepare(config, workdir)
     loop.train(config, workdir, corpus, plan)
 
 
@@ -150,8 +150,8 @@ def test_bad_steps(kind, num_steps, poison, tmp_path, monkeypatch, capsys):
 
 def check_replay(config, workdir, path, capsys):
     """The first bad step, a NaN, again: from the beginning, as no checkpoint is before it."""
-    batch = replay.read(config, path)
-    corpus, plan = loop.prepare(config, workdir)
+    batch = inputs.bad_batch(config, path)
+    corpus, plan = inputs.prepare(config, workdir)
     assert replay.replay(config, workdir, corpus, plan, batch)
     said = capsys.readouterr().out
     assert "the batch is the one that the data has for this step: yes" in said
@@ -163,17 +163,17 @@ def test_files_that_are_no_bad_step_are_refused(tmp_path):
     config = config_of(8)
     batch = BadBatch(3, tiny.tokens(8, 17), math.nan, 1.0, math.inf)
     path = batch.write(tmp_path)
-    found = replay.read(config, path)
+    found = inputs.bad_batch(config, path)
     np.testing.assert_array_equal(found.window_BS1, batch.window_BS1)
     other = tiny.config(model__num_layers=1, data__seq_len=8)
     with pytest.raises(Refused, match="must hold a batch"):
-        replay.read(other, path)
+        inputs.bad_batch(other, path)
     path.write_bytes(b"PK\x03\x04")
     with pytest.raises(Refused, match="is not a bad step"):
-        replay.read(config, path)
+        inputs.bad_batch(config, path)
     np.savez(path, step=np.array([{}], object))
     with pytest.raises(Refused, match="is not a bad step"):
-        replay.read(config, path)
+        inputs.bad_batch(config, path)
 
 
 def test_the_limit_is_k_deviations_above_the_last_good_losses():

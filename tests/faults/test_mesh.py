@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import checkpoint, data, metrics, permute
 from moe_jax.placement.plan import Placement, Plan
-from moe_jax.train import loop, resume
+from moe_jax.train import inputs, loop, resume
 from tests import tiny
 from tests.faults import harness
 
@@ -27,7 +27,7 @@ def config_of(shape, **fields):
 
 
 def train(config, workdir):
-    corpus, plan = loop.prepare(config, workdir)
+    corpus, plan = inputs.prepare(config, workdir)
     loop.train(config, workdir, corpus, plan)
 
 
@@ -90,7 +90,7 @@ def arrays_infos(arrays):
 def loaded(workdir, shape, **fields):
     """(state by name in logical order, run, plan) of a checkpoint on a mesh."""
     config = config_of(shape, train__num_steps=STEPS, **fields)
-    corpus, plan = loop.prepare(config, workdir)
+    corpus, plan = inputs.prepare(config, workdir)
     run, plan = resume.start_or_resume(config, tiny.mesh(config), workdir, corpus, plan)
     return logical(checkpoint.flatten(run.state), plan), run, plan
 

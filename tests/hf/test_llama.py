@@ -18,7 +18,7 @@ from moe_jax.infer.serving.engine import Engine as ServingEngine
 from moe_jax.infer.serving.request import Options
 from moe_jax.infer.text import Bytes
 from moe_jax.model import transformer
-from moe_jax.train import loop
+from moe_jax.train import inputs, loop
 from tests import tiny
 from tests.hf import golden
 from tests.hf.test_infer import request
@@ -123,7 +123,7 @@ def test_trains_and_goes_on(tmp_path):
     first = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=3))
     for name, parts in (("whole", (config,)), ("stopped", (first, config))):
         for part in parts:
-            corpus, plan = loop.prepare(part, tmp_path / name)
+            corpus, plan = inputs.prepare(part, tmp_path / name)
             with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
                 loop.train(part, tmp_path / name, corpus, plan)
     sources = [load.find(str(tmp_path / name), None) for name in ("whole", "stopped")]

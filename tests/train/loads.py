@@ -14,7 +14,7 @@ import numpy as np
 from moe_jax import checkpoint
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
-from moe_jax.train import loop, resume
+from moe_jax.train import inputs, resume
 
 
 def digest(array: np.ndarray) -> str:
@@ -24,7 +24,7 @@ def digest(array: np.ndarray) -> str:
 def main() -> None:
     config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text("utf-8"))
     workdir, distributed = pathlib.Path(sys.argv[2]), sys.argv[3]
-    corpus, plan = loop.prepare(config, workdir)
+    corpus, plan = inputs.prepare(config, workdir)
     mesh_lib.initialize(config.platform, config.virtual_devices, distributed)
     mesh = mesh_lib.of_config(config.mesh)
     run, _ = resume.start_or_resume(config, mesh, workdir, corpus, plan)

@@ -11,13 +11,13 @@ from moe_jax import checkpoint, metrics
 from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Plan
-from moe_jax.train import loop, step
+from moe_jax.train import inputs, loop, step
 from tests import tiny
 
 
 def train(config, workdir):
     workdir.mkdir(exist_ok=True)
-    corpus, plan = loop.prepare(config, workdir)
+    corpus, plan = inputs.prepare(config, workdir)
     loop.train(config, workdir, corpus, plan)
 
 

@@ -14,7 +14,7 @@ import pytest
 from moe_jax import checkpoint, metrics
 from moe_jax import config as config_lib
 from moe_jax.checkpoint import integrity
-from moe_jax.train import loop, resume
+from moe_jax.train import inputs, resume
 from tests import tiny
 from tests.train import loads
 
@@ -134,7 +134,7 @@ def stored(tmp_path_factory):
         return jax.device_put(values, leaf.sharding)
 
     with jax.numpy_dtype_promotion("standard"):
-        corpus, plan = loop.prepare(config, root / "run")
+        corpus, plan = inputs.prepare(config, root / "run")
         mesh = tiny.mesh(config)
         run, plan = resume.start_or_resume(config, mesh, root / "run", corpus, plan)
         run.state = jax.tree.map(drawn, run.state)

@@ -18,7 +18,7 @@ from moe_jax.infer import load as infer_load
 from moe_jax.infer import run as infer_run
 from moe_jax.model import transformer
 from moe_jax.placement.plan import Placement
-from moe_jax.train import loop, resume
+from moe_jax.train import inputs, loop, resume
 from moe_jax.upcycle import __main__ as command
 from moe_jax.upcycle import distance, make
 from tests.hf import golden
@@ -98,7 +98,7 @@ def test_weights_of_16_bits_become_parameters_of_32(dense, tmp_path):
 
 
 def train(config, workdir):
-    corpus, plan = loop.prepare(config, workdir)
+    corpus, plan = inputs.prepare(config, workdir)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
         loop.train(config, workdir, corpus, plan)
 
@@ -118,13 +118,13 @@ def test_trains_from_there(upcycled, texts, tmp_path, capsys):
     assert command.main(["--distance", f"--workdir={workdir}"]) == 0
     assert "median 0.000e+00" not in capsys.readouterr().out
     with pytest.raises(Refused, match="holds a run of another config"):  # now it has been trained
-        loop.prepare(config_of(workdir, texts, optimizer={"learning_rate": 2e-3}), workdir)
+        inputs.prepare(config_of(workdir, texts, optimizer={"learning_rate": 2e-3}), workdir)
 
 
 def test_a_run_of_parameters_alone_has_a_fresh_state(upcycled, texts):
     config = config_of(upcycled, texts, mesh={"data": 2, "expert": 2})
     mesh = mesh_lib.of_config(config.mesh)
-    corpus, plan = loop.prepare(config, upcycled)
+    corpus, plan = inputs.prepare(config, upcycled)
     run, _ = resume.start_or_resume(config, mesh, upcycled, corpus, plan)
     assert run.step == 0
     fresh = checkpoint.flatten(loop.step_lib.initial_state(config, mesh))
@@ -159,7 +159,7 @@ def test_only_what_says_so_begins_with_parameters_alone(upcycled, texts, tmp_pat
     )
     config = config_of(root, texts)
     (root / "config.json").write_text(config_lib.to_json(config))
-    corpus, plan = loop.prepare(config, root)
+    corpus, plan = inputs.prepare(config, root)
     with pytest.raises(Refused) as refused:
         resume.start_or_resume(config, mesh_lib.make(), root, corpus, plan)
     damaged = kind != "unmarked"
@@ -173,14 +173,14 @@ def test_other_weights_or_tokens_are_another_run(upcycled, texts):
         ("data", {**texts, "tokenizer": ""}),
     ):
         with pytest.raises(Refused, match="holds a run of another config"):
-            loop.prepare(config_of(upcycled, texts, **{group: values}), upcycled)
+            inputs.prepare(config_of(upcycled, texts, **{group: values}), upcycled)
     settings = {"model": {"load_balance_coef": 0.5}, "train": {"num_steps": 7}}
-    loop.prepare(config_of(upcycled, texts, **settings), upcycled)
+    inputs.prepare(config_of(upcycled, texts, **settings), upcycled)
 
 
 def test_training_reads_the_tokens_of_the_model(upcycled, texts):
     config = config_of(upcycled, texts)
-    corpus, _ = loop.prepare(config, upcycled)
+    corpus, _ = inputs.prepare(config, upcycled)
     text = infer_load.find(str(upcycled), None).text
     assert corpus.train.dtype == np.int32
     raw = loop.data.load_corpus(config.data)
@@ -194,7 +194,7 @@ def test_training_reads_the_tokens_of_the_model(upcycled, texts):
 def test_a_corpus_of_too_few_tokens(upcycled, texts):
     short = {**texts, "seq_len": 100, "max_bytes": 250, "held_out_fraction": 0.5}
     with pytest.raises(Refused, match=r"tokens of .* text: a window has 101"):
-        loop.prepare(config_of(upcycled, short), upcycled)
+        inputs.prepare(config_of(upcycled, short), upcycled)
 
 
 def test_answers_text(upcycled, capsysbinary):
