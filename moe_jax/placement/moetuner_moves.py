@@ -1,27 +1,21 @@
 """Exact moves for MoETuner's objective: all swaps of a layer at once, and its best labels.
 
-Axes: L MoE layers, E experts, M devices, P pairs (e, f) to swap, S placements of one layer.
+Axes: E experts, M devices, P pairs (e, f) to swap.
 
 Only neighbours enter a layer's terms. With them fixed a swap of e on a with f on b changes two
 columns of the traffic with each neighbour, so that the slowest pair after every swap is the largest
 of the two new columns and of the best of the others. The labels of given groups are a sum of two
 bottleneck assignments, one per neighbour: for every limit of the first the second is a bottleneck
-assignment by itself, and only M^2 limits are to be tried. Whole problems that are small enough go
-through an exact dynamic program over the layers.
+assignment by itself, and only M^2 limits are to be tried.
 """
 
 import dataclasses
-import itertools
-import time
 
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from moe_jax.placement.ilp import Solved
 from moe_jax.placement.moetuner import Tuner
-
-STATES = 300  # placements of one layer up to which the whole is solved exactly
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,43 +136,3 @@ def _matched(allowed_MM: np.ndarray) -> np.ndarray | None:
         return None
     device_M = csgraph.maximum_bipartite_matching(sparse.csr_matrix(allowed_MM), "column")
     return None if (device_M < 0).any() else device_M.astype(np.int64)
-
-
-def whole(tuner: Tuner, slots: int, deadline: float) -> Solved | None:
-    """The optimum and its value, by dynamic programming over layers; None if it is too large."""
-    experts, devices = tuner.work_LE.shape[1], tuner.num_devices
-    equal = [m for m in range(devices) for _ in range(slots)]
-    state_SE = np.array(list(itertools.islice(_arrangements(equal), STATES + 1)))
-    if len(state_SE) > STATES:
-        return None
-    onehot_SEM = np.eye(devices)[state_SE]
-    work_LSM = np.einsum("le,sem->lsm", tuner.work_LE, onehot_SEM)
-    own_LS = np.abs(work_LSM - work_LSM.mean(axis=2, keepdims=True)).sum(axis=2)
-    own_LS[(work_LSM.max(axis=2) > tuner.cap_L[:, None] * (1 + 1e-9))] = np.inf
-    value_S, came = own_LS[0], []
-    flat_ESM = onehot_SEM.transpose(1, 0, 2).reshape(experts, -1)
-    for layer in range(1, tuner.num_layers):
-        if time.monotonic() >= deadline:
-            return None
-        bytes_SMSM = (flat_ESM.T @ tuner.flow_lEE[layer - 1] @ flat_ESM).reshape(
-            len(state_SE), devices, len(state_SE), devices
-        )
-        slowest_SS = (bytes_SMSM / tuner.bandwidth_MM[None, :, None, :]).max(axis=(1, 3))
-        total_SS = value_S[:, None] + slowest_SS
-        came.append(total_SS.argmin(axis=0))
-        value_S = total_SS.min(axis=0) + own_LS[layer]
-    chosen = [int(value_S.argmin())]
-    for back_S in reversed(came):
-        chosen.append(int(back_S[chosen[-1]]))
-    return Solved(state_SE[chosen[::-1]], float(value_S.min()) / tuner.num_layers)
-
-
-def _arrangements(items: list[int]):
-    """All different orders of a sorted list, in order."""
-    if not items:
-        yield ()
-        return
-    for place, item in enumerate(items):
-        if place == 0 or items[place - 1] != item:
-            for rest in _arrangements(items[:place] + items[place + 1 :]):
-                yield (item, *rest)

@@ -28,10 +28,10 @@ from moe_jax.placement import (
     chainwise,
     coherent,
     coherent_seconds,
+    enumerated,
     greedy,
     hops,
     layerwise,
-    moetuner_moves,
     moetuner_search,
     relax,
     shuffled,
@@ -49,6 +49,7 @@ from moe_jax.placement.solution import CUT, Interrupted, Progress, Report, Solut
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
+ALL_SHARE = 0.5  # of the time, at most, for a look at all placements
 BOUND_SHARE = 0.3  # of the time, at most
 FIRST_SHARE = 0.5  # of the time, at most, for descent before the bound (coherent seconds)
 FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
@@ -163,14 +164,16 @@ def _searched(
     if time_limit == 0:
         run.bounded(deadline, steps=1)
         return run.solution("time limit 0: this is the greedy placement")
-    for device_LE in starts.offered(problem, run.best_LE):
-        run.offer("baselines", device_LE)
-    now = time.monotonic()
-    first = now + FIRST_SHARE * (deadline - now)
-    for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
-        run.offer("swaps", device_LE)
-    run.bounded(deadline)
-    run.search(seed, deadline)
+    if not run.all_placements(deadline):
+        for device_LE in starts.offered(problem, run.best_LE):
+            run.offer("baselines", device_LE)
+        now = time.monotonic()
+        first = now + FIRST_SHARE * (deadline - now)
+        for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
+            run.offer("swaps", device_LE)
+        run.bounded(deadline)
+        run.search(seed, deadline)
+    run.ended(seed, deadline)
     return run.solution("" if run.finished else CUT)
 
 
@@ -255,6 +258,18 @@ class _Run:
         end = now + self._bound_share * (deadline - now)
         self.prove("bound", relax.lower_bound(self._problem, end, steps))
 
+    def all_placements(self, deadline: float) -> bool:
+        """The optimum, where layers have so few placements that all are looked at in time."""
+        self.tell("all placements")
+        now = time.monotonic()
+        left = ALL_SHARE * (deadline - now)
+        found = enumerated.solved(self._problem, left, now + left)
+        if found is None:
+            return False
+        self.offer("all placements", found.device)
+        self.prove("all placements", found.bound * relax.SAFETY)
+        return True
+
     def search(self, seed: int, deadline: float) -> None:
         self.tell("search")
         problem, rng = self._problem, np.random.default_rng(seed)
@@ -269,6 +284,12 @@ class _Run:
             if time.monotonic() >= searched:
                 break  # counting the next one may take a time of its own
         self._whole(deadline)
+
+    def ended(self, seed: int, deadline: float) -> None:
+        """What follows a search: even loads, and numbers that keep tokens where they are."""
+        problem = self._problem
+        if problem.objective == "hops":
+            return
         self._steady(seed, deadline)
         if problem.separable and problem.trace.num_layers > 1:
             labelled_LE = _labelled(problem, self.best_LE)
@@ -325,11 +346,6 @@ class _Run:
         if (all_layers := chainwise.whole(problem, deadline)) is not None:
             self.offer(stage, all_layers.device)
             self.prove(stage, problem.hops(all_layers.bound) * relax.SAFETY)
-        if problem.objective == "moetuner":
-            found = moetuner_moves.whole(problem.tuner, problem.slots, deadline)
-            if found is not None:
-                self.offer(stage, found.device)
-                self.prove(stage, found.bound * relax.SAFETY)
         if problem.objective != "rows" or not problem.separable:
             return
         contacts, device_LE = 0.0, self.best_LE.copy()
