@@ -10,8 +10,10 @@ import pytest
 
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import solve, spare, start, topology
+from moe_jax.placement.commands import homes as homes_command
 from moe_jax.placement.commands import interrupt
 from moe_jax.placement.commands import solve as solve_command
+from moe_jax.placement.homes import joint
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.progress import Ticker
@@ -220,6 +222,50 @@ def test_verdict_writes_the_plan_that_it_would_have_judged(
     problem = Problem(halves.plan_half, topology.flat(4))
     contiguous = Placement.contiguous(6, 16, 4)
     assert problem.value_of(plan.placement) < problem.value_of(contiguous)
+
+
+@pytest.mark.parametrize("where", ["plan", "numbers", "experts", "rules"])
+def test_homes_leave_the_plan(where, trace_path, tmp_path, monkeypatch, capsys):
+    """In the plan that the search starts from, before and after its first result, while judging."""
+    real_moved, times = joint._moved, []
+
+    def moved(*arguments):
+        times.append(1)
+        if len(times) % 2 == 0:
+            raise KeyboardInterrupt
+        return real_moved(*arguments)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    if where == "plan":
+        interrupted_search(monkeypatch)
+    elif where == "numbers":
+        monkeypatch.setattr(joint, "numbered", stop)
+    elif where == "experts":
+        monkeypatch.setattr(joint, "_moved", moved)
+    else:
+        monkeypatch.setattr(homes_command.report, "study", stop)
+    plan, rules = tmp_path / "p.json", tmp_path / "h.json"
+    words = ["homes", str(trace_path), "--devices=4", "--time-limit=3", f"--out={rules}"]
+    assert command_line.main([*words, f"--out-plan={plan}"]) == 130
+    captured = capsys.readouterr()
+    best = "" if where == "rules" else "the best plan so far to "
+    assert captured.out == ""
+    assert captured.err.endswith(f"interrupted: wrote {best}{plan}, no homes for it\n")
+    assert not rules.exists()
+    origin = Plan.read(plan).provenance
+    assert origin.get("interrupted", False) is (where != "rules")
+    problem = Problem(trace_lib.split(trace_lib.load(trace_path), 0).plan_half, topology.flat(4))
+    value = problem.value_of(Plan.read(plan).placement)
+    assert value < problem.value_of(Placement.contiguous(6, 16, 4))
+    if where == "experts":  # that of the first round, its homes counted in
+        found = origin["homes"]
+        assert found["value"] <= found["numbered"]
+        assert origin["objective"] == found["value"]
+
+    assert command_line.main(words) == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing written\n")
 
 
 @pytest.mark.parametrize("command", ["compare", "verdict"])

@@ -1,6 +1,7 @@
 """`homes`: which device should hold which sequence, for a plan or jointly with one.
 
-Learned and planned on a random half of the sequences (--seed), judged on the other half.
+Learned and planned on a random half of the sequences (--seed), judged on the other half. Ctrl-C
+leaves the best plan so far in --out-plan, and no rules: those are what is judged.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import numpy as np
 
 from moe_jax.errors import Refused
 from moe_jax.placement import solve as solve_lib
-from moe_jax.placement.commands import inputs, words
+from moe_jax.placement.commands import inputs, interrupt, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.homes import assign, joint, report, tally
 from moe_jax.placement.homes.file import MOST_RULES, HomeRules
@@ -22,7 +23,7 @@ from moe_jax.placement.homes.report import Found, Study
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.progress import Ticker
-from moe_jax.placement.solution import Report
+from moe_jax.placement.solution import Interrupted, Report
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -94,6 +95,12 @@ class _Planned:
     solved: Report | None
     given: Plan | None
 
+    @property
+    def interrupted(self) -> bool:
+        """By Ctrl-C: this is the best until then."""
+        parts = self.joint, self.solved
+        return any(part is not None and part.interrupted for part in parts)
+
 
 def run(options: argparse.Namespace) -> str:
     """Homes for a plan, or with one; every rule judged."""
@@ -119,11 +126,17 @@ def run(options: argparse.Namespace) -> str:
     problem = options_lib.problem_of(options, halves.plan_half, _machine(options, given))
     tally.check(problem)
     planned = _planned(options, problem, given)
-    found = report.study(problem, halves.judge_half, planned.before_LE, planned.after_LE, settings)
     placement = Placement.from_device_LE(planned.after_LE, problem.num_devices)
     origin = _origin(options, trace, problem, planned)
     if options.out_plan:
         Plan(placement, trace.layer_ids, problem.topology.to_json(), origin).write(options.out_plan)
+    best = "the best plan so far to " if planned.interrupted else ""
+    left = f"wrote {best}{options.out_plan}, no homes for it" if options.out_plan else ""
+    with interrupt.leaving(left):
+        if planned.interrupted:
+            raise KeyboardInterrupt
+        halved = halves.judge_half, planned.before_LE, planned.after_LE
+        found = report.study(problem, *halved, settings)
     if options.out:
         _rules(problem, placement, found, origin).write(options.out)
     if options.json:
@@ -144,9 +157,13 @@ def _planned(options: argparse.Namespace, problem: Problem, given: Plan | None) 
     deadline = time.monotonic() + options.time_limit
     solved = None
     if given is None:
-        with Ticker() as ticker:
-            share = START_SHARE * options.time_limit
-            placement, solved = solve_lib.solve_problem(problem, options.seed, share, ticker.tell)
+        share = START_SHARE * options.time_limit
+        try:
+            with Ticker() as ticker:
+                found = solve_lib.solve_problem(problem, options.seed, share, ticker.tell)
+        except Interrupted as stop:
+            found = stop.solution
+        placement, solved = found
     else:
         placement = options_lib.in_use(options.plan, problem.trace, problem.topology)
     before_LE = placement.device_LE.astype(np.int64)
@@ -156,7 +173,8 @@ def _planned(options: argparse.Namespace, problem: Problem, given: Plan | None) 
     def seat(cost_SM: np.ndarray) -> assign.Seated:
         return assign.within_tokens(cost_SM, len_S, slack)
 
-    if given is None or options.joint:
+    stopped = solved is not None and solved.interrupted
+    if (given is None or options.joint) and not stopped:
         both = joint.solve(problem, before_LE, options.seed, deadline, seat)
         return _Planned(before_LE, both.device_LE, both.home_S, slack, both, solved, given)
     contacts = tally.count(problem.trace, before_LE, problem.topology)
@@ -201,6 +219,8 @@ def _origin(options, trace: Trace, problem: Problem, planned: _Planned) -> dict:
     if planned.joint is not None:  # bound and gap were those of uniform homes
         origin |= {"objective": planned.joint.value, "bound": 0.0, "gap": 1.0}
         origin["solver"] = "experts and homes in turn (assignment, layer search)"
+    if planned.interrupted:
+        origin["interrupted"] = True
     return {**origin, "homes": homes}
 
 

@@ -37,10 +37,12 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def leaving(left: str) -> Iterator[None]:
-    """Ctrl-C within says what is left behind."""
+    """Ctrl-C within says what is left behind; "": nothing is."""
     try:
         yield
     except KeyboardInterrupt as stop:
+        if not left:
+            raise
         raise Stopped(left) from stop
 
 

@@ -16,7 +16,8 @@ best by the exact objective with homes; rows as prices_of weighs them can only f
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -52,6 +53,7 @@ class Joint:
       value: objective of this placement with these homes.
       homes_gap: proven, of the homes given these experts, in rows.
       finished: nothing improved any more.
+      interrupted: by Ctrl-C; this is the best until then.
     """
 
     device_LE: Int[np.ndarray, "L E"]
@@ -62,6 +64,7 @@ class Joint:
     value: float
     homes_gap: float
     finished: bool
+    interrupted: bool = False
 
 
 def solve(
@@ -85,12 +88,55 @@ def solve(
     contacts = tally.count(problem.trace, start_LE, problem.topology)
     first = seat(tally.cost_SM(contacts, price))
     seated = experts.with_homes(problem, first.home_S).exact(start_LE)
-    best_LE, best = numbered(problem, contacts, price, start_LE, first, seat, rng, deadline)
-    value = relabelled = experts.with_homes(problem, best.home_S).exact(best_LE)
-    finished = False
+    at, relabelled, interrupted = _At(start_LE, first, seated, False), seated, False
+    try:
+        rounds = _rounds(problem, contacts, price, at, seat, rng, deadline)
+        at = next(rounds)
+        relabelled = at.value
+        while (further := next(rounds, None)) is not None:
+            at = further
+    except KeyboardInterrupt:
+        interrupted = True
+    return Joint(
+        at.device_LE,
+        at.seated.home_S,
+        problem.value(start_LE),
+        seated,
+        relabelled,
+        at.value,
+        at.seated.gap,
+        at.finished and not interrupted,
+        interrupted,
+    )
+
+
+class _At(NamedTuple):
+    """Where the search is: the best so far."""
+
+    device_LE: np.ndarray
+    seated: Seated
+    value: float
+    finished: bool
+
+
+def _rounds(
+    problem: Problem,
+    contacts: Contacts,
+    price: Prices,
+    start: _At,
+    seat: Seater,
+    rng: np.random.Generator,
+    deadline: float,
+) -> Iterator[_At]:
+    """After steps 1 and 2, and after every round."""
+    best_LE, best = numbered(
+        problem, contacts, price, start.device_LE, start.seated, seat, rng, deadline
+    )
+    value = experts.with_homes(problem, best.home_S).exact(best_LE)
+    yield _At(best_LE, best, value, False)
     for _ in range(ROUNDS):
         if time.monotonic() >= deadline:
-            break
+            return
         next_LE = _moved(experts.with_homes(problem, best.home_S), best_LE, rng, deadline)
         contacts = tally.count(problem.trace, next_LE, problem.topology)
         next_LE, found = _turns(problem, contacts, price, next_LE, best, seat)
@@ -98,18 +144,9 @@ def solve(
         finished = not now < value * (1 - LEAST) and time.monotonic() < deadline
         if now < value:
             best_LE, best, value = next_LE, found, now
+        yield _At(best_LE, best, value, finished)
         if finished:
-            break
-    return Joint(
-        best_LE,
-        best.home_S,
-        problem.value(start_LE),
-        seated,
-        relabelled,
-        value,
-        best.gap,
-        finished,
-    )
+            return
 
 
 def numbered(
