@@ -31,7 +31,7 @@ from moe_jax.placement.ilp import Solved
 from moe_jax.placement.problem import Problem
 
 MOST_STATES = 50_000  # placements of a layer that are held at once
-SPEED = 2e8  # numbers looked at in a second, of one core and usually: what fits a time limit
+SPEED = 4e8  # numbers looked at in a second, of one core and usually: what fits a time limit
 COUNTED = 30  # numbers in whose time an expert of a token is counted
 MOST_DEVICES = 8  # whose renumberings are tried one by one
 PIECE = 1024  # placements of a table at once
