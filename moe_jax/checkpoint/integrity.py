@@ -126,7 +126,12 @@ class Digests:
 def digests(
     folder: pathlib.Path, share: tuple[int, int] = (0, 1), *, begun: Digests | None
 ) -> Digests:
-    """Those that have begun, if they are of this folder and share; else new ones."""
+    """Those that have begun, if they are of this folder and share; else new ones.
+
+    Args:
+      folder, share: as of `Digests`.
+      begun: digests of this or of another step; None: none have begun.
+    """
     same = begun is not None and (begun.folder, begun.share) == (folder, share)
     return begun if begun and same else Digests(folder, share)
 

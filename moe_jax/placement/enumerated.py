@@ -22,6 +22,7 @@ import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -34,7 +35,7 @@ MOST_STATES = 50_000  # placements of a layer that are held at once
 SPEED = 4e8  # numbers looked at in a second, of one core and usually: what fits a time limit
 COUNTED = 30  # numbers in whose time an expert of a token is counted
 MOST_DEVICES = 8  # whose renumberings are tried one by one
-PIECE = 1024  # placements of a table at once
+ENTRIES = 2**22  # of a table [placements, devices, sets] at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +74,13 @@ class Costs:
     def __init__(self, problem: Problem, each: int):
         """Args: as the attributes."""
         self.problem, self.each = problem, each
+        self._counts: dict[int, _Counts] = {}
+
+    def counts(self, layer: int) -> "_Counts":
+        """The tokens of a layer, counted once."""
+        if layer not in self._counts:
+            self._counts[layer] = _Counts.of(self.problem, layer)
+        return self._counts[layer]
 
     def own(self, layer: int, device_SE: np.ndarray) -> np.ndarray:
         """float64 [S]: what a placement costs by itself."""
@@ -109,9 +117,22 @@ def solved(problem: Problem, time_limit: float, deadline: float) -> Solved | Non
 def _numbers(problem: Problem, costs: Costs, count: int, number_GM: np.ndarray) -> float:
     """About how many numbers are looked at."""
     trace, orbits = problem.trace, max(count // len(number_GM), 1)
-    sets = min(math.comb(trace.num_experts, trace.top_k), trace.num_tokens)
-    alone = count * problem.num_devices * sets + COUNTED * trace.num_tokens * trace.top_k
+    alone = count * problem.num_devices * _sets(problem)
+    alone += COUNTED * trace.num_tokens * trace.top_k
     return trace.num_layers * (alone + orbits * count * costs.each)
+
+
+def _sets(problem: Problem) -> int:
+    """About the distinct sets of a layer, at most."""
+    trace = problem.trace
+    return min(math.comb(trace.num_experts, trace.top_k), trace.num_tokens)
+
+
+def _pieces(problem: Problem, placements: np.ndarray) -> Iterator[slice]:
+    """Placements whose tables fit memory."""
+    piece = max(1, ENTRIES // (problem.num_devices * _sets(problem)))
+    for start in range(0, len(placements), piece):
+        yield slice(start, start + piece)
 
 
 def _apart(
@@ -158,8 +179,8 @@ def _chained(
 def _alone(problem: Problem, costs: Costs, layer: int, states: States) -> np.ndarray:
     """float64 [F]: what those that stand for an orbit cost by themselves; inf above a load cap."""
     value = []
-    for start in range(0, len(states.firsts), PIECE):
-        device_SE = states.device_SE[states.firsts[start : start + PIECE]]
+    for some in _pieces(problem, states.firsts):
+        device_SE = states.device_SE[states.firsts[some]]
         load_SM = _sums(problem.load_LE[layer], device_SE, problem.num_devices)
         over_S = problem.over(layer, load_SM)
         value.append(np.where(over_S, np.inf, costs.own(layer, device_SE)))
@@ -248,7 +269,7 @@ class Apart(Costs):
         load_SM = _sums(problem.load_LE[layer], device_SE, devices)
         if problem.objective == "load":
             return evidence.over_mean(load_SM, problem.topology.speed_M)
-        counts, nodes = _Counts.of(problem, layer), problem.topology.nodes
+        counts, nodes = self.counts(layer), problem.topology.nodes
         touched_SM = counts.touch_SMQ(device_SE, devices) @ counts.count_Q
         node_SE = nodes.node_M[device_SE]
         node_SN = counts.touch_SMQ(node_SE, nodes.count) @ counts.count_Q
@@ -299,12 +320,11 @@ class Coherent(Costs):
     def __init__(self, problem: Problem):
         """Args: the problem."""
         super().__init__(problem, 8 * problem.trace.num_experts)
-        self._layers = [_Counts.of(problem, layer) for layer in range(problem.trace.num_layers)]
         self._last: tuple[int, _Sent] | None = None
 
     def own(self, layer: int, device_SE: np.ndarray) -> np.ndarray:
         """float64 [S]: answers, and what devices compute; in layer 0 the way out, too."""
-        problem, one, devices = self.problem, self._layers[layer], self.problem.num_devices
+        problem, one, devices = self.problem, self.counts(layer), self.problem.num_devices
         load_SM = _sums(problem.load_LE[layer], device_SE, devices)
         touch_SMQ = one.touch_SMQ(device_SE, devices)
         here_SME = np.stack([device_SE == m for m in range(devices)], axis=1).astype(float)
@@ -324,11 +344,9 @@ class Coherent(Costs):
         """float64 [S]: the way out, from sums over the devices of a node and over all."""
         problem, nodes = self.problem, self.problem.topology.nodes
         sent = self._sent_of(layer, device_SE)
-        devices, on_S = range(problem.num_devices), np.zeros(len(device_SE))
-        from_node_E = nodes.node_M[before_E]
-        fast_S, slow_S, total_S = on_S.copy(), on_S.copy(), on_S.copy()
-        for m in devices:
-            here_E, near_E = before_E == m, from_node_E == nodes.node_M[m]
+        fast_S, slow_S, total_S = np.zeros((3, len(device_SE)))
+        for m in range(problem.num_devices):
+            here_E, near_E = before_E == m, nodes.node_M[before_E] == nodes.node_M[m]
             own_S = sent.device_MES[m, here_E].sum(axis=0)
             all_out_S = sent.device_NES[:, here_E].sum(axis=(0, 1))
             near_out_S = sent.device_NES[nodes.node_M[m], here_E].sum(axis=0)
@@ -348,10 +366,9 @@ class Coherent(Costs):
     def _sent_of(self, layer: int, device_SE: np.ndarray) -> "_Sent":
         """Of one layer, for all placements; kept until another one is asked for."""
         if self._last is None or self._last[0] != layer:
-            one, nodes = self._layers[layer], self.problem.topology.nodes
+            one, nodes = self.counts(layer), self.problem.topology.nodes
             device_MES = np.empty((nodes.devices, len(one.wait_EQ), len(device_SE)))
-            for start in range(0, len(device_SE), PIECE):
-                some = slice(start, start + PIECE)
+            for some in _pieces(self.problem, device_SE):
                 touch_SMQ = one.touch_SMQ(device_SE[some], nodes.devices)
                 device_MES[:, :, some] = (touch_SMQ @ one.wait_EQ.T).transpose(1, 2, 0)
             device_NES = np.add.reduceat(device_MES, nodes.first_N, axis=0)
