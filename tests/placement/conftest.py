@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.placement import chainwise, relax, staying
+from moe_jax.placement import chainwise, enumerated, relax, staying
 
 FEW = 80  # steps of a bound: the first cuts are among them
 SWEEPS = (200, 80)  # of an annealing: enough for problems of a dozen experts
@@ -28,6 +28,18 @@ def short_search(request, monkeypatch):
                 problem, end, FEW if steps == relax.STEPS else steps
             ),
         )
+
+
+@pytest.fixture
+def all_placements():
+    """For tests of plans that come from a look at all placements of a layer."""
+
+
+@pytest.fixture(autouse=True)
+def searched(request, monkeypatch):
+    """Small cases are there for searches and bounds, which `enumerated` would leave unused."""
+    if "all_placements" not in request.fixturenames:
+        monkeypatch.setattr(enumerated, "solved", lambda *_: None)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from moe_jax.routing import synthetic
 from moe_jax.routing.trace import Trace
 from tests.placement import instances
 
+pytestmark = pytest.mark.usefixtures("all_placements")
 FAR = 3600.0
 MACHINES = {
     "flat": topology.nodes_by_devices(1, 4),

@@ -151,6 +151,7 @@ def test_relabelling_a_layer_is_the_best_of_all(nodes, layer):
     assert max(several) > 0
 
 
+@pytest.mark.usefixtures("all_placements")
 @pytest.mark.parametrize(("nodes", "cap"), [(1, None), (2, None), (1, "1.0x")])
 @pytest.mark.parametrize("seed", range(3))
 def test_solve_equals_brute_force_and_proves_it(seed, nodes, cap):
