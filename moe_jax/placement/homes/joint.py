@@ -88,23 +88,26 @@ def solve(
     contacts = tally.count(problem.trace, start_LE, problem.topology)
     first = seat(tally.cost_SM(contacts, price))
     seated = experts.with_homes(problem, first.home_S).exact(start_LE)
-    at, relabelled, interrupted = _At(start_LE, first, seated, False), seated, False
+    best = at = _At(start_LE, first, seated, False)  # `seconds` may rise where rows fall
+    relabelled, interrupted = seated, False
     try:
         rounds = _rounds(problem, contacts, price, at, seat, rng, deadline)
         at = next(rounds)
         relabelled = at.value
+        best = min(best, at, key=lambda one: one.value)
         while (further := next(rounds, None)) is not None:
             at = further
+            best = min(best, at, key=lambda one: one.value)
     except KeyboardInterrupt:
         interrupted = True
     return Joint(
-        at.device_LE,
-        at.seated.home_S,
+        best.device_LE,
+        best.seated.home_S,
         problem.value(start_LE),
         seated,
         relabelled,
-        at.value,
-        at.seated.gap,
+        best.value,
+        best.seated.gap,
         at.finished and not interrupted,
         interrupted,
     )
