@@ -4,7 +4,10 @@ from moe_jax.errors import Refused
 
 
 def parse(text: str) -> tuple[str, int, int] | None:
-    """(address, processes, own number) of "HOST:PORT,NUM_PROCESSES,PROCESS_ID"; None for words."""
+    """(address, processes, own number) of "HOST:PORT,NUM_PROCESSES,PROCESS_ID"; None for words.
+
+    Raises `Refused`, naming --distributed.
+    """
     if text in ("off", "auto"):
         return None
     address, _, numbers = text.partition(",")

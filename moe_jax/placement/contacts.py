@@ -11,6 +11,7 @@ and those of b likewise. So one pass over the sets gives the exact contacts afte
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -31,6 +32,11 @@ class Sets:
     expert_QK: np.ndarray
     count_Q: np.ndarray
     num_experts: int
+
+    @functools.cached_property
+    def member_QE(self) -> np.ndarray:
+        """bool [Q, E]: the set has the expert."""
+        return (self.expert_QK[:, :, None] == np.arange(self.num_experts)).any(axis=1)
 
     def weight_QM(self, devices: int) -> np.ndarray:
         """float64 [Q, M]: what a contact of the set counts; here its tokens, on every device."""

@@ -26,8 +26,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import evidence
+from moe_jax.placement import coherent_seconds, evidence
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.contacts import Sets
 from moe_jax.placement.ilp import Solved
 from moe_jax.placement.problem import Problem
 
@@ -43,7 +44,7 @@ class States:
     """All placements of a layer.
 
     Attributes:
-      device_SE: each of them, in the order of `code`.
+      device_SE: each of them, in lexical order.
       firsts: those that stand for an orbit, F of them.
       orbit_S: the orbit of each, 0 to F - 1.
       number_SM: the renumbering that makes it of the one that stands for it: device_SE[s] is
@@ -74,13 +75,6 @@ class Costs:
     def __init__(self, problem: Problem, each: int):
         """Args: as the attributes."""
         self.problem, self.each = problem, each
-        self._counts: dict[int, _Counts] = {}
-
-    def counts(self, layer: int) -> "_Counts":
-        """The tokens of a layer, counted once."""
-        if layer not in self._counts:
-            self._counts[layer] = _Counts.of(self.problem, layer)
-        return self._counts[layer]
 
     def own(self, layer: int, device_SE: np.ndarray) -> np.ndarray:
         """float64 [S]: what a placement costs by itself."""
@@ -216,7 +210,7 @@ def states_of(experts: int, devices: int, number_GM: np.ndarray) -> States:
 
 
 def _arranged(experts: int, devices: int) -> np.ndarray:
-    """int8 [S, E]: every device as often as any other, in the order of `_codes`."""
+    """int8 [S, E]: every device as often as any other, in lexical order."""
     slots = experts // devices
     device_SE = np.zeros((1, 0), np.int8)
     used_SM = np.zeros((1, devices), np.int8)
@@ -237,6 +231,13 @@ def _codes(device_SE: np.ndarray) -> np.ndarray:
 def _sums(value_E: np.ndarray, device_SE: np.ndarray, devices: int) -> np.ndarray:
     """float64 [S, M]: of the experts of a device."""
     return np.stack([(device_SE == m) @ value_E for m in range(devices)], axis=1)
+
+
+def _touch_SMQ(sets: Sets, device_SE: np.ndarray, devices: int) -> np.ndarray:
+    """float64 [S, M, Q]: 1 where a set has an expert on a device (or node)."""
+    here_SME = np.stack([device_SE == m for m in range(devices)], axis=1)
+    there_SMQ = here_SME.astype(np.float32) @ sets.member_QE.T.astype(np.float32)
+    return (there_SMQ > 0).astype(float)
 
 
 def costs_of(problem: Problem) -> Costs | None:
@@ -269,10 +270,9 @@ class Apart(Costs):
         load_SM = _sums(problem.load_LE[layer], device_SE, devices)
         if problem.objective == "load":
             return evidence.over_mean(load_SM, problem.topology.speed_M)
-        counts, nodes = self.counts(layer), problem.topology.nodes
-        touched_SM = counts.touch_SMQ(device_SE, devices) @ counts.count_Q
-        node_SE = nodes.node_M[device_SE]
-        node_SN = counts.touch_SMQ(node_SE, nodes.count) @ counts.count_Q
+        sets, nodes = problem.sets[layer], problem.topology.nodes
+        touched_SM = _touch_SMQ(sets, device_SE, devices) @ sets.count_Q
+        node_SN = _touch_SMQ(sets, nodes.node_M[device_SE], nodes.count) @ sets.count_Q
         return problem.scores(layer, touched_SM, node_SN, load_SM)
 
 
@@ -320,18 +320,19 @@ class Coherent(Costs):
     def __init__(self, problem: Problem):
         """Args: the problem."""
         super().__init__(problem, 8 * problem.trace.num_experts)
+        self._layers = coherent_seconds.model(problem).layers
         self._last: tuple[int, _Sent] | None = None
 
     def own(self, layer: int, device_SE: np.ndarray) -> np.ndarray:
         """float64 [S]: answers, and what devices compute; in layer 0 the way out, too."""
-        problem, one, devices = self.problem, self.counts(layer), self.problem.num_devices
+        problem, one, devices = self.problem, self._layers[layer], self.problem.num_devices
         load_SM = _sums(problem.load_LE[layer], device_SE, devices)
-        touch_SMQ = one.touch_SMQ(device_SE, devices)
+        touch_SMQ = _touch_SMQ(one.sets, device_SE, devices)
         here_SME = np.stack([device_SE == m for m in range(devices)], axis=1).astype(float)
-        back_SMM = here_SME @ (one.best_EQ @ touch_SMQ.transpose(0, 2, 1))
+        back_SMM = here_SME @ (one.best_QE.T.toarray() @ touch_SMQ.transpose(0, 2, 1))
         total_S = self._cost(back_SMM.transpose(0, 2, 1))  # from the device that was touched
         if layer == 0:
-            out_SM = touch_SMQ @ one.count_Q / devices  # homes are uniform
+            out_SM = touch_SMQ @ one.sets.count_Q / devices  # homes are uniform
             total_S = total_S + self._cost(np.repeat(out_SM[:, None], devices, axis=1))
         if problem.objective == "rows":
             return total_S
@@ -366,11 +367,13 @@ class Coherent(Costs):
     def _sent_of(self, layer: int, device_SE: np.ndarray) -> "_Sent":
         """Of one layer, for all placements; kept until another one is asked for."""
         if self._last is None or self._last[0] != layer:
-            one, nodes = self.counts(layer), self.problem.topology.nodes
-            device_MES = np.empty((nodes.devices, len(one.wait_EQ), len(device_SE)))
+            sets, nodes = self._layers[layer].sets, self.problem.topology.nodes
+            wait_QE = np.zeros((len(sets.count_Q), sets.num_experts))
+            wait_QE[sets.set_J, sets.before_J] = sets.count_J
+            device_MES = np.empty((nodes.devices, sets.num_experts, len(device_SE)))
             for some in _pieces(self.problem, device_SE):
-                touch_SMQ = one.touch_SMQ(device_SE[some], nodes.devices)
-                device_MES[:, :, some] = (touch_SMQ @ one.wait_EQ.T).transpose(1, 2, 0)
+                touch_SMQ = _touch_SMQ(sets, device_SE[some], nodes.devices)
+                device_MES[:, :, some] = (touch_SMQ @ wait_QE).transpose(1, 2, 0)
             device_NES = np.add.reduceat(device_MES, nodes.first_N, axis=0)
             self._last = layer, _Sent(device_MES, device_NES, device_MES.sum(axis=1))
         return self._last[1]
@@ -400,40 +403,3 @@ class _Sent:
     device_MES: np.ndarray
     device_NES: np.ndarray
     device_MS: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Counts:
-    """The tokens of a layer by their set of experts, and by a best expert.
-
-    Attributes:
-      member_QE: bool, experts of a set.
-      count_Q: tokens.
-      best_EQ: tokens by their best expert in this layer.
-      wait_EQ: tokens by their best expert in the layer before; zeros in layer 0.
-    """
-
-    member_QE: np.ndarray
-    count_Q: np.ndarray
-    best_EQ: np.ndarray
-    wait_EQ: np.ndarray
-
-    @classmethod
-    def of(cls, problem: Problem, layer: int) -> "_Counts":
-        ids_TLK, experts = problem.trace.expert_ids_TLK, problem.trace.num_experts
-        ids_TK = np.minimum(ids_TLK[:, layer].astype(np.int64), experts)  # `experts`: none
-        bit_E = np.append(2 ** np.arange(experts, dtype=np.int64), 0)
-        bits_Q, set_T = np.unique(np.bitwise_or.reduce(bit_E[ids_TK], axis=1), return_inverse=True)
-        best_EQ, wait_EQ = (np.zeros((experts + 1, len(bits_Q))) for _ in range(2))
-        np.add.at(best_EQ, (ids_TK[:, 0], set_T), 1)
-        if layer:
-            before_T = np.minimum(ids_TLK[:, layer - 1, 0].astype(np.int64), experts)
-            np.add.at(wait_EQ, (before_T, set_T), 1)
-        member_QE = (bits_Q[:, None] & bit_E[None, :-1]) > 0
-        return cls(member_QE, best_EQ.sum(axis=0), best_EQ[:-1], wait_EQ[:-1])
-
-    def touch_SMQ(self, device_SE: np.ndarray, devices: int) -> np.ndarray:
-        """float64 [S, M, Q]: 1 where a set has an expert on a device."""
-        here_SME = np.stack([device_SE == m for m in range(devices)], axis=1)
-        there_SMQ = here_SME.astype(np.float32) @ self.member_QE.T.astype(np.float32)
-        return (there_SMQ > 0).astype(float)

@@ -233,9 +233,7 @@ def whole_layer(problem: Problem, layer: int, deadline: float) -> ilp.Solved | N
     size = len(sets.count_Q) * problem.num_devices
     if problem.objective != "rows" or not flat or size > WHOLE or left <= 0:
         return None
-    experts = np.arange(problem.trace.num_experts)
-    member_QE = (sets.expert_QK[:, :, None] == experts).any(axis=1)
-    return ilp.whole_layer(member_QE, sets.count_Q, problem.num_devices, left)
+    return ilp.whole_layer(sets.member_QE, sets.count_Q, problem.num_devices, left)
 
 
 def _value(problem: Problem, layer: int, device_E: np.ndarray) -> float:

@@ -2,6 +2,8 @@
 
     Solution = solve(trace, topology, objective=..., dispatch=..., seed=..., time_limit=...)
 
+Where a layer has few placements, all of them come in place of a search (enumerated.py).
+
 Anytime: greedy answers in milliseconds, everything after only replaces it by something better; but
 for the last step, which gives a little up where `Problem.steady` asks for it (steady.py).
 Seeded and deterministic, unless the time limit cuts the search short (`Report.finished` says so).

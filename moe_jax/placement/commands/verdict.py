@@ -176,7 +176,7 @@ def _unjudged(trace: Trace, problem: Problem, settings: Settings, placement: Pla
 def _origin(trace: Trace, problem: Problem, settings: Settings) -> dict[str, Any]:
     return {
         "trace_digest": trace.digest,
-        "solver": "greedy + integer programs (HiGHS), devices numbered so that least moves",
+        "solver": "as of solve; devices numbered so that least moves",
         "seed": settings.seed,
         "objective_name": problem.objective,
         "dispatch": problem.dispatch,

@@ -35,7 +35,7 @@ def provenance(
         "trace_digest": trace.digest,
         "tokens": problem.trace.num_tokens,
         "planned_on": planned_on(problem.trace, split),
-        "solver": "greedy + integer programs (HiGHS)",
+        "solver": "greedy, search and integer programs (HiGHS), or all placements",
         "seed": seed,
         "objective_name": report.objective_name,
         "dispatch": report.dispatch,

@@ -92,11 +92,8 @@ def solve(
     relabelled, interrupted = seated, False
     try:
         rounds = _rounds(problem, contacts, price, at, seat, rng, deadline)
-        at = next(rounds)
-        relabelled = at.value
-        best = min(best, at, key=lambda one: one.value)
-        while (further := next(rounds, None)) is not None:
-            at = further
+        for number, at in enumerate(rounds):
+            relabelled = relabelled if number else at.value
             best = min(best, at, key=lambda one: one.value)
     except KeyboardInterrupt:
         interrupted = True
