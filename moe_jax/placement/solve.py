@@ -40,6 +40,7 @@ from moe_jax.placement import (
     solve_copies,
     starts,
     steady,
+    unseen,
 )
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits.pins import Pins
@@ -143,6 +144,7 @@ def _solved(
 ) -> Solution:
     check_time_limit(time_limit)
     started = time.monotonic()
+    problem = resolved(problem)
     if problem.has_replicas:
         if problem.pins is not None or problem.previous is not None:
             return solve_copies.within_limits(problem, seed, time_limit, progress, unproven)
@@ -156,6 +158,11 @@ def _solved(
         if not np.isfinite(run.best):
             raise
         raise Interrupted(run.solution("")) from stop
+
+
+def resolved(problem: Problem) -> Problem:
+    """The problem, with what unseen sequences add to a cap that is meant for them (unseen.py)."""
+    return unseen.resolved(problem, constructed)
 
 
 def _searched(

@@ -67,6 +67,7 @@ def without(problem: Problem) -> Problem:
     same = dataclasses.replace(problem, num_slots=None)
     if same.load_cap is None:
         return same
+    same = dataclasses.replace(same, load_cap=same.load_cap.planned)
     reached_L = same.largest_L(same.packed_LE)  # no exact program for a mere start of a search
     cap_L = same.load_cap.largest_L(same.mean_L, reached_L, same.rows_per_step)
     if (reached_L > cap_L * (1 + 1e-9)).any():

@@ -104,7 +104,8 @@ def objective_options(command: argparse.ArgumentParser) -> None:
         "--load-cap",
         metavar="C",
         help="largest device load of a layer: 1.1 (over the mean), 1.1x (over what is reachable), "
-        "9000rows (of a device in a step of --batch-tokens)",
+        "1.1held (over the mean, as expected on other sequences, mean over layers), 9000rows (of a "
+        "device in a step of --batch-tokens)",
     )
     group.add_argument(
         "--slots",
@@ -140,7 +141,7 @@ def problem_of(
     """The problem that the options describe; on another machine if one is given."""
     solve.check_time_limit(options.time_limit)
     topology = topology or topology_of(options)
-    return Problem(
+    problem = Problem(
         trace,
         topology,
         options.objective,
@@ -151,6 +152,7 @@ def problem_of(
         dispatcher=options.dispatcher,
         steady=options.steady,
     )
+    return solve.resolved(problem)
 
 
 def slots_of(options: argparse.Namespace, experts: int, devices: int) -> int | None:

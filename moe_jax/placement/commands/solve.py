@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> str:
             {
                 **{k: v for k, v in report.to_json().items() if k != "history"},
                 "move": limits.to_json(options, problem, placement),
+                "load_cap": dataclasses.asdict(problem.load_cap) if problem.load_cap else None,
                 "plan_digest": placement.digest,
                 "out": str(options.out),
                 "report": options.report,
@@ -138,6 +139,7 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
             f"  stays on its device: {stays.share:.4f} of the transitions; no plan keeps more than "
             f"{stays.most:.4f} (gap {100 * stays.gap:.1f} %)"
         )
+    lines += words.cap(problem)
     lines += limits.text(options, problem, placement, report)
     if problem.objective == "seconds":
         lines.append(words.step(problem, placement, halves.judge_half if halves else None))

@@ -60,6 +60,17 @@ def limits(problem: Problem) -> dict[str, Any]:
     return origin
 
 
+def cap(problem: Problem) -> list[str]:
+    """What a cap of other sequences is on those planned on; nothing for other caps."""
+    found = problem.load_cap
+    if found is None or not found.held:
+        return []
+    return [
+        f"  load cap {found}: {found.planned.factor:.4f} over the mean here, as other sequences "
+        f"are expected to add {found.unseen:.4f} to the fullest device, mean over layers"
+    ]
+
+
 def pins(problem: Problem, placement: Placement, name: str) -> str:
     """How many pins plans keep, and how many of them `placement` breaks; "" without any."""
     if problem.pins is None:

@@ -1,11 +1,13 @@
-"""Load caps: the largest load that a device may have in any layer, in one of three measures.
+"""Load caps: the largest load that a device may have in any layer, in one of four measures.
 
 - `1.1`: over the mean load of the layer.
 - `1.1x`: over the smallest largest load that is reachable in the layer.
+- `1.1held`: over the mean, as expected on other sequences, mean over layers (unseen.py).
 - `9000rows`: rows that a device computes in a step of `batch_tokens` tokens.
 """
 
 import dataclasses
+import re
 import time
 
 import numpy as np
@@ -17,8 +19,8 @@ SECONDS = 5.0  # of exact programs of all layers: to meet a cap, and again to sa
 TRY = 0.5  # of what is left of it, for one cap
 CLOSE = 1e-5  # of a cap: what is smaller by less is not looked for
 RULE = (
-    "a factor of at least 1, as 1.1 (over the mean) or 1.1x (over what is reachable), or rows of a "
-    "device and step as 9000rows"
+    "a factor of at least 1, as 1.1 (over the mean), 1.1x (over what is reachable) or 1.1held "
+    "(over the mean, on other sequences), or rows of a device and step as 9000rows"
 )
 
 
@@ -30,23 +32,32 @@ class LoadCap:
       factor: over the mean, or what it is counted in otherwise.
       relative: over the best that is reachable.
       rows: `factor` counts rows of a device and step.
+      held: `factor` is expected on other sequences.
+      unseen: what these add to it, over the mean; None: not known yet (unseen.resolved).
     """
 
     factor: float
     relative: bool = False
     rows: bool = False
+    held: bool = False
+    unseen: float | None = None
+
+    @property
+    def planned(self) -> "LoadCap":
+        """The cap on the sequences that are planned on."""
+        return LoadCap(self.factor - (self.unseen or 0.0)) if self.held else self
 
     @classmethod
     def parse(cls, text: str) -> "LoadCap":
-        """`1.1`, `1.1x` or `9000rows`."""
-        relative, rows = text.endswith("x"), text.endswith("rows")
+        """`1.1`, `1.1x`, `1.1held` or `9000rows`."""
+        number, measure = re.fullmatch(r"(.*?)(x|rows|held|)", text, re.DOTALL).groups()
         try:
-            factor = float(text.removesuffix("rows") if rows else text.removesuffix("x"))
+            factor = float(number)
         except ValueError:
             factor = float("nan")
-        if not (1e-9 if rows else 1.0) <= factor < float("inf"):
+        if not (1e-9 if measure == "rows" else 1.0) <= factor < float("inf"):
             raise Refused("load_cap", text, RULE, "Use 1.1x if in doubt")
-        return cls(factor, relative, rows)
+        return cls(factor, measure == "x", measure == "rows", measure == "held")
 
     def largest_L(
         self, mean_L: np.ndarray, reachable_L: np.ndarray, rows_per_step: float
@@ -62,19 +73,23 @@ class LoadCap:
         """
         if self.rows:
             cap_L = np.full(len(mean_L), self.factor / rows_per_step)
+        elif self.held:
+            assert self.unseen is not None, "unseen.resolved comes first"
+            cap_L = (self.factor - self.unseen) * mean_L
         else:
             cap_L = self.factor * (reachable_L if self.relative else mean_L)
         return np.where(mean_L > 0, cap_L, np.inf)
 
     def advice(self, load: float, mean: float, rows_per_step: float) -> str:
         """The smallest cap of this measure that allows a load, as one types it."""
-        least = f"{np.ceil(load / max(mean, 1e-300) * 1e4) / 1e4:.4f}"
+        least = np.ceil((load / max(mean, 1e-300) + (self.unseen or 0.0)) * 1e4) / 1e4
+        typed = f"{least:.4f}" + "held" * self.held
         if self.rows:
-            least = f"{np.ceil(load * rows_per_step):.0f}rows"
-        return f"Use {least} or more, or a relative cap as 1.1x"
+            typed = f"{np.ceil(load * rows_per_step):.0f}rows"
+        return f"Use {typed} or more, or a relative cap as 1.1x"
 
     def __str__(self) -> str:
-        return f"{self.factor:g}" + ("rows" if self.rows else "x" * self.relative)
+        return f"{self.factor:g}" + "rows" * self.rows + "x" * self.relative + "held" * self.held
 
 
 def largest_L(load_LE: np.ndarray, device_LE: np.ndarray, speed_M: np.ndarray) -> np.ndarray:
