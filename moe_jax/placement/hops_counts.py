@@ -55,37 +55,53 @@ def counted(ids_TLK, placement: Placement, ways: Sequence[Ways], nodes: Nodes) -
     return Counted(np.array(hops), np.stack(loads))
 
 
-def loads_LM(ids_TLK, placement: Placement, nodes: Nodes) -> np.ndarray:
+def loads_LM(layers: Sequence["Layer"], placement: Placement) -> np.ndarray:
     """float64 [L, M]: rows that devices compute where homes are uniform and tokens return there.
 
     The same as cost.computed_LM, without a walk over all tokens for each home.
+
+    Args:
+      layers: of `uniform`.
+      placement: under the rule `local`.
     """
-    nowhere_MM = np.zeros((placement.num_devices, placement.num_devices))
-    ways = [Ways(np.arange(placement.num_devices), nowhere_MM)] * placement.num_layers
-    return counted(ids_TLK, placement, ways, nodes).load_LM
+    expert_E = np.arange(placement.num_experts)
+    holds = holds_LEM(placement)
+    priced = [one.priced(expert_E, holds[n])[1].sum(axis=0) for n, one in enumerate(layers)]
+    return np.stack(priced)
+
+
+def uniform(ids_TLK: np.ndarray, experts: int, nodes: Nodes) -> list["Layer"]:
+    """Every layer of a trace where homes are uniform and ways cost nothing."""
+    nowhere = Ways(np.arange(nodes.devices), np.zeros((nodes.devices, nodes.devices)))
+    layers = range(ids_TLK.shape[1])
+    return [Layer(ids_TLK[:, layer], experts, nowhere, nodes) for layer in layers]
 
 
 class Layer:
-    """Assignments of one layer, and what any set of copies of an expert costs them."""
+    """Assignments of one layer, and what any set of copies of an expert costs them.
+
+    The ids are kept as they are and gone through once for every number of candidates.
+    """
 
     def __init__(self, ids_TK: np.ndarray, experts: int, ways: Ways, nodes: Nodes):
-        ids_TK = ids_TK.astype(np.int64)
-        tokens, ranks = np.nonzero((ids_TK >= 0) & (ids_TK < experts))
-        self._expert, self._turn = ids_TK[tokens, ranks], tokens + ranks
-        self.experts, self._ways, self._nodes = experts, ways, nodes
+        self._ids_TK, self.experts, self._ways, self._nodes = ids_TK, experts, ways, nodes
         self._served: dict[int, np.ndarray] = {}
 
     @property
     def load_E(self) -> np.ndarray:
         """int64: assignments of every expert."""
-        return np.bincount(self._expert, minlength=self.experts)
+        return self.served_ER(1)[:, 0]
 
     def served_ER(self, candidates: int) -> np.ndarray:
         """int64 [E, candidates]: assignments of an expert that each of so many serves."""
         if candidates not in self._served:
-            at = self._expert * candidates + self._turn % candidates
-            counts = np.bincount(at, minlength=self.experts * candidates)
-            self._served[candidates] = counts.reshape(self.experts, candidates)
+            ids_TK, size = self._ids_TK.astype(np.int64), (self.experts + 1) * candidates
+            ids_TK[(ids_TK < 0) | (ids_TK >= self.experts)] = self.experts
+            tokens, top_k = ids_TK.shape
+            turn_TK = np.arange(tokens)[:, None] + np.arange(top_k)
+            at_TK = ids_TK * candidates + turn_TK % candidates
+            counts = np.bincount(at_TK.ravel(), minlength=size).reshape(-1, candidates)
+            self._served[candidates] = counts[:-1]
         return self._served[candidates]
 
     def priced(self, expert_X: np.ndarray, holds_XM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -430,7 +430,8 @@ class Problem:
         if placement.has_replicas:
             if self.dispatch in cost.TIED:
                 return self._counts(placement).load_LM
-            return hops_counts.loads_LM(ids_TLK, placement, topology.nodes)
+            if placement.share_LNP is None:
+                return hops_counts.loads_LM(self._uniform, placement)
         where = (topology.devices_per_node, None, self.work.batch_tokens)
         return cost.computed_LM(ids_TLK, placement, self.dispatch, None, *where)
 
@@ -450,6 +451,12 @@ class Problem:
             each, step_tokens = where
             rows = cost.rows(*args, devices_per_node=each, step_tokens=step_tokens)
         return tied_counts.Counted(rows, self.computed_LM(placement))
+
+    @functools.cached_property
+    def _uniform(self) -> list[hops_counts.Layer]:
+        """What loads of copies follow from, counted once for all plans."""
+        trace, nodes = self.trace, self.topology.nodes
+        return hops_counts.uniform(trace.expert_ids_TLK, trace.num_experts, nodes)
 
     def counted_hops(self, placement: Placement) -> hops_counts.Counted:
         """Hops and loads of the objective `hops`, counted token by token."""

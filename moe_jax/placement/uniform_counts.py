@@ -1,7 +1,7 @@
 """Rows of plans with copies where every token returns home and homes are uniform, in few walks.
 
 Axes: T tokens, L MoE layers, K experts per token, E experts, M devices, N nodes, R copies, H the
-devices of one node.
+devices of one node, at most BITS of them at a time: which of them hold something is one number.
 
 cost.py serves all tokens from every home. But a home that does not hold an expert takes the copy
 that any other such home of its node takes, so tokens are served once for each node, as if no home
@@ -20,7 +20,8 @@ from moe_jax.placement.nodes import Nodes
 from moe_jax.placement.plan import Placement
 
 DISPATCHES = ("exchange", "hierarchical")
-ENTRIES = 2**23  # of the largest table, tokens by experts by homes
+ENTRIES = 2**20  # assignments that are looked at at once
+BITS = 62  # of a number
 
 
 def rows(
@@ -38,7 +39,7 @@ def rows(
       nodes: of the machine; they matter to the copy rule in `exchange`, too.
     """
     tokens, _, top_k = expert_ids_TLK.shape
-    each = max(ENTRIES // (top_k * int(nodes.size_N.max())), 1)
+    each = max(ENTRIES // top_k, 1)
     out_LMM = np.zeros((placement.num_layers, nodes.devices, nodes.devices))
     for layer, holds_EM in enumerate(holds_LEM(placement)):
         for start in range(0, tokens, each):
@@ -59,8 +60,10 @@ class _Served:
         self._nodes, self._node = nodes, node
         self._device_TK = _elsewhere(ids_TK, position_T, holds_EM, nodes.inside(node))
         self._first_TK = cost.first_of(self._device_TK)
-        here_TKH = np.concatenate([holds_EM, holds_EM[:1]])[:, nodes.inside(node)][ids_TK]
-        self._left_MH = self._held(here_TKH)
+        holds_EH = np.concatenate([holds_EM, np.zeros_like(holds_EM[:1])])[:, nodes.inside(node)]
+        homes = holds_EH.shape[1]
+        parts = [self._held(ids_TK, holds_EH[:, n : n + BITS]) for n in range(0, homes, BITS)]
+        self._left_MH = np.concatenate(parts, axis=1)
 
     def rows_MM(self, dispatch: str) -> Float[np.ndarray, "M M"]:
         """Rows from all homes of the node together, each with all tokens; no diagonal."""
@@ -83,17 +86,29 @@ class _Served:
         np.fill_diagonal(out_MM, 0.0)
         return out_MM
 
-    def _held(self, here_TKH: Bool[np.ndarray, "T K H"]) -> Int[np.ndarray, "M H"]:
-        """Rows to each device that each home saves, as it holds all of their experts."""
+    def _held(self, ids_TK, holds_EH: Bool[np.ndarray, "E1 H"]) -> Int[np.ndarray, "M H"]:
+        """Rows to each device that each home saves, as it holds all of their experts.
+
+        Args:
+          ids_TK: experts, -1 where there is none.
+          holds_EH: the homes that hold an expert; of no expert, none, at the end.
+        """
         device_TK, first_TK = self._device_TK, self._first_TK
+        devices, homes = self._nodes.devices, holds_EH.shape[1]
+        here_TK = (holds_EH @ (1 << np.arange(homes)))[ids_TK]
         for k in range(device_TK.shape[1]):
             for j in range(k + 1, device_TK.shape[1]):
-                apart_T1 = (device_TK[:, k] != device_TK[:, j])[:, None]
-                here_TKH[:, k] &= here_TKH[:, j] | apart_T1
-        here_TKH &= first_TK[:, :, None]
-        at_X, home_X = np.nonzero(here_TKH.reshape(-1, here_TKH.shape[2]))
-        homes, devices = here_TKH.shape[2], self._nodes.devices
-        counts = np.bincount(device_TK.ravel()[at_X] * homes + home_X, minlength=devices * homes)
+                apart_T = device_TK[:, k] != device_TK[:, j]
+                here_TK[:, k] &= here_TK[:, j] | -apart_T.astype(np.int64)  # -1: all bits
+        some_TK = first_TK & (here_TK != 0)
+        here_X, device_X = here_TK[some_TK], device_TK[some_TK]
+        counts = np.zeros(devices * homes, np.int64)
+        while here_X.size:
+            lowest_X = here_X & -here_X
+            home_X = np.frexp(lowest_X.astype(float))[1] - 1  # exact for powers of 2
+            counts += np.bincount(device_X * homes + home_X, minlength=devices * homes)
+            here_X = here_X ^ lowest_X
+            here_X, device_X = here_X[here_X != 0], device_X[here_X != 0]
         return counts.reshape(devices, homes)
 
 

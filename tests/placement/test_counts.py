@@ -32,6 +32,7 @@ def ids_of(seed: int, experts: int) -> np.ndarray:
 def test_uniform_homes(dispatch, devices, per_node, seed, monkeypatch):
     if seed % 2:
         monkeypatch.setattr(uniform_counts, "ENTRIES", 200)  # a few tokens at a time
+        monkeypatch.setattr(uniform_counts, "BITS", 2)  # and a few homes
     nodes = nodes_lib.of(devices, per_node)
     experts, where = 2 * devices, tuple(nodes.size_N.tolist())
     ids_TLK, plan = ids_of(seed, experts), plan_of(seed, experts, devices)

@@ -212,7 +212,8 @@ def test_loads_are_those_of_a_walk_for_each_home(machine):
     each = machine.devices_per_node
     for slots in (3 * devices, 4 * devices):
         plan = at_random(rng, 3, 2 * devices, devices, slots)
-        found = hops_counts.loads_LM(trace.expert_ids_TLK, plan, machine.nodes)
+        layers = hops_counts.uniform(trace.expert_ids_TLK, trace.num_experts, machine.nodes)
+        found = hops_counts.loads_LM(layers, plan)
         wanted = cost.computed_LM(trace.expert_ids_TLK, plan, "exchange", None, each)
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
         if devices == 4:
