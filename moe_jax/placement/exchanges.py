@@ -14,6 +14,7 @@ Where devices are many, a few of them at a time.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,14 +32,35 @@ GROUP = 8  # devices that are looked at at once
 TRIED = 16  # exchanges of a pass that are counted together
 ENTRIES = 2**22  # rows between devices that are held at once, for all exchanges that are valued
 NONE = -1  # in place of a device
+SHARPNESS, SOFT_SHARE = 16.0, 0.6  # of the slowest device, for this share of the time
 
 
 def exchanged(
     problem: Problem, plan: Placement, cap_L: Float[np.ndarray, " L"], seed: int, deadline: float
 ) -> Placement:
-    """The plan after exchanges in all its layers, in turn, until none helps or the deadline."""
+    """The plan after exchanges in all its layers, in turn, until none helps or the deadline.
+
+    Where the slowest device and link decide, few exchanges help by themselves. So for a share of
+    the time all devices count, the slow ones more (seconds.largest).
+    """
     held_LEM, rng = holds_LEM(plan), np.random.default_rng(seed)
     layers = _layers(problem, held_LEM, cap_L, seed)
+    if problem.objective == "seconds":
+        for layer in layers:
+            layer.sharpness = SHARPNESS
+        now = time.monotonic()
+        _descended(problem, layers, rng, now + SOFT_SHARE * (deadline - now))
+        for layer in layers:
+            layer.sharpness = math.inf
+    _descended(problem, layers, rng, deadline)
+    return placement_of(np.stack([layer.holds_EM for layer in layers]))
+
+
+def _descended(
+    problem: Problem, layers: list[sampled.Layer], rng: np.random.Generator, deadline: float
+) -> None:
+    """In place: exchanges in all layers, in turn, until none helps or the deadline."""
+    cap_L = np.array([layer.cap for layer in layers])
     ahead = problem.dispatch == "coherent"
     open_L = np.ones(len(layers), bool)
     while open_L.any() and time.monotonic() < deadline:
@@ -53,7 +75,6 @@ def exchanged(
             if changed and ahead:
                 _follow(layers[layer:])
                 open_L[max(layer - 1, 0) : layer + 2] = True
-    return placement_of(np.stack([layer.holds_EM for layer in layers]))
 
 
 def _layers(problem: Problem, held_LEM, cap_L, seed: int) -> list[sampled.Layer]:

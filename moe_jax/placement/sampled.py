@@ -8,6 +8,7 @@ they are those of the sample. Values are only good to choose by: what is kept is
 whole trace (spare.better).
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -64,15 +65,19 @@ class Layer:
       home_n: where tokens are when the layer begins.
       device_nK: where their experts are computed, -1 where there is none.
       following: the next layer, where homes follow this one; None: it does not matter.
+      cap: the largest load over its device's speed.
+      sharpness: of the slowest device and link in `seconds` (seconds.largest).
     """
 
     def __init__(self, problem: Problem, layer: int, token_n, home_n, holds_EM, cap: float):
-        self._problem, self._layer, self._cap = problem, layer, cap
+        self._problem, self._layer, self.cap = problem, layer, cap
         self._position_n, self.home_n = token_n, home_n
         ids_nLK = problem.trace.expert_ids_TLK[token_n].astype(np.int64)
         self._ids_nK = ids_nLK[:, layer]
         self._ids_nK[self._ids_nK >= problem.trace.num_experts] = -1
+        self._tokens: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.following: Layer | None = None
+        self.sharpness = math.inf
         self.holds_EM = holds_EM
         self.device_nK = self._served()
 
@@ -146,7 +151,7 @@ class Layer:
         """The objective of the layer; an overload counts more than anything else."""
         problem = self._problem
         full_X = (load_XM / problem.topology.speed_M).max(axis=1)
-        over_X = np.maximum(full_X / self._cap - 1, 0.0)
+        over_X = np.maximum(full_X / self.cap - 1, 0.0)
         if problem.objective == "rows":
             weighted = rows_X2MM * problem.row_weight_MM
             value_X = weighted.sum(axis=(1, 2, 3)) / problem.trace.num_tokens
@@ -159,6 +164,7 @@ class Layer:
                 problem.work,
                 problem.dispatch,
                 problem.trace.num_tokens,
+                self.sharpness,
             ).total_L
         return value_X + FIRST * over_X
 
@@ -176,8 +182,10 @@ class Layer:
 
     def _with(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens that have the expert, and which of theirs it is."""
-        pick, k_n = np.nonzero(self._ids_nK == expert)
-        return pick, k_n
+        if expert not in self._tokens:
+            pick, k_n = np.nonzero(self._ids_nK == expert)
+            self._tokens[expert] = pick, k_n
+        return self._tokens[expert]
 
     def _served_by(self, holds_XM, pick: np.ndarray, k_n: np.ndarray) -> np.ndarray:
         """int64 [X, n]: where these tokens' expert is computed if it is held like that."""

@@ -17,6 +17,7 @@ dispatch too, where tokens do not lie evenly: attention has the same imbalance a
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -110,18 +111,32 @@ def seconds(
     work: Work,
     dispatch: str,
     num_tokens: int,
+    sharpness: float = math.inf,
 ) -> Seconds:
-    """Seconds of a step of `work.batch_tokens`, from the counts of `num_tokens` tokens."""
+    """Seconds of a step of `work.batch_tokens`, from the counts of `num_tokens` tokens.
+
+    `sharpness`: of `largest`, in place of the slowest device; searches use less than infinity.
+    """
     scale = work.batch_tokens / num_tokens
     to_bytes = scale * work.row_bytes
     gathered = dispatch == "gathered"
     one_after_other = dispatch == "hierarchical"
-    there_L = exchange_seconds(rows.dispatch_LMM * to_bytes, topology, one_after_other, gathered)
+    where = topology, one_after_other, gathered, sharpness
+    there_L = exchange_seconds(rows.dispatch_LMM * to_bytes, *where)
     return Seconds(
         there_L + attention_seconds(topology, work, dispatch),
-        compute_seconds(computed_LM, topology, work, num_tokens).max(axis=1),
-        exchange_seconds(rows.combine_LMM * to_bytes, topology, one_after_other, gathered),
+        largest(compute_seconds(computed_LM, topology, work, num_tokens), sharpness),
+        exchange_seconds(rows.combine_LMM * to_bytes, *where),
     )
+
+
+def largest(seconds_LM: np.ndarray, sharpness: float) -> np.ndarray:
+    """float64 [L]: the power mean of every row with this exponent; infinite: its largest value."""
+    full_L = seconds_LM.max(axis=1)
+    if sharpness == math.inf:
+        return full_L
+    share_LM = seconds_LM / np.maximum(full_L, 1e-300)[:, None]
+    return full_L * (share_LM**sharpness).mean(axis=1) ** (1 / sharpness)
 
 
 def compute_seconds(computed_LM, topology: Topology, work: Work, num_tokens: int) -> np.ndarray:
@@ -147,11 +162,15 @@ def step_seconds(layer_seconds: float, layers: int, topology: Topology, work: Wo
 
 
 def exchange_seconds(
-    bytes_LMM, topology: Topology, one_after_other: bool, gathered: bool = False
+    bytes_LMM,
+    topology: Topology,
+    one_after_other: bool,
+    gathered: bool = False,
+    sharpness: float = math.inf,
 ) -> np.ndarray:
     """float64 [L]: the slowest device of the slower tier, or of both tiers in turn."""
     tiers = tier_seconds(bytes_LMM, topology, gathered)
-    fast_L, slow_L = (tier_LM.max(axis=1) for tier_LM in tiers)
+    fast_L, slow_L = (largest(tier_LM, sharpness) for tier_LM in tiers)
     return fast_L + slow_L if one_after_other else np.maximum(fast_L, slow_L)
 
 

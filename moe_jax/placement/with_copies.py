@@ -144,13 +144,16 @@ class Run:
 
         Every round draws another sample of tokens. Layers that turn out to be above their cap go on
         under a narrower one. Then it begins anew: with the plan for balance alone, and with plans
-        for loads that are made up.
+        for loads that are made up; but not where layers are tied, as all would have to be better
+        at once.
         """
         problem, end = self.problem, deadline - self.count_seconds
         if problem.objective not in exchanges.OBJECTIVES:
             return
         plan = self.best.placement if self.last is None else self.last
         aim_L, others = self.aim_L, itertools.chain([even], _made_up(problem, seed))
+        if not problem.separable:
+            others = iter(())
         for draw in itertools.count(seed):
             now, before = time.monotonic(), self.best.value
             if now >= end:

@@ -2,12 +2,22 @@
 
 import dataclasses
 import itertools
+import math
 import time
 
 import numpy as np
 import pytest
 
-from moe_jax.placement import cost, exchanges, replication, sampled, solve, topology, with_copies
+from moe_jax.placement import (
+    cost,
+    exchanges,
+    replication,
+    sampled,
+    seconds,
+    solve,
+    topology,
+    with_copies,
+)
 from moe_jax.placement.limits.previous import holds_LEM
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -159,3 +169,23 @@ def test_a_cap_is_kept(dispatch):
     assert report.objective == pytest.approx(problem.value_of(placement))
     assert (largest_L <= with_copies.begin(problem).cap_L * (1 + 1e-9)).all()
     assert (problem.computed_LM(free).max(axis=1) > largest_L).any()  # it does bind
+
+
+def test_the_slowest_device_counts_less_the_lower_the_sharpness():
+    """Power means, in all three phases; at last the slowest device alone."""
+    rng = np.random.default_rng(0)
+    time_LM = rng.lognormal(0, 1, (5, 4))
+    for sharpness in (1.0, 3.0, 16.0):
+        wanted = (time_LM**sharpness).mean(axis=1) ** (1 / sharpness)
+        np.testing.assert_allclose(seconds.largest(time_LM, sharpness), wanted, rtol=1e-12)
+    np.testing.assert_array_equal(seconds.largest(time_LM, math.inf), time_LM.max(axis=1))
+    np.testing.assert_array_equal(seconds.largest(np.zeros((2, 3)), 16.0), np.zeros(2))
+    rows_LMM = rng.random((2, 4, 4))
+    machine = topology.nodes_by_devices(2, 4)
+    rows = cost.Rows(rows_LMM, 2 * rows_LMM)
+    found = [
+        seconds.seconds(rows, rng.random((2, 4)), machine, seconds.Work(), "hierarchical", 9, sharp)
+        for sharp in (1.0, math.inf)
+    ]
+    for phase in ("dispatch_L", "compute_L", "combine_L"):
+        assert (getattr(found[0], phase) < getattr(found[1], phase)).all()
