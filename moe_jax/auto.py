@@ -147,7 +147,7 @@ def work_of(config: Config) -> Work:
         d_model=model.d_model,
         d_ff=model.d_ff // mesh.tensor,
         value_bytes=2 if model.dtype == "bfloat16" else 4,
-        kv_values=2 * model.num_kv_heads * model.d_head,
+        kv_values=model.kv_values,
         batch_tokens=max(tokens // (mesh.data * mesh.fsdp), 1),
     )
 

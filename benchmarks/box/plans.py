@@ -60,7 +60,7 @@ def work(model: ModelConfig, batch_tokens: int) -> Work:
         d_model=model.d_model,
         d_ff=model.d_ff,
         value_bytes=row_bytes(model) // model.d_model,
-        kv_values=2 * model.num_kv_heads * model.d_head,
+        kv_values=model.kv_values,
         batch_tokens=batch_tokens,
     )
 

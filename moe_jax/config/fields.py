@@ -131,6 +131,13 @@ class ModelConfig:
         return max(1, self.num_moe_layers)
 
     @property
+    def kv_values(self) -> int:
+        """Values that attention keeps of a token in a layer."""
+        if self.latent.kv_rank:
+            return self.latent.kv_rank + self.latent.d_rope
+        return 2 * self.num_kv_heads * self.d_head
+
+    @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """Their numbers in the model."""
         return tuple(range(self.num_dense_layers, self.num_layers))

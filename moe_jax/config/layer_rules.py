@@ -3,8 +3,6 @@
 from moe_jax.config.fields import LatentConfig, ModelConfig
 from moe_jax.errors import Refused
 
-_APART = ("shuffled", "coherent")  # dispatches with layers of their own: MoE layers, heads apart
-
 
 def validate(model: ModelConfig) -> None:
     """Raises `Refused` at the first rule that does not hold."""
@@ -24,8 +22,11 @@ def validate(model: ModelConfig) -> None:
     if (model.d_ff_dense > 0) != (model.num_dense_layers > 0) or model.d_ff_dense < 0:
         rule = f"is the width of model.num_dense_layers = {model.num_dense_layers} dense layers"
         raise Refused("model.d_ff_dense", model.d_ff_dense, rule, "set both, or none")
-    if model.num_dense_layers and model.dispatch in _APART:
-        _refuse_apart("model.num_dense_layers", model.num_dense_layers, model)
+    if model.num_dense_layers and model.dispatch == "shuffled":
+        _refuse_shuffled("model.num_dense_layers", model.num_dense_layers)
+    if not model.num_moe_layers and model.dispatch == "coherent":
+        rule = "has tokens stay with their experts, and no layer has any (model.num_dense_layers)"
+        raise Refused("model.dispatch", model.dispatch, rule, "use 'local' or 'gathered'")
     for name in ("embedding_scale", "residual_scale", "logits_divisor"):
         if not (value := getattr(model, name)) > 0:
             raise Refused(f"model.{name}", value, "must be above 0", "use 1 where there is none")
@@ -65,10 +66,10 @@ def _validate_latent(model: ModelConfig) -> None:
         if value := getattr(model, name):
             rule = "is not there in latent attention (model.latent.kv_rank > 0)"
             raise Refused(f"model.{name}", value, rule, "leave it out")
-    if model.dispatch in _APART:
-        _refuse_apart("model.latent.kv_rank", latent.kv_rank, model)
+    if model.dispatch == "shuffled":
+        _refuse_shuffled("model.latent.kv_rank", latent.kv_rank)
 
 
-def _refuse_apart(field: str, value: object, model: ModelConfig) -> None:
-    rule = f"is not made for model.dispatch = {model.dispatch!r}, whose layers are written apart"
-    raise Refused(field, value, rule, "use 'exchange', 'hierarchical', 'gathered' or 'local'")
+def _refuse_shuffled(field: str, value: object) -> None:
+    rule = "is not made for model.dispatch = 'shuffled', which splits all attention by heads"
+    raise Refused(field, value, rule, "use 'exchange', 'hierarchical', 'coherent' or 'gathered'")

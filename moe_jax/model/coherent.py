@@ -4,21 +4,23 @@ ExFlow (arXiv 2401.08383): keys and values of all sequences of an expert group a
 of it, so that attention can be computed wherever a token is, and a token need not return between
 layers. The whole stack runs inside one `shard_map`; per layer:
 
-    1. keys and values of the tokens here, shared with all devices of the group
+    1. keys and values of the tokens here (of latent attention: rows; kept.py), shared with all
+       devices of the group
     2. attention, residual, norm and routing of the tokens here; slots and weights shared
     3. the residual row of each token, once to each distinct device of its experts
     4. experts; their rows (`exact`) or sums (`partial`) on to the device of the best expert,
        which got the residual row in 3: there the token is from now on. With top_k = 1 nothing moves
 
 After the last layer rows return to the devices that hold their sequences; logits are made there.
+Layers without experts come first and are those of other dispatches: their tokens are at home.
 
 The order of every sum is that of other dispatches; a row is computed in a tile of fixed size
 (stay.py), with whatever rows. `exact` is bit-identical under every placement where a matmul gives
 a row the same bits at every place of a tile (tested).
 
 Axes: B sequences of the group, S positions at hand, X = B * S tokens of the group (of all its M
-devices), C cached positions, R packed rows (room for X), W rows a tile, K top_k, D d_model, H query
-heads, G key/value heads, Q d_head, L layers, P physical experts.
+devices), C cached positions, R packed rows (room for X), W rows a tile, K top_k, D d_model, L
+layers, P physical experts, V values of a query, Z values of what a token keeps.
 """
 
 import dataclasses
@@ -34,7 +36,8 @@ from jaxtyping import Array, Bool, Int
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
 from moe_jax.kernels import grouped_matmul
-from moe_jax.model import attention, layers, moe, parameter, router, shared, transformer
+from moe_jax.model import attention, kept, moe, parameter, router, shared, transformer
+from moe_jax.model import layers as layers_lib
 from moe_jax.model.dispatch import onward, schemes, sorting, stay, wire
 from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.table import Home, Table, experts_of, rule_position, slots_of
@@ -53,8 +56,8 @@ class Apart:
     """What moved beside the rows of `Traffic`, [source, destination]; int32.
 
     Attributes:
-      shared_LMM: rows of keys and values (2 G Q values each), and beside each its slots and
-        weights (2 K values).
+      shared_LMM: rows of keys and values, or latent ones (`ModelConfig.kv_values` values each),
+        and beside each its slots and weights (2 K values).
       shared_padding_LMM: those without a token.
       home_MM: rows of the last layer back to the devices that hold the sequences.
     """
@@ -72,9 +75,10 @@ def build_forward(
     Rows at positions without a token are 0 before the last norm; the router's losses are not
     computed.
     """
-    dtype, eps = jnp.dtype(config.dtype), config.norm_eps
     stack = _build_stack(config, mesh, implementation)
-    whole = functools.partial(parameter.gathered, mesh=mesh)  # None stays None
+    layers = layers_lib.Layers(config, mesh, implementation)
+    attention_at = transformer.attention_in_stack(config, mesh, "batch")
+    dense_window_L, _ = transformer.windows_of_stacks(config)
 
     def forward(
         model: transformer.Transformer,
@@ -83,35 +87,47 @@ def build_forward(
         *,
         position_BS: Int[Array, "B S"] | None = None,
         real_BS: Bool[Array, "B S"] | None = None,
-        cache: attention.LayerCache | None = None,
+        cache: transformer.Cache | None = None,
         last_B: Int[Array, "B"] | None = None,
     ) -> transformer.Output:
         if position_BS is None:
             position_BS = jnp.broadcast_to(jnp.arange(token_BS.shape[1])[None], token_BS.shape)
         if real_BS is None:
             real_BS = jnp.ones(token_BS.shape, bool)
-        embedding_VD = whole(model.embedding_VD, dtype=dtype)[...]
-        x_BSD = layers.times(config.embedding_scale, embedding_VD[token_BS])
-        x_BSD, cache, record = stack(x_BSD, model.blocks, table, position_BS, real_BS, cache)
+        x_BSD, embedding_VD = layers.embed(model, token_BS)
+        of_stacks = transformer.stacks_of(cache)
+        of_dense = of_stacks.dense
+        if model.dense_blocks is not None:
+            attend_in = attention_at(jnp.where(real_BS, position_BS, 0))
+            x_BSD, of_dense = transformer.through_dense(
+                layers, attend_in, model.dense_blocks, dense_window_L, x_BSD, of_dense
+            )
+        x_BSD, of_moe, record = stack(
+            x_BSD, model.blocks, table, position_BS, real_BS, of_stacks.moe
+        )
+        cache = of_moe if of_dense is None else transformer.StackedCache(of_dense, of_moe)
         if last_B is not None:
             x_BSD = jnp.take_along_axis(x_BSD, last_B[:, None, None], axis=1)
-        norm_bias_D = parameter.value(whole(model.final_norm_bias_D))
-        x_BSD = layers.norm(x_BSD, whole(model.final_norm_D)[...], norm_bias_D, eps)
-        output_DV = parameter.value(whole(model.output_DV, dtype=dtype))
-        of_output = (output_DV, parameter.value(model.output_bias_V), config.logits_divisor)
-        return transformer.Output(layers.logits(x_BSD, embedding_VD, *of_output), cache, record)
+        return transformer.Output(layers.logits(model, x_BSD, embedding_VD), cache, record)
 
     return forward
 
 
-def abstract_cache(
-    config: ModelConfig, batch: int, capacity: int, mesh: Mesh
-) -> attention.LayerCache:
-    """As `transformer.abstract_cache`; all devices of an expert group hold all its sequences."""
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.d_head)
+def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> transformer.Cache:
+    """As `transformer.abstract_cache`; all devices of an expert group hold all its sequences in
+    the layers with experts."""
     placed = jax.sharding.NamedSharding(mesh, PartitionSpec(None, _REPLICAS))
-    array = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=placed)
-    return attention.LayerCache(array, array)
+    kind, dtype = kept.of_config(config), jnp.dtype(config.dtype)
+    of_moe = kind.cache(
+        *(
+            jax.ShapeDtypeStruct((config.num_moe_layers, *shape), dtype, sharding=placed)
+            for shape in kind.cache_shapes((batch, capacity))
+        )
+    )
+    if not config.num_dense_layers:
+        return of_moe
+    stacked = transformer.abstract_cache(config, batch, capacity, mesh)
+    return transformer.StackedCache(stacked.dense, of_moe)
 
 
 def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
@@ -174,7 +190,7 @@ class _Group:
     def __init__(self, config, setting, implementation, position_BS, reached_B, decoding: bool):
         """`reached_B`: the last position of each sequence at hand."""
         self._config, self._setting, self._decoding = config, setting, decoding
-        self._attention = attention.setting_of(config)
+        self._attention = kept.of_config(config)
         self._implementation = implementation
         self._batch, self._sequence = position_BS.shape
         self._position_X = position_BS.reshape(-1).astype(jnp.int32)
@@ -198,8 +214,9 @@ class _Group:
         x_RD = own_TD[jnp.clip(here.token_R - me * num_tokens, 0, num_tokens - 1)]
 
         layer = functools.partial(self._layer, me)
+        _, window_L = transformer.windows_of_stacks(self._config)
         (x_RD, at_X), (cache, expert_LXK, traffic, shared) = jax.lax.scan(
-            layer, (x_RD, at_X), (blocks, table, cache, attention.windows(self._config))
+            layer, (x_RD, at_X), (blocks, table, cache, window_L)
         )
         here = Residence.of(at_X, axes, self._num_rows)
         leg = Leg.of(at_X, home_X, self._wire, num_sent=self._num_group)
@@ -220,11 +237,11 @@ class _Group:
         setting, top_k = self._setting, self._config.top_k
         here = Residence.of(at_X, setting.axes, self._num_rows)
         with jax.named_scope("attention"):
-            query_RHQ, kv_RZ = self._project(x_RD, here, block)
-            kv_XZ = stay.share(kv_RZ, here, setting.axes, self._num_tokens)
-            keys, cache = self._remember(kv_XZ, at_X, cache)
+            query_RHV, row_RZ = self._project(x_RD, here, block)
+            row_XZ = stay.share(row_RZ, here, setting.axes, self._num_tokens)
+            keys, cache = self._remember(row_XZ, at_X, cache)
             x_RD, slot_RK, weight_RK = self._attend(
-                x_RD, query_RHQ, keys, here, block, table, window
+                x_RD, query_RHV, keys, here, block, table, window
             )
         with jax.named_scope("dispatch"):
             bits_RK = jax.lax.bitcast_convert_type(weight_RK, jnp.int32)
@@ -248,9 +265,8 @@ class _Group:
         return (x_RD, at_X), (cache, expert_XK, traffic, (shared_M[None], padding_M[None]))
 
     def _project(self, x_RD, here: Residence, block):
-        """Queries of the tokens here, and their keys and values side by side, packed."""
-        config, tile = self._config, self._tile
-        heads, groups, width = config.num_heads, config.num_kv_heads, config.d_head
+        """Queries of the tokens here, and the rows that they keep, packed."""
+        tile, kind = self._tile, self._attention
         norm = self._norm_of(block.attention_norm_D, block.attention_norm_bias_D)
 
         def compute(i):
@@ -258,35 +274,31 @@ class _Group:
             x_WD = jax.lax.dynamic_slice_in_dim(x_RD, start, tile)
             token_W = jax.lax.dynamic_slice_in_dim(here.token_R, start, tile)
             position_W, reached_W = self._position_X[token_W], self._reached_X[token_W]
-            normed_WD = norm(x_WD)
-            query, key, value = attention.project(
-                *(normed_WD[None], block.attention, position_W[None], self._attention),
-                reached_W[None],
+            query, row = kind.project(
+                *(norm(x_WD)[None], block.attention, position_W[None]), reached_W[None]
             )
-            kv_WZ = jnp.concatenate([key[0].reshape(tile, -1), value[0].reshape(tile, -1)], axis=1)
-            return start, (query[0], kv_WZ)
+            return start, (query[0], row[0])
 
         rows = len(x_RD)
         buffers = (
-            jnp.zeros((rows, heads, width), x_RD.dtype),
-            jnp.zeros((rows, 2 * groups * width), x_RD.dtype),
+            jnp.zeros((rows, *kind.query_shape), x_RD.dtype),
+            jnp.zeros((rows, kind.width), x_RD.dtype),
         )
         return stay.fill(compute, stay.num_tiles(here.count, tile), buffers)
 
-    def _remember(self, kv_XZ, at_X, cache):
-        """Keys and values to attend to, and the cache with the new ones."""
-        config = self._config
-        shape = (self._batch, self._sequence, config.num_kv_heads, config.d_head)
-        key_BSGQ, value_BSGQ = (part.reshape(shape) for part in jnp.split(kv_XZ, 2, axis=1))
+    def _remember(self, row_XZ, at_X, cache):
+        """What is attended to, and the cache with the new rows."""
+        kind = self._attention
+        new = kind.arrays(row_XZ.reshape(self._batch, self._sequence, -1))
         if not self._decoding:
             if cache is not None:
-                cache = cache.with_prefix(key_BSGQ, value_BSGQ)
-            return attention.LayerCache(key_BSGQ, value_BSGQ), cache
+                cache = cache.with_prefix(*new)
+            return kind.cache(*new), cache
         position_B = jnp.where(at_X >= 0, self._position_X, -1)  # -1: written nowhere
-        cache = cache.with_one(position_B, key_BSGQ, value_BSGQ)
+        cache = cache.with_one(position_B, *new)
         return cache, cache
 
-    def _attend(self, x_RD, query_RHQ, keys, here: Residence, block, table, window):
+    def _attend(self, x_RD, query_RHV, keys, here: Residence, block, table, window):
         """Attention of the tokens here over their own sequences; then norm and router."""
         config, tile = self._config, self._tile
         home = Home(
@@ -297,35 +309,26 @@ class _Group:
         tiles, place = self._tiles_by_sequence(here)
         if self._decoding:
             tiles, place = stay.num_tiles(here.count, tile), lambda i: (i * tile, None)
-        cached, sink_H = keys.key_BCGQ.shape[1], block.attention.sink_H
+        cached = jax.tree.leaves(keys)[0].shape[1]
 
         def compute(i):
             start, sequence = place(i)
             cut = functools.partial(
                 jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=tile
             )
-            query_WHQ, token_W = cut(query_RHQ), cut(here.token_R)
+            query_WHV, token_W = cut(query_RHV), cut(here.token_R)
             seen_1WC = attention.seen(self._position_X[token_W][None], cached, window)
             if self._decoding:  # a token a sequence
-                key_WCGQ, value_WCGQ = keys.key_BCGQ[token_W], keys.value_BCGQ[token_W]
-                mixed_W1HQ = attention.mix(
-                    *(query_WHQ[:, None], key_WCGQ, value_WCGQ, seen_1WC.swapaxes(0, 1)),
-                    *(sink_H, self._attention.divisor),
-                )
-                mixed_1WHQ = mixed_W1HQ.swapaxes(0, 1)
+                own = jax.tree.map(lambda a: a[token_W], keys)
+                of_tokens = (query_WHV[:, None], own, block.attention, seen_1WC.swapaxes(0, 1))
+                added_WD = self._attention.attend(*of_tokens)[:, 0]
             else:
-                of_sequence = functools.partial(
-                    jax.lax.dynamic_slice_in_dim, start_index=sequence, slice_size=1
+                own = jax.tree.map(
+                    lambda a: jax.lax.dynamic_slice_in_dim(a, sequence, slice_size=1), keys
                 )
-                mixed_1WHQ = attention.mix(
-                    query_WHQ[None],
-                    of_sequence(keys.key_BCGQ),
-                    of_sequence(keys.value_BCGQ),
-                    seen_1WC,
-                    sink_H,
-                    self._attention.divisor,
-                )
-            x_WD = self._added(cut(x_RD), attention.project_out(mixed_1WHQ, block.attention)[0])
+                of_tokens = (query_WHV[None], own, block.attention, seen_1WC)
+                added_WD = self._attention.attend(*of_tokens)[0]
+            x_WD = self._added(cut(x_RD), added_WD)
             normed_WD = self._norm_of(block.moe_norm_D, block.moe_norm_bias_D)(x_WD)
             with jax.named_scope("route"):
                 routing = router.route(
@@ -371,10 +374,10 @@ class _Group:
     ) -> Callable[[jax.Array], jax.Array]:
         """[N, D] -> [N, D]"""
         norm = (scale_D[...], parameter.value(bias_D), self._config.norm_eps)
-        return lambda x_ND: layers.norm(x_ND[None], *norm)[0]
+        return lambda x_ND: layers_lib.norm(x_ND[None], *norm)[0]
 
     def _added(self, x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
-        return x_ND + layers.times(self._config.residual_scale, y_ND)
+        return x_ND + layers_lib.times(self._config.residual_scale, y_ND)
 
     def _experts_of(self, weights: moe.MoE) -> schemes.ExpertsFn:
         def experts_fn(rows_AD, group_sizes_e):

@@ -125,8 +125,9 @@ def queries(
     weights: LatentAttention,
     position_BS: Int[Array, "B S"],
     setting: Setting,
+    reached_BS: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H X"]:
-    """The last N values of each head are turned."""
+    """The last N values of each head are turned (`reached_BS`: see `rope.rotate`)."""
     dtype = x_BSD.dtype
     if weights.query_DHX is not None:
         query_BSHX = jnp.einsum("bsd,dhx->bshx", x_BSD, weights.query_DHX[...].astype(dtype))
@@ -138,7 +139,7 @@ def queries(
         up_UHX = weights.query_up_UHX[...].astype(dtype)
         query_BSHX = jnp.einsum("bsu,uhx->bshx", short_BSU, up_UHX)
     still_BSHQ, turned_BSHN = jnp.split(query_BSHX, [setting.d_head], axis=-1)
-    turned_BSHN = rope_lib.rotate(turned_BSHN, position_BS, setting.rope)
+    turned_BSHN = rope_lib.rotate(turned_BSHN, position_BS, setting.rope, reached_BS)
     return jnp.concatenate([still_BSHQ, turned_BSHN], axis=-1)
 
 
@@ -147,14 +148,16 @@ def rows(
     weights: LatentAttention,
     position_BS: Int[Array, "B S"],
     setting: Setting,
+    reached_BS: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S Z"]:
     """What is kept of each token: its latent, normed, and its key that is turned."""
     down_DZ = weights.latent_down_DZ[...].astype(x_BSD.dtype)
     row_BSZ = jnp.einsum("bsd,dz->bsz", x_BSD, down_DZ)
     rank = weights.latent_norm_R.shape[0]
     latent_BSR = _norm(row_BSZ[..., :rank], weights.latent_norm_R)
-    turned_BSN = rope_lib.rotate(row_BSZ[:, :, None, rank:], position_BS, setting.rope)[:, :, 0]
-    return jnp.concatenate([latent_BSR, turned_BSN], axis=-1)
+    turned_BS1N = row_BSZ[:, :, None, rank:]
+    turned_BS1N = rope_lib.rotate(turned_BS1N, position_BS, setting.rope, reached_BS)
+    return jnp.concatenate([latent_BSR, turned_BS1N[:, :, 0]], axis=-1)
 
 
 def mix_expanded(

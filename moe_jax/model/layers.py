@@ -87,8 +87,6 @@ class Layers:
       attention_batch: logical axis of the batch in attention, "batch" or "replica".
       pre_activations: of experts, as in `grouped_matmul`.
 
-    Attributes:
-      moe_layer: see moe.py.
     """
 
     def __init__(
@@ -99,7 +97,8 @@ class Layers:
         attention_batch: str = "batch",
         pre_activations: str = "recompute",
     ):
-        self.moe_layer = moe.build(
+        self._build_moe = functools.partial(
+            moe.build,
             mesh,
             dispatch=config.dispatch,
             combine=config.combine,
@@ -115,6 +114,11 @@ class Layers:
         self._split = mesh_lib.sharding(mesh, "batch", None, None)
         self._attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
         self._whole = functools.partial(parameter.gathered, mesh=mesh)
+
+    @functools.cached_property
+    def moe_layer(self) -> moe.MoELayer:
+        """Not of coherent dispatch, which has its own."""
+        return self._build_moe()
 
     def embed(self, model: Any, token_BS: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array]:
         """Rows of the embedding, [B, S, D], and the embedding as it is computed with, [V, D]."""

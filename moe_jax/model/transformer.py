@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
@@ -134,6 +134,11 @@ class StackedCache:
 Cache = LayerCache | StackedCache
 
 
+def stacks_of(cache: Cache | None) -> StackedCache:
+    """The cache by stacks, whatever the model has."""
+    return cache if isinstance(cache, StackedCache) else StackedCache(None, cache)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -175,17 +180,11 @@ def build_forward(
       `last_B` there are logits of that one index of each sequence only, [B, 1, V].
     """
     layers = layers_lib.Layers(config, mesh, implementation, attention_batch, pre_activations)
-    setting: Any = attention.setting_of(config)
-    attend: Any = attention.attend
-    if config.latent.kv_rank:
-        setting, attend = latent.setting_of(config), latent.attend
-    write = cache_lib.writer(mesh, attention_batch)
-    window_L = attention.windows(config)
-    dense_window_L = None if window_L is None else window_L[: config.num_dense_layers]
-    window_L = None if window_L is None else window_L[config.num_dense_layers :]
+    attention_at = attention_in_stack(config, mesh, attention_batch)
+    dense_window_L, window_L = windows_of_stacks(config)
     steps = None
     if config.dispatch == "shuffled":
-        steps = shuffled.Steps(config, mesh, layers.moe_layer, setting)
+        steps = shuffled.Steps(config, mesh, layers.moe_layer, attention.setting_of(config))
 
     def forward(
         model: Transformer,
@@ -204,20 +203,7 @@ def build_forward(
         turn_BS = rule_position(position_BS)
         if config.rope.long_factor:  # the length of a text, which padding is no part of
             position_BS = jnp.where(real_BS, position_BS, 0)
-
-        def attend_over(cache_of_layer, window):
-            return lambda normed_BSD, weights: attend(
-                normed_BSD, weights, position_BS, setting, cache_of_layer, window
-            )
-
-        def attend_in(whole, number, window):
-            in_stack = None if whole is None else cache_lib.InStack(whole, number, write)
-            return attend_over(in_stack, window)
-
-        def dense_layer(carry, inputs):
-            (x_BSD, whole), (block, number, window) = carry, inputs
-            x_BSD, kept = layers.dense(x_BSD, block, attend_in(whole, number, window))
-            return (x_BSD, kept and kept.whole), None
+        attend_in = attention_at(position_BS)
 
         def layer(carry, inputs):
             (x_BSD, whole), (block, number, table_of_layer, window) = carry, inputs
@@ -230,13 +216,11 @@ def build_forward(
 
         again = functools.partial(jax.checkpoint, prevent_cse=False) if remat else lambda f: f
         x_BSD, embedding_VD = layers.embed(model, token_BS)
-        of_stacks = cache if isinstance(cache, StackedCache) else StackedCache(None, cache)
+        of_stacks = stacks_of(cache)
         of_dense, of_moe = of_stacks.dense, of_stacks.moe
         if model.dense_blocks is not None:
-            number_L = jnp.arange(config.num_dense_layers, dtype=jnp.int32)
-            (x_BSD, of_dense), _ = jax.lax.scan(
-                *(again(dense_layer), (x_BSD, of_dense)),
-                (model.dense_blocks, number_L, dense_window_L),
+            x_BSD, of_dense = through_dense(
+                *(layers, attend_in, model.dense_blocks, dense_window_L, x_BSD, of_dense), again
             )
         if model.blocks is None:
             record = idle_record(config, token_BS.shape, table, mesh)
@@ -256,6 +240,65 @@ def build_forward(
         return Output(layers.logits(model, x_BSD, embedding_VD), cache, record)
 
     return forward
+
+
+# (cache of a stack or None, number of a layer in it, its window) -> its attention
+AttendIn = Callable[[Any, jax.Array, jax.Array | None], layers_lib.Attend]
+
+
+def attention_in_stack(
+    config: ModelConfig, mesh: Mesh, attention_batch: str
+) -> Callable[[jax.Array], AttendIn]:
+    """The attention of layers that are a stack, by the positions [B, S] of the tokens at hand."""
+    setting: Any = attention.setting_of(config)
+    attend: Any = attention.attend
+    if config.latent.kv_rank:
+        setting, attend = latent.setting_of(config), latent.attend
+    write = cache_lib.writer(mesh, attention_batch)
+
+    def at(position_BS):
+        def attend_in(whole, number, window):
+            in_stack = None if whole is None else cache_lib.InStack(whole, number, write)
+            return lambda normed_BSD, weights: attend(
+                normed_BSD, weights, position_BS, setting, in_stack, window
+            )
+
+        return attend_in
+
+    return at
+
+
+def windows_of_stacks(config: ModelConfig) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """int32 windows of the dense layers and of those with experts, as of `attention.windows`."""
+    window_L = attention.windows(config)
+    if window_L is None:
+        return None, None
+    return window_L[: config.num_dense_layers], window_L[config.num_dense_layers :]
+
+
+def through_dense(
+    layers: layers_lib.Layers,
+    attend_in: AttendIn,
+    blocks: DenseBlock,
+    window_L: np.ndarray | None,
+    x_BSD: Float[Array, "B S D"],
+    cache: LayerCache | None,
+    again: Callable[[Any], Any] = lambda layer: layer,
+) -> tuple[jax.Array, LayerCache | None]:
+    """All layers without experts, by one `lax.scan`: rows, and the cache of their stack.
+
+    Args:
+      again: put around a layer: `jax.checkpoint`, or nothing.
+    """
+
+    def layer(carry, inputs):
+        (x_BSD, whole), (block, number, window) = carry, inputs
+        x_BSD, kept = layers.dense(x_BSD, block, attend_in(whole, number, window))
+        return (x_BSD, kept and kept.whole), None
+
+    number_L = jnp.arange(len(blocks.mlp_norm_D[...]), dtype=jnp.int32)
+    carry, _ = jax.lax.scan(again(layer), (x_BSD, cache), (blocks, number_L, window_L))
+    return carry
 
 
 def idle_record(

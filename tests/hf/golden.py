@@ -28,7 +28,7 @@ FAMILIES = (
     "granitemoe",
     "phimoe",
 )
-NOT_APART = LATENT  # refused by name in shuffled and coherent dispatch
+NOT_SHUFFLED = LATENT  # refused by name in shuffled dispatch
 WINDOWS = ("mixtral_window", "qwen3_moe_window", "qwen2_moe_window")  # families again, with windows
 GREEDY = Sampling()
 _NONE = np.zeros((0, 0, 0))  # of a model without experts

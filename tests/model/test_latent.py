@@ -165,9 +165,11 @@ MESHES = [
     pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=pytest.mark.slow),
     pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
 ]
+# Serves only. Its decoding steps: test_coherent.py.
+COHERENT = pytest.param("coherent", {"data": 2, "expert": 4}, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("dispatch", "mesh"), MESHES)
+@pytest.mark.parametrize(("dispatch", "mesh"), [*MESHES, COHERENT])
 def test_every_dispatch_and_mesh_equals_one_device(dispatch, mesh):
     logits_BSV, expert_LBSK = on_one_device(outputs)
     assert expert_LBSK.shape[0] == 2
@@ -316,7 +318,6 @@ def test_counts_of_parameters_and_flops():
         ({"latent": {**LATENT, "query_rank": -1}}, "use 0 for none"),
         ({"num_kv_heads": 2}, "set it to 4"),
         ({"qk_norm": "head"}, "not there in latent attention"),
-        ({"dispatch": "coherent"}, "latent.kv_rank = 6: is not made for .*'coherent'"),
         ({"dispatch": "shuffled"}, "latent.kv_rank = 6: is not made for .*'shuffled'"),
         ({"num_dense_layers": 3}, "choose 0 to 2"),
         ({"num_dense_layers": 2}, "must be 1 where all layers are dense"),
@@ -346,9 +347,14 @@ def test_ranks_are_split_over_fsdp():
     assert not whole  # what is large is held in parts
 
 
-def test_dense_layers_alone_are_refused_where_layers_are_written_apart():
-    with pytest.raises(Refused, match=r"num_dense_layers = 1: is not made for .*'coherent'"):
-        tiny.config(model__num_dense_layers=1, model__d_ff_dense=8, model__dispatch="coherent")
+def test_dense_layers_are_refused_where_attention_is_split_or_no_expert_is_left():
+    dense = {"model__num_dense_layers": 1, "model__d_ff_dense": 8}
+    with pytest.raises(Refused, match=r"num_dense_layers = 1: is not made for .*'shuffled'"):
+        tiny.config(**dense, model__dispatch="shuffled")
+    alone = {"num_experts": 1, "top_k": 1, "num_dense_layers": 2, "d_ff_dense": 8, "d_ff": 8}
+    alone = {f"model__{name}": value for name, value in alone.items()}
+    with pytest.raises(Refused, match=r"dispatch = 'coherent': .* no layer has any"):
+        tiny.config(**alone, model__dispatch="coherent", mesh={"data": 1, "expert": 1})
 
 
 def test_fields_read_back():
