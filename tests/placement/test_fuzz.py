@@ -301,21 +301,30 @@ def mutate(whole: bytes, name: str, rng) -> bytes:
 
 def check_memory(name: str, path, content: bytes):
     """Reads the file; what it answered, or the refusal. No other exception, little memory."""
+    justified = len(content) * (RATIO if name.endswith("npz") else 1)
+    answer, peak = measured(name, path)
+    if peak >= BASE + TIMES * justified:  # the process's table of interned strings may have grown,
+        answer, peak = measured(name, path)  # 3.8 MB at once, which it does not do twice
+    assert peak < BASE + TIMES * justified, (name, peak, len(content))
+    if isinstance(answer, Refused):
+        assert "\n" not in str(answer)
+        assert len(str(answer)) < 1000
+    else:
+        assert isinstance(answer, (Plan, Trace, Counts, HomeRules, Topology))
+    return answer
+
+
+def measured(name: str, path) -> tuple[object, int]:
+    """The answer, and the most memory on the way to it."""
     tracemalloc.reset_peak()
     before, started = tracemalloc.get_traced_memory()[0], time.process_time()
     try:
         answer = read(name, path)
-        assert isinstance(answer, (Plan, Trace, Counts, HomeRules, Topology))
     except Refused as refused:
         answer = refused
-    if isinstance(answer, Refused):
-        assert "\n" not in str(answer)
-        assert len(str(answer)) < 1000
     peak = tracemalloc.get_traced_memory()[1] - before
-    justified = len(content) * (RATIO if name.endswith("npz") else 1)
-    assert peak < BASE + TIMES * justified, (name, peak, len(content))
     assert time.process_time() - started < SECONDS
-    return answer
+    return answer, peak
 
 
 def same(one, other) -> bool:
