@@ -1,11 +1,30 @@
-"""`compare` in words: two tables of all methods, and what their columns mean."""
+"""`compare` in words: three tables of all methods, and what their columns mean."""
 
 from collections.abc import Sequence
 
 from moe_jax.placement import tables
 from moe_jax.placement.baselines import registry
 from moe_jax.placement.compare import Method
+from moe_jax.placement.problem import Problem
 
+ROWS = (
+    ("exchange", "rows per token and layer, exchange dispatch (both ways, one per device)"),
+    ("hierarch.", "the same, hierarchical dispatch"),
+    ("coherent", "the same, coherent dispatch (keys and values not counted)"),
+    ("shuffled", "the same, shuffled dispatch (what attention sends not counted)"),
+    ("worst", "the same, worst layer of the dispatch that was planned for"),
+)
+# Name, what it means, which figure of the evidence it is.
+SPREAD = (
+    ("devices", "distinct devices per token and layer", "distinct_devices"),
+    ("worst", "the same, worst layer", "distinct_devices_worst"),
+    ("nodes", "distinct nodes per token and layer", "distinct_nodes"),
+    ("top1", "share of best-expert transitions that stay on their device", "top1"),
+    ("pairs", "the same over all K x K transitions", "all_pairs"),
+    ("load", "largest device load over the mean, mean of the layers", "load_mean"),
+    ("worst", "the same, worst layer", "load_worst"),
+)
+WITHIN = "wider side of the 95 % interval over sequences (both ends: --json)"
 COSTS = (
     ("us", "microseconds of a layer and step in this dispatch, mean of the layers"),
     ("worst", "the same, worst layer"),
@@ -20,34 +39,47 @@ COSTS = (
 )
 
 
-def text(made: Sequence[Method]) -> str:
-    """Both tables and their legends."""
+def text(made: Sequence[Method], judge: Problem) -> str:
+    """The tables; `judge` is the problem on the held-out half."""
     rows = [
         [
             name_of(method),
             f"{method.held_out_objective:.5g}",
-            *tables.evidence_cells(method.held_out),
+            *(tables.spread(method.held_out.rows[name]) for name in tables.DISPATCHES),
+            tables.spread(method.held_out.rows_worst[judge.dispatch]),
         ]
         for method in made
     ]
-    heads = ["held-out half", "objective", *(name for name, _ in tables.COLUMNS)]
+    spread = _spread_columns(judge)
+    places = [
+        [name_of(method), *(tables.spread(getattr(method.held_out, key)) for _, _, key in spread)]
+        for method in made
+    ]
     costs = [[name_of(method), *_cost_cells(method)] for method in made]
-    return "\n".join(
+    return "\n\n".join(
         [
-            tables.table(heads, rows),
-            "",
+            tables.table(["held out: rows", "objective", *(name for name, _ in ROWS)], rows),
+            tables.table(["devices, transitions, load", *(name for name, _, _ in spread)], places),
             tables.table(["time, load, move", *(name for name, _ in COSTS)], costs),
         ]
     )
 
 
-def legend(made: Sequence[Method]) -> str:
-    """What the second table's columns mean, and what the methods do."""
-    lines = [f"  {name:9} {what}" for name, what in COSTS]
+def legend(made: Sequence[Method], judge: Problem) -> str:
+    """What the columns mean, table by table, and what the methods do."""
+    spread = [(name, what) for name, what, _ in _spread_columns(judge)]
+    lines = []
+    for columns in (ROWS, (*spread, ("±", WITHIN)), COSTS):
+        lines += [*(f"  {name:9} {what}" for name, what in columns), ""]
     keys = {method.key for method in made}
-    lines += ["", "Methods (all but the planner by --methods=NAME,NAME):"]
+    lines.append("Methods (all but the planner by --methods=NAME,NAME):")
     lines += [f"  {one.key:17} {one.text}" for one in registry.ALL if one.key in keys]
     return "\n".join(lines + [f"  {line}" for line in notes(made)])
+
+
+def _spread_columns(judge: Problem) -> list[tuple[str, str, str]]:
+    """Without nodes where there is one."""
+    return [one for one in SPREAD if one[0] != "nodes" or judge.topology.num_nodes > 1]
 
 
 def name_of(method: Method) -> str:

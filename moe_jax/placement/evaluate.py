@@ -1,17 +1,18 @@
-"""Figures of a plan on a trace: evidence, seconds by dispatch, rows with recorded homes."""
+"""Figures of a plan on a trace: evidence, seconds and links by dispatch, recorded homes."""
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.placement import cost, evidence, proxies, tables
+from moe_jax.placement import cost, evidence, proxies, tables, wires
 from moe_jax.placement.evidence import Evidence
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.proxies import Pairs, Proxy
 from moe_jax.placement.seconds import Work
 from moe_jax.placement.topology import Topology
+from moe_jax.placement.wires import Wires
 from moe_jax.routing.trace import Trace
 
 RecordedRows = dict[str, dict[str, dict[str, int]]]  # by dispatch, combine, "out" or "back"
@@ -26,7 +27,7 @@ class Evaluated:
       plan_digest: of its map.
       topology: name of the machine it was judged for.
       figures: locality, rows, load, with intervals.
-      seconds: per layer and step, by dispatch.
+      wires: seconds per layer and step, tiers, pairs, slowest device and link, by dispatch.
       recorded_rows: exact rows with the homes in the trace; None where it has none that fit.
       proxies: what counts of pairs say of the rows; empty with replicas.
     """
@@ -35,17 +36,19 @@ class Evaluated:
     plan_digest: str
     topology: str
     figures: Evidence
-    seconds: dict[str, float]
+    wires: dict[str, Wires]
     recorded_rows: RecordedRows | None
     proxies: tuple[Proxy, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, pairs: str | None = None) -> dict[str, Any]:
+        """With the pairs of devices of the dispatch `pairs`, if one is given."""
         return {
             "plan": self.path,
             "plan_digest": self.plan_digest,
             "topology": self.topology,
             "figures": self.figures.to_json(),
-            "seconds_per_layer": self.seconds,
+            "seconds_per_layer": {name: one.layer_seconds for name, one in self.wires.items()},
+            "wires": {name: one.to_json(name == pairs) for name, one in self.wires.items()},
             "recorded_homes": self.recorded_rows,
             "proxies": [proxy.to_json() for proxy in self.proxies],
         }
@@ -56,15 +59,15 @@ def evaluate(
 ) -> Evaluated:
     """Judges one plan; nothing is planned, so the whole trace counts. `pairs` are the trace's."""
     placement = plan.placement
-    seconds = {
-        dispatch: Problem(trace, topology, "seconds", dispatch, work).value_of(placement)
+    found = {
+        dispatch: wires.of(Problem(trace, topology, "seconds", dispatch, work), placement)
         for dispatch in cost.DISPATCHES
     }
     figures = evidence.judge(trace, placement, topology, step_tokens=work.batch_tokens)
     rows = recorded_rows(trace, placement, topology, work.batch_tokens)
     true = {name: figure.value for name, figure in figures.rows.items()}
     against = proxies.of(pairs, placement, topology, true)
-    return Evaluated(str(path), plan.digest, topology.name, figures, seconds, rows, against)
+    return Evaluated(str(path), plan.digest, topology.name, figures, found, rows, against)
 
 
 def recorded_rows(
@@ -91,20 +94,26 @@ def recorded_rows(
     return found
 
 
-def text(evaluated: Sequence[Evaluated]) -> str:
-    """The table, its legend, proxies, and the rows of recorded homes where there are any."""
+def text(evaluated: Sequence[Evaluated], pairs: str | None = None) -> str:
+    """The tables, their legend, proxies, and the rows of recorded homes where there are any.
+
+    Args:
+      evaluated: the plans.
+      pairs: a dispatch whose pairs of devices are printed as well.
+    """
     heads = ["plan", *(name for name, _ in tables.COLUMNS)]
     heads += [f"ms {dispatch}" for dispatch in ("exch.", "hier.", "coh.", "shuf.", "gath.")]
     rows = [
         [
             pathlib.Path(one.path).name,
             *tables.evidence_cells(one.figures),
-            *(f"{1e3 * one.seconds[dispatch]:.4g}" for dispatch in cost.DISPATCHES),
+            *(f"{1e3 * one.wires[dispatch].layer_seconds:.4g}" for dispatch in cost.DISPATCHES),
         ]
         for one in evaluated
     ]
     lines = [tables.table(heads, rows), "", tables.legend()]
     lines.append("  ms ...    milliseconds per layer and step, by dispatch")
+    lines += ["", *_wire_lines(evaluated, pairs)]
     lines += ["", "Rows per token and layer as pairs of experts tell them, against the true ones:"]
     lines += _proxy_lines(evaluated)
     for one in evaluated:
@@ -112,6 +121,29 @@ def text(evaluated: Sequence[Evaluated]) -> str:
             lines += ["", f"{pathlib.Path(one.path).name}, rows with the homes in the trace:"]
             lines += [f"  {line}" for line in _home_lines(one.recorded_rows)]
     return "\n".join(lines)
+
+
+def _wire_lines(evaluated: Sequence[Evaluated], pairs: str | None) -> list[str]:
+    named = [
+        (pathlib.Path(one.path).name, dispatch, one.wires[dispatch])
+        for one in evaluated
+        for dispatch in cost.DISPATCHES
+    ]
+    lines = [
+        "Rows per token and layer by tier of links, and megabytes of a layer and step (both ways):",
+        wires.tier_text(named),
+        "",
+        "The slowest device computing and the slowest link (what a device sends or receives one "
+        "way), microseconds",
+        "of a layer and step: mean of the layers, worst layer and which it is there:",
+        wires.slowest_text(named),
+    ]
+    for name, dispatch, one in named:
+        if dispatch == pairs:
+            lines += ["", f"{name}, {dispatch}: rows from device to device per {wires.PER:,} "]
+            lines[-1] += "tokens and layer (both ways):"
+            lines.append(wires.pair_text(one))
+    return lines
 
 
 def _proxy_lines(evaluated: Sequence[Evaluated]) -> list[str]:

@@ -41,19 +41,19 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tally:
-    """Sums per sequence, whole numbers without replicas; the figures below are ratios of them."""
+    """Sums per sequence, some by layer, whole without replicas; the figures are ratios of them."""
 
-    token_layers_S: Num[np.ndarray, " S"]  # tokens with an expert, over layers
-    distinct_S: Num[np.ndarray, " S"]  # distinct devices of a token's experts, over layers
+    token_layers_SL: Num[np.ndarray, "S L"]  # tokens with an expert
+    distinct_SL: Num[np.ndarray, "S L"]  # distinct devices of a token's experts
     nodes_S: Num[np.ndarray, " S"]  # distinct nodes, over layers
     moves_S: Num[np.ndarray, " S"]  # transitions of the best expert
     stays_S: Num[np.ndarray, " S"]  # ... that stay on their device
     pairs_S: Num[np.ndarray, " S"]  # all K x K transitions
     pair_stays_S: Num[np.ndarray, " S"]  # ... that stay
-    exchange_S: Float[np.ndarray, " S"]  # rows of exchange dispatch, both ways
-    hierarchical_S: Float[np.ndarray, " S"]  # ... of hierarchical dispatch
-    coherent_S: Float[np.ndarray, " S"]  # ... of coherent dispatch
-    shuffled_S: Float[np.ndarray, " S"]  # ... of shuffled dispatch
+    exchange_SL: Float[np.ndarray, "S L"]  # rows of exchange dispatch, both ways
+    hierarchical_SL: Float[np.ndarray, "S L"]  # ... of hierarchical dispatch
+    coherent_SL: Float[np.ndarray, "S L"]  # ... of coherent dispatch
+    shuffled_SL: Float[np.ndarray, "S L"]  # ... of shuffled dispatch
     load_SLM: Num[np.ndarray, "S L M"]  # rows computed
 
 
@@ -63,10 +63,12 @@ class Evidence:
 
     Attributes:
       rows: rows per token and layer for every dispatch, both ways.
+      rows_worst: the same, of the layer with most.
       top1: share of best-expert transitions that stay on their device.
       hops: transitions of the best expert that leave their device, per token.
       all_pairs: the same share over all K x K transitions.
       distinct_devices: devices per token and layer.
+      distinct_devices_worst: the same, of the layer with most.
       distinct_nodes: nodes per token and layer.
       load_mean: max / mean device load (over its speed, 1 on average), mean over layers.
       load_worst: max / mean device load of the worst layer.
@@ -79,10 +81,12 @@ class Evidence:
     """
 
     rows: dict[str, Figure]
+    rows_worst: dict[str, Figure]
     top1: Figure
     hops: Figure
     all_pairs: Figure
     distinct_devices: Figure
+    distinct_devices_worst: Figure
     distinct_nodes: Figure
     load_mean: Figure
     load_worst: Figure
@@ -113,14 +117,14 @@ def judge(
     tally = count(trace, placement, topology, step_tokens)
     weight_BS = resamples(trace.num_sequences, seed)
     devices = topology.num_devices
-    distinct = _ratio(tally.distinct_S, tally.token_layers_S, weight_BS)
-    on_nodes = _ratio(tally.nodes_S, tally.token_layers_S, weight_BS)
-    rows = {
-        "exchange": tally.exchange_S,
-        "hierarchical": tally.hierarchical_S,
-        "coherent": tally.coherent_S,
-        "shuffled": tally.shuffled_S,
-        "gathered": tally.token_layers_S * (2.0 * (devices - 1)),
+    tokens_SL = tally.token_layers_SL
+    per_token = (tokens_SL.sum(axis=1), weight_BS)
+    rows_SL = {
+        "exchange": tally.exchange_SL,
+        "hierarchical": tally.hierarchical_SL,
+        "coherent": tally.coherent_SL,
+        "shuffled": tally.shuffled_SL,
+        "gathered": tokens_SL * (2.0 * (devices - 1)),
     }
     load_LM = tally.load_SLM.sum(axis=0)
     speed_M = topology.speed_M
@@ -129,12 +133,14 @@ def judge(
     layers = max(placement.num_layers - 1, 1)
     moves_per_token = _ratio(tally.moves_S - tally.stays_S, tally.moves_S, weight_BS)
     return Evidence(
-        rows={name: _ratio(r_S, tally.token_layers_S, weight_BS) for name, r_S in rows.items()},
+        rows={name: _ratio(r_SL.sum(axis=1), *per_token) for name, r_SL in rows_SL.items()},
+        rows_worst={name: _worst(r_SL, tokens_SL, weight_BS) for name, r_SL in rows_SL.items()},
         top1=_ratio(tally.stays_S, tally.moves_S, weight_BS),
         hops=Figure(*(layers * v for v in dataclasses.astuple(moves_per_token))),
         all_pairs=_ratio(tally.pair_stays_S, tally.pairs_S, weight_BS),
-        distinct_devices=distinct,
-        distinct_nodes=on_nodes,
+        distinct_devices=_ratio(tally.distinct_SL.sum(axis=1), *per_token),
+        distinct_devices_worst=_worst(tally.distinct_SL, tokens_SL, weight_BS),
+        distinct_nodes=_ratio(tally.nodes_S, *per_token),
         load_mean=_figure(over_L.mean(), over_BL.mean(axis=1)),
         load_worst=_figure(over_L.max(), over_BL.max(axis=1)),
         balancedness=float((1 / over_L).mean()),
@@ -147,9 +153,9 @@ def count(
     trace: Trace, placement: Placement, topology: Topology, step_tokens: int | None = None
 ) -> Tally:
     """The sums per sequence; `step_tokens` as of `judge`."""
-    shuffled_S = _shuffled(trace, placement, topology, step_tokens)
+    shuffled_SL = _shuffled(trace, placement, topology, step_tokens)
     homes = cost.homes(placement, trace.num_tokens)
-    each = [_count(trace, placement, topology, home_T, shuffled_S) for home_T in homes]
+    each = [_count(trace, placement, topology, home_T, shuffled_SL) for home_T in homes]
     if len(each) == 1:
         return each[0]
     names = [field.name for field in dataclasses.fields(Tally)]
@@ -157,13 +163,14 @@ def count(
 
 
 def _shuffled(trace: Trace, placement: Placement, topology: Topology, step_tokens) -> np.ndarray:
-    """float64 [S]: rows of shuffled dispatch, both ways."""
-    away_T, dispatch, devices = np.zeros(trace.num_tokens), "shuffled", placement.num_devices
+    """float64 [S, L]: rows of shuffled dispatch, both ways."""
+    rows_LS, dispatch, devices = [], "shuffled", placement.num_devices
     (home_T,) = cost.homes(placement, trace.num_tokens, None, dispatch, step_tokens)
     where = (topology.devices_per_node, None, step_tokens)
     for step in cost.walk(trace.expert_ids_TLK, placement, dispatch, home_T, *where):
-        away_T += _away(step.device_TK, cost.first_of(step.device_TK), step.home_T, devices)
-    return np.add.reduceat(2 * away_T, _starts(trace))
+        away_T = _away(step.device_TK, cost.first_of(step.device_TK), step.home_T, devices)
+        rows_LS.append(np.add.reduceat(2 * away_T, _starts(trace)))
+    return np.stack(rows_LS, axis=1)
 
 
 def _starts(trace: Trace) -> np.ndarray:
@@ -176,11 +183,11 @@ def _count(
     placement: Placement,
     topology: Topology,
     home_T: Int[np.ndarray, " T"],
-    shuffled_S: Float[np.ndarray, " S"],
+    shuffled_SL: Float[np.ndarray, "S L"],
 ) -> Tally:
     start_S = _starts(trace)
     per_token = {name: np.zeros(trace.num_tokens, np.int64) for name in _PER_TOKEN}
-    rows = {name: np.zeros(trace.num_tokens) for name in ("exchange", "hierarchical", "coherent")}
+    sums_SL = {name: np.zeros((trace.num_sequences, trace.num_layers)) for name in _PER_LAYER}
     load_SLM = np.zeros(
         (trace.num_sequences, placement.num_layers, placement.num_devices), np.int64
     )
@@ -193,36 +200,40 @@ def _count(
             device_TK = cost.devices_TK(trace.expert_ids_TLK, placement, layer, home_T, each)
         node_TK = nodes.node_of(device_TK)
         first_TK, first_node_TK = cost.first_of(device_TK), cost.first_of(node_TK)
-        per_token["token_layers"] += (device_TK >= 0).any(axis=1)
-        per_token["distinct"] += first_TK.sum(axis=1)
+        layer_T = {name: np.zeros(trace.num_tokens) for name in _PER_LAYER}
+        layer_T["token_layers"] += (device_TK >= 0).any(axis=1)
+        layer_T["distinct"] += first_TK.sum(axis=1)
         per_token["nodes"] += first_node_TK.sum(axis=1)
         served_TK = device_TK if placement.share_LNP is None else stay.device_TK
         load_SLM[:, layer] = per_sequence(
             served_TK, sequence_T, (trace.num_sequences, placement.num_devices)
         )
         if placement.has_replicas:
-            rows["exchange"] += 2 * _away(device_TK, first_TK, home_T, placement.num_devices)
+            layer_T["exchange"] += 2 * _away(device_TK, first_TK, home_T, placement.num_devices)
             relayed_TK = first_TK & (device_TK != nodes.relay(home_T[:, None], node_TK))
             sent_TK = first_node_TK & (node_TK != nodes.node_of(home_T)[:, None])
-            rows["hierarchical"] += 2.0 * (relayed_TK.sum(axis=1) + sent_TK.sum(axis=1))
+            layer_T["hierarchical"] += 2.0 * (relayed_TK.sum(axis=1) + sent_TK.sum(axis=1))
         else:  # homes are uniform and decide nothing else
             far_M, far_N = nodes.devices - nodes.relayed_M, nodes.devices - nodes.size_N
             away_T = (first_TK * far_M[device_TK] + first_node_TK * far_N[node_TK]).sum(axis=1)
-            rows["hierarchical"] += 2 * away_T / nodes.devices
+            layer_T["hierarchical"] += 2 * away_T / nodes.devices
         stay_first_TK = cost.first_of(stay.device_TK)
         for at_T in (stay.home_T, stay.next_T):
-            rows["coherent"] += _away(stay.device_TK, stay_first_TK, at_T, placement.num_devices)
+            layer_T["coherent"] += _away(stay.device_TK, stay_first_TK, at_T, placement.num_devices)
         if before_TK is not None:
             _count_stays(per_token, before_TK, stay.device_TK)
         before_TK = stay.device_TK
+        for name, sum_SL in sums_SL.items():
+            sum_SL[:, layer] = np.add.reduceat(layer_T[name], start_S)
     sums = {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in per_token.items()}
-    sums |= {f"{name}_S": np.add.reduceat(a_T, start_S) for name, a_T in rows.items()}
     if not placement.has_replicas:
-        sums["exchange_S"] = sums["distinct_S"] * (2 * (nodes.devices - 1) / nodes.devices)
-    return Tally(**sums, shuffled_S=shuffled_S, load_SLM=load_SLM)
+        sums_SL["exchange"] = sums_SL["distinct"] * (2 * (nodes.devices - 1) / nodes.devices)
+    sums |= {f"{name}_SL": sum_SL for name, sum_SL in sums_SL.items()}
+    return Tally(**sums, shuffled_SL=shuffled_SL, load_SLM=load_SLM)
 
 
-_PER_TOKEN = ("token_layers", "distinct", "nodes", "moves", "stays", "pairs", "pair_stays")
+_PER_TOKEN = ("nodes", "moves", "stays", "pairs", "pair_stays")
+_PER_LAYER = ("token_layers", "distinct", "exchange", "hierarchical", "coherent")
 
 
 def _count_stays(per_token: dict, before_TK: np.ndarray, device_TK: np.ndarray) -> None:
@@ -277,6 +288,13 @@ def _ratio(above_S, below_S, weight_BS) -> Figure:
         return Figure(0.0, 0.0, 0.0)
     below_B = weight_BS @ below_S
     return _figure(above_S.sum() / total, (weight_BS @ above_S) / np.maximum(below_B, 1e-300))
+
+
+def _worst(above_SL, below_SL, weight_BS) -> Figure:
+    """The ratio of the layer where it is largest; each resample has its own worst layer."""
+    value_L = above_SL.sum(axis=0) / np.maximum(below_SL.sum(axis=0), 1e-300)
+    value_BL = (weight_BS @ above_SL) / np.maximum(weight_BS @ below_SL, 1e-300)
+    return _figure(value_L.max(), value_BL.max(axis=1))
 
 
 def _figure(value, samples_B) -> Figure:

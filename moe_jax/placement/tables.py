@@ -63,6 +63,12 @@ def interval(figure: Figure) -> str:
     return f"{figure.value:.4f}  [{figure.low:.4f}, {figure.high:.4f}]"
 
 
+def spread(figure: Figure) -> str:
+    """`4.806 ±.021`: the wider side of the interval, whose ends are in `--json`."""
+    side = max(abs(figure.low - figure.value), abs(figure.high - figure.value))
+    return f"{figure.value:.3f} ±{f'{side:.3f}'.removeprefix('0')}"
+
+
 def sizes(placement: Placement) -> str:
     return (
         f"{placement.num_layers} layers x {placement.num_experts} experts on "

@@ -249,6 +249,40 @@ def test_compare_counts_time_evenness_and_moves(trace_path, capsys):
     assert not uneven["valid_plan"]
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_compare_prints_the_intervals_and_worst_layers_of_the_object(nodes, trace_path, capsys):
+    """Both outputs of one command, cell by cell; what lies between is the interval's wider side."""
+    words = ("compare", trace_path, "--devices=4", f"--nodes={nodes}", "--methods=contiguous,lpt")
+    words = (*words, "--dispatch=coherent", "--time-limit=0")
+    assert run(*words, "--json") == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert run(*words) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    (rows,) = [one.splitlines() for one in tables if one.startswith("held out: rows")]
+    (places,) = [one.splitlines() for one in tables if one.startswith("devices, transitions")]
+    for at, method in enumerate(methods, start=1):
+        found = method["held_out"]
+        by_dispatch = [
+            found["rows"][name] for name in ("exchange", "hierarchical", "coherent", "shuffled")
+        ]
+        check_cells(rows[at], [*by_dispatch, found["rows_worst"]["coherent"]])
+        loads = found["load_max_over_mean"]
+        figures = [found["distinct_devices"], found["distinct_devices_worst"]]
+        figures += [found["distinct_nodes"]] if nodes > 1 else []
+        figures += [found["top1"], found["all_pairs"], loads["mean"], loads["worst"]]
+        check_cells(places[at], figures)
+    assert ("nodes" in places[0].split()) == (nodes > 1)
+
+
+def check_cells(line: str, figures: list[dict[str, float]]) -> None:
+    cells = re.findall(r"([\d.]+) ±([\d.]+)", line)
+    assert len(cells) == len(figures)
+    for (value, side), figure in zip(cells, figures, strict=True):
+        sides = abs(figure["value"] - figure["low"]), abs(figure["high"] - figure["value"])
+        assert float(value) == pytest.approx(figure["value"], abs=0.00051)
+        assert float(side) == pytest.approx(max(sides), abs=0.00051)
+
+
 def test_evaluate_counts_with_recorded_homes(trace_path, tmp_path, capsys):
     placement = Placement.contiguous(3, 8, 4)
     Plan(placement).write(tmp_path / "p.json")

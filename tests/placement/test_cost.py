@@ -243,6 +243,9 @@ def test_evidence_equals_the_counts(machine):
         assert figure.value == pytest.approx(rows.total_LMM.sum() / tokens, rel=1e-12)
         assert figure.low <= figure.value * (1 + 1e-12)
         assert figure.high >= figure.value * (1 - 1e-12)
+        tokens_L = (trace.expert_ids_TLK != 255).any(axis=2).sum(axis=0)
+        worst = max(rows.total_LMM.sum(axis=(1, 2)) / tokens_L)
+        assert found.rows_worst[dispatch].value == pytest.approx(worst, rel=1e-12)
     device = np.append(placement.device_LE, np.full((3, 248), -1), axis=1)
     stays = moves = 0
     for token in trace.expert_ids_TLK:
@@ -253,6 +256,44 @@ def test_evidence_equals_the_counts(machine):
     assert found.top1.value == pytest.approx(stays / moves)
     load_LM = cost.computed_LM(trace.expert_ids_TLK, placement)
     assert found.load_worst.value == pytest.approx((load_LM.max(1) / load_LM.mean(1)).max())
+
+
+def test_the_worst_layer_of_distinct_devices_and_its_interval():
+    """Counted token by token, and drawn sequence by sequence."""
+    made = holey_trace(5)
+    ids, lens = made.expert_ids_TLK.copy(), [4, 6, 9, 3, 8]
+    ids[4:10, 1] = 255  # a sequence without an expert in a layer
+    trace = Trace(ids, 8, np.array(lens))
+    placement = Placement.from_device_LE(baselines.random(3, 8, 4, 5), 4)
+    distinct, tokens = np.zeros((5, 3)), np.zeros((5, 3))
+    ends = np.cumsum(lens)
+    for number, token in enumerate(ids.tolist()):
+        sequence = int(np.searchsorted(ends, number, side="right"))
+        for layer, chosen in enumerate(token):
+            places = {int(placement.device_LE[layer, e]) for e in chosen if e != 255}
+            distinct[sequence, layer] += len(places)
+            tokens[sequence, layer] += bool(places)
+    figure = evidence.judge(trace, placement, topology.flat(4)).distinct_devices_worst
+    assert figure.value == pytest.approx(max(distinct.sum(axis=0) / tokens.sum(axis=0)))
+    samples = []
+    for weight in evidence.resamples(5, 0).astype(int):
+        drawn = [sequence for sequence in range(5) for _ in range(weight[sequence])]
+        samples.append(
+            max(sum(distinct[drawn, n]) / max(sum(tokens[drawn, n]), 1) for n in (0, 1, 2))
+        )
+    assert (figure.low, figure.high) == pytest.approx(tuple(np.percentile(samples, [2.5, 97.5])))
+
+
+@pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "coherent", "shuffled"])
+def test_the_worst_layer_with_copies(dispatch):
+    trace, machine = holey_trace(6), TOPOLOGIES[1]
+    placement = Placement(np.tile([0, 1, 4, 2, 3, 5, 4, 5, 0, 6, 7, 2], (3, 1)), 8, 4)
+    rows = cost.rows(
+        trace.expert_ids_TLK, placement, dispatch, devices_per_node=machine.devices_per_node
+    )
+    tokens_L = (trace.expert_ids_TLK != 255).any(axis=2).sum(axis=0)
+    found = evidence.judge(trace, placement, machine).rows_worst[dispatch].value
+    assert found == pytest.approx(max(rows.total_LMM.sum(axis=(1, 2)) / tokens_L), rel=1e-12)
 
 
 def test_seconds_by_hand():

@@ -1,9 +1,11 @@
 """Files of other programs: round trips, hand-written files, refusals, mutations."""
 
+import gzip
 import io
 import json
 import pickle
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement.formats import convert as convert_lib
 from moe_jax.placement.formats import hints as hints_lib
-from moe_jax.placement.formats import safetensors
+from moe_jax.placement.formats import raw, safetensors
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.formats.hints import Hints
 from moe_jax.placement.plan import Placement, Plan
@@ -55,6 +57,14 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def npz_bytes(**arrays) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def zip_of(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
     return buffer.getvalue()
 
 
@@ -327,11 +337,13 @@ def test_exflow_trace(tmp_path):
     assert trace.seq_len.tolist() == [3]
 
 
+# how to write a trace -> format, file name
 TRACES = {
-    "own": "again.npz",
-    "sglang": "again.npz",
-    "megatron": "again.jsonl",
-    "exflow": "again.npy",
+    "own": ("own", "again.npz"),
+    "sglang": ("sglang", "again.npz"),
+    "sglang, text": ("sglang", "again.json"),
+    "megatron": ("megatron", "again.jsonl"),
+    "exflow": ("exflow", "again.npy"),
 }
 
 
@@ -347,9 +359,9 @@ def test_our_trace_to_format_to_ours_is_the_identity(name, experts, top_k, tmp_p
     lens = np.array([20] if one else [5, 9, 6])
     trace = Trace(ids[:, :, :1] if one else ids, experts, lens, layer_ids=layers)
     trace_lib.save(trace, tmp_path / "t.npz")
-    path = tmp_path / TRACES[name]
-    done = convert_lib.convert(tmp_path / "t.npz", path, name, Hints())
-    assert done.written == name
+    form, path = TRACES[name][0], tmp_path / TRACES[name][1]
+    done = convert_lib.convert(tmp_path / "t.npz", path, form, Hints())
+    assert done.written == form
     assert not any("lost" in note for note in done.notes)
     convert_lib.convert(path, tmp_path / "back.npz", None, Hints(num_experts=experts))
     again = trace_lib.load(tmp_path / "back.npz")
@@ -372,17 +384,37 @@ def test_what_a_form_of_traces_cannot_hold_is_said(tmp_path):
     always = {"weights", "names of sequences", "homes of sequences"}
     lost = {
         "sglang": always,
+        "sglang, text": always,
         "megatron": always | {"identities"},
         "exflow": always | {"identities", "borders of sequences", "numbers of layers"},
     }
     for name, words in lost.items():
-        path = tmp_path / TRACES[name]
-        notes = convert_lib.convert(tmp_path / "t.npz", path, name, Hints()).notes
+        form, path = TRACES[name][0], tmp_path / TRACES[name][1]
+        notes = convert_lib.convert(tmp_path / "t.npz", path, form, Hints()).notes
         assert {note.split(" are lost")[0] for note in notes if "are lost" in note} == words
         assert "to read it back, give --num-experts=4" in notes
         assert any("only the best of 2" in note for note in notes) == (name == "exflow")
-    back = convert_lib.read(tmp_path / "again.npz", Hints()).value
-    assert back.token_ids_T.tolist() == [7, 9]
+    for name in ("again.npz", "again.json"):
+        hints = Hints(num_experts=4)
+        back = convert_lib.read(tmp_path / name, hints).value
+        assert back.token_ids_T.tolist() == [7, 9]
+        assert (back.layer_ids, back.seq_len.tolist()) == ((4,), [1, 1])
+        assert not any("ids are taken as experts" in note for note in hints.notes)
+
+
+def test_text_that_could_not_be_read_back_is_not_written(tmp_path, monkeypatch):
+    trace_lib.save(Trace(np.zeros((9, 1, 1), np.uint8), 4, np.array([9])), tmp_path / "t.npz")
+    convert_lib.convert(tmp_path / "t.npz", tmp_path / "o.json", "sglang", Hints())
+    size = (tmp_path / "o.json").stat().st_size
+    for most in (size, size - 1):
+        monkeypatch.setattr(raw, "MAX_TEXT", most)
+        (tmp_path / "o.json").unlink()
+        if most == size:
+            convert_lib.convert(tmp_path / "t.npz", tmp_path / "o.json", "sglang", Hints())
+            convert_lib.read(tmp_path / "o.json", Hints())
+    with pytest.raises(Refused, match="that are read back"):
+        convert_lib.convert(tmp_path / "t.npz", tmp_path / "o.json", "sglang", Hints())
+    assert not (tmp_path / "o.json").exists()
 
 
 def test_counts_go_round_and_never_become_a_trace(tmp_path, capsys):
@@ -414,6 +446,10 @@ def test_counts_of_a_trace(tmp_path):
     load_LE = affinity.load_LE(trace)
     assert sorted(tensors) == ["0_0", "0_1"]
     np.testing.assert_array_equal(tensors["0_1"], load_LE[1])
+    hints = Hints()
+    convert_lib.convert(tmp_path / "t.npz", tmp_path / "c.json", None, hints)
+    assert "--format=sglang writes the experts of every token" in hints.notes
+    assert isinstance(convert_lib.read(tmp_path / "c.json", Hints()).value, Counts)
 
 
 def test_safetensors_by_hand(tmp_path):
@@ -513,7 +549,7 @@ COMMANDS = {
     "devices do not divide": (["t.yaml", "o.json", "--devices=3"], "must divide"),
     "experts contradict a map": (["t.yaml", "o.json", "--num-experts=4"], "the file says 3"),
     "pickle": (["p.pkl", "o.npz"], "never read"),
-    "pickle in the name of torch": (["p.pt", "o.npz"], "not a whole file of torch.save"),
+    "pickle in the name of torch": (["p.pt", "o.npz"], "never read"),
     "folder without traces": (["empty", "o.npz"], "no router_trace_rank"),
     "output is a folder": (["p.json", "empty"], "is a folder"),
 }
@@ -741,6 +777,47 @@ def test_bad_file_is_refused_in_one_line(name, tmp_path):
         read(tmp_path, file_name, content, hints)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+# What is none of the known files: name -> (file name, content, what it looks like).
+OTHERS = {
+    "gzip": ("t.npz", gzip.compress(b"{}"), "a gzip archive"),
+    "page": ("t.json", b"<!DOCTYPE html><html></html>", "a page"),
+    "pointer": ("t.npz", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+    "UTF-16": ("t.dat", "{}".encode("utf-16"), "UTF-16 text"),
+    "pickle": ("t.npz", pickle.dumps({}), "never read"),
+    "old pickle": ("t.pkl", pickle.dumps({}, 0), "never read"),
+    "text": ("t", b"Expert Node", "text that begins with 'Expert Node'"),
+    "text in the name of arrays": ("t.npz", b"Expert Node", "text that begins with 'Expert Node'"),
+    "bytes": ("t.dat", b"\x00\x01\x02", "bytes that begin with 00 01 02"),
+    "nothing": ("t", b"", "an empty file"),
+    "half a zip": ("t.json", npz_bytes(a=np.zeros(3))[:-30], "cut short or damaged"),
+    "zip of texts": ("t.dat", zip_of("a.txt", "dump/data"), "a zip archive without arrays"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_none_of_the_known_files_is_named(name, tmp_path, capsys):
+    file_name, content, looks = OTHERS[name]
+    with pytest.raises(Refused) as refused:
+        read(tmp_path, file_name, content)
+    assert looks in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert run("solve", tmp_path / file_name, "--devices=2", f"--out={tmp_path / 'p.json'}") == 1
+    assert looks in capsys.readouterr().err
+
+
+def test_lines_of_objects_and_one_object_are_told_apart(tmp_path):
+    """The same bytes whatever the name; one record alone is one object, and a trace as well."""
+    record = {"step": 0, "layer": 0, "rank": 0, "num_tokens": 1, "top_indices": [[0, 1]]}
+    one = json.dumps(record)
+    for text, tokens in ((one, 1), (f"\n{one}\n\n{one.replace('0,', '1,', 1)}\n", 2)):
+        for name in ("a.json", "a.jsonl", "a"):
+            assert read(tmp_path, name, text).num_tokens == tokens
+    dump = {"records": [{"topk_ids_of_layer": topk_LTK().tolist()}]}
+    for indent in (None, 0, 1):
+        for name in ("a.jsonl", "a.csv"):
+            check_sglang(read(tmp_path, name, json.dumps(dump, indent=indent)))
 
 
 @pytest.mark.parametrize("depth", range(100, 1000, 50))

@@ -7,16 +7,19 @@ independent readers of the text forms.
 
 import csv
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from moe_jax.placement.formats import convert as convert_lib
+from moe_jax.placement.formats import torchfile
 from moe_jax.placement.formats.hints import Hints
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LAYERS = (3, 4, 6)  # of the model; 0, 1, 2 and 5 are dense
 
 
@@ -185,6 +188,43 @@ def test_tensorrt_llm_statistics(tmp_path):
         assert entry["data_offsets"] == [at, at + 64]
         at += 64
     assert 8 + length + at == len(data)
+
+
+@pytest.mark.parametrize("identities", [False, True])
+def test_sglang_dump(identities, tmp_path):
+    """What its recorder dumps per token (srt/eplb/expert_distribution.py), as JSON.
+
+    - no keys but the recorder's, as tests/golden/make_sglang_dumps.py writes them;
+    - ids are [layers of the model, tokens, experts per token], of slots, -1 where there is none;
+    - lengths of a forward pass make up its tokens, and every token has an identity;
+    - slots become experts through the row of their layer in the last map.
+    """
+    made = synthetic.realistic(
+        num_tokens=60, num_layers=3, num_experts=8, top_k=2, seed=0, num_sequences=3
+    )
+    ids_TLK = made.expert_ids_TLK.copy()
+    ids_TLK[5, 1, 1] = made.no_expert
+    tokens_T = np.arange(60) if identities else None
+    trace = trace_lib.Trace(ids_TLK, 8, made.seq_len, token_ids_T=tokens_T, layer_ids=LAYERS)
+    trace_lib.save(trace, tmp_path / "t.npz")
+    convert_lib.convert(tmp_path / "t.npz", tmp_path / "d.json", "sglang", Hints())
+    fields = json.loads((tmp_path / "d.json").read_text())
+    golden = torchfile.read(GOLDEN / "sglang_per_token.pt")
+    assert set(fields) == set(golden)
+    (record,) = fields["records"]
+    assert set(record) <= set(golden["records"][0])
+    ids_NTK = np.array(record["topk_ids_of_layer"])
+    assert ids_NTK.shape == (max(LAYERS) + 1, 60, 2)
+    assert sum(record["extend_seq_lens"]) == 60
+    assert record.get("input_ids") == (list(range(60)) if identities else None)
+    slots_NP = fields["last_physical_to_logical_map"]
+    assert len(slots_NP) == len(ids_NTK)
+    for layer, ids_TK in enumerate(ids_NTK.tolist()):
+        for token, ids_K in enumerate(ids_TK):
+            experts = [slots_NP[layer][slot] if slot >= 0 else 255 for slot in ids_K]
+            planned = layer in LAYERS
+            wanted = ids_TLK[token, LAYERS.index(layer)].tolist() if planned else [255, 255]
+            assert experts == wanted
 
 
 def test_sglang_counts(tmp_path):

@@ -6,7 +6,7 @@ import pathlib
 
 from moe_jax.errors import Refused
 from moe_jax.placement import compare as compare_lib
-from moe_jax.placement import compare_text, tables
+from moe_jax.placement import compare_text
 from moe_jax.placement.baselines import registry
 from moe_jax.placement.commands import every, inputs, limits, words
 from moe_jax.placement.commands import options as options_lib
@@ -82,12 +82,11 @@ def run(options: argparse.Namespace) -> str:
             f"Planned on {words.planned_on(plan.trace, options.split)}; every figure below is from "
             f"the other {halves.judge_half.num_sequences} sequences (seed {options.seed}).",
             "",
-            compare_text.text(made),
+            compare_text.text(made, judge),
             "",
             f"  objective {plan.objective} ({solved.unit}), dispatch {plan.dispatch}, "
             f"{plan.topology.name}",
-            tables.legend(),
-            compare_text.legend(made),
+            compare_text.legend(made, judge),
             "",
             f"{made[-1].name} on the planning half: {solved.objective:.6g}, proven bound "
             f"{solved.bound:.6g}, gap {100 * solved.gap:.1f} %"

@@ -18,13 +18,17 @@ def add(commands) -> None:
     """The sub-command and its options."""
     command = options_lib.command(commands, "convert", "plans, traces and counts of other programs")
     command.add_argument(
-        "source", metavar="IN", help="file (also .pt), or a folder of Megatron-LM traces"
+        "source",
+        metavar="IN",
+        help="file of any name, known by its content (also .pt), or a folder of Megatron-LM traces",
     )
     command.add_argument(
         "target", metavar="OUT", help=".json .yaml .csv .npy .npz .jsonl .safetensors"
     )
     command.add_argument(
-        "--format", choices=FORMATS, help="of OUT, where .json or .npz has several (default own)"
+        "--format",
+        choices=FORMATS,
+        help="of OUT, where .json or .npz has several (default own; counts for a trace in .json)",
     )
     command.add_argument("--devices", type=int, help="of a plan whose file does not say it")
     command.add_argument("--num-experts", type=int, help="of a layer, likewise")

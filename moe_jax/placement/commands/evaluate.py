@@ -6,6 +6,7 @@ import json
 from moe_jax.placement import evaluate as evaluate_lib
 from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
+from moe_jax.placement.cost import DISPATCHES
 from moe_jax.placement.plan import Plan, check_fits
 from moe_jax.placement.proxies import Pairs
 
@@ -17,6 +18,9 @@ def add(commands) -> None:
     )
     options_lib.trace_options(command)
     command.add_argument("plans", nargs="+", metavar="PLAN", help="plan files")
+    command.add_argument(
+        "--pairs", choices=DISPATCHES, help="print the rows from device to device in this dispatch"
+    )
     options_lib.machine_options(command)
     command.set_defaults(run=run)
 
@@ -39,6 +43,6 @@ def run(options: argparse.Namespace) -> str:
         for path, plan, topology in zip(options.plans, plans, machines, strict=True)
     ]
     if options.json:
-        answers = [one.to_json() for one in evaluated]
+        answers = [one.to_json(options.pairs) for one in evaluated]
         return json.dumps({"trace_digest": trace.digest, "plans": answers})
-    return f"{words.describe(trace)}\n\n{evaluate_lib.text(evaluated)}"
+    return f"{words.describe(trace)}\n\n{evaluate_lib.text(evaluated, options.pairs)}"

@@ -4,7 +4,6 @@ What was inferred about a file of another program is said on stderr, a line a no
 """
 
 import argparse
-import pathlib
 import sys
 
 from moe_jax.errors import Refused
@@ -14,8 +13,6 @@ from moe_jax.placement.formats.hints import Hints
 from moe_jax.placement.plan import Plan
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
-
-KNOWN = (".npz", ".npy", ".json", ".jsonl", ".pt", ".pth", ".safetensors", ".yaml", ".yml", ".csv")
 
 
 def trace(options: argparse.Namespace) -> Trace:
@@ -42,11 +39,8 @@ def trace_or_counts(options: argparse.Namespace) -> Trace | Counts:
 
 
 def _read(options: argparse.Namespace) -> Trace | Counts:
-    path = pathlib.Path(options.trace)
-    if not path.is_dir() and path.suffix.lower() not in KNOWN:
-        return trace_lib.load(path, options.num_experts)  # our own, whatever its name
     hints = Hints(num_experts=options.num_experts)
-    found = convert_lib.read(path, hints, wants_trace=True)
+    found = convert_lib.read(options.trace, hints, wants_trace=True)
     if isinstance(found.value, Plan):
         raise Refused("trace", options.trace, "is a plan", "Give a trace")
     for note in hints.notes:

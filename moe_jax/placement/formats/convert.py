@@ -1,22 +1,33 @@
 """From one file to another: plans to plans, traces to traces, counts to counts.
 
-What a file is follows from its extension and its contents; what is written from the extension of
-the output, and `--format` where JSON has several meanings. A `.npy` is counts where its name has
-`logical_count` in it, SGLang's ids of a trace where it has three axes, and with two axes a trace of
-ExFlow where a trace is asked for (an output `.npz` or `.jsonl`), else a map of sglang-jax.
+What a file is follows from its content (content.py); what is written from the extension of the
+output, and `--format` where that has several meanings. Of a `.npy` the content does not tell all:
+it is counts where its name has `logical_count` in it, SGLang's ids of a trace where it has three
+axes, and with two axes a trace of ExFlow where a trace is asked for (an output `.npz` or
+`.jsonl`), else a map of sglang-jax.
 """
 
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from moe_jax import files
 from moe_jax.errors import Refused
+from moe_jax.placement.formats import (
+    content,
+    megatron,
+    plans,
+    raw,
+    torchfile,
+    trace_files,
+    traces,
+    trtllm,
+)
 from moe_jax.placement.formats import counts as counts_lib
-from moe_jax.placement.formats import megatron, plans, raw, torchfile, trace_files, traces, trtllm
 from moe_jax.placement.formats.counts import Counts
 from moe_jax.placement.formats.hints import Hints, agree
 from moe_jax.placement.plan import FORMAT, MAP, Plan
@@ -34,7 +45,12 @@ _PLAN_SUFFIXES = {
     ".csv": ("exflow",),
     ".npy": ("sglang-jax",),
 }
-_TRACE_SUFFIXES = {".npz": ("own", "sglang"), ".jsonl": ("megatron",), ".npy": ("exflow",)}
+_TRACE_SUFFIXES = {
+    ".npz": ("own", "sglang"),
+    ".jsonl": ("megatron",),
+    ".npy": ("exflow",),
+    ".json": ("sglang",),  # only where it is asked for: else `.json` is the counts of a trace
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,48 +82,38 @@ def convert(
     found = read(source, hints, wants_trace=suffix in (".npz", ".jsonl"))
     if isinstance(found.value, Plan):
         name = _write_plan(found.value, target, suffix, written, hints)
-    elif suffix in _TRACE_SUFFIXES:
+    elif suffix in _TRACE_SUFFIXES and not _counts_are_meant(found.value, suffix, written):
         name = _write_trace(found.value, target, suffix, written, hints)
     else:
         name = _write_counts(found.value, target, suffix, written, hints)
     return Converted(found, name, tuple(hints.notes))
 
 
+def _counts_are_meant(value: Trace | Counts, suffix: str, written: str | None) -> bool:
+    return suffix == ".json" and (isinstance(value, Counts) or written != "sglang")
+
+
 def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> Found:
     """The plan, trace or counts in a file, or in a folder of the files of all ranks."""
     path = pathlib.Path(source)
-    suffix = path.suffix.lower()
     if path.is_dir() and counts_lib.rank_files(path):
         return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
-    if path.is_dir() or suffix == ".jsonl":
+    kind = "jsonl" if path.is_dir() else content.kind_of(path)
+    if kind == "jsonl":
         return Found(megatron.read_megatron(path, hints), "Megatron-LM")
-    if suffix == ".npz":
+    if kind == "npz":
         return _read_npz(path, hints)
-    if suffix == ".npy":
-        return _read_npy(npz.read_npy(path), path.stem, hints, wants_trace)
-    if suffix == ".json":
-        return _read_json(path, hints)
-    if suffix in (".yaml", ".yml"):
-        return Found(trtllm.read_yaml(raw.read_text(path), hints), "TensorRT-LLM")
-    if suffix == ".csv":
-        return Found(plans.read_exflow(raw.read_text(path), hints), "ExFlow")
-    if suffix == ".safetensors":
-        return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
-    if suffix in (".pt", ".pth"):
+    if kind == "torch":
         return _read_pt(path, hints)
-    if suffix in (".pkl", ".pickle"):
-        raise Refused(
-            "in",
-            str(path),
-            "pickled files can run programs and are never read",
-            "Save its arrays where it was made: numpy.savez(out, topk_ids_of_layer=...)",
-        )
-    raise Refused(
-        "in",
-        str(path),
-        "the extension says what a file is: .json .yaml .csv .npy .npz .pt .jsonl .safetensors",
-        "Rename the file",
-    )
+    if kind == "npy":
+        return _read_npy(npz.read_npy(path), path.stem, hints, wants_trace)
+    if kind == "safetensors":
+        return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
+    if kind == "json":
+        return _read_json(path, hints)
+    if kind == "yaml":
+        return Found(trtllm.read_yaml(raw.read_text(path), hints), "TensorRT-LLM")
+    return Found(plans.read_exflow(raw.read_text(path), hints), "ExFlow")
 
 
 def _read_npz(path: pathlib.Path, hints: Hints) -> Found:
@@ -141,6 +147,8 @@ def _read_json(path: pathlib.Path, hints: Hints) -> Found:
         return Found(plan, "own")
     if traces.IDS in fields or "records" in fields:
         return Found(traces.read_sglang_dump(fields, hints), "SGLang")
+    if megatron.IDS in fields:  # a single line
+        return Found(megatron.read_megatron(path, hints), "Megatron-LM")
     if MAP in fields and counts_lib.COUNT in fields:
         raise Refused(
             str(path),
@@ -210,7 +218,7 @@ def _write_plan(
         with files.atomic_write(target) as file:
             np.save(file, table, allow_pickle=False)
     else:
-        _write_text(target, _plan_text(plan, name, hints))
+        _write_text(target, [_plan_text(plan, name, hints)])
     if name not in ("vllm", "exflow"):
         hints.note(f"the number of devices is lost: {plan.placement.num_devices}")
     if plan.placement.share_LNP is not None:
@@ -255,6 +263,8 @@ def _write_trace(
     elif name == "megatron":
         with files.atomic_write(target, "w") as file:
             file.writelines(trace_files.megatron_lines(value, hints))
+    elif suffix == ".json":
+        _write_text(target, trace_files.sglang_pieces(value, hints))
     elif name == "sglang":
         arrays: dict[str, Any] = dict(trace_files.sglang_arrays(value, hints))
         with files.atomic_write(target) as file:
@@ -278,20 +288,29 @@ def _write_counts(
         raise Refused(
             "out",
             f"{target}, format {written}",
-            "a trace is written as .npz, .jsonl or .npy; counts as .json (sglang) or "
-            ".safetensors (tensorrt-llm)",
+            "a trace is written as .npz, .jsonl, .npy or, with --format=sglang, .json; counts as "
+            ".json (sglang) or .safetensors (tensorrt-llm)",
             "Change the name of the output or --format",
         )
     if isinstance(value, Trace):
         value = counts_lib.of_trace(value)
         hints.note("only counts are written, all tokens as one step: the trace cannot come back")
+        if suffix == ".json":
+            hints.note("--format=sglang writes the experts of every token")
     if suffix == ".json":
-        _write_text(target, counts_lib.sglang_text(value, hints))
+        _write_text(target, [counts_lib.sglang_text(value, hints)])
     else:
         counts_lib.write_safetensors(target, value, hints)
     return names[suffix]
 
 
-def _write_text(target: str | os.PathLike, text: str) -> None:
+def _write_text(target: str | os.PathLike, pieces: Iterable[str]) -> None:
+    """No more than is read back."""
+    length = 0
     with files.atomic_write(target, "w") as file:
-        file.write(text)
+        for piece in pieces:
+            length += len(piece)
+            if length > raw.MAX_TEXT:
+                rule = f"more than the {raw.MAX_TEXT} bytes of text that are read back"
+                raise Refused("out", str(target), rule, "Write another format (a trace: .npz)")
+            file.write(piece)

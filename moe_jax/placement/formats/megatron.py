@@ -25,6 +25,7 @@ from moe_jax.placement.formats.hints import Hints
 from moe_jax.placement.formats.traces import make_trace
 from moe_jax.routing.trace import Trace
 
+IDS = "top_indices"
 Passes = dict[tuple[int, int], dict[int, np.ndarray]]  # (step, rank) -> layer -> int64 [T, K]
 
 
@@ -149,10 +150,10 @@ def _add_record(passes: Passes, line: bytes, where: str, hints: Hints) -> None:
         raw.whole_number(record.get(key), f"{where} {key}")
         for key in ("step", "layer", "rank", "num_tokens")
     )
-    if tokens == 0 and record.get("top_indices") == []:
+    if tokens == 0 and record.get(IDS) == []:
         return
-    name = f"{where} top_indices"
-    ids_TK = raw.int_table(record.get("top_indices"), name, ("tokens", "experts per token"))
+    name = f"{where} {IDS}"
+    ids_TK = raw.int_table(record.get(IDS), name, ("tokens", "experts per token"))
     top_k = ids_TK.shape[1] if record.get("topk") is None else record["topk"]
     if ids_TK.shape != (tokens, raw.whole_number(top_k, f"{where} topk", 1)):
         raise Refused(

@@ -28,6 +28,7 @@ from moe_jax.placement.plan import MAP, Placement, Plan, check_divides
 RANKS = "expert_to_ep_rank"
 VLLM_KEYS = (RANKS, "ep_size", "num_logical_experts", "num_physical_experts")
 MAX_ROWS = 4096  # layers of a model: a layer number beyond it is a slip, not a file to write
+CSV_HEAD = "Expert,Node"
 _CSV_LINE = re.compile(r"([0-9]{1,9}),([0-9]{1,9})", re.ASCII)
 
 
@@ -134,8 +135,8 @@ def _check_ranks(rank_LE: np.ndarray | None, placement: Placement) -> None:
 def read_exflow(text: str, hints: Hints) -> Plan:
     """ExFlow's CSV `Expert,Node`; global id = layer * E + expert."""
     lines = text.splitlines()
-    if not lines or lines[0] != "Expert,Node":
-        raise Refused("line 1", lines[0] if lines else "", "Expert,Node", "Give an ExFlow CSV")
+    if not lines or lines[0] != CSV_HEAD:
+        raise Refused("line 1", lines[0] if lines else "", CSV_HEAD, "Give an ExFlow CSV")
     device_of: dict[int, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         match = _CSV_LINE.fullmatch(line)
@@ -208,7 +209,7 @@ def exflow_text(plan: Plan, hints: Hints) -> str:
         hints.note("the order of the experts inside a device is lost")
     _note_positions(plan, hints)
     lines = [f"{expert},{device}" for expert, device in enumerate(placement.device_LE.ravel())]
-    return "Expert,Node\n" + "\n".join(lines) + "\n"
+    return f"{CSV_HEAD}\n" + "\n".join(lines) + "\n"
 
 
 def rows_by_layer(plan: Plan, hints: Hints) -> np.ndarray:

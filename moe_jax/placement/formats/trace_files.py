@@ -20,19 +20,33 @@ NONE = -1  # no expert
 
 def sglang_arrays(trace: Trace, hints: Hints) -> dict[str, np.ndarray]:
     """Arrays of a `.npz`: ids [N, T, K] with a row for every layer of the model up to our last
-    one, lengths of sequences, and identities of tokens where there are some.
+    one, lengths of sequences, the map (expert e in slot e), and identities where there are some.
     """
     _lost(trace, hints, ("weights", trace.expert_weights_TLK))
     ids_LTK = _signed(trace).transpose(1, 0, 2)
     layers, tokens, top_k = max(trace.layer_ids) + 1, trace.num_tokens, trace.top_k
     ids_NTK = np.full((layers, tokens, top_k), NONE, np.int32)
     ids_NTK[list(trace.layer_ids)] = ids_LTK
-    arrays = {traces.IDS: ids_NTK, traces.SEQ_LENS: trace.seq_len}
+    slots_NE = np.tile(np.arange(trace.num_experts, dtype=np.int32), (layers, 1))
+    arrays = {traces.IDS: ids_NTK, traces.SEQ_LENS: trace.seq_len, traces.SLOTS: slots_NE}
     if trace.token_ids_T is not None:
         arrays[traces.TOKENS] = trace.token_ids_T
     if tuple(trace.layer_ids) != tuple(sorted(trace.layer_ids)):
         hints.note("layers are written in rising order")
     return arrays
+
+
+def sglang_pieces(trace: Trace, hints: Hints) -> Iterator[str]:
+    """Text of a `.json`: the same as the recorder dumps it, all sequences in one forward pass."""
+    arrays = sglang_arrays(trace, hints)
+    yield '{"records": [{"forward_pass_id": 0, "rank": 0'
+    for key in (traces.SEQ_LENS, traces.TOKENS):
+        if key in arrays:
+            yield f', "{key}": {json.dumps(arrays[key].tolist())}'
+    yield f', "{traces.IDS}": ['
+    for at, ids_TK in enumerate(arrays[traces.IDS]):  # one by one: the lists of all may not fit
+        yield ("," if at else "") + "\n" + json.dumps(ids_TK.tolist())
+    yield f']}}],\n"{traces.SLOTS}": {json.dumps(arrays[traces.SLOTS].tolist())}}}\n'
 
 
 def megatron_lines(trace: Trace, hints: Hints) -> Iterator[str]:

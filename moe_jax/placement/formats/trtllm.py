@@ -28,6 +28,13 @@ _LAYER = re.compile(r" +([0-9]{1,6}): *\[([0-9, ]*)\]", re.ASCII)
 _ENTRY = re.compile(r" *([0-9]{1,9}) *", re.ASCII)
 
 
+def begins(text: str) -> bool:
+    """The first line that is neither empty nor a comment has one of the keys."""
+    lines = (_without_comment(full) for full in text.splitlines())
+    line = next((line for line in lines if line), "")
+    return line.startswith(f"{ASSIGNMENTS}:") or _SCALAR.match(line) is not None
+
+
 def read_yaml(text: str, hints: Hints) -> Plan:
     """The plan of a load balancer file."""
     scalars, rows = _parse(text)
@@ -68,7 +75,7 @@ def _parse(text: str) -> tuple[dict[str, int], dict[int, list[int]]]:
     rows: dict[int, list[int]] = {}
     in_map, seen_map = False, False
     for number, full in enumerate(text.splitlines(), start=1):
-        line = re.sub(r"(^|\s)#.*", "", full).rstrip()
+        line = _without_comment(full)
         if not line:
             continue
         if line == f"{ASSIGNMENTS}:" and not seen_map:
@@ -92,6 +99,10 @@ def _parse(text: str) -> tuple[dict[str, int], dict[int, list[int]]]:
                 "Write the list of a layer on one line, and leave other keys out",
             )
     return scalars, rows
+
+
+def _without_comment(line: str) -> str:
+    return re.sub(r"(^|\s)#.*", "", line).rstrip()
 
 
 def _entries(text: str, number: int) -> list[int]:
