@@ -42,6 +42,7 @@ from moe_jax.placement import (
     steady,
 )
 from moe_jax.placement.limits import search as limits_search
+from moe_jax.placement.limits import whole as whole_lib
 from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement
@@ -186,6 +187,10 @@ def _restricted(
     deadline = started + time_limit
     start_LE = limits_search.start(problem)
     run.offer("plan in use" if problem.previous else "greedy", start_LE)
+    whole = run.all_within(deadline)
+    if whole is not None and whole.complete:
+        run.finished = time.monotonic() < deadline
+        return run.solution("", whole.value_B)
     left = max(deadline - time.monotonic(), 0.0)
     free = solve_problem(
         problem.unrestricted, seed, FREE_SHARE * left, run.telling("without limits")
@@ -195,6 +200,9 @@ def _restricted(
     for step in limits_search.search(problem, start_LE, free_LE, deadline):
         run.offer("within limits", step.device_LE)
         value_B = step.value_B
+    if whole is not None:
+        found_B = np.concatenate([whole.value_B, value_B[len(whole.value_B) :]])
+        value_B = np.minimum.accumulate(found_B)  # what was searched for may be above the optima
     run.finished = free.report.finished and time.monotonic() < deadline
     return run.solution("" if run.finished else cut_by(time_limit), value_B)
 
@@ -271,6 +279,21 @@ class _Run:
         self.offer("all placements", found.device)
         self.prove("all placements", found.bound * relax.SAFETY)
         return True
+
+    def all_within(self, deadline: float) -> whole_lib.Whole | None:
+        """The same with pins, or within a budget of moves."""
+        problem, now = self._problem, time.monotonic()
+        if problem.previous is None:
+            if not self.all_placements(deadline):
+                return None
+            return whole_lib.Whole(self.best_LE, self.best, np.zeros(0), True)
+        self.tell("all placements")
+        left = ALL_SHARE * (deadline - now)
+        found = whole_lib.solved(problem, left, now + left)
+        if found is not None:
+            self.offer("all placements", found.device_LE)
+            self.prove("all placements", found.bound * relax.SAFETY)
+        return found
 
     def search(self, seed: int, deadline: float) -> None:
         self.tell("search")
