@@ -12,9 +12,9 @@ A renumbering of all layers changes no cost, so that rest_l is needed for one pl
 orbit only: 105 of the 2,520 placements of 8 experts on 4 devices, 1 of 40,320 on 8. What has no
 pair (every dispatch from whose layers tokens return home) is the least of a layer by itself.
 
-Pins leave out placements; a renumbering has to leave every device alone that some layer has a pin
-on (an expert is pinned to one device, so that no other renumbering keeps all pins). A plan in use
-names every device: limits/whole.py looks at it without renumberings.
+Pins leave out placements; for rest_l a renumbering has to leave every device alone that a layer
+from l on has a pin on (an expert is pinned to one device, so that no other one keeps all pins). A
+plan in use names every device: limits/whole.py looks at it without renumberings.
 
 The optimum is proven by having looked at everything; rounding aside (relax.SAFETY). Not for
 shuffled dispatch, whose homes are balanced by the numbers of tokens and devices, nor for seconds of
@@ -60,6 +60,11 @@ class States:
     orbit_S: np.ndarray
     number_SM: np.ndarray
 
+    @property
+    def first_FE(self) -> np.ndarray:
+        """Those that stand for an orbit."""
+        return self.device_SE[self.firsts]
+
     def find(self, device_E: np.ndarray) -> int:
         """Where a placement stands."""
         return int(np.searchsorted(_codes(self.device_SE), _codes(device_E[None])[0]))
@@ -100,13 +105,16 @@ def solved(problem: Problem, time_limit: float, deadline: float) -> Solved | Non
     trace, devices, count = problem.trace, problem.num_devices, number_of(problem)
     if count > MOST_STATES or devices > MOST_DEVICES:
         return None
-    costs, renumbered_GM = costs_of(problem), renumberings(problem)
-    if costs is None:
+    if (costs := costs_of(problem)) is None:
         return None
-    pairs = max(count // len(renumbered_GM), 1) * count * trace.num_layers
+    groups = [renumberings(problem, layer) for layer in range(trace.num_layers)]
+    pairs = count * sum(max(count // len(number_GM), 1) for number_GM in groups)
     if numbers_alone(problem, count) + pairs * costs.each > time_limit * SPEED:
         return None
-    states = states_of(trace.num_experts, devices, renumbered_GM)
+    # a later layer's contain all of an earlier one's: as many are the same
+    different = {len(number_GM): number_GM for number_GM in groups}
+    made = {n: states_of(trace.num_experts, devices, each) for n, each in different.items()}
+    states = [made[len(number_GM)] for number_GM in groups]
     found = (_chained if costs.tied else _apart)(problem, costs, states, deadline)
     if found is None or not np.isfinite(found[1]):  # late, or nothing keeps pins and cap
         return None
@@ -141,43 +149,45 @@ def _pieces(problem: Problem, placements: np.ndarray) -> Iterator[slice]:
 
 
 def _apart(
-    problem: Problem, costs: Costs, states: States, deadline: float
+    problem: Problem, costs: Costs, states: list[States], deadline: float
 ) -> tuple[np.ndarray, float] | None:
     """The best of every layer, and the sum of what they cost."""
     rows, total = [], 0.0
     for layer in range(problem.trace.num_layers):
         if time.monotonic() >= deadline:
             return None
-        value_F = alone(problem, costs, layer, states.device_SE[states.firsts])
-        rows.append(states.device_SE[states.firsts[value_F.argmin()]])
+        first_FE = states[layer].first_FE
+        value_F = alone(problem, costs, layer, first_FE)
+        rows.append(first_FE[value_F.argmin()])
         total += float(value_F.min())
     return np.stack(rows).astype(np.int64), total
 
 
 def _chained(
-    problem: Problem, costs: Costs, states: States, deadline: float
+    problem: Problem, costs: Costs, states: list[States], deadline: float
 ) -> tuple[np.ndarray, float] | None:
     """The best chain, and what it costs: from the last layer to the first, then along it."""
-    rest_S, next_LF = np.zeros(len(states.device_SE)), []
+    device_SE = states[0].device_SE
+    rest_S, next_LF = np.zeros(len(device_SE)), []
     last = problem.trace.num_layers - 1
     for layer in range(last, -1, -1):
-        value_F = alone(problem, costs, layer, states.device_SE[states.firsts])
+        first_FE = states[layer].first_FE
+        value_F = alone(problem, costs, layer, first_FE)
         next_F = np.zeros(len(value_F), np.int64)
         for place in np.flatnonzero(np.isfinite(value_F)) if layer < last else ():
             if time.monotonic() >= deadline:
                 return None
-            before_E = states.device_SE[states.firsts[place]]
-            pair_S = costs.pair(layer + 1, before_E, states.device_SE) + rest_S
+            pair_S = costs.pair(layer + 1, first_FE[place], device_SE) + rest_S
             next_F[place] = pair_S.argmin()
             value_F[place] += pair_S[next_F[place]]
-        rest_S = value_F[states.orbit_S]
+        rest_S = value_F[states[layer].orbit_S]
         next_LF.append(next_F)
     here = int(rest_S.argmin())
-    rows = [states.device_SE[here]]
-    for next_F in next_LF[:0:-1]:
-        after_E = states.device_SE[next_F[states.orbit_S[here]]]
-        rows.append(states.number_SM[here][after_E])
-        here = states.find(rows[-1])
+    rows = [device_SE[here]]
+    for one, next_F in zip(states, next_LF[:0:-1], strict=False):
+        after_E = device_SE[next_F[one.orbit_S[here]]]
+        rows.append(one.number_SM[here][after_E])
+        here = one.find(rows[-1])
     return np.stack(rows).astype(np.int64), float(rest_S.min())
 
 
@@ -194,8 +204,11 @@ def alone(problem: Problem, costs: Costs, layer: int, device_SE: np.ndarray) -> 
     return value_S
 
 
-def renumberings(problem: Problem) -> np.ndarray:
-    """int64 [G, M]: new numbers for the devices that leave machine, pins and every cost as is."""
+def renumberings(problem: Problem, first: int = 0) -> np.ndarray:
+    """int64 [G, M]: new numbers for the devices that leave machine and costs as they are.
+
+    So too the pins from layer `first` on.
+    """
     devices = problem.num_devices
     if problem.labels_count:
         return np.arange(devices)[None]
@@ -205,7 +218,7 @@ def renumberings(problem: Problem) -> np.ndarray:
     if (kind_M := problem.kind_M) is not None:
         kept_G &= (kind_M[number_GM] == kind_M).all(axis=1)
     if problem.pins is not None:
-        pinned_M = problem.pins.held_LEM.any(axis=(0, 1))
+        pinned_M = problem.pins.held_LEM[first:].any(axis=(0, 1))
         kept_G &= (number_GM == np.arange(devices))[:, pinned_M].all(axis=1)
     return number_GM[kept_G]
 

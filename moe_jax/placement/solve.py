@@ -53,6 +53,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 ALL_SHARE = 0.5  # of the time, at most, for a look at all placements
+SURE = 0.5  # of that: within a budget what is expected to take longer is not begun
 BOUND_SHARE = 0.3  # of the time, at most
 FIRST_SHARE = 0.5  # of the time, at most, for descent before the bound (coherent seconds)
 FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
@@ -187,15 +188,18 @@ def _restricted(
     deadline = started + time_limit
     start_LE = limits_search.start(problem)
     run.offer("plan in use" if problem.previous else "greedy", start_LE)
-    whole = run.all_within(deadline)
-    if whole is not None and whole.complete:
+    if problem.previous is None and run.all_placements(deadline):
         run.finished = time.monotonic() < deadline
-        return run.solution("", whole.value_B)
+        return run.solution("")
     left = max(deadline - time.monotonic(), 0.0)
     free = solve_problem(
         problem.unrestricted, seed, FREE_SHARE * left, run.telling("without limits")
     )
     run.prove("bound", free.report.bound)
+    whole = None if problem.previous is None else run.all_within(deadline)
+    if whole is not None and whole.complete:
+        run.finished = time.monotonic() < deadline
+        return run.solution("", whole.value_B)
     free_LE, value_B = free.placement.device_LE.astype(np.int64), np.zeros(0)
     for step in limits_search.search(problem, start_LE, free_LE, deadline):
         run.offer("within limits", step.device_LE)
@@ -281,15 +285,11 @@ class _Run:
         return True
 
     def all_within(self, deadline: float) -> whole_lib.Whole | None:
-        """The same with pins, or within a budget of moves."""
-        problem, now = self._problem, time.monotonic()
-        if problem.previous is None:
-            if not self.all_placements(deadline):
-                return None
-            return whole_lib.Whole(self.best_LE, self.best, np.zeros(0), True)
+        """The same within a budget of moves; None where that is not looked at."""
         self.tell("all placements")
+        now = time.monotonic()
         left = ALL_SHARE * (deadline - now)
-        found = whole_lib.solved(problem, left, now + left)
+        found = whole_lib.solved(self._problem, SURE * left, now + left)
         if found is not None:
             self.offer("all placements", found.device_LE)
             self.prove("all placements", found.bound * relax.SAFETY)
