@@ -170,13 +170,16 @@ def _searched(
         return run.solution("time limit 0: this is the greedy placement")
     if not run.all_placements(deadline):
         for device_LE in starts.offered(problem, run.best_LE):
+            if time.monotonic() >= deadline:
+                break  # counting one may take longer than all of a short limit
             run.offer("baselines", device_LE)
-        now = time.monotonic()
-        first = now + FIRST_SHARE * (deadline - now)
-        for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
-            run.offer("swaps", device_LE)
+        if (now := time.monotonic()) < deadline:
+            first = now + FIRST_SHARE * (deadline - now)
+            for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
+                run.offer("swaps", device_LE)
         run.bounded(deadline)
-        run.search(seed, deadline)
+        if time.monotonic() < deadline:
+            run.search(seed, deadline)
     run.ended(seed, deadline)
     return run.solution("" if run.finished else CUT)
 
