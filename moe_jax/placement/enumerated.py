@@ -12,6 +12,10 @@ A renumbering of all layers changes no cost, so that rest_l is needed for one pl
 orbit only: 105 of the 2,520 placements of 8 experts on 4 devices, 1 of 40,320 on 8. What has no
 pair (every dispatch from whose layers tokens return home) is the least of a layer by itself.
 
+Pins leave out placements; for rest_l a renumbering has to leave every device alone that a layer
+from l on has a pin on (an expert is pinned to one device, so that no other one keeps all pins). A
+plan in use names every device: limits/whole.py looks at it without renumberings.
+
 The optimum is proven by having looked at everything; rounding aside (relax.SAFETY). Not for
 shuffled dispatch, whose homes are balanced by the numbers of tokens and devices, nor for seconds of
 coherent dispatch on a torus (few renumberings, links to be walked), nor for `hops`, which has an
@@ -56,6 +60,11 @@ class States:
     orbit_S: np.ndarray
     number_SM: np.ndarray
 
+    @property
+    def first_FE(self) -> np.ndarray:
+        """Those that stand for an orbit."""
+        return self.device_SE[self.firsts]
+
     def find(self, device_E: np.ndarray) -> int:
         """Where a placement stands."""
         return int(np.searchsorted(_codes(self.device_SE), _codes(device_E[None])[0]))
@@ -89,31 +98,41 @@ def solved(problem: Problem, time_limit: float, deadline: float) -> Solved | Non
     """The best plan, and its value as a bound; None where there are too many placements.
 
     Args:
-      problem: without pins and without a plan in use, which are not looked at.
+      problem: without a plan in use, which is not looked at.
       time_limit: in seconds: what is expected to take longer is not begun.
       deadline: of time.monotonic(), for what was expected wrongly.
     """
-    trace, devices = problem.trace, problem.num_devices
-    count = math.factorial(trace.num_experts) // math.factorial(problem.slots) ** devices
+    trace, devices, count = problem.trace, problem.num_devices, number_of(problem)
     if count > MOST_STATES or devices > MOST_DEVICES:
         return None
-    costs, renumbered_GM = costs_of(problem), renumberings(problem)
-    if costs is None or _numbers(problem, costs, count, renumbered_GM) > time_limit * SPEED:
+    if (costs := costs_of(problem)) is None:
         return None
-    states = states_of(trace.num_experts, devices, renumbered_GM)
+    groups = [renumberings(problem, layer) for layer in range(trace.num_layers)]
+    pairs = count * sum(max(count // len(number_GM), 1) for number_GM in groups)
+    if numbers_alone(problem, count) + pairs * costs.each > time_limit * SPEED:
+        return None
+    # a later layer's contain all of an earlier one's: as many are the same
+    different = {len(number_GM): number_GM for number_GM in groups}
+    made = {n: states_of(trace.num_experts, devices, each) for n, each in different.items()}
+    states = [made[len(number_GM)] for number_GM in groups]
     found = (_chained if costs.tied else _apart)(problem, costs, states, deadline)
-    if found is None:
+    if found is None or not np.isfinite(found[1]):  # late, or nothing keeps pins and cap
         return None
     device_LE, total = found
     return Solved(device_LE, total / trace.num_layers)
 
 
-def _numbers(problem: Problem, costs: Costs, count: int, number_GM: np.ndarray) -> float:
-    """About how many numbers are looked at."""
-    trace, orbits = problem.trace, max(count // len(number_GM), 1)
+def number_of(problem: Problem) -> int:
+    """Of the placements of a layer."""
+    experts = math.factorial(problem.trace.num_experts)
+    return experts // math.factorial(problem.slots) ** problem.num_devices
+
+
+def numbers_alone(problem: Problem, count: int) -> int:
+    """About how many numbers are looked at for what so many placements cost by themselves."""
+    trace = problem.trace
     alone = count * problem.num_devices * _sets(problem)
-    alone += COUNTED * trace.num_tokens * trace.top_k
-    return trace.num_layers * (alone + orbits * count * costs.each)
+    return trace.num_layers * (alone + COUNTED * trace.num_tokens * trace.top_k)
 
 
 def _sets(problem: Problem) -> int:
@@ -130,59 +149,66 @@ def _pieces(problem: Problem, placements: np.ndarray) -> Iterator[slice]:
 
 
 def _apart(
-    problem: Problem, costs: Costs, states: States, deadline: float
+    problem: Problem, costs: Costs, states: list[States], deadline: float
 ) -> tuple[np.ndarray, float] | None:
     """The best of every layer, and the sum of what they cost."""
     rows, total = [], 0.0
     for layer in range(problem.trace.num_layers):
         if time.monotonic() >= deadline:
             return None
-        value_F = _alone(problem, costs, layer, states)
-        rows.append(states.device_SE[states.firsts[value_F.argmin()]])
+        first_FE = states[layer].first_FE
+        value_F = alone(problem, costs, layer, first_FE)
+        rows.append(first_FE[value_F.argmin()])
         total += float(value_F.min())
     return np.stack(rows).astype(np.int64), total
 
 
 def _chained(
-    problem: Problem, costs: Costs, states: States, deadline: float
+    problem: Problem, costs: Costs, states: list[States], deadline: float
 ) -> tuple[np.ndarray, float] | None:
     """The best chain, and what it costs: from the last layer to the first, then along it."""
-    rest_S, next_LF = np.zeros(len(states.device_SE)), []
+    device_SE = states[0].device_SE
+    rest_S, next_LF = np.zeros(len(device_SE)), []
     last = problem.trace.num_layers - 1
     for layer in range(last, -1, -1):
-        value_F = _alone(problem, costs, layer, states)
+        first_FE = states[layer].first_FE
+        value_F = alone(problem, costs, layer, first_FE)
         next_F = np.zeros(len(value_F), np.int64)
         for place in np.flatnonzero(np.isfinite(value_F)) if layer < last else ():
             if time.monotonic() >= deadline:
                 return None
-            before_E = states.device_SE[states.firsts[place]]
-            pair_S = costs.pair(layer + 1, before_E, states.device_SE) + rest_S
+            pair_S = costs.pair(layer + 1, first_FE[place], device_SE) + rest_S
             next_F[place] = pair_S.argmin()
             value_F[place] += pair_S[next_F[place]]
-        rest_S = value_F[states.orbit_S]
+        rest_S = value_F[states[layer].orbit_S]
         next_LF.append(next_F)
     here = int(rest_S.argmin())
-    rows = [states.device_SE[here]]
-    for next_F in next_LF[:0:-1]:
-        after_E = states.device_SE[next_F[states.orbit_S[here]]]
-        rows.append(states.number_SM[here][after_E])
-        here = states.find(rows[-1])
+    rows = [device_SE[here]]
+    for one, next_F in zip(states, next_LF[:0:-1], strict=False):
+        after_E = device_SE[next_F[one.orbit_S[here]]]
+        rows.append(one.number_SM[here][after_E])
+        here = one.find(rows[-1])
     return np.stack(rows).astype(np.int64), float(rest_S.min())
 
 
-def _alone(problem: Problem, costs: Costs, layer: int, states: States) -> np.ndarray:
-    """float64 [F]: what those that stand for an orbit cost by themselves; inf above a load cap."""
-    value = []
-    for some in _pieces(problem, states.firsts):
-        device_SE = states.device_SE[states.firsts[some]]
-        load_SM = _sums(problem.load_LE[layer], device_SE, problem.num_devices)
+def alone(problem: Problem, costs: Costs, layer: int, device_SE: np.ndarray) -> np.ndarray:
+    """float64 [S]: what placements cost by themselves; inf above a load cap, or without a pin."""
+    value_S = np.full(len(device_SE), np.inf)
+    for some in _pieces(problem, device_SE):
+        load_SM = _sums(problem.load_LE[layer], device_SE[some], problem.num_devices)
         over_S = problem.over(layer, load_SM)
-        value.append(np.where(over_S, np.inf, costs.own(layer, device_SE)))
-    return np.concatenate(value)
+        value_S[some] = np.where(over_S, np.inf, costs.own(layer, device_SE[some]))
+    if problem.pins is not None:
+        pin_E = problem.pins.device_LE[layer]
+        value_S[((device_SE != pin_E) & (pin_E >= 0)).any(axis=1)] = np.inf
+    return value_S
 
 
-def renumberings(problem: Problem) -> np.ndarray:
-    """int64 [G, M]: new numbers for the devices that leave the machine, and every cost, as is."""
+def renumberings(problem: Problem, first: int = 0) -> np.ndarray:
+    """int64 [G, M]: new numbers for the devices that leave machine and costs as they are.
+
+    So too the pins from layer `first` on.
+    """
     devices = problem.num_devices
     if problem.labels_count:
         return np.arange(devices)[None]
@@ -191,12 +217,15 @@ def renumberings(problem: Problem) -> np.ndarray:
     kept_G = (same_MM[number_GM[:, :, None], number_GM[:, None, :]] == same_MM).all(axis=(1, 2))
     if (kind_M := problem.kind_M) is not None:
         kept_G &= (kind_M[number_GM] == kind_M).all(axis=1)
+    if problem.pins is not None:
+        pinned_M = problem.pins.held_LEM[first:].any(axis=(0, 1))
+        kept_G &= (number_GM == np.arange(devices))[:, pinned_M].all(axis=1)
     return number_GM[kept_G]
 
 
 def states_of(experts: int, devices: int, number_GM: np.ndarray) -> States:
     """All placements of so many experts on so many devices."""
-    device_SE = _arranged(experts, devices)
+    device_SE = arranged(experts, devices)
     code_S = _codes(device_SE)
     orbit_S = np.full(len(device_SE), -1)
     number_SM = np.zeros((len(device_SE), devices), np.int64)
@@ -209,7 +238,7 @@ def states_of(experts: int, devices: int, number_GM: np.ndarray) -> States:
     return States(device_SE, np.array(firsts), orbit_S, number_SM)
 
 
-def _arranged(experts: int, devices: int) -> np.ndarray:
+def arranged(experts: int, devices: int) -> np.ndarray:
     """int8 [S, E]: every device as often as any other, in lexical order."""
     slots = experts // devices
     device_SE = np.zeros((1, 0), np.int8)

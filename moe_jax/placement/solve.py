@@ -43,6 +43,7 @@ from moe_jax.placement import (
     unseen,
 )
 from moe_jax.placement.limits import search as limits_search
+from moe_jax.placement.limits import whole as whole_lib
 from moe_jax.placement.limits.pins import Pins
 from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement
@@ -53,6 +54,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 ALL_SHARE = 0.5  # of the time, at most, for a look at all placements
+SURE = 0.5  # of that: within a budget what is expected to take longer is not begun
 BOUND_SHARE = 0.3  # of the time, at most
 FIRST_SHARE = 0.5  # of the time, at most, for descent before the bound (coherent seconds)
 FREE_SHARE = 0.5  # of the time for the plan without restrictions, where there are some
@@ -175,13 +177,16 @@ def _searched(
         return run.solution("time limit 0: this is the greedy placement")
     if not run.all_placements(deadline):
         for device_LE in starts.offered(problem, run.best_LE):
+            if time.monotonic() >= deadline:
+                break  # counting one may take longer than all of a short limit
             run.offer("baselines", device_LE)
-        now = time.monotonic()
-        first = now + FIRST_SHARE * (deadline - now)
-        for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
-            run.offer("swaps", device_LE)
+        if (now := time.monotonic()) < deadline:
+            first = now + FIRST_SHARE * (deadline - now)
+            for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
+                run.offer("swaps", device_LE)
         run.bounded(deadline)
-        run.search(seed, deadline)
+        if time.monotonic() < deadline:
+            run.search(seed, deadline)
     run.ended(seed, deadline)
     return run.solution("" if run.finished else CUT)
 
@@ -193,15 +198,25 @@ def _restricted(
     deadline = started + time_limit
     start_LE = limits_search.start(problem)
     run.offer("plan in use" if problem.previous else "greedy", start_LE)
+    if problem.previous is None and run.all_placements(deadline):
+        run.finished = time.monotonic() < deadline
+        return run.solution("")
     left = max(deadline - time.monotonic(), 0.0)
     free = solve_problem(
         problem.unrestricted, seed, FREE_SHARE * left, run.telling("without limits")
     )
     run.prove("bound", free.report.bound)
+    whole = None if problem.previous is None else run.all_within(deadline)
+    if whole is not None and whole.complete:
+        run.finished = time.monotonic() < deadline
+        return run.solution("", whole.value_B)
     free_LE, value_B = free.placement.device_LE.astype(np.int64), np.zeros(0)
     for step in limits_search.search(problem, start_LE, free_LE, deadline):
         run.offer("within limits", step.device_LE)
         value_B = step.value_B
+    if whole is not None:
+        found_B = np.concatenate([whole.value_B, value_B[len(whole.value_B) :]])
+        value_B = np.minimum.accumulate(found_B)  # what was searched for may be above the optima
     run.finished = free.report.finished and time.monotonic() < deadline
     return run.solution("" if run.finished else cut_by(time_limit), value_B)
 
@@ -278,6 +293,17 @@ class _Run:
         self.offer("all placements", found.device)
         self.prove("all placements", found.bound * relax.SAFETY)
         return True
+
+    def all_within(self, deadline: float) -> whole_lib.Whole | None:
+        """The same within a budget of moves; None where that is not looked at."""
+        self.tell("all placements")
+        now = time.monotonic()
+        left = ALL_SHARE * (deadline - now)
+        found = whole_lib.solved(self._problem, SURE * left, now + left)
+        if found is not None:
+            self.offer("all placements", found.device_LE)
+            self.prove("all placements", found.bound * relax.SAFETY)
+        return found
 
     def search(self, seed: int, deadline: float) -> None:
         self.tell("search")

@@ -93,12 +93,14 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     best = _Best(problem, started, time_limit, progress, bound, note, first.placement, first.value)
     try:
         left = deadline - time.monotonic() - run.count_seconds
-        if run.base is not None and (left > 0 or run.count_seconds < QUICK):
+        quick = run.count_seconds < QUICK
+        if run.base is not None and (left > 0 or quick):
             share = max(min(run.base_share * time_limit, FREE_SHARE * left), 0.0)
             without = inner(run.base, seed, share, best.telling())
             ended = without.report.finished
-            device_LE = without.placement.device_LE
-            for found in run.filled(device_LE.astype(np.int64), seed, deadline):
+            device_LE = without.placement.device_LE.astype(np.int64)
+            left = deadline - time.monotonic() - run.count_seconds
+            for found in run.filled(device_LE, seed, deadline) if left > 0 or quick else ():
                 best.take(found.placement, found.value)
         for found in run.exchanged(first.placement, seed, deadline):
             best.take(found.placement, found.value)

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_jax.placement import chainwise, enumerated, relax, staying
+from moe_jax.placement.limits import whole
 
 FEW = 80  # steps of a bound: the first cuts are among them
 SWEEPS = (200, 80)  # of an annealing: enough for problems of a dozen experts
@@ -37,9 +38,10 @@ def all_placements():
 
 @pytest.fixture(autouse=True)
 def searched(request, monkeypatch):
-    """Small cases are there for searches and bounds, which `enumerated` would leave unused."""
+    """Small cases are there for searches and bounds, unused where all placements are looked at."""
     if "all_placements" not in request.fixturenames:
         monkeypatch.setattr(enumerated, "solved", lambda *_: None)
+        monkeypatch.setattr(whole, "solved", lambda *_: None)
 
 
 @pytest.fixture

@@ -1,17 +1,20 @@
 """Random instances of the planner's problem, numbered, and values counted in another way.
 
 `instance(n)` is the same problem for ever: combinations of objective, dispatch, cap, nodes and
-replicas in a fixed random order, sizes drawn from n. The first FEW are small. At the end: made
-traces and partitions that several tests share, and `rest_slow`.
+replicas in a fixed random order, sizes drawn from n; those of objectives that no dispatch enters
+come after all others. The first FEW are small. At the end: made traces and partitions that several
+tests share, and `rest_slow`.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from moe_jax.placement import baselines, cost, greedy, topology
+from moe_jax.placement import baselines, cost, greedy, hops, topology
 from moe_jax.placement import problem as problem_lib
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement
@@ -21,22 +24,31 @@ from moe_jax.routing.trace import Trace
 
 FEW, ALL = 60, 300
 OBJECTIVES = ("seconds", "rows", "exflow", "load")
+ALONE = ("hops", "moetuner")  # no dispatch enters them
 DISPATCHES = ("exchange", "hierarchical", "coherent", "gathered")
 CAPS = ("none", "relative", "absolute")
 
 
-def combinations() -> list[tuple[str, str, str, int, bool]]:
-    """(objective, dispatch, cap, nodes, replicas), every one once, shuffled once and for all."""
-    every = [
-        one
-        for one in itertools.product(OBJECTIVES, DISPATCHES, CAPS, (1, 2), (False, True))
-        if one[:2] != ("rows", "gathered")
-    ]
-    order = np.random.default_rng(0).permutation(len(every))
-    return [every[i] for i in order]
+Combination = tuple[str, str, str, int, bool]  # objective, dispatch, cap, nodes, replicas
 
 
-COMBINATIONS = combinations()
+def every(objectives: tuple[str, ...]) -> list[Combination]:
+    return list(itertools.product(objectives, DISPATCHES, CAPS, (1, 2), (False, True)))
+
+
+def has_a_meaning(one: Combination) -> bool:
+    """What the planner takes; the others it refuses."""
+    objective, replicas = one[0], one[-1]
+    return one[:2] != ("rows", "gathered") and not (objective == "moetuner" and replicas)
+
+
+def combinations(objectives: tuple[str, ...]) -> list[Combination]:
+    """Every one that has a meaning once, shuffled once and for all."""
+    found = list(filter(has_a_meaning, every(objectives)))
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+COMBINATIONS = combinations(OBJECTIVES) + combinations(ALONE)
 
 
 def instance(number: int) -> Problem:
@@ -65,6 +77,8 @@ def instance(number: int) -> Problem:
         most = experts // devices + int(rng.integers(1, 3))
         slots = devices * min(most, experts)
     made = Problem(trace, machine, objective, dispatch, num_slots=slots)
+    if objective == "hops":
+        made = dataclasses.replace(made, dispatcher=hops.DISPATCHERS[int(rng.integers(2))])
     return dataclasses.replace(made, load_cap=_cap(made, cap, rng))
 
 
@@ -107,7 +121,11 @@ def counted(problem: Problem, placement: Placement) -> float:
     trace, each = problem.trace, problem.topology.devices_per_node
     ids_TLK = trace.expert_ids_TLK
     if problem.objective == "exflow":
+        return _transitions(problem, placement)
+    if problem.objective == "hops":
         return _hops(problem, placement)
+    if problem.objective == "moetuner":
+        return stages(problem, placement.device_LE)
     load_LM = cost.computed_LM(ids_TLK, placement, problem.dispatch, None, each)
     if problem.objective == "load":
         return float((load_LM.max(axis=1) / load_LM.mean(axis=1)).mean())
@@ -121,7 +139,91 @@ def counted(problem: Problem, placement: Placement) -> float:
     return float(total.mean())
 
 
+def loads_LM(problem: Problem, placement: Placement) -> np.ndarray:
+    """What every device computes, where the objective says that tokens are."""
+    if problem.objective == "hops":
+        load_LM = np.zeros((problem.trace.num_layers, problem.num_devices))
+        for way in _ways(problem, placement):
+            np.add.at(load_LM[way.layer], way.device_n, way.share)
+        return load_LM
+    return cost.computed_LM(
+        problem.trace.expert_ids_TLK,
+        placement,
+        "coherent" if problem.objective == "exflow" else problem.dispatch,  # its tokens stay
+        None,
+        problem.topology.devices_per_node,
+    )
+
+
+class Way(NamedTuple):
+    """The assignments of one layer from one device.
+
+    Attributes:
+      layer: its number.
+      at, to: the device that dispatches, the one that collects.
+      share: of the tokens that are at `at`.
+      device_n: that serves an assignment.
+    """
+
+    layer: int
+    at: int
+    to: int
+    share: float
+    device_n: np.ndarray
+
+
+def _ways(problem: Problem, placement: Placement) -> Iterator[Way]:
+    """Of the objective `hops`, all of its assignments."""
+    trace, devices = problem.trace, problem.num_devices
+    for home in range(devices):
+        homes_T, each = np.full(trace.num_tokens, home), problem.topology.devices_per_node
+        walk = cost.walk(trace.expert_ids_TLK, placement, "exchange", homes_T, each)
+        for layer, step in enumerate(walk):
+            at, to, share = home, home, 1 / devices
+            if problem.dispatcher == "blocks":
+                (at, to), share = hops.block(layer, trace.num_layers, devices), 1.0
+            if at == home:
+                yield Way(layer, at, to, share, step.device_TK[step.device_TK >= 0])
+
+
 def _hops(problem: Problem, placement: Placement) -> float:
+    """To the device of every assignment, and on to the one that collects."""
+    hops_MM, trace, total = problem.topology.hops_MM, problem.trace, 0.0
+    for way in _ways(problem, placement):
+        there_n = hops_MM[way.at, way.device_n] + hops_MM[way.device_n, way.to]
+        total += way.share * float(there_n.sum())
+    return total / max((trace.expert_ids_TLK != trace.no_expert).any(axis=2).sum(), 1)
+
+
+def stages(problem: Problem, device_LE: np.ndarray) -> float:
+    """MoETuner's value, by loops over tokens and pairs of their experts; groups may be uneven."""
+    trace, machine, work = problem.trace, problem.topology, problem.work
+    layers, devices = trace.num_layers, machine.num_devices
+    computed_LM, pairs_LMM = np.zeros((layers, devices)), np.zeros((layers, devices, devices))
+    for ids_LK in trace.expert_ids_TLK.tolist():
+        on_LK = [
+            [device_LE[n, e] for e in ids_K if e != trace.no_expert]
+            for n, ids_K in enumerate(ids_LK)
+        ]
+        for layer, on_K in enumerate(on_LK):
+            for g in on_K:
+                computed_LM[layer, g] += 1
+                for h in on_LK[layer + 1] if layer + 1 < layers else []:
+                    pairs_LMM[layer, g, h] += 1
+    value = 0.0
+    for layer in range(layers):
+        mean = computed_LM[layer].sum() / devices
+        for tokens in computed_LM[layer]:
+            value += abs(tokens - mean) * work.row_flops / machine.device_flops
+        slowest = 0.0
+        for g, h in itertools.permutations(range(devices), 2):
+            tier = machine.fast if machine.node_M[g] == machine.node_M[h] else machine.slow
+            slowest = max(slowest, pairs_LMM[layer, g, h] * work.row_bytes / tier.bandwidth)
+        value += slowest
+    return work.batch_tokens / trace.num_tokens * value / layers
+
+
+def _transitions(problem: Problem, placement: Placement) -> float:
     """Weighted hops of the best expert per token, by loops; the mean over homes with replicas."""
     trace, total, moves = problem.trace, 0.0, 0
     for homes_T in cost.homes(placement, trace.num_tokens):

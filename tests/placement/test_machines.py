@@ -74,10 +74,6 @@ def counted(problem: Problem, placement: Placement) -> float:
         )
         speed_M = there.flops_M / there.flops_M.mean()
         return float(((load_LM / speed_M).max(axis=1) / load_LM.mean(axis=1)).mean())
-    if problem.objective == "hops":
-        rows = cost.rows(ids_TLK, placement, "exchange", None, "exact")
-        real = (ids_TLK != problem.trace.no_expert).any(axis=2).sum()
-        return float((rows.combine_LMM * (there.hops_MM + there.hops_MM.T)).sum() / real)
     return instances.counted(problem, placement)
 
 

@@ -56,30 +56,12 @@ def everything(problem: Problem) -> float:
 @pytest.mark.parametrize(("nodes", "uneven"), [(1, False), (2, False), (2, True)])
 def test_value_is_counted_token_by_token(nodes, uneven):
     problem = made(0, nodes, 4, num_experts=8, top_k=3)
-    trace, machine, work = problem.trace, problem.topology, problem.work
     device_LE = baselines.random(3, 8, 4, 1)
     if uneven:
         device_LE = np.random.default_rng(0).integers(0, 4, (3, 8))
-    computed_LM, pairs_LMM = np.zeros((3, 4)), np.zeros((2, 4, 4))
-    for ids_LK in trace.expert_ids_TLK:
-        on_LK = [[device_LE[n, e] for e in ids_K] for n, ids_K in enumerate(ids_LK)]
-        for layer, on_K in enumerate(on_LK):
-            for g in on_K:
-                computed_LM[layer, g] += 1
-                for h in on_LK[layer + 1] if layer < 2 else []:
-                    pairs_LMM[layer, g, h] += 1
-    scale, value = work.batch_tokens / trace.num_tokens, 0.0
-    for layer in range(3):
-        mean = computed_LM[layer].sum() / 4
-        for tokens in computed_LM[layer]:
-            value += abs(tokens - mean) * scale * work.row_flops / machine.device_flops
-    for layer in range(2):
-        slowest = 0.0
-        for g, h in itertools.permutations(range(4), 2):
-            tier = machine.fast if g // (4 // nodes) == h // (4 // nodes) else machine.slow
-            slowest = max(slowest, pairs_LMM[layer, g, h] * work.row_bytes / tier.bandwidth)
-        value += scale * slowest
-    assert problem.value(device_LE) == pytest.approx(value / 3, rel=1e-12)
+    assert problem.value(device_LE) == pytest.approx(
+        instances.stages(problem, device_LE), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("nodes", "devices", "experts"), [(1, 2, 6), (2, 4, 8), (1, 4, 8)])

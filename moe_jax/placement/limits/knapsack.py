@@ -8,7 +8,7 @@ option of the last layer. Both are exact dynamic programs, and f[b] never rises 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def apart(value: Sequence[np.ndarray], moves: Sequence[np.ndarray], most: int) -
 
 
 def chained(
-    first_C: np.ndarray, edges: Sequence[np.ndarray], moves: Sequence[np.ndarray], most: int
+    first_C: np.ndarray, edges: Iterable[np.ndarray], moves: Sequence[np.ndarray], most: int
 ) -> Table:
     """Layers in a chain: first_C of the first layer's options, edges[l][c, d] of two neighbours."""
     best_CB = np.full((len(first_C), most + 1), np.inf)
