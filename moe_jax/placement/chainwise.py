@@ -116,6 +116,8 @@ class Search:
         self, pool: chain_lib.Pool, best_LE: np.ndarray, number: int, deadline: float
     ) -> Iterator[np.ndarray]:
         """Many labels into the pool; then the best chain through it."""
+        if time.monotonic() >= deadline:
+            return  # even few sweeps of large copies take a while
         for labels_LE in [*self.copies(best_LE, number, deadline), None]:
             if time.monotonic() >= deadline:
                 return

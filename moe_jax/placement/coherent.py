@@ -213,6 +213,8 @@ class _Search(chainwise.Search):
         assert self.own_LEE is not None
         own_LEE = OWN[number % len(OWN)] * self.own_LEE
         found = dataclasses.replace(self, own_LEE=own_LEE).annealed(best_LE, number, deadline)
+        if time.monotonic() >= deadline:
+            return []  # it takes longer to value them
         return sorted(map(self.within, found), key=self.chain.value, reverse=True)[:DESCENDED]
 
     def finished(self, device_LE: np.ndarray, deadline: float) -> np.ndarray:

@@ -235,6 +235,14 @@ def model(problem: Problem) -> Model:
     return Model(problem, [_layer(problem, n) for n in range(problem.trace.num_layers)])
 
 
+def in_time(problem: Problem, deadline: float) -> bool:
+    """Counting the layers should end before the deadline, by what the first one takes."""
+    before = time.monotonic()
+    _layer(problem, 0)
+    now = time.monotonic()
+    return now + problem.trace.num_layers * (now - before) < deadline
+
+
 def quick(problem: Problem) -> bool:
     """A pass over the swaps of a layer is fast enough to be worth it."""
     most = max(len(one.count_Q) for one in problem.sets)

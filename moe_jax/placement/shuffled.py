@@ -132,6 +132,8 @@ def search(
         if problem.all_allowed(found_LE) and (value := problem.value(found_LE)) < best:
             best_LE, best = found_LE, value
         yield found_LE
+    if not coherent_seconds.in_time(problem, deadline):
+        return
     model = Model.of(problem)
     for found_LE in coherent_seconds.descended(model, best_LE, deadline):
         best_LE = found_LE

@@ -162,27 +162,37 @@ def test_a_seed_gives_one_plan(number):
     assert again.report.objective == first.report.objective
 
 
+LIMITED = [
+    *sorted({(*one[:2], 12) for one in instances.combinations(instances.OBJECTIVES)}),
+    *itertools.product(("rows", "seconds"), ["shuffled"], [12]),
+    *itertools.product(instances.ALONE, ["exchange"], [12]),
+    *itertools.product(("rows", "seconds"), cost.TIED, [24]),  # where a count takes a while
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [False, True])
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize(
-    ("objective", "dispatch"),
+    ("objective", "dispatch", "layers", "replicas"),
     [
-        *sorted({one[:2] for one in instances.combinations(instances.OBJECTIVES)}),
-        *itertools.product(("rows", "seconds"), ["shuffled"]),
-        *itertools.product(instances.ALONE, ["exchange"]),
+        (*one, replicas)
+        for one, replicas in itertools.product(LIMITED, [False, True])
+        if not (one[0] == "moetuner" and replicas)  # refused
     ],
 )
-def test_time_limit_is_kept(objective, dispatch, capped, replicas, tmp_path):
-    """Within 10 % and half a second of processor time, in a process of its own.
+def test_time_limit_is_kept(objective, dispatch, layers, replicas, capped, tmp_path):
+    """Within 10 % of processor time, in a process of its own, whose start is not counted.
 
     On a machine that does other work as well, a second of work after the limit takes several: what
     is over the limit counts by the share of the processor that the process had.
     """
-    if objective == "moetuner" and replicas:
-        pytest.skip("refused: it has no replicas")
     trace = synthetic.realistic(
-        num_tokens=20_000, num_layers=12, num_experts=64, top_k=4, seed=0, num_sequences=40
+        num_tokens=20_000 if layers == 12 else 200_000,
+        num_layers=layers,
+        num_experts=64,
+        top_k=4,
+        seed=0,
+        num_sequences=40,
     )
     trace_lib.save(trace, tmp_path / "t.npz")
     words = ["solve", tmp_path / "t.npz", "--devices=8", f"--out={tmp_path / 'p.json'}", "--json"]
@@ -195,7 +205,7 @@ def test_time_limit_is_kept(objective, dispatch, capped, replicas, tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     share = min(worked / (time.monotonic() - started), 1.0)
-    assert (json.loads(done.stdout)["seconds"] - 4.0) * share < 0.4 + 0.5
+    assert (json.loads(done.stdout)["seconds"] - 4.0) * share < 0.4
 
 
 @pytest.mark.parametrize("seed", range(12))
