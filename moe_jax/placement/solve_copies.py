@@ -20,7 +20,7 @@ from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import Interrupted, Progress, Report, Solution, cut_by
 
 FREE_SHARE = 0.5  # of the time for plans without limits, or without copies
-QUICK = 0.1  # seconds that counting may take for plans to be filled even where no time is left
+QUICK = 0.1  # seconds that counting may take for plans to be counted even where no time is left
 
 Tell = Callable[[Progress], None] | None
 Inner = Callable[[Problem, int, float, Tell], Solution]
@@ -120,6 +120,7 @@ def within_limits(
       Interrupted: with the best placement so far.
     """
     started = time.monotonic()
+    deadline = started + time_limit
     run = with_copies.begin(problem)
     cap_L = run.cap_L
     bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
@@ -129,15 +130,19 @@ def within_limits(
     capped = not with_copies.over_L(problem, start, cap_L).any()
     stopped, ended = None, False
     try:
-        goal, report = inner(problem.unrestricted, seed, FREE_SHARE * time_limit, progress)
-        for found in slots.search(problem, start, goal, cap_L, started + time_limit):
+        left = max(deadline - time.monotonic() - run.count_seconds, 0.0)
+        goal, report = inner(problem.unrestricted, seed, FREE_SHARE * left, progress)
+        for found in slots.search(problem, start, goal, cap_L, deadline):
+            late = time.monotonic() + run.count_seconds >= deadline
+            if late and capped and run.count_seconds >= QUICK:
+                break  # it would be counted after the limit
             plan = with_copies.shared(problem, found, cap_L)
             if with_copies.over_L(problem, plan, cap_L).any():
                 continue
             if (new := problem.value_of(plan)) < best.value or not capped:
                 best.take(plan, new)
                 capped = True
-        ended = report.finished and time.monotonic() < started + time_limit
+        ended = report.finished and time.monotonic() + run.count_seconds < deadline
     except KeyboardInterrupt as stop:
         stopped = stop
     if not capped and stopped is None:
