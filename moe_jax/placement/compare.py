@@ -145,7 +145,7 @@ def _greedy(plan: Problem, seed: int) -> Placement:
 def halves_of(halves: Halves, like: Problem) -> tuple[Problem, Problem]:
     """The same problem on the planning half and on the held-out half."""
     return (
-        dataclasses.replace(like, trace=halves.plan_half),
+        solve.resolved(dataclasses.replace(like, trace=halves.plan_half)),
         dataclasses.replace(like, trace=halves.judge_half, load_cap=None),
     )
 

@@ -196,7 +196,8 @@ def verdict(
         before = contiguous(problem)
     found = windows_lib.windows(trace, settings.split, settings.seed)
     for window in found:
-        _ = dataclasses.replace(problem, trace=window.plan).cap_L  # refuses caps out of reach
+        here = solve.resolved(dataclasses.replace(problem, trace=window.plan))
+        _ = here.cap_L  # refuses caps out of reach
     if say is not None:
         say(estimate(settings, found))
     judge = _Judge(problem, before, found, settings, progress)

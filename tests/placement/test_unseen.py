@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import cost, solve, topology, unseen
+from moe_jax.placement import compare, cost, solve, topology, unseen
 from moe_jax.placement.limits.caps import LoadCap
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
@@ -136,3 +136,24 @@ def test_every_combination_takes_it(tmp_path, capsys):
     assert command_line.main(words) == 0
     (line,) = json.loads(capsys.readouterr().out)["lines"]
     assert line["cap"] == "1.3held"
+
+
+def test_it_is_told_on_what_is_planned_on_alone():
+    """Not on the whole trace, and not on the half that judges."""
+    halves = trace_lib.split(TRACE, 0)
+    planned, judged = compare.halves_of(halves, problem(cap=HELD))
+    assert planned.load_cap == solve.resolved(problem(halves.plan_half, HELD)).load_cap
+    assert planned.load_cap != solve.resolved(problem(cap=HELD)).load_cap
+    assert judged.load_cap is None
+
+
+@pytest.mark.parametrize("command", ["compare", "verdict", "homes"])
+def test_other_commands_take_it(command, tmp_path, capsys):
+    path = tmp_path / "t.npz"
+    trace_lib.save(TRACE, path)
+    words = [command, str(path), "--devices=4", "--time-limit=1", "--json"]
+    words += {"compare": ["--methods=lpt"], "homes": ["--joint"]}.get(command, [])
+    assert command_line.main([*words, "--load-cap=1.3held"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert command_line.main([*words, "--load-cap=1held"]) == 1
+    assert "load_cap = '1held': loads that are even" in capsys.readouterr().err

@@ -124,6 +124,7 @@ def run(options: argparse.Namespace) -> str:
         )
     given = Plan.read(options.plan) if options.plan else None
     problem = options_lib.problem_of(options, halves.plan_half, _machine(options, given))
+    problem = solve_lib.resolved(problem)
     tally.check(problem)
     planned = _planned(options, problem, given)
     placement = Placement.from_device_LE(planned.after_LE, problem.num_devices)

@@ -141,7 +141,7 @@ def problem_of(
     """The problem that the options describe; on another machine if one is given."""
     solve.check_time_limit(options.time_limit)
     topology = topology or topology_of(options)
-    problem = Problem(
+    return Problem(
         trace,
         topology,
         options.objective,
@@ -152,7 +152,6 @@ def problem_of(
         dispatcher=options.dispatcher,
         steady=options.steady,
     )
-    return solve.resolved(problem)
 
 
 def slots_of(options: argparse.Namespace, experts: int, devices: int) -> int | None:

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> str:
         return counts.solve(options, trace)
     halves = options_lib.split(trace, options.seed, options.split)
     problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
-    problem = limits.limited(options, problem)
+    problem = solve_lib.resolved(limits.limited(options, problem))
     placement, report = _best_found(options, problem)
     plan = Plan(
         placement,
