@@ -126,8 +126,8 @@ def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -
     )
     if not config.num_dense_layers:
         return of_moe
-    stacked = transformer.abstract_cache(config, batch, capacity, mesh)
-    return transformer.StackedCache(stacked.dense, of_moe)
+    usual = transformer.stacks_of(transformer.abstract_cache(config, batch, capacity, mesh))
+    return transformer.StackedCache(usual.dense, of_moe)
 
 
 def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):

@@ -67,11 +67,12 @@ def without(problem: Problem) -> Problem:
     same = dataclasses.replace(problem, num_slots=None)
     if same.load_cap is None:
         return same
-    same = dataclasses.replace(same, load_cap=same.load_cap.planned)
+    cap = same.load_cap.planned
+    same = dataclasses.replace(same, load_cap=cap)
     reached_L = same.largest_L(same.packed_LE)  # no exact program for a mere start of a search
-    cap_L = same.load_cap.largest_L(same.mean_L, reached_L, same.rows_per_step)
+    cap_L = cap.largest_L(same.mean_L, reached_L, same.rows_per_step)
     if (reached_L > cap_L * (1 + 1e-9)).any():
-        factor = USUAL if same.load_cap.rows else same.load_cap.factor
+        factor = USUAL if cap.rows else cap.factor
         return dataclasses.replace(same, load_cap=LoadCap(factor, relative=True))
     return same
 

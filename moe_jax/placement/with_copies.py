@@ -152,8 +152,6 @@ class Run:
             return
         plan = self.best.placement if self.last is None else self.last
         aim_L, others = self.aim_L, itertools.chain([even], _made_up(problem, seed))
-        if not problem.separable:
-            others = iter(())
         for draw in itertools.count(seed):
             now, before = time.monotonic(), self.best.value
             if now >= end:
@@ -169,7 +167,7 @@ class Run:
             yield self.best
             go_on = self.best.value < before * (1 - LITTLE)
             if not go_on:
-                if (other := next(others, None)) is None:
+                if not problem.separable or (other := next(others, None)) is None:
                     return
                 plan = other
             elif problem.separable or not (over_L > 1 + SLACK).any():

@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import re
 import time
 
 import numpy as np
@@ -18,6 +17,7 @@ from moe_jax.placement import ilp
 SECONDS = 5.0  # of exact programs of all layers: to meet a cap, and again to say which can be met
 TRY = 0.5  # of what is left of it, for one cap
 CLOSE = 1e-5  # of a cap: what is smaller by less is not looked for
+MEASURES = ("x", "rows", "held")  # that a number may end in
 RULE = (
     "a factor of at least 1, as 1.1 (over the mean), 1.1x (over what is reachable) or 1.1held "
     "(over the mean, on other sequences), or rows of a device and step as 9000rows"
@@ -50,9 +50,9 @@ class LoadCap:
     @classmethod
     def parse(cls, text: str) -> "LoadCap":
         """`1.1`, `1.1x`, `1.1held` or `9000rows`."""
-        number, measure = re.fullmatch(r"(.*?)(x|rows|held|)", text, re.DOTALL).groups()
+        measure = next((one for one in MEASURES if text.endswith(one)), "")
         try:
-            factor = float(number)
+            factor = float(text.removesuffix(measure))
         except ValueError:
             factor = float("nan")
         if not (1e-9 if measure == "rows" else 1.0) <= factor < float("inf"):
