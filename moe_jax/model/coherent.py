@@ -98,7 +98,7 @@ def build_forward(
         of_stacks = transformer.stacks_of(cache)
         of_dense = of_stacks.dense
         if model.dense_blocks is not None:
-            attend_in = attention_at(jnp.where(real_BS, position_BS, 0))
+            attend_in = attention_at(transformer.of_texts(config, position_BS, real_BS))
             x_BSD, of_dense = transformer.through_dense(
                 layers, attend_in, model.dense_blocks, dense_window_L, x_BSD, of_dense
             )

@@ -201,8 +201,7 @@ def build_forward(
         if real_BS is None:
             real_BS = jnp.ones(token_BS.shape, bool)
         turn_BS = rule_position(position_BS)
-        if config.rope.long_factor:  # the length of a text, which padding is no part of
-            position_BS = jnp.where(real_BS, position_BS, 0)
+        position_BS = of_texts(config, position_BS, real_BS)
         attend_in = attention_at(position_BS)
 
         def layer(carry, inputs):
@@ -240,6 +239,12 @@ def build_forward(
         return Output(layers.logits(model, x_BSD, embedding_VD), cache, record)
 
     return forward
+
+
+def of_texts(config: ModelConfig, position_BS: jax.Array, real_BS: jax.Array) -> jax.Array:
+    """Positions as attention takes them: LongRoPE goes by the length of a text, which padding is
+    no part of."""
+    return jnp.where(real_BS, position_BS, 0) if config.rope.long_factor else position_BS
 
 
 # (cache of a stack or None, number of a layer in it, its window) -> its attention
