@@ -135,6 +135,8 @@ def largest(seconds_LM: np.ndarray, sharpness: float) -> np.ndarray:
     full_L = seconds_LM.max(axis=1)
     if sharpness == math.inf:
         return full_L
+    # What a search adds up of two changes may be below 0 here and there.
+    full_L, seconds_LM = np.maximum(full_L, 0.0), np.maximum(seconds_LM, 0.0)
     share_LM = seconds_LM / np.maximum(full_L, 1e-300)[:, None]
     return full_L * (share_LM**sharpness).mean(axis=1) ** (1 / sharpness)
 

@@ -180,6 +180,8 @@ def test_the_slowest_device_counts_less_the_lower_the_sharpness():
         np.testing.assert_allclose(seconds.largest(time_LM, sharpness), wanted, rtol=1e-12)
     np.testing.assert_array_equal(seconds.largest(time_LM, math.inf), time_LM.max(axis=1))
     np.testing.assert_array_equal(seconds.largest(np.zeros((2, 3)), 16.0), np.zeros(2))
+    below = seconds.largest(np.array([[-3.0, -2.0], [-1e9, 1e-9]]), 16.0)
+    np.testing.assert_allclose(below, [0, 1e-9 * 0.5 ** (1 / 16)], rtol=1e-12)
     rows_LMM = rng.random((2, 4, 4))
     machine = topology.nodes_by_devices(2, 4)
     rows = cost.Rows(rows_LMM, 2 * rows_LMM)

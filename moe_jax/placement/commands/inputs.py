@@ -40,7 +40,12 @@ def trace_or_counts(options: argparse.Namespace) -> Trace | Counts:
 
 def _read(options: argparse.Namespace) -> Trace | Counts:
     hints = Hints(num_experts=options.num_experts)
-    found = convert_lib.read(options.trace, hints, wants_trace=True)
+    try:
+        found = convert_lib.read(options.trace, hints, wants_trace=True)
+    except Refused as refused:
+        if refused.field != "in":
+            raise
+        raise Refused("trace", refused.value, refused.rule, refused.fix) from refused
     if isinstance(found.value, Plan):
         raise Refused("trace", options.trace, "is a plan", "Give a trace")
     for note in hints.notes:
