@@ -7,22 +7,19 @@ from moe_jax.placement.baselines import registry
 from moe_jax.placement.compare import Method
 from moe_jax.placement.problem import Problem
 
+_MEANS = dict(tables.COLUMNS)
 ROWS = (
-    ("exchange", "rows per token and layer, exchange dispatch (both ways, one per device)"),
-    ("hierarch.", "the same, hierarchical dispatch"),
-    ("coherent", "the same, coherent dispatch (keys and values not counted)"),
-    ("shuffled", "the same, shuffled dispatch (what attention sends not counted)"),
+    *tables.COLUMNS[: len(tables.DISPATCHES)],
     ("worst", "the same, worst layer of the dispatch that was planned for"),
 )
-# Name, what it means, which figure of the evidence it is.
-SPREAD = (
-    ("devices", "distinct devices per token and layer", "distinct_devices"),
-    ("worst", "the same, worst layer", "distinct_devices_worst"),
-    ("nodes", "distinct nodes per token and layer", "distinct_nodes"),
-    ("top1", "share of best-expert transitions that stay on their device", "top1"),
-    ("pairs", "the same over all K x K transitions", "all_pairs"),
-    ("load", "largest device load over the mean, mean of the layers", "load_mean"),
-    ("worst", "the same, worst layer", "load_worst"),
+SPREAD = (  # name, which figure of the evidence it is
+    ("devices", "distinct_devices"),
+    ("worst", "distinct_devices_worst"),
+    ("nodes", "distinct_nodes"),
+    ("top1", "top1"),
+    ("pairs", "all_pairs"),
+    ("load", "load_mean"),
+    ("worst", "load_worst"),
 )
 WITHIN = "wider side of the 95 % interval over sequences (both ends: --json)"
 COSTS = (
@@ -52,14 +49,14 @@ def text(made: Sequence[Method], judge: Problem) -> str:
     ]
     spread = _spread_columns(judge)
     places = [
-        [name_of(method), *(tables.spread(getattr(method.held_out, key)) for _, _, key in spread)]
+        [name_of(method), *(tables.spread(getattr(method.held_out, key)) for _, key in spread)]
         for method in made
     ]
     costs = [[name_of(method), *_cost_cells(method)] for method in made]
     return "\n\n".join(
         [
             tables.table(["held out: rows", "objective", *(name for name, _ in ROWS)], rows),
-            tables.table(["devices, transitions, load", *(name for name, _, _ in spread)], places),
+            tables.table(["devices, transitions, load", *(name for name, _ in spread)], places),
             tables.table(["time, load, move", *(name for name, _ in COSTS)], costs),
         ]
     )
@@ -67,7 +64,7 @@ def text(made: Sequence[Method], judge: Problem) -> str:
 
 def legend(made: Sequence[Method], judge: Problem) -> str:
     """What the columns mean, table by table, and what the methods do."""
-    spread = [(name, what) for name, what, _ in _spread_columns(judge)]
+    spread = [(name, _MEANS[name]) for name, _ in _spread_columns(judge)]
     lines = []
     for columns in (ROWS, (*spread, ("±", WITHIN)), COSTS):
         lines += [*(f"  {name:9} {what}" for name, what in columns), ""]
@@ -77,7 +74,7 @@ def legend(made: Sequence[Method], judge: Problem) -> str:
     return "\n".join(lines + [f"  {line}" for line in notes(made)])
 
 
-def _spread_columns(judge: Problem) -> list[tuple[str, str, str]]:
+def _spread_columns(judge: Problem) -> list[tuple[str, str]]:
     """Without nodes where there is one."""
     return [one for one in SPREAD if one[0] != "nodes" or judge.topology.num_nodes > 1]
 

@@ -45,14 +45,13 @@ def exchanged(
     """
     held_LEM, rng = holds_LEM(plan), np.random.default_rng(seed)
     layers = _layers(problem, held_LEM, cap_L, seed)
+    now, phases = time.monotonic(), [(math.inf, 1.0)]
     if problem.objective == "seconds":
+        phases = [(SHARPNESS, SOFT_SHARE), *phases]
+    for sharpness, share in phases:
         for layer in layers:
-            layer.sharpness = SHARPNESS
-        now = time.monotonic()
-        _descended(problem, layers, rng, now + SOFT_SHARE * (deadline - now))
-        for layer in layers:
-            layer.sharpness = math.inf
-    _descended(problem, layers, rng, deadline)
+            layer.sharpness = sharpness
+        _descended(problem, layers, rng, now + share * (deadline - now))
     return placement_of(np.stack([layer.holds_EM for layer in layers]))
 
 

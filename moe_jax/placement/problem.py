@@ -416,7 +416,7 @@ class Problem:
             return scale * self.counted_hops(placement).hops_L
         if self.objective == "load":
             return evidence.over_mean(self.computed_LM(placement), self.topology.speed_M)
-        rows, load_LM = self._counts(placement)
+        rows, load_LM = self.counts(placement)
         if self.objective == "rows":
             weighted_LMM = rows.total_LMM * self.row_weight_MM
             return weighted_LMM.sum(axis=(1, 2)) * (self.trace.num_layers / self.token_layers)
@@ -429,14 +429,14 @@ class Problem:
         ids_TLK, topology = self.trace.expert_ids_TLK, self.topology
         if placement.has_replicas:
             if self.dispatch in cost.TIED:
-                return self._counts(placement).load_LM
+                return self.counts(placement).load_LM
             if placement.share_LNP is None:
                 return hops_counts.loads_LM(self._uniform, placement)
         where = (topology.devices_per_node, None, self.work.batch_tokens)
         return cost.computed_LM(ids_TLK, placement, self.dispatch, None, *where)
 
-    def _counts(self, placement: Placement) -> tied_counts.Counted:
-        """Rows and loads, token by token."""
+    def counts(self, placement: Placement) -> tied_counts.Counted:
+        """Rows [L, M, M] on the wire and rows [L, M] computed, token by token; means over homes."""
         where = (self.topology.devices_per_node, self.work.batch_tokens)
         args = self.trace.expert_ids_TLK, placement, self.dispatch
         if placement.has_replicas and self.dispatch in cost.TIED:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Num
 
-from moe_jax.placement import cost, tables
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement import tables
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 
@@ -87,14 +87,7 @@ class Wires:
 def of(problem: Problem, placement: Placement) -> Wires:
     """A placement on the trace and machine of a problem, in its dispatch, whatever it minimises."""
     trace, topology, work = problem.trace, problem.topology, problem.work
-    rows = cost.rows(
-        trace.expert_ids_TLK,
-        placement,
-        problem.dispatch,
-        devices_per_node=topology.devices_per_node,
-        step_tokens=work.batch_tokens,
-    )
-    load_LM = problem.computed_LM(placement)
+    rows, load_LM = problem.counts(placement)
     how = (topology, work, problem.dispatch, trace.num_tokens)
     token_bytes = work.batch_tokens / trace.num_tokens * work.row_bytes
     gathered = problem.dispatch == "gathered"
