@@ -76,7 +76,7 @@ def build_forward(
     computed.
     """
     stack = _build_stack(config, mesh, implementation)
-    layers = layers_lib.Layers(config, mesh, implementation)
+    layers = layers_lib.DenseLayers(config, mesh)
     attention_at = transformer.attention_in_stack(config, mesh, "batch")
     dense_window_L, _ = transformer.windows_of_stacks(config)
 

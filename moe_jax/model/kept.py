@@ -38,6 +38,7 @@ class GroupedQuery:
         return shape, shape
 
     def cache(self, *arrays: Any) -> LayerCache:
+        """Of arrays in the order of `cache_shapes`."""
         return LayerCache(*arrays)
 
     def project(self, x_BSD, weights, position_BS, reached_BS) -> tuple[jax.Array, jax.Array]:

@@ -79,46 +79,18 @@ Attend = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 InPlace = Callable[[jax.Array], moe.Experts | None]
 
 
-class Layers:
-    """The math of layers around their attention, for every forward pass; chosen once.
+class DenseLayers:
+    """Embedding, layers without experts and logits, for every forward pass; chosen once.
 
     Args:
-      implementation: of the grouped matmul; None = the config's, or by platform.
       attention_batch: logical axis of the batch in attention, "batch" or "replica".
-      pre_activations: of experts, as in `grouped_matmul`.
-
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        mesh: Mesh,
-        implementation: str | None = None,
-        attention_batch: str = "batch",
-        pre_activations: str = "recompute",
-    ):
-        self._build_moe = functools.partial(
-            moe.build,
-            mesh,
-            dispatch=config.dispatch,
-            combine=config.combine,
-            capacity_factor=config.capacity_factor,
-            overlap_degree=config.overlap_degree,
-            wire_dtype=config.wire_dtype,
-            scheme=router.scheme_of(config),
-            activation=config.activation,
-            implementation=implementation or config.kernels or None,
-            pre_activations=pre_activations,
-        )
+    def __init__(self, config: ModelConfig, mesh: Mesh, attention_batch: str = "batch"):
         self._mesh, self._config, self._dtype = mesh, config, jnp.dtype(config.dtype)
         self._split = mesh_lib.sharding(mesh, "batch", None, None)
         self._attention_split = mesh_lib.sharding(mesh, attention_batch, None, None)
         self._whole = functools.partial(parameter.gathered, mesh=mesh)
-
-    @functools.cached_property
-    def moe_layer(self) -> moe.MoELayer:
-        """Not of coherent dispatch, which has its own."""
-        return self._build_moe()
 
     def embed(self, model: Any, token_BS: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array]:
         """Rows of the embedding, [B, S, D], and the embedding as it is computed with, [V, D]."""
@@ -133,33 +105,6 @@ class Layers:
             normed_TD = self._normed(x_BSD, block.mlp_norm_D).reshape(-1, x_BSD.shape[-1])
             y_TD = shared.compute(normed_TD, self._whole(block.mlp, dtype=self._dtype))
         return self._place(self._added(x_BSD, y_TD.reshape(x_BSD.shape))), kept
-
-    def moe(
-        self,
-        x_BSD: jax.Array,
-        block: Any,
-        attend: Attend,
-        turn_BS: jax.Array,
-        real_BS: jax.Array,
-        table: Table,
-        experts: Any = None,
-    ) -> tuple[jax.Array, Any, moe.LayerRecord]:
-        """A layer with experts, by default those of the block (or see `InPlace`).
-
-        Returns:
-          (rows, what attention keeps, record)
-        """
-        x_BSD, kept = self._attended(x_BSD, block, attend, block.attention_norm_bias_D)
-        normed_BSD = self._normed(x_BSD, block.moe_norm_D, block.moe_norm_bias_D)
-        y_BSD, record = self.moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table, experts)
-        return self._added(x_BSD, y_BSD), kept, record
-
-    def experts_in_place(self, blocks: Any) -> InPlace:
-        """For loops over layers without gradients."""
-        stack = moe.experts_in_place(blocks.moe, self._mesh, self._dtype)
-        if stack is None:
-            return lambda number: None
-        return lambda number: dataclasses.replace(stack, layer=number)
 
     def logits(self, model: Any, x_BSD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
         """float32 [B, S, V] of rows that are not normed yet."""
@@ -190,3 +135,65 @@ class Layers:
 
     def _place(self, x_BSD: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x_BSD, self._split)
+
+
+class Layers(DenseLayers):
+    """With layers that have experts, in every dispatch but the coherent one, which has its own.
+
+    Args:
+      implementation: of the grouped matmul; None = the config's, or by platform.
+      attention_batch: as of DenseLayers.
+      pre_activations: of experts, as in `grouped_matmul`.
+
+    Attributes:
+      moe_layer: see moe.py.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        implementation: str | None = None,
+        attention_batch: str = "batch",
+        pre_activations: str = "recompute",
+    ):
+        super().__init__(config, mesh, attention_batch)
+        self.moe_layer = moe.build(
+            mesh,
+            dispatch=config.dispatch,
+            combine=config.combine,
+            capacity_factor=config.capacity_factor,
+            overlap_degree=config.overlap_degree,
+            wire_dtype=config.wire_dtype,
+            scheme=router.scheme_of(config),
+            activation=config.activation,
+            implementation=implementation or config.kernels or None,
+            pre_activations=pre_activations,
+        )
+
+    def moe(
+        self,
+        x_BSD: jax.Array,
+        block: Any,
+        attend: Attend,
+        turn_BS: jax.Array,
+        real_BS: jax.Array,
+        table: Table,
+        experts: Any = None,
+    ) -> tuple[jax.Array, Any, moe.LayerRecord]:
+        """A layer with experts, by default those of the block (or see `InPlace`).
+
+        Returns:
+          (rows, what attention keeps, record)
+        """
+        x_BSD, kept = self._attended(x_BSD, block, attend, block.attention_norm_bias_D)
+        normed_BSD = self._normed(x_BSD, block.moe_norm_D, block.moe_norm_bias_D)
+        y_BSD, record = self.moe_layer(normed_BSD, block.moe, turn_BS, real_BS, table, experts)
+        return self._added(x_BSD, y_BSD), kept, record
+
+    def experts_in_place(self, blocks: Any) -> InPlace:
+        """For loops over layers without gradients."""
+        stack = moe.experts_in_place(blocks.moe, self._mesh, self._dtype)
+        if stack is None:
+            return lambda number: None
+        return lambda number: dataclasses.replace(stack, layer=number)

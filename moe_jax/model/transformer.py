@@ -180,7 +180,6 @@ def build_forward(
       `last_B` there are logits of that one index of each sequence only, [B, 1, V].
     """
     layers = layers_lib.Layers(config, mesh, implementation, attention_batch, pre_activations)
-    _ = layers.moe_layer  # refuses what it cannot do now, not when the first step is traced
     attention_at = attention_in_stack(config, mesh, attention_batch)
     dense_window_L, window_L = windows_of_stacks(config)
     steps = None
@@ -283,7 +282,7 @@ def windows_of_stacks(config: ModelConfig) -> tuple[np.ndarray | None, np.ndarra
 
 
 def through_dense(
-    layers: layers_lib.Layers,
+    layers: layers_lib.DenseLayers,
     attend_in: AttendIn,
     blocks: DenseBlock,
     window_L: np.ndarray | None,

@@ -24,8 +24,8 @@ from moe_jax.config import ModelConfig
 from moe_jax.infer.prepared import NARROW
 from moe_jax.infer.serving import attending, paged, rows
 from moe_jax.infer.serving.packing import FLOATS, Layout
-from moe_jax.model import attention, parameter, transformer
 from moe_jax.model import layers as layers_lib
+from moe_jax.model import parameter, transformer
 from moe_jax.model.dispatch.table import Table, rule_position
 from moe_jax.pytree import Leaf
 
@@ -70,7 +70,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
     """
     least = _LEAST_ROWS.get(mesh.devices.flat[0].platform, _LEAST_ELSEWHERE)
     num_rows = max(least, layout.num_tokens)
-    window_L = attention.windows(config)
+    dense_window_L, moe_window_L = transformer.windows_of_stacks(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=split)
     layers = layers_lib.Layers(config, mesh)
@@ -123,15 +123,13 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         carry, dense = (x_T1D, state.pages), config.num_dense_layers
         number_L = jnp.arange(config.num_layers, dtype=jnp.int32)
         if model.dense_blocks is not None:
-            dense_window_L = None if window_L is None else window_L[:dense]
             of_dense = (model.dense_blocks, number_L[:dense], dense_window_L)
             carry, _ = jax.lax.scan(dense_layer, carry, of_dense)
-        of_moe_L = None if window_L is None else window_L[dense:]
         if model.blocks is None:
             records = transformer.idle_record(config, real_T1.shape, table, mesh)
         else:
             of_layer = layers.experts_in_place(model.blocks)
-            inputs = (model.blocks, table, number_L[dense:], of_moe_L)
+            inputs = (model.blocks, table, number_L[dense:], moe_window_L)
             carry, records = jax.lax.scan(layer, carry, inputs)
         x_T1D, pages = carry
         wide = min(embedding_VD.shape) >= NARROW
