@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import steady
+from moe_jax.placement import evidence, steady
 from moe_jax.placement.limits.caps import LoadCap
-from moe_jax.placement.problem import Problem
+from moe_jax.placement.problem import Problem, loads
 
 RESAMPLES = 100
 SEED = 2  # one for all searches, so that the cap does not depend on theirs
@@ -43,7 +43,8 @@ def resolved(problem: Problem, constructed: Callable[[Problem], np.ndarray]) -> 
     sketch = dataclasses.replace(problem.unrestricted, num_slots=None, load_cap=SKETCH)
     added = expected(sketch, constructed(sketch))
     if cap.factor < 1 + added:
-        reached = float((sketch.largest_L(sketch.packed_LE) / sketch.mean_L).max())
+        load_LM = loads(sketch.load_LE, sketch.packed_LE, sketch.num_devices)
+        reached = float(evidence.over_mean(load_LM, sketch.topology.speed_M).max())
         rule = f"loads that are even where they are planned become {1 + added:.4f} on others"
         fix = f"Use {np.ceil((reached + added) * 1e4) / 1e4:.4f}held or more"
         raise Refused("load_cap", str(cap), rule, fix)
@@ -51,7 +52,14 @@ def resolved(problem: Problem, constructed: Callable[[Problem], np.ndarray]) -> 
 
 
 def expected(problem: Problem, device_LE: np.ndarray) -> float:
-    """What as many other sequences add to the fullest device's load, over the mean."""
+    """What as many other sequences add to the fullest device's load, over the mean.
+
+    The mean over layers; a layer that nobody uses is even on any sequences and adds 0.
+
+    Args:
+      problem: with two sequences at least.
+      device_LE: int [L, E], the device of every expert, whatever the problem's cap.
+    """
     sequences, devices = problem.trace.num_sequences, problem.num_devices
     drawn, speed_M = sequences // 2, problem.topology.speed_M
     rng = np.random.default_rng(SEED)

@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import compare, cost, solve, topology, unseen
+from moe_jax.placement import compare, cost, solve, spare, topology, unseen
 from moe_jax.placement.limits.caps import LoadCap
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
@@ -157,3 +157,33 @@ def test_other_commands_take_it(command, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)
     assert command_line.main([*words, "--load-cap=1held"]) == 1
     assert "load_cap = '1held': loads that are even" in capsys.readouterr().err
+
+
+def test_a_layer_that_nobody_uses_adds_nothing():
+    """Told, planned and refused like any other: no division by its load."""
+    ids_TLK = TRACE.expert_ids_TLK.copy()
+    ids_TLK[:, 1] = TRACE.no_expert
+    empty = dataclasses.replace(TRACE, expert_ids_TLK=ids_TLK)
+    device_LE = problem(empty).packed_LE
+    alone = [
+        dataclasses.replace(TRACE, expert_ids_TLK=ids_TLK[:, n : n + 1], layer_ids=(n,))
+        for n in (0, 2)
+    ]
+    used = [
+        unseen.expected(problem(one), device_LE[[n]]) for one, n in zip(alone, (0, 2), strict=True)
+    ]
+    assert unseen.expected(problem(empty), device_LE) < np.mean(used)
+    assert np.isfinite(solve.resolved(problem(empty, HELD)).load_cap.unseen)
+    with pytest.raises(Refused, match=r"Use 1\.[0-9]+held"):
+        solve.resolved(problem(empty, LoadCap(1.0, held=True)))
+
+
+def test_the_plan_that_is_filled_has_the_same_cap_or_one_over_what_it_reaches():
+    """Without copies the sequences planned on have a cap of their own, wherever it is in reach."""
+    wide = solve.resolved(problem(cap=HELD, num_slots=20))
+    assert spare.without(wide).load_cap == wide.load_cap.planned
+    added = wide.load_cap.unseen
+    tight = solve.resolved(problem(cap=LoadCap(1.001 + added, held=True), num_slots=20))
+    cap = spare.without(tight).load_cap
+    assert cap.relative
+    assert cap.factor == pytest.approx(1.001)
