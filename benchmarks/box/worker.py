@@ -31,6 +31,7 @@ from moe_jax.infer import load
 from moe_jax.infer.engine import Engine, fetch, homes
 from moe_jax.infer.prepared import prepared
 from moe_jax.model import transformer
+from moe_jax.model.dispatch import wire
 from moe_jax.placement.plan import Placement
 
 ROWS = ("dispatch_MM", "combine_MM", "padding_MM")
@@ -158,9 +159,10 @@ class Worker:
         return {"expert_LBSK": expert_LBSK.tolist(), "home_B": home_B.tolist()}
 
     def calibrate(self, kib: int, times: int) -> dict[str, Any]:
-        """Every device sends `kib` KiB to the device half the machine away, `times` times."""
+        """Every device sends `kib` KiB half the machine away, `times` times."""
         size = self._mesh.size
-        pairs = [(i, (i + size // 2) % size) for i in range(size)]
+        turn = wire.turns(size)[max(1, size // 4 * 2)]  # no two send to each other, if it can be
+        pairs = list(enumerate(turn.to))
         send = jax.jit(
             jax.shard_map(
                 lambda x_N: jax.lax.ppermute(x_N, mesh_lib.EXPERT, pairs),

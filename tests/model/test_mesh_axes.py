@@ -14,6 +14,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax import permute
 from moe_jax.config import MeshConfig
 from moe_jax.model import moe
+from moe_jax.model.dispatch import wire
 from moe_jax.placement import cost
 from moe_jax.placement.plan import Placement
 from tests.model.test_dispatch import E, assert_close, problem, run_oracle
@@ -41,7 +42,7 @@ def program(shape, dispatch, combine):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4, 5), has_aux=True))
 
 
-def run(shape, dispatch, args, placement, combine="exact"):
+def run(shape, dispatch, args, placement, combine="exact", *, program=program):
     """(outputs, gradients with experts in logical order, traffic)."""
     table = jax.tree.map(lambda t: t[0], permute.table(placement))
     slots_P = placement.physical_to_logical_LP[0]
@@ -102,6 +103,34 @@ def test_uneven_routing(routing):
     assert_close(y_TD, expected_TD, 3e-6)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert_close(grad, expected, 3e-6)
+
+
+@pytest.mark.compiled_quickly
+@pytest.mark.parametrize(
+    ("shape", "dispatch", "combine"),
+    [
+        (NODES[0], "hierarchical", "partial"),
+        pytest.param(NODES[2], "hierarchical", "exact", marks=pytest.mark.slow),
+        pytest.param(NODES[1], "hierarchical", "reproducible", marks=pytest.mark.slow),
+        pytest.param(NODES[1], "exchange", "exact", marks=pytest.mark.slow),
+        pytest.param(NODES[3], "hierarchical", "exact", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_between_processes_rows_are_those_within_one(shape, dispatch, combine, monkeypatch):
+    """Messages of other sizes in other turns; here all devices are in one process."""
+    args, placement = problem(2, 8 * 67, 2), random_placement(2, shape)
+    expected_TD, expected_grads, expected = run(shape, dispatch, args, placement, combine)
+    monkeypatch.setattr(wire, "transport_of", lambda mesh: "links")
+    y_TD, grads, traffic = run(
+        shape, dispatch, args, placement, combine, program=program.__wrapped__
+    )
+    np.testing.assert_array_equal(y_TD, expected_TD)
+    for grad, same in zip(grads, expected_grads, strict=True):
+        np.testing.assert_array_equal(grad, same)
+    for name in ("dispatch_MM", "combine_MM"):
+        np.testing.assert_array_equal(getattr(traffic, name), getattr(expected, name))
+    assert (np.asarray(traffic.padding_MM) != np.asarray(expected.padding_MM)).any()
 
 
 def homes(num_tokens, shape):

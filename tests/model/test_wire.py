@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as mesh_lib
-from moe_jax.model.dispatch.wire import DIGITS, Wire
+from moe_jax.model.dispatch.wire import DIGITS, Wire, turns
 
 WIDTH = 3
 
@@ -69,7 +69,90 @@ def test_every_row_arrives_where_it_should(replicas, size, chunk, transport):
         assert (np.einsum("rii->ri", padding) == 0).all()
 
 
-def test_pairs_of_a_distance_pad_for_themselves():
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 8, 12, 16])
+def test_turns_bring_every_pair_together_once_and_only_neighbours_trade_places(size):
+    made = turns(size)
+    pairs = [pair for turn in made for pair in enumerate(turn.to)]
+    assert sorted(pairs) == [(i, j) for i in range(size) for j in range(size)]
+    assert made[0].to == tuple(range(size))
+    for turn in made[1:]:
+        assert sorted(turn.to) == list(range(size))
+        for source, destination in enumerate(turn.to):
+            if turn.to[destination] == source:
+                assert {source, destination} == {source // 2 * 2, source // 2 * 2 + 1}
+
+
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_turns_between_nodes_never_send_both_ways_of_a_pair(size):
+    devices = 4  # of a node
+    pairs = []
+    for turn in turns(size, split=True)[1:]:
+        sent = [
+            ((source, place), (destination, place))
+            for source, destination in enumerate(turn.to)
+            for place in range(devices)
+            if turn.parity is None or (source + place) % 2 == turn.parity
+        ]
+        assert not {pair[::-1] for pair in sent} & set(sent)
+        # As much leaves every node as arrives there: links are busy in both directions.
+        for node in range(size):
+            leave, arrive = (sum(pair[end][0] == node for pair in sent) for end in (0, 1))
+            assert leave == arrive
+        pairs += sent
+    assert len(pairs) == len(set(pairs)) == size * (size - 1) * devices
+
+
+@pytest.mark.parametrize(("nodes", "devices"), [(2, 4), (4, 2), (2, 3)])
+def test_rows_between_nodes_arrive_where_they_should(nodes, devices):
+    """Each place of the nodes is an exchange of its own, with counts of its own."""
+    most, chunk = 21, 2
+    rng = np.random.default_rng(nodes)
+    counts = rng.integers(0, most + 1, (nodes, devices, nodes)).astype(
+        np.int32
+    )  # [from, place, to]
+    counts[0, 0] = 0
+    num = nodes * most
+    sent = np.arange(1, nodes * devices * num * WIDTH + 1, dtype=np.float32)
+    sent = sent.reshape(nodes, devices, num, WIDTH)
+    spec = PartitionSpec(mesh_lib.NODE, mesh_lib.DEVICE)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh_lib.make(1, devices, node=nodes), in_specs=spec, out_specs=spec
+    )
+    def go(sent_11ND, to_11M, from_11M):
+        wire = Wire(mesh_lib.NODE, "links", chunk, beside=(mesh_lib.DEVICE,))
+        received_RD = wire.exchange(sent_11ND[0, 0], to_11M[0, 0], from_11M[0, 0], num)
+        return received_RD[None, None], wire.padding_M(to_11M[0, 0])[None, None]
+
+    received, padding = go(sent, counts, np.ascontiguousarray(counts.transpose(2, 1, 0)))
+    expected = np.zeros_like(sent)
+    for place in range(devices):
+        for to in range(nodes):
+            starts = [counts[node, place, :to].sum() for node in range(nodes)]
+            rows = np.concatenate(
+                [
+                    sent[node, place, start : start + counts[node, place, to]]
+                    for node, start in enumerate(starts)
+                ]
+            )
+            expected[to, place, : len(rows)] = rows
+    np.testing.assert_array_equal(received, expected)
+    padding = np.asarray(padding)
+    for node in range(nodes):
+        assert (padding[node, :, node] == 0).all()
+    # A pair sends what the fullest of those sends that send in its turn from the same node.
+    halves = devices % 2 == 0
+    for node in range(nodes):
+        for to in set(range(nodes)) - {node}:
+            traded = halves and node // 2 == to // 2
+            for place in range(devices):
+                with_it = [p for p in range(devices) if not traded or (p - place) % 2 == 0]
+                fullest = max(-(-counts[node, p, to] // chunk) * chunk for p in with_it)
+                assert padding[node, place, to] == fullest - counts[node, place, to]
+
+
+def test_pairs_of_a_turn_pad_for_themselves():
     counts = np.array([[[0, 20, 3, 0], [1, 0, 0, 7], [5, 0, 0, 0], [16, 2, 9, 0]]])
     _, _, padding = run(counts, 1, 21)
     np.testing.assert_array_equal(padding[0].nonzero()[0], [])

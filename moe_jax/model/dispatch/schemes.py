@@ -111,7 +111,7 @@ def hierarchical(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, In
     devices = jax.lax.axis_size(device_axes)
     device_TK = _device_of(slot_TK, setting)
     node_TK = jnp.where(device_TK < 0, -1, device_TK // devices)
-    between = Wire.of(node_axis, setting.transport, num_tokens=len(slot_TK))
+    between = Wire.of(node_axis, setting.transport, num_tokens=len(slot_TK), beside=device_axes)
     first, relayed_XK = hop_lib.exchange(node_TK, between, most=devices * setting.num_local)
     slot_XK = _arrived(slot_TK, relayed_XK, node_axis)
 

@@ -2,16 +2,21 @@
 
 `Wire.exchange` has the meaning of `jax.lax.ragged_all_to_all` with dense segments. On TPU and
 GPU it is that; the CPU backend has no implementation of it, so there the rows go out in messages
-of static sizes, distance by distance (from device i to device i + s): as many `ppermute`s of the
-largest size as the count of the pair holds, then one of each smaller size (half, a quarter, ...)
-where its count in chunks has that binary digit. How fine the sizes are is a matter of where rows
-travel: between processes rows cost time on a link; within one they are copies in memory, and
-messages cost more than rows.
+of static sizes, in turns (each a permutation: every device sends to one and hears from one): as
+many `ppermute`s of the largest size as the count of the pair holds, then one of each smaller size
+(half, a quarter, ...) where its count in chunks has that binary digit. How fine the sizes are is a
+matter of where rows travel: between processes rows cost time on a link; within one they are copies
+in memory, and messages cost more than rows.
 
-A `ppermute` has one size for all of its pairs, and the fullest pair of a distance is the one whose
+A `ppermute` has one size for all of its pairs, and the fullest pair of a turn is the one whose
 destination is popular: sending everybody what the fullest pair needs pads by 30 % and more. So
 pairs are in groups (each its own where there are at most 4), each group counts for itself, and a
 message goes out among the groups that have its bit: `lax.switch` over all sets of groups.
+
+Gloo sends at half rate where two devices send to each other: each says that it is ready to receive
+behind its own rows, on the same socket. So turns are not distances (M / 2 is such a one), and
+devices trade places with neighbours alone, which live in one process (`turns`). Between two nodes,
+where all do, half of the pairs of each direction send at a time (`Turn.parity`).
 
 All devices of the mesh agree on the counts through a `pmax`, which is what makes a collective
 inside a branch legal; over the expert axis alone is not enough: a `ppermute` is one operation of
@@ -20,14 +25,17 @@ the whole mesh, and the CPU backend waits for ever for data replicas that took a
 Padding: a count is rounded up to whole chunks, and to the fullest pair of its group over all data
 replicas. Nothing here is differentiated: the callers' VJPs call it in the other direction.
 
-Axes: N rows sent, R rows received, D values a row, M devices, G groups of pairs, C rows a message.
+Axes: N rows sent, R rows received, D values a row, M devices, O turns, G groups of pairs, C rows a
+message.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
@@ -59,21 +67,32 @@ class Wire:
       axis: mesh axis over which rows travel.
       transport: of `transport_of`.
       chunk: what counts are rounded up to, in rows, where there are messages.
+      beside: axes whose devices share a link with this one, in the mesh's order behind `axis`;
+        (): not known, or none.
     """
 
     axis: mesh_lib.Axis
     transport: str
     chunk: int
+    beside: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, axis: mesh_lib.Axis, transport: str, num_tokens: int) -> "Wire":
+    def of(
+        cls,
+        axis: mesh_lib.Axis,
+        transport: str,
+        num_tokens: int,
+        *,
+        beside: tuple[str, ...] = (),
+    ) -> "Wire":
         """The largest message is 2 T / M rows: twice what a pair moves if tokens go one place each.
 
         Finer chunks save bytes and cost messages: where chunks are coarse, what a plan saves in
         rows can be lost (benchmarks/README.md).
         """
         digits = DIGITS.get(transport, 0)
-        return cls(axis, transport, max(1, 2 * num_tokens // (jax.lax.axis_size(axis) << digits)))
+        chunk = max(1, 2 * num_tokens // (jax.lax.axis_size(axis) << digits))
+        return cls(axis, transport, chunk, beside if transport == "links" else ())
 
     def exchange(
         self,
@@ -96,18 +115,135 @@ class Wire:
         counts = (send_counts_M, receive_counts_M)
         if self.transport == RAGGED:
             return _ragged_all_to_all(rows_ND, *counts, num_received, self.axis)
-        digits = DIGITS[self.transport]
-        return _messages(rows_ND, *counts, num_received, self.axis, self.chunk, digits)
+        return self._messages(rows_ND, *counts, num_received)
 
     def padding_M(self, send_counts_M: jax.Array) -> jax.Array:
         """Rows without a token that `exchange` sends from here to each device, int32 [M]."""
         if self.transport == RAGGED:
             return jnp.zeros_like(send_counts_M)
-        size, me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
-        shift_M = (jnp.arange(size, dtype=jnp.int32) - me) % size
-        chunks_MG = _chunks_by_shift(send_counts_M, self.chunk, self.axis)
-        sent_M = chunks_MG[shift_M, me % chunks_MG.shape[1]] * self.chunk
-        return jnp.where(shift_M == 0, 0, sent_M - send_counts_M)
+        me = jax.lax.axis_index(self.axis)
+        destination_O, sends_O = self._sending()
+        chunks_OG = self._chunks_OG(send_counts_M)
+        sent_O = chunks_OG[:, me % chunks_OG.shape[1]] * self.chunk
+        padding_O = jnp.where(sends_O, sent_O - send_counts_M[destination_O], 0)
+        padding_M = jnp.zeros_like(send_counts_M).at[destination_O].add(padding_O)
+        return jnp.where(jnp.arange(len(padding_M)) == me, 0, padding_M)
+
+    @property
+    def _turns(self) -> "tuple[Turn, ...]":
+        split = bool(self.beside) and jax.lax.axis_size(self.beside) % 2 == 0
+        return turns(jax.lax.axis_size(self.axis), split=split)
+
+    def _sending(self) -> tuple[jax.Array, jax.Array]:
+        """For each turn where this device sends to, int32 [O], and whether it does, bool [O]."""
+        me = jax.lax.axis_index(self.axis)
+        destination_O = jnp.array([turn.to for turn in self._turns], jnp.int32)[:, me]
+        return destination_O, jnp.stack([self._sends(turn, me) for turn in self._turns])
+
+    def _sends(self, turn: "Turn", index: jax.Array) -> jax.Array:
+        """Whether the device at this index of the axis, with our place beside it, sends."""
+        if turn.parity is None:
+            return jnp.bool_(True)
+        return (index + jax.lax.axis_index(self.beside)) % 2 == turn.parity
+
+    def _chunks_OG(self, send_counts_M: jax.Array) -> jax.Array:
+        """int32 [turns, G]: chunks that the pairs of a group send; equal on all devices."""
+        groups, me = _num_groups(len(send_counts_M)), jax.lax.axis_index(self.axis)
+        destination_O, sends_O = self._sending()
+        chunks_O = jnp.where(sends_O, -(-send_counts_M[destination_O] // self.chunk), 0)
+        mine_G = jnp.arange(groups) == me % groups
+        chunks_OG = jnp.where(mine_G[None], chunks_O[:, None], 0)
+        # Counts that come from a table do not vary over all axes of the maximum, as it demands.
+        chunks_OG = chunks_OG + 0 * jax.lax.axis_index(mesh_lib.BATCH)
+        return jax.lax.pmax(chunks_OG, mesh_lib.BATCH)
+
+    def _messages(
+        self,
+        rows_ND: jax.Array,
+        send_counts_M: jax.Array,
+        receive_counts_M: jax.Array,
+        num_received: int,
+    ) -> jax.Array:
+        digits, me = DIGITS[self.transport], jax.lax.axis_index(self.axis)
+        send_start_M = exclusive_cumsum(send_counts_M)
+        receive_start_M = exclusive_cumsum(receive_counts_M)
+        largest = self.chunk << digits
+        # A message may reach beyond its segment but never beyond the buffer, where slices shift.
+        rows_ND = jnp.pad(rows_ND, ((0, largest), (0, 0)))
+        room = num_received + largest - 1
+        received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, room), (0, 0)))
+
+        # Messages are chained through `received_RD`, so that all devices meet in one order.
+        for turn, chunks_G in zip(self._turns, self._chunks_OG(send_counts_M), strict=True):
+            num_groups = len(chunks_G)
+            source = jnp.array(np.argsort(turn.to))[me]
+            send_start = send_start_M[jnp.array(turn.to)[me]]
+            receive_start = receive_start_M[source]
+            receive_count = jnp.where(self._sends(turn, source), receive_counts_M[source], 0)
+            moves = self._moves(turn, num_groups)
+
+            def message(sent_G, sends_G, received_RD, *, segment=None, size=0, moves=moves):
+                """`size` rows of every group that sends; each has sent `sent_G` before."""
+                send_start, receive_start, receive_count, source = segment
+                num_groups = len(sends_G)
+                done = sent_G[source % num_groups]
+                at = receive_start + done
+                chunk_CD = jax.lax.dynamic_slice_in_dim(
+                    rows_ND, send_start + sent_G[me % num_groups], size
+                )
+                sets = (sends_G << jnp.arange(num_groups, dtype=jnp.int32)).sum(dtype=jnp.int32)
+                chunk_CD = jax.lax.switch(sets - 1, moves, chunk_CD)
+                old_CD = jax.lax.dynamic_slice_in_dim(received_RD, at, size)
+                # Nothing comes from a group that does not send.
+                wanted = (receive_count - done) * sends_G[source % num_groups]
+                ours_C = jnp.arange(size, dtype=jnp.int32) < wanted
+                new_CD = jnp.where(ours_C[:, None], chunk_CD, old_CD)
+                return jax.lax.dynamic_update_slice_in_dim(received_RD, new_CD, at, axis=0)
+
+            segment = (send_start, receive_start, receive_count, source)
+            message = functools.partial(message, segment=segment)
+            whole_G = chunks_G >> digits
+
+            def step(i, received_RD, *, message=message, whole_G=whole_G):
+                sent_G = jnp.full_like(whole_G, i * largest)
+                return message(sent_G, (whole_G > i).astype(jnp.int32), received_RD, size=largest)
+
+            received_RD = jax.lax.fori_loop(0, whole_G.max(), step, received_RD)
+            for bit in reversed(range(digits)):
+                sends_G = (chunks_G >> bit) & 1
+                # The larger ones went before.
+                sent_G = ((chunks_G >> (bit + 1)) << (bit + 1)) * self.chunk
+                received_RD = jax.lax.cond(
+                    sends_G.any(),
+                    functools.partial(message, sent_G, sends_G, size=self.chunk << bit),
+                    lambda kept_RD: kept_RD,
+                    received_RD,
+                )
+        return received_RD[:num_received]
+
+    def _moves(self, turn: "Turn", num_groups: int) -> list[Callable[[jax.Array], jax.Array]]:
+        """A permutation for every non-empty set of groups, in binary order from 1."""
+        if turn.to == tuple(range(len(turn.to))):
+            return [lambda rows_CD: rows_CD]
+        pairs = list(enumerate(turn.to))
+        axis, near = self.axis, 1
+        if turn.parity is not None:
+            axis = (*((axis,) if isinstance(axis, str) else axis), *self.beside)
+            near = jax.lax.axis_size(self.beside)
+        return [
+            functools.partial(
+                jax.lax.ppermute,
+                axis_name=axis,
+                perm=[
+                    (source * near + place, destination * near + place)
+                    for source, destination in pairs
+                    if chosen >> (source % num_groups) & 1
+                    for place in range(near)
+                    if turn.parity is None or (source + place) % 2 == turn.parity
+                ],
+            )
+            for chosen in range(1, 2**num_groups)
+        ]
 
 
 EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
@@ -118,96 +254,48 @@ def _num_groups(size: int) -> int:
     return size if size <= EVERY_SET else 2
 
 
-def _chunks_by_shift(send_counts_M: jax.Array, chunk: int, axis: mesh_lib.Axis) -> jax.Array:
-    """int32 [distances, G]: chunks that the pairs of a group send; equal on all devices."""
-    size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    destination_M = (me + jnp.arange(size, dtype=jnp.int32)) % size
-    chunks_M = -(-send_counts_M[destination_M] // chunk)
-    mine_G = jnp.arange(_num_groups(size)) == me % _num_groups(size)
-    chunks_MG = jnp.where(mine_G[None], chunks_M[:, None], 0)
-    # Counts that come from a table do not vary over all axes of the maximum, as it demands.
-    chunks_MG = chunks_MG + 0 * jax.lax.axis_index(mesh_lib.BATCH)
-    return jax.lax.pmax(chunks_MG, mesh_lib.BATCH)
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Who sends to whom at a time.
+
+    Attributes:
+      to: where each device of the axis sends to; each hears from one.
+      parity: only devices send whose index on the axis plus their index beside it is even (0) or
+        odd (1); None: all do.
+    """
+
+    to: tuple[int, ...]
+    parity: int | None = None
 
 
-def _messages(
-    rows_ND: jax.Array,
-    send_counts_M: jax.Array,
-    receive_counts_M: jax.Array,
-    num_received: int,
-    axis: mesh_lib.Axis,
-    chunk: int,
-    digits: int,
-) -> jax.Array:
-    size, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    send_start_M = exclusive_cumsum(send_counts_M)
-    receive_start_M = exclusive_cumsum(receive_counts_M)
-    chunks_MG = _chunks_by_shift(send_counts_M, chunk, axis)
-    num_groups = chunks_MG.shape[1]
-    largest = chunk << digits
-    # A message may reach beyond its segment but never beyond the buffer, where slices would shift.
-    rows_ND = jnp.pad(rows_ND, ((0, largest), (0, 0)))
-    received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, num_received + largest - 1), (0, 0)))
+@functools.cache
+def turns(size: int, *, split: bool = False) -> tuple[Turn, ...]:
+    """Turns in which every device of an axis sends to every one once, itself first.
 
-    # Messages are chained through `received_RD`, so that all devices meet in one order.
-    for shift in range(size):
-        destination, source = (me + shift) % size, (me - shift) % size
-        chunks_G, moves = chunks_MG[shift], _moves(shift, size, num_groups, axis)
-        send_start, receive_start = send_start_M[destination], receive_start_M[source]
-        receive_count = receive_counts_M[source]
+    An even number of devices is taken as couples of neighbours, (couple h, place s). Turns go from
+    (h, s) to (h + a, s + b) for all a, b. Where that would lead back, at half of the couples, the
+    upper half goes to s + b + 1: i sends to j and j to i in the turn of neighbours alone, which no
+    schedule of 4 devices can avoid.
 
-        def message(sent_G, sends_G, received_RD, *, segment=None, size=0, moves=moves):
-            """`size` rows of every group that sends; each has sent `sent_G` before."""
-            send_start, receive_start, receive_count, source = segment
-            done = sent_G[source % num_groups]
-            at = receive_start + done
-            chunk_CD = jax.lax.dynamic_slice_in_dim(
-                rows_ND, send_start + sent_G[me % num_groups], size
-            )
-            sets = (sends_G << jnp.arange(num_groups, dtype=jnp.int32)).sum(dtype=jnp.int32)
-            chunk_CD = jax.lax.switch(sets - 1, moves, chunk_CD)
-            old_CD = jax.lax.dynamic_slice_in_dim(received_RD, at, size)
-            # Nothing comes from a group that does not send.
-            wanted = (receive_count - done) * sends_G[source % num_groups]
-            ours_C = jnp.arange(size, dtype=jnp.int32) < wanted
-            new_CD = jnp.where(ours_C[:, None], chunk_CD, old_CD)
-            return jax.lax.dynamic_update_slice_in_dim(received_RD, new_CD, at, axis=0)
-
-        message = functools.partial(
-            message, segment=(send_start, receive_start, receive_count, source)
-        )
-        whole_G = chunks_G >> digits
-
-        def turn(i, received_RD, *, message=message, whole_G=whole_G):
-            sent_G = jnp.full_like(whole_G, i * largest)
-            return message(sent_G, (whole_G > i).astype(jnp.int32), received_RD, size=largest)
-
-        received_RD = jax.lax.fori_loop(0, whole_G.max(), turn, received_RD)
-        for bit in reversed(range(digits)):
-            sends_G = (chunks_G >> bit) & 1
-            sent_G = ((chunks_G >> (bit + 1)) << (bit + 1)) * chunk  # the larger ones went before
-            received_RD = jax.lax.cond(
-                sends_G.any(),
-                functools.partial(message, sent_G, sends_G, size=chunk << bit),
-                lambda kept_RD: kept_RD,
-                received_RD,
-            )
-    return received_RD[:num_received]
-
-
-def _moves(shift: int, size: int, num_groups: int, axis: mesh_lib.Axis):
-    """A permutation for every non-empty set of groups, in binary order from 1."""
-    if shift == 0:
-        return [lambda rows_CD: rows_CD]
-    pairs = [(i, (i + shift) % size) for i in range(size)]
-    return [
-        functools.partial(
-            jax.lax.ppermute,
-            axis_name=axis,
-            perm=[pair for pair in pairs if chosen >> (pair[0] % num_groups) & 1],
-        )
-        for chosen in range(1, 2**num_groups)
-    ]
+    Args:
+      split: turns in which devices send to each other are two: first one half of the pairs, then
+        the other, each with as many in both directions where devices beside these do the same.
+    """
+    if size % 2:
+        return tuple(Turn(tuple((i + s) % size for i in range(size))) for s in range(size))
+    couples = size // 2
+    made: list[Turn] = []
+    for across in range(couples):
+        for along in range(2):
+            to = []
+            for device in range(size):
+                couple, place = divmod(device, 2)
+                more = along + (2 * across == couples and couple >= across)
+                to.append((couple + across) % couples * 2 + (place + more) % 2)
+            mutual = (across, along) == (0, 1)
+            parities = (0, 1) if split and mutual else (None,)
+            made.extend(Turn(tuple(to), parity) for parity in parities)
+    return tuple(made)
 
 
 def _ragged_all_to_all(
