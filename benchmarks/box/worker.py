@@ -69,7 +69,10 @@ class Worker:
         self._mesh = mesh_lib.of_config(self._config.mesh)
         self._stored = source.contents.plan.placement
         model = load.parameters(source, self._mesh)
-        self._model = prepared(self._config.model, self._mesh, model, use_up=True)
+        # Experts as inference reads them. Projections are turned by the engines of the ways that
+        # want them so: shuffled and coherent attend in layers of their own.
+        turns_none = dataclasses.replace(self._config.model, dispatch="shuffled")
+        self._model = prepared(turns_none, self._mesh, model, use_up=True)
         self._placed: dict[str, tuple[transformer.Transformer, Any]] = {}
         self._engines: dict[str, Engine] = {}
         self._caches: dict[str, Any] = {}
