@@ -1,6 +1,7 @@
 """Namespaces and links: made, limited, and gone afterwards, however the process ends."""
 
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from benchmarks.box import links
+from moe_jax.config import DISPATCHES
 from moe_jax.errors import Refused
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -175,3 +177,26 @@ def test_refused_without_root_or_programs(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "tc" else "/usr/sbin/ip")
     with pytest.raises(Refused, match=r"'tc'.*not on the PATH"):
         links.check_machine()
+
+
+@needs_root
+@pytest.mark.slow
+def test_every_dispatch_and_combine_runs_between_hosts(tmp_path):
+    """The whole benchmark on a model of toy size: rows are those predicted, bytes those counted."""
+    run = tmp_path / "run"
+    here = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
+    config = ("--config=configs/cluster.py:smoke", f"--workdir={run}")
+    subprocess.run([sys.executable, "train.py", *config], **here)
+    sizes = [f"--{name}=8" for name in ("prefill-sequences", "decode-sequences", "decode-start")]
+    sizes += ["--prefill-tokens=16", "--decode-steps=1", "--rounds=1", "--plan-seconds=1"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/cluster.py", f"--model={run}", *sizes, "--json"], **here
+    )
+    (cells,) = json.loads(done.stdout)["cells"].values()
+    assert {way.partition(":")[0] for way in cells} == set(DISPATCHES) - {"local"}
+    for way, plans in cells.items():
+        for plan, phases in plans.items():
+            prefill = phases["prefill"]
+            if prefill["predicted"] is not None and not way.endswith(":partial"):
+                assert prefill["rows"] == prefill["predicted"], (way, plan)
+            assert all(seconds > 0 for (seconds, _) in prefill["seconds"])

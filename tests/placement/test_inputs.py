@@ -257,3 +257,77 @@ def test_what_counts_cannot_answer_is_refused_with_the_reason(name, tmp_path, mo
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+OF_OTHERS = {
+    "sglang.json": ("--format=sglang",),
+    "vllm.json": ("--format=vllm",),
+    "tensorrt-llm.yaml": (),
+    "exflow.csv": (),
+    "sglang-jax.npy": (),
+}
+
+
+def plan_beside(folder: pathlib.Path, name: str, layer_ids=()) -> tuple[pathlib.Path, pathlib.Path]:
+    """A plan in our own file and in another program's."""
+    rng = np.random.default_rng(3)
+    device_LE = np.stack([rng.permutation(8) // 2 for _ in range(3)])
+    own = folder / "own.json"
+    Plan(Placement.from_device_LE(device_LE, 4), layer_ids).write(own)
+    assert run("convert", own, folder / name, *OF_OTHERS[name]) == 0
+    return own, folder / name
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_every_command_takes_plans_of_every_format(name, tmp_path, capsys):
+    trace = dump(tmp_path, "own")
+    few = ("--devices=4", "--time-limit=0", "--json")
+    capsys.readouterr()
+    answers = []
+    for plan in plan_beside(tmp_path, name):
+        capsys.readouterr()
+        found = []
+        for words in (
+            ("evaluate", trace, plan, "--devices=4", "--json"),
+            ("solve", trace, *few, f"--previous={plan}", f"--out={tmp_path / 'new.json'}"),
+            ("verdict", trace, *few, f"--before={plan}"),
+            ("homes", trace, "--devices=4", "--time-limit=1", "--json", f"--plan={plan}"),
+        ):
+            assert run(*words) == 0, words
+            found.append(without_names(json.loads(capsys.readouterr().out)))
+        answers.append(found)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["sglang.json", "sglang-jax.npy", "tensorrt-llm.yaml"])
+def test_rows_of_a_plan_that_numbers_its_layers_are_the_traces_layers(name, tmp_path, capsys):
+    """Files that number layers have rows of dense layers, too; the trace has layers 2, 3 and 5."""
+    ids, layers = ids_LTK().transpose(1, 0, 2).astype(np.uint8), (2, 3, 5)
+    trace = tmp_path / "t.npz"
+    trace_lib.save(trace_lib.Trace(ids, 8, np.array(LENS), layer_ids=layers), trace)
+    rows = []
+    for plan in plan_beside(tmp_path, name, layers):
+        capsys.readouterr()
+        assert run("evaluate", trace, plan, "--devices=4", "--json") == 0
+        rows.append(without_names(json.loads(capsys.readouterr().out)))
+    assert rows[0] == rows[1]
+
+
+def test_plans_that_cannot_be_meant_are_refused(tmp_path, capsys):
+    trace = dump(tmp_path, "own")
+    _, sglang = plan_beside(tmp_path, "sglang.json")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"physical_to_logical_map": [list(range(16))] * 3}))
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps({"physical_to_logical_map": [list(range(8))] * 2}))
+    for words, said in (
+        ((sglang,), "devices = None: SGLang files do not say how many there are. Add --devices=8"),
+        ((sglang, "--devices=3"), "must divide the 8 expert slots of a layer"),
+        ((other, "--devices=4"), "num_experts = 8: the file says 16"),
+        ((few, "--devices=4"), "the file has layers 0-1"),
+        ((trace, "--devices=4"), "is a trace. Give a plan"),
+        ((tmp_path / "none.json",), "plan = "),
+    ):
+        capsys.readouterr()
+        assert run("evaluate", trace, *words) == 2, words
+        assert said in capsys.readouterr().err, words

@@ -7,7 +7,6 @@ from moe_jax.placement import evaluate as evaluate_lib
 from moe_jax.placement.commands import inputs, words
 from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.cost import DISPATCHES
-from moe_jax.placement.plan import Plan, check_fits
 from moe_jax.placement.proxies import Pairs
 
 
@@ -17,7 +16,7 @@ def add(commands) -> None:
         commands, "evaluate", "true rows, locality, load, seconds of plans"
     )
     options_lib.trace_options(command)
-    command.add_argument("plans", nargs="+", metavar="PLAN", help="plan files")
+    command.add_argument("plans", nargs="+", metavar="PLAN", help="plans of any format of convert")
     command.add_argument(
         "--pairs", choices=DISPATCHES, help="print the rows from device to device in this dispatch"
     )
@@ -28,15 +27,11 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> str:
     """True figures of plans on a whole trace."""
     trace = inputs.trace(options)
-    plans = [Plan.read(path) for path in options.plans]
+    devices = options_lib.devices_said(options)
+    plans = [inputs.plan(path, trace, devices) for path in options.plans]
     machines = [options_lib.evaluation_topology(options, plan) for plan in plans]
     for plan, topology in zip(plans, machines, strict=True):
-        check_fits(
-            plan,
-            num_layers=trace.num_layers,
-            num_experts=trace.num_experts,
-            num_devices=topology.num_devices,
-        )
+        options_lib.fitting(plan, trace, topology)
     pairs = Pairs.of(trace)
     evaluated = [
         evaluate_lib.evaluate(path, plan, trace, pairs, topology, options_lib.work_of(options))

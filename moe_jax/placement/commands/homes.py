@@ -41,7 +41,7 @@ def add(commands) -> None:
     options_lib.objective_options(command)
     group = command.add_argument_group("homes")
     group.add_argument(
-        "--plan", metavar="PLAN.json", help="where experts are (default: solved here, and --joint)"
+        "--plan", metavar="PLAN", help="where experts are (default: solved here, and --joint)"
     )
     group.add_argument(
         "--joint", action="store_true", help="improve experts and homes together, from --plan on"
@@ -122,7 +122,9 @@ def run(options: argparse.Namespace) -> str:
         raise Refused(
             "sequences", 1, "rules are judged on sequences of their own", "Record two or more"
         )
-    given = Plan.read(options.plan) if options.plan else None
+    given = None
+    if options.plan:
+        given = inputs.plan(options.plan, trace, options_lib.devices_said(options))
     problem = options_lib.problem_of(options, halves.plan_half, _machine(options, given))
     problem = solve_lib.resolved(problem)
     tally.check(problem)
@@ -166,7 +168,7 @@ def _planned(options: argparse.Namespace, problem: Problem, given: Plan | None) 
             found = stop.solution
         placement, solved = found
     else:
-        placement = options_lib.in_use(options.plan, problem.trace, problem.topology)
+        placement = options_lib.fitting(given, problem.trace, problem.topology)
     before_LE = placement.device_LE.astype(np.int64)
     len_S = problem.trace.seq_len.astype(np.int64)
     slack = max(SLACK, assign.least_slack(len_S, problem.num_devices))

@@ -1,10 +1,12 @@
-"""TRACE arguments: every trace that `convert` reads, told apart by content; counts where they do.
+"""TRACE and PLAN arguments: all that `convert` reads, told apart by content; counts where they do.
 
 What was inferred about a file of another program is said on stderr, a line a note.
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 
 from moe_jax.errors import Refused
 from moe_jax.placement.formats import convert as convert_lib
@@ -38,16 +40,40 @@ def trace_or_counts(options: argparse.Namespace) -> Trace | Counts:
     return found
 
 
+def plan(path: str, trace: Trace, devices: int | None) -> Plan:
+    """A plan of whatever program, of the trace's layers.
+
+    Args:
+      devices: for a file that does not say them; None: nobody did.
+    """
+    hints = Hints(devices, trace.num_experts, tuple(trace.layer_ids))
+    with _named("plan"):
+        found = convert_lib.read_plan(path, hints)
+    _tell(hints)
+    return found
+
+
 def _read(options: argparse.Namespace) -> Trace | Counts:
     hints = Hints(num_experts=options.num_experts)
-    try:
+    with _named("trace"):
         found = convert_lib.read(options.trace, hints, wants_trace=True)
+    if isinstance(found.value, Plan):
+        raise Refused("trace", options.trace, "is a plan", "Give a trace")
+    _tell(hints)
+    return found.value
+
+
+@contextlib.contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Calls the file by the name of its argument, which is `in` in `convert`."""
+    try:
+        yield
     except Refused as refused:
         if refused.field != "in":
             raise
-        raise Refused("trace", refused.value, refused.rule, refused.fix) from refused
-    if isinstance(found.value, Plan):
-        raise Refused("trace", options.trace, "is a plan", "Give a trace")
+        raise Refused(argument, refused.value, refused.rule, refused.fix) from refused
+
+
+def _tell(hints: Hints) -> None:
     for note in hints.notes:
         print(f"note: {note}", file=sys.stderr)
-    return found.value

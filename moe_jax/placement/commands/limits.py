@@ -8,9 +8,10 @@ from typing import Any
 from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
 from moe_jax.placement import tables
+from moe_jax.placement.commands import inputs
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits.previous import MoveBudget, Previous
-from moe_jax.placement.plan import Placement, Plan
+from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import Report
 
@@ -74,7 +75,7 @@ def limited(options: argparse.Namespace, problem: Problem) -> Problem:
                 rule = "counts what moves away from the plan in use"
                 raise Refused(name, value, rule, "Give --previous=PLAN.json as well")
     else:
-        plan = Plan.read(options.previous)
+        plan = inputs.plan(options.previous, trace, problem.num_devices)
         if plan.layer_ids != trace.layer_ids and plan.placement.num_layers == trace.num_layers:
             rule = f"the plan in use has the layers {_span(plan.layer_ids)}"
             raise Refused("trace layers", _span(trace.layer_ids), rule, "Use those of one model")

@@ -10,6 +10,7 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import solve, windows
 from moe_jax.placement import topology as topology_lib
+from moe_jax.placement.commands import inputs
 from moe_jax.placement.cost import DISPATCHES
 from moe_jax.placement.hops import DISPATCHERS
 from moe_jax.placement.plan import Placement, Plan, check_fits
@@ -255,6 +256,13 @@ def evaluation_topology(options: argparse.Namespace, plan: Plan) -> Topology:
     return topology_lib.flat(plan.placement.num_devices)
 
 
+def devices_said(options: argparse.Namespace) -> int | None:
+    """The number of devices that the options name, if they do."""
+    if options.topology or options.node_sizes:
+        return topology_of(options).num_devices
+    return options.devices
+
+
 def work_of(options: argparse.Namespace) -> Work:
     fields = [field.name for field in dataclasses.fields(Work)]
     return Work(**{name: getattr(options, name) for name in fields})
@@ -262,7 +270,11 @@ def work_of(options: argparse.Namespace) -> Work:
 
 def in_use(path: str, trace: Trace, topology: Topology) -> Placement:
     """The placement of a plan file, which has to fit the trace and the machine."""
-    plan = Plan.read(path)
+    return fitting(inputs.plan(path, trace, topology.num_devices), trace, topology)
+
+
+def fitting(plan: Plan, trace: Trace, topology: Topology) -> Placement:
+    """Its placement; refused where it is for another model or machine."""
     check_fits(
         plan,
         num_layers=trace.num_layers,

@@ -103,7 +103,7 @@ def _judging(command: argparse.ArgumentParser) -> None:
         help="planned on and judged on: random halves of the sequences (default), the first and "
         "the second half, or every group of names by a plan from the others",
     )
-    group.add_argument("--before", metavar="PLAN.json", help="what is in use (default contiguous)")
+    group.add_argument("--before", metavar="PLAN", help="what is in use (default contiguous)")
     group.add_argument("--out", metavar="PLAN.json", help="write the plan that was judged there")
     settings = Settings()
     group.add_argument(

@@ -116,6 +116,20 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     return Found(plans.read_exflow(raw.read_text(path), hints), "ExFlow")
 
 
+def read_plan(source: str | os.PathLike, hints: Hints) -> Plan:
+    """A plan of any format. The hints are for files of other programs: our own say everything."""
+    path = pathlib.Path(source)
+    if not path.is_dir() and content.kind_of(path) == "json":
+        fields = raw.parse_json(raw.read_text(path), str(path))
+        if isinstance(fields, dict) and fields.get("format") == FORMAT:
+            return Plan.read(path)
+    found = read(path, hints)
+    if not isinstance(found.value, Plan):
+        what = "holds counts" if isinstance(found.value, Counts) else "is a trace"
+        raise Refused("plan", str(path), what, "Give a plan")
+    return found.value
+
+
 def _read_npz(path: pathlib.Path, hints: Hints) -> Found:
     arrays = npz.read_npz(path, _DUMP)
     if traces.IDS in arrays:

@@ -124,5 +124,6 @@ def shown_layers(numbers: tuple[int, ...]) -> str:
 def agree(field: str, option: int | None, said: int | None) -> int | None:
     """What the file says, else the option; refused where they differ."""
     if option is not None and said is not None and option != said:
-        raise Refused(field, option, f"the file says {said}", f"Leave {field} out")
+        fix = f"Leave {field} out, or give a file that says {option}"
+        raise Refused(field, option, f"the file says {said}", fix)
     return said if option is None else option
