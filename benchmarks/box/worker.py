@@ -165,7 +165,7 @@ class Worker:
         """Every device sends `kib` KiB half the machine away, `times` times."""
         size = self._mesh.size
         turn = wire.turns(size)[max(1, size // 4 * 2)]  # no two send to each other, if it can be
-        pairs = list(enumerate(turn.to))
+        pairs = list(enumerate(turn))
         send = jax.jit(
             jax.shard_map(
                 lambda x_N: jax.lax.ppermute(x_N, mesh_lib.EXPERT, pairs),

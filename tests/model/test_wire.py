@@ -1,6 +1,7 @@
 """The uneven all-to-all against a loop over pairs, and what it pads."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as mesh_lib
+from moe_jax.model.dispatch import wire as wire_lib
 from moe_jax.model.dispatch.wire import DIGITS, Wire, turns
 
 WIDTH = 3
@@ -72,39 +74,20 @@ def test_every_row_arrives_where_it_should(replicas, size, chunk, transport):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 8, 12, 16])
 def test_turns_bring_every_pair_together_once_and_only_neighbours_trade_places(size):
     made = turns(size)
-    pairs = [pair for turn in made for pair in enumerate(turn.to)]
+    pairs = [pair for turn in made for pair in enumerate(turn)]
     assert sorted(pairs) == [(i, j) for i in range(size) for j in range(size)]
-    assert made[0].to == tuple(range(size))
+    assert made[0] == tuple(range(size))
     for turn in made[1:]:
-        assert sorted(turn.to) == list(range(size))
-        for source, destination in enumerate(turn.to):
-            if turn.to[destination] == source:
+        assert sorted(turn) == list(range(size))
+        for source, destination in enumerate(turn):
+            if turn[destination] == source:
                 assert {source, destination} == {source // 2 * 2, source // 2 * 2 + 1}
 
 
-@pytest.mark.parametrize("size", [2, 4, 6])
-def test_turns_between_nodes_never_send_both_ways_of_a_pair(size):
-    devices = 4  # of a node
-    pairs = []
-    for turn in turns(size, split=True)[1:]:
-        sent = [
-            ((source, place), (destination, place))
-            for source, destination in enumerate(turn.to)
-            for place in range(devices)
-            if turn.parity is None or (source + place) % 2 == turn.parity
-        ]
-        assert not {pair[::-1] for pair in sent} & set(sent)
-        # As much leaves every node as arrives there: links are busy in both directions.
-        for node in range(size):
-            leave, arrive = (sum(pair[end][0] == node for pair in sent) for end in (0, 1))
-            assert leave == arrive
-        pairs += sent
-    assert len(pairs) == len(set(pairs)) == size * (size - 1) * devices
-
-
 @pytest.mark.parametrize(("nodes", "devices"), [(2, 4), (4, 2), (2, 3)])
-def test_rows_between_nodes_arrive_where_they_should(nodes, devices):
+def test_rows_between_nodes_arrive_where_they_should(nodes, devices, monkeypatch):
     """Each place of the nodes is an exchange of its own, with counts of its own."""
+    monkeypatch.setattr(wire_lib, "LARGE", 1 << 6)  # larger than some of the messages
     most, chunk = 21, 2
     rng = np.random.default_rng(nodes)
     counts = rng.integers(0, most + 1, (nodes, devices, nodes)).astype(
@@ -116,10 +99,10 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices):
     sent = sent.reshape(nodes, devices, num, WIDTH)
     spec = PartitionSpec(mesh_lib.NODE, mesh_lib.DEVICE)
 
+    mesh = mesh_lib.make(1, devices, node=nodes)
+
     @jax.jit
-    @functools.partial(
-        jax.shard_map, mesh=mesh_lib.make(1, devices, node=nodes), in_specs=spec, out_specs=spec
-    )
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
     def go(sent_11ND, to_11M, from_11M):
         wire = Wire(mesh_lib.NODE, "links", chunk, beside=(mesh_lib.DEVICE,))
         received_RD = wire.exchange(sent_11ND[0, 0], to_11M[0, 0], from_11M[0, 0], num)
@@ -141,15 +124,32 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices):
     padding = np.asarray(padding)
     for node in range(nodes):
         assert (padding[node, :, node] == 0).all()
-    # A pair sends what the fullest of those sends that send in its turn from the same node.
-    halves = devices % 2 == 0
+    # A pair sends what the fullest of its nodes does, whatever the place.
     for node in range(nodes):
         for to in set(range(nodes)) - {node}:
-            traded = halves and node // 2 == to // 2
-            for place in range(devices):
-                with_it = [p for p in range(devices) if not traded or (p - place) % 2 == 0]
-                fullest = max(-(-counts[node, p, to] // chunk) * chunk for p in with_it)
-                assert padding[node, place, to] == fullest - counts[node, place, to]
+            fullest = -(-counts[node, :, to].max() // chunk) * chunk
+            np.testing.assert_array_equal(padding[node, :, to], fullest - counts[node, :, to])
+    # No two devices send to each other in a permute of a large message.
+    text = go.lower(sent, counts, counts).as_text()
+    for size, pairs in permutes(text):
+        both_ways = {pair[::-1] for pair in pairs} & pairs
+        if devices % 2 == 0 and size * WIDTH * 4 >= wire_lib.LARGE:
+            assert not both_ways
+            if nodes == 2 and len(pairs) == devices:  # both send: as many pairs in each direction
+                assert sum(source < devices for source, _ in pairs) == devices / 2
+    assert any(size * WIDTH * 4 >= wire_lib.LARGE for size, _ in permutes(text))
+    assert any(size * WIDTH * 4 < wire_lib.LARGE for size, _ in permutes(text))
+
+
+def permutes(text: str) -> list[tuple[int, set[tuple[int, int]]]]:
+    """(rows, pairs of devices) of every collective permute of a lowered program."""
+    found = re.findall(
+        r'"stablehlo.collective_permute".*?source_target_pairs = dense<(.*?)> : tensor<\d+x2xi64>'
+        r".*?\(tensor<(\d+)x",
+        text,
+    )
+    pairs = [(int(rows), re.findall(r"\[(\d+), (\d+)\]", said)) for said, rows in found]
+    return [(rows, {(int(a), int(b)) for a, b in each}) for rows, each in pairs]
 
 
 def test_pairs_of_a_turn_pad_for_themselves():

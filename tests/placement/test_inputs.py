@@ -329,5 +329,5 @@ def test_plans_that_cannot_be_meant_are_refused(tmp_path, capsys):
         ((tmp_path / "none.json",), "plan = "),
     ):
         capsys.readouterr()
-        assert run("evaluate", trace, *words) == 2, words
+        assert run("evaluate", trace, *words) == 1, words
         assert said in capsys.readouterr().err, words

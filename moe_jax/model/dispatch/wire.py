@@ -13,10 +13,10 @@ destination is popular: sending everybody what the fullest pair needs pads by 30
 pairs are in groups (each its own where there are at most 4), each group counts for itself, and a
 message goes out among the groups that have its bit: `lax.switch` over all sets of groups.
 
-Gloo sends at half rate where two devices send to each other: each says that it is ready to receive
-behind its own rows, on the same socket. So turns are not distances (M / 2 is such a one), and
-devices trade places with neighbours alone, which live in one process (`turns`). Between two nodes,
-where all do, half of the pairs of each direction send at a time (`Turn.parity`).
+Gloo sends at half rate where two devices send large messages to each other: each says that it is
+ready to receive behind its own rows, on the same socket. So turns are not distances (M / 2 is such
+a one), and devices trade with neighbours alone, which live in one process (`turns`). Between two
+nodes, where all do, large messages go in two halves, each with as many pairs in either direction.
 
 All devices of the mesh agree on the counts through a `pmax`, which is what makes a collective
 inside a branch legal; over the expert axis alone is not enough: a `ppermute` is one operation of
@@ -122,35 +122,20 @@ class Wire:
         if self.transport == RAGGED:
             return jnp.zeros_like(send_counts_M)
         me = jax.lax.axis_index(self.axis)
-        destination_O, sends_O = self._sending()
-        chunks_OG = self._chunks_OG(send_counts_M)
+        destination_O, chunks_OG = self._destination_O(), self._chunks_OG(send_counts_M)
         sent_O = chunks_OG[:, me % chunks_OG.shape[1]] * self.chunk
-        padding_O = jnp.where(sends_O, sent_O - send_counts_M[destination_O], 0)
-        padding_M = jnp.zeros_like(send_counts_M).at[destination_O].add(padding_O)
-        return jnp.where(jnp.arange(len(padding_M)) == me, 0, padding_M)
+        sent_M = jnp.zeros_like(send_counts_M).at[destination_O].set(sent_O)
+        return jnp.where(jnp.arange(len(sent_M)) == me, 0, sent_M - send_counts_M)
 
-    @property
-    def _turns(self) -> "tuple[Turn, ...]":
-        split = bool(self.beside) and jax.lax.axis_size(self.beside) % 2 == 0
-        return turns(jax.lax.axis_size(self.axis), split=split)
-
-    def _sending(self) -> tuple[jax.Array, jax.Array]:
-        """For each turn where this device sends to, int32 [O], and whether it does, bool [O]."""
-        me = jax.lax.axis_index(self.axis)
-        destination_O = jnp.array([turn.to for turn in self._turns], jnp.int32)[:, me]
-        return destination_O, jnp.stack([self._sends(turn, me) for turn in self._turns])
-
-    def _sends(self, turn: "Turn", index: jax.Array) -> jax.Array:
-        """Whether the device at this index of the axis, with our place beside it, sends."""
-        if turn.parity is None:
-            return jnp.bool_(True)
-        return (index + jax.lax.axis_index(self.beside)) % 2 == turn.parity
+    def _destination_O(self) -> jax.Array:
+        """Where this device sends to in each turn, int32 [O]."""
+        to_OM = jnp.array(turns(jax.lax.axis_size(self.axis)), jnp.int32)
+        return to_OM[:, jax.lax.axis_index(self.axis)]
 
     def _chunks_OG(self, send_counts_M: jax.Array) -> jax.Array:
         """int32 [turns, G]: chunks that the pairs of a group send; equal on all devices."""
         groups, me = _num_groups(len(send_counts_M)), jax.lax.axis_index(self.axis)
-        destination_O, sends_O = self._sending()
-        chunks_O = jnp.where(sends_O, -(-send_counts_M[destination_O] // self.chunk), 0)
+        chunks_O = -(-send_counts_M[self._destination_O()] // self.chunk)
         mine_G = jnp.arange(groups) == me % groups
         chunks_OG = jnp.where(mine_G[None], chunks_O[:, None], 0)
         # Counts that come from a table do not vary over all axes of the maximum, as it demands.
@@ -174,15 +159,15 @@ class Wire:
         received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, room), (0, 0)))
 
         # Messages are chained through `received_RD`, so that all devices meet in one order.
-        for turn, chunks_G in zip(self._turns, self._chunks_OG(send_counts_M), strict=True):
-            num_groups = len(chunks_G)
-            source = jnp.array(np.argsort(turn.to))[me]
-            send_start = send_start_M[jnp.array(turn.to)[me]]
-            receive_start = receive_start_M[source]
-            receive_count = jnp.where(self._sends(turn, source), receive_counts_M[source], 0)
-            moves = self._moves(turn, num_groups)
+        chunks_OG = self._chunks_OG(send_counts_M)
+        for to, destination, chunks_G in zip(
+            turns(len(send_counts_M)), self._destination_O(), chunks_OG, strict=True
+        ):
+            source = jnp.array(np.argsort(to))[me]
+            send_start, receive_start = send_start_M[destination], receive_start_M[source]
+            receive_count = receive_counts_M[source]
 
-            def message(sent_G, sends_G, received_RD, *, segment=None, size=0, moves=moves):
+            def message(sent_G, sends_G, received_RD, *, segment=None, size=0, to=to):
                 """`size` rows of every group that sends; each has sent `sent_G` before."""
                 send_start, receive_start, receive_count, source = segment
                 num_groups = len(sends_G)
@@ -192,6 +177,8 @@ class Wire:
                     rows_ND, send_start + sent_G[me % num_groups], size
                 )
                 sets = (sends_G << jnp.arange(num_groups, dtype=jnp.int32)).sum(dtype=jnp.int32)
+                large = chunk_CD.nbytes >= LARGE
+                moves = self._moves(to, num_groups, large=large)
                 chunk_CD = jax.lax.switch(sets - 1, moves, chunk_CD)
                 old_CD = jax.lax.dynamic_slice_in_dim(received_RD, at, size)
                 # Nothing comes from a group that does not send.
@@ -221,31 +208,48 @@ class Wire:
                 )
         return received_RD[:num_received]
 
-    def _moves(self, turn: "Turn", num_groups: int) -> list[Callable[[jax.Array], jax.Array]]:
+    def _moves(
+        self, to: tuple[int, ...], num_groups: int, *, large: bool
+    ) -> list[Callable[[jax.Array], jax.Array]]:
         """A permutation for every non-empty set of groups, in binary order from 1."""
-        if turn.to == tuple(range(len(turn.to))):
+        if to == tuple(range(len(to))):
             return [lambda rows_CD: rows_CD]
-        pairs = list(enumerate(turn.to))
-        axis, near = self.axis, 1
-        if turn.parity is not None:
-            axis = (*((axis,) if isinstance(axis, str) else axis), *self.beside)
-            near = jax.lax.axis_size(self.beside)
+        both_ways = all(to[destination] == source for source, destination in enumerate(to))
+        near = jax.lax.axis_size(self.beside) if self.beside else 1
+        move = self._halves if large and both_ways and near % 2 == 0 else self._move
         return [
             functools.partial(
-                jax.lax.ppermute,
-                axis_name=axis,
-                perm=[
-                    (source * near + place, destination * near + place)
-                    for source, destination in pairs
-                    if chosen >> (source % num_groups) & 1
-                    for place in range(near)
-                    if turn.parity is None or (source + place) % 2 == turn.parity
-                ],
+                move,
+                [pair for pair in enumerate(to) if chosen >> (pair[0] % num_groups) & 1],
             )
             for chosen in range(1, 2**num_groups)
         ]
 
+    def _move(self, pairs: list[tuple[int, int]], rows_CD: jax.Array) -> jax.Array:
+        return jax.lax.ppermute(rows_CD, self.axis, pairs)
 
+    def _halves(self, pairs: list[tuple[int, int]], rows_CD: jax.Array) -> jax.Array:
+        """First devices send whose index on the axis plus that beside it is even, then odd ones."""
+        axes = (*((self.axis,) if isinstance(self.axis, str) else self.axis), *self.beside)
+        near, place = jax.lax.axis_size(self.beside), jax.lax.axis_index(self.beside)
+        even, odd = (
+            [
+                (source * near + at, destination * near + at)
+                for source, destination in pairs
+                for at in range(near)
+                if (source + at) % 2 == half
+            ]
+            for half in range(2)
+        )
+        # Neighbours differ by one, so what comes from an even device comes to an odd one.
+        is_odd = (jax.lax.axis_index(self.axis) + place) % 2 == 1
+        first_CD = jax.lax.ppermute(rows_CD, axes, even)
+        # The second waits for the first: all devices meet in one order.
+        second_CD = jax.lax.ppermute(jnp.where(is_odd, rows_CD, first_CD), axes, odd)
+        return jnp.where(is_odd, first_CD, second_CD)
+
+
+LARGE = 2**19  # bytes of a message that the buffers of a socket do not take in at once
 EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
 
 
@@ -254,37 +258,20 @@ def _num_groups(size: int) -> int:
     return size if size <= EVERY_SET else 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """Who sends to whom at a time.
-
-    Attributes:
-      to: where each device of the axis sends to; each hears from one.
-      parity: only devices send whose index on the axis plus their index beside it is even (0) or
-        odd (1); None: all do.
-    """
-
-    to: tuple[int, ...]
-    parity: int | None = None
-
-
 @functools.cache
-def turns(size: int, *, split: bool = False) -> tuple[Turn, ...]:
+def turns(size: int) -> tuple[tuple[int, ...], ...]:
     """Turns in which every device of an axis sends to every one once, itself first.
 
-    An even number of devices is taken as couples of neighbours, (couple h, place s). Turns go from
-    (h, s) to (h + a, s + b) for all a, b. Where that would lead back, at half of the couples, the
-    upper half goes to s + b + 1: i sends to j and j to i in the turn of neighbours alone, which no
-    schedule of 4 devices can avoid.
-
-    Args:
-      split: turns in which devices send to each other are two: first one half of the pairs, then
-        the other, each with as many in both directions where devices beside these do the same.
+    Entry i of a turn is where device i sends to; each hears from one. An even number of devices is
+    taken as couples of neighbours, (couple h, place s), and turns go from (h, s) to (h + a, s + b)
+    for all a, b. Where that would lead back, at half of the couples, the upper half goes to
+    s + b + 1: i sends to j and j to i in the turn of neighbours alone, which no schedule of 4
+    devices can avoid.
     """
     if size % 2:
-        return tuple(Turn(tuple((i + s) % size for i in range(size))) for s in range(size))
+        return tuple(tuple((i + s) % size for i in range(size)) for s in range(size))
     couples = size // 2
-    made: list[Turn] = []
+    made = []
     for across in range(couples):
         for along in range(2):
             to = []
@@ -292,9 +279,7 @@ def turns(size: int, *, split: bool = False) -> tuple[Turn, ...]:
                 couple, place = divmod(device, 2)
                 more = along + (2 * across == couples and couple >= across)
                 to.append((couple + across) % couples * 2 + (place + more) % 2)
-            mutual = (across, along) == (0, 1)
-            parities = (0, 1) if split and mutual else (None,)
-            made.extend(Turn(tuple(to), parity) for parity in parities)
+            made.append(tuple(to))
     return tuple(made)
 
 
