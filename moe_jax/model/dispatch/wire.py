@@ -13,10 +13,10 @@ destination is popular: sending everybody what the fullest pair needs pads by 30
 pairs are in groups (each its own where there are at most 4), each group counts for itself, and a
 message goes out among the groups that have its bit: `lax.switch` over all sets of groups.
 
-Gloo sends at half rate where two devices send large messages to each other: each says that it is
-ready to receive behind its own rows, on the same socket. So turns are not distances (M / 2 is such
-a one), and devices trade with neighbours alone, which live in one process (`turns`). Between two
-nodes, where all do, large messages go in two halves, each with as many pairs in either direction.
+Gloo sends at half rate where two devices send large messages to each other (benchmarks/README.md).
+So turns are not distances, of which M / 2 is such a one: devices trade with neighbours alone, which
+live in one process (`turns`). Between two nodes, where all do, large messages go in two halves,
+each with as many pairs in either direction.
 
 All devices of the mesh agree on the counts through a `pmax`, which is what makes a collective
 inside a branch legal; over the expert axis alone is not enough: a `ppermute` is one operation of
