@@ -147,6 +147,24 @@ def predicted_between_hosts(
     return between_hosts(rows.total_LMM.sum(0), box)
 
 
+def integer_bytes(way: str, box: Box, tokens: int, layers: int, top_k: int) -> int:
+    """Bytes between hosts besides rows: 4 for each assignment and thing that is all-gathered.
+
+    Its device and its slot, and its weight where sums are made on the way. Gloo's all-gather is a
+    ring, in which every device hands on what all but the next one have. 0 for ways whose gathers
+    are not counted here.
+    """
+    dispatch, _, combine = way.partition(":")
+    numbers = tokens // (box.hosts * box.devices_per_host) * top_k * layers
+    gathered = 4 * numbers * (2 if combine in ("", "exact") else 3)
+    devices = box.hosts * box.devices_per_host
+    if dispatch == "exchange":  # one ring, which leaves every host once
+        return box.hosts * (devices - 1) * gathered
+    if dispatch == "hierarchical":  # a ring for each place on the hosts, then rings inside them
+        return devices * (box.hosts - 1) * gathered
+    return 0
+
+
 def between_hosts(rows_MM: np.ndarray, box: Box) -> np.ndarray:
     """[hosts, hosts] sums of a [devices, devices] table, without what stays on a host."""
     each = (box.hosts, box.devices_per_host) * 2

@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.box import plans, statistics
 from benchmarks.box.measure import PHASES, Cell, Results
+from benchmarks.box.plans import Box
 
 BASES = ("contiguous", "EPLB")
 
@@ -87,7 +88,8 @@ def _speed(results: Results, of_way, phase: str) -> Iterator[str]:
 
 def _bytes(results: Results, mbit: str) -> Iterator[str]:
     """Prefill: rows and bytes that all hosts together send to other hosts."""
-    link, row_bytes = results.links[mbit], results.machine["row_bytes"]
+    link, m = results.links[mbit], results.machine
+    box, sizes = Box(m["hosts"], m["devices_per_host"]), (m["layers"], m["top_k"])
     yield (
         f"{'between hosts, prefill':<36}{'rows predicted':>15}{'counted':>10}{'padded/true':>13}"
         f"{'MB predicted':>14}{'MB of rows':>12}{'MB kernel':>11}{'kernel/predicted':>18}"
@@ -98,13 +100,15 @@ def _bytes(results: Results, mbit: str) -> Iterator[str]:
             cell = phases["prefill"]
             counted, padded = (np.array(table).sum() for table in (cell.rows, cell.padded))
             predicted = "-" if cell.predicted is None else str(np.array(cell.predicted).sum())
-            payload = padded * row_bytes / 1e6
+            payload = padded * m["row_bytes"] / 1e6
+            integers = plans.integer_bytes(way, box, tokens(results, "prefill"), *sizes) / 1e6
+            expected = (payload + integers) * link["overhead"]
             kernel = np.median(np.sum(cell.sent, axis=1)) / 1e6
             all_padded = (cell.all_rows + cell.all_padding) / max(cell.all_rows, 1)
             yield (
                 f"{way:<25}{plan:<11}{predicted:>15}{counted:>10}{padded / counted:>13.3f}"
-                f"{payload * link['overhead']:>14.2f}{payload:>12.2f}{kernel:>11.2f}"
-                f"{kernel / (payload * link['overhead']):>18.3f}{all_padded:>17.3f}"
+                f"{expected:>14.2f}{payload:>12.2f}{kernel:>11.2f}"
+                f"{kernel / expected:>18.3f}{all_padded:>17.3f}"
             )
 
 

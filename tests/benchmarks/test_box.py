@@ -76,6 +76,30 @@ def test_rows_between_hosts():
     assert between.tolist() == [[0, 2 + 3 + 6 + 7], [8 + 9 + 12 + 13, 0]]
 
 
+@pytest.mark.parametrize(("hosts", "devices"), [(2, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize("combine", ["exact", "partial"])
+def test_integers_between_hosts_are_those_of_rings(hosts, devices, combine):
+    """Every device hands each block on to the next one of its ring, until all have it."""
+    tokens, layers, top_k = 12, 3, 4  # 12 is a multiple of all numbers of devices
+    place_of = [(host, place) for host in range(hosts) for place in range(devices)]
+    rings = {
+        "exchange": [place_of],
+        "hierarchical": [[(host, place) for host in range(hosts)] for place in range(devices)],
+    }
+    arrays = 2 if combine == "exact" else 3  # devices, slots, weights
+    block = tokens // (hosts * devices) * top_k * 4 * arrays * layers
+    for dispatch, all_rings in rings.items():
+        expected = 0
+        for ring in all_rings:
+            for first in range(len(ring)):
+                for step in range(len(ring) - 1):
+                    one, other = (ring[(first + step + n) % len(ring)] for n in range(2))
+                    expected += block * (one[0] != other[0])
+        box = plans.Box(hosts, devices)
+        found = plans.integer_bytes(f"{dispatch}:{combine}", box, tokens, layers, top_k)
+        assert found == expected
+
+
 def test_every_plan_is_a_placement_of_the_box():
     box, trace = Box(2, 2), realistic(num_tokens=400, num_layers=2, num_experts=8, top_k=2, seed=0)
     made = plans.baselines(trace, box)

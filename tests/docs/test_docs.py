@@ -59,7 +59,7 @@ def test_commands_for_models_served_elsewhere(tmp_path, monkeypatch, capsys):
         tmp_path / "expert_statistic" / "rank0.safetensors", steps, Hints()
     )
     found = commands("your-model.md")
-    assert len(found) == 12
+    assert len(found) == 13
     for line in found:
         assert line.startswith(PLANNER), line
         words = shlex.split(line.removeprefix(PLANNER))
