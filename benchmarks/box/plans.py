@@ -148,11 +148,15 @@ def predicted_between_hosts(
 
 
 def integer_bytes(way: str, box: Box, tokens: int, layers: int, top_k: int) -> int:
-    """Bytes between hosts besides rows: 4 for each assignment and thing that is all-gathered.
+    """Bytes that all hosts together send to others besides rows, in all layers.
 
-    Its device and its slot, and its weight where sums are made on the way. Gloo's all-gather is a
-    ring, in which every device hands on what all but the next one have. 0 for ways whose gathers
-    are not counted here.
+    4 for the device and the slot of each assignment, which are all-gathered, and for its weight
+    where sums are made on the way. Gloo's all-gather is a ring, in which every device hands on what
+    all but the next one have. 0 for ways whose gathers are not counted here.
+
+    Args:
+      way: DISPATCH or DISPATCH:COMBINE.
+      tokens: of all devices.
     """
     dispatch, _, combine = way.partition(":")
     numbers = tokens // (box.hosts * box.devices_per_host) * top_k * layers

@@ -182,7 +182,7 @@ def test_refused_without_root_or_programs(monkeypatch):
 @needs_root
 @pytest.mark.slow
 def test_every_dispatch_and_combine_runs_between_hosts(tmp_path):
-    """The whole benchmark on a model of toy size: rows are those predicted, bytes those counted."""
+    """The whole benchmark on a model of toy size; rows are those predicted."""
     run = tmp_path / "run"
     here = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
     config = ("--config=configs/cluster.py:smoke", f"--workdir={run}")

@@ -90,9 +90,7 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices, monkeypatch
     monkeypatch.setattr(wire_lib, "LARGE", 1 << 6)  # larger than some of the messages
     most, chunk = 21, 2
     rng = np.random.default_rng(nodes)
-    counts = rng.integers(0, most + 1, (nodes, devices, nodes)).astype(
-        np.int32
-    )  # [from, place, to]
+    counts = rng.integers(0, most + 1, (nodes, devices, nodes), np.int32)  # [from, place, to]
     counts[0, 0] = 0
     num = nodes * most
     sent = np.arange(1, nodes * devices * num * WIDTH + 1, dtype=np.float32)

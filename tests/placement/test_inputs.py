@@ -299,6 +299,22 @@ def test_every_command_takes_plans_of_every_format(name, tmp_path, capsys):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("name", [name for name in OF_OTHERS if name != "exflow.csv"])
+def test_plans_with_copies_are_taken_as_well(name, tmp_path, capsys):
+    """ExFlow's file has none. vLLM's says how many devices there are."""
+    trace, own = dump(tmp_path, "own"), tmp_path / "own.json"
+    slots_LP = np.tile(np.concatenate([np.arange(8), [2, 3, 4, 5]]), (3, 1))
+    Plan(Placement(slots_LP.reshape(3, 3, 4).swapaxes(1, 2).reshape(3, 12), 8, 4)).write(own)
+    assert run("convert", own, tmp_path / name, *OF_OTHERS[name]) == 0
+    said = () if name == "vllm.json" else ("--devices=4",)
+    answers = []
+    for plan in (own, tmp_path / name):
+        capsys.readouterr()
+        assert run("evaluate", trace, plan, *said, "--json") == 0
+        answers.append(without_names(json.loads(capsys.readouterr().out)))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("name", ["sglang.json", "sglang-jax.npy", "tensorrt-llm.yaml"])
 def test_rows_of_a_plan_that_numbers_its_layers_are_the_traces_layers(name, tmp_path, capsys):
     """Files that number layers have rows of dense layers, too; the trace has layers 2, 3 and 5."""

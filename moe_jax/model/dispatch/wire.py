@@ -32,6 +32,7 @@ message.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,10 +113,71 @@ class Wire:
         Returns:
           [R, D]: rows from device 0, then from device 1, ...; zeros beyond.
         """
-        counts = (send_counts_M, receive_counts_M)
         if self.transport == RAGGED:
+            counts = (send_counts_M, receive_counts_M)
             return _ragged_all_to_all(rows_ND, *counts, num_received, self.axis)
-        return self._messages(rows_ND, *counts, num_received)
+        digits, me = DIGITS[self.transport], jax.lax.axis_index(self.axis)
+        send_start_M = exclusive_cumsum(send_counts_M)
+        receive_start_M = exclusive_cumsum(receive_counts_M)
+        largest = self.chunk << digits
+        # A message may reach beyond its segment but never beyond the buffer, where slices shift.
+        rows_ND = jnp.pad(rows_ND, ((0, largest), (0, 0)))
+        room = num_received + largest - 1
+        received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, room), (0, 0)))
+
+        # Messages are chained through `received_RD`, so that all devices meet in one order.
+        chunks_OG = self._chunks_OG(send_counts_M)
+        for to, destination, chunks_G in zip(
+            turns(len(send_counts_M)), self._destination_O(), chunks_OG, strict=True
+        ):
+            source = jnp.array(np.argsort(to))[me]
+            starts = (send_start_M[destination], receive_start_M[source])
+            turn = _Turn(to, rows_ND, *starts, receive_counts_M[source], source)
+            whole_G = chunks_G >> digits
+
+            def whole(i, received_RD, *, turn=turn, whole_G=whole_G):
+                sent_G, sends_G = jnp.full_like(whole_G, i * largest), whole_G > i
+                return self._message(turn, sent_G, sends_G, received_RD, size=largest)
+
+            received_RD = jax.lax.fori_loop(0, whole_G.max(), whole, received_RD)
+            for bit in reversed(range(digits)):
+                sends_G = ((chunks_G >> bit) & 1) == 1
+                # The larger ones went before.
+                sent_G = ((chunks_G >> (bit + 1)) << (bit + 1)) * self.chunk
+                received_RD = jax.lax.cond(
+                    sends_G.any(),
+                    functools.partial(self._message, turn, sent_G, sends_G, size=self.chunk << bit),
+                    lambda kept_RD: kept_RD,
+                    received_RD,
+                )
+        return received_RD[:num_received]
+
+    def _message(
+        self,
+        turn: "_Turn",
+        sent_G: jax.Array,
+        sends_G: jax.Array,
+        received_RD: jax.Array,
+        *,
+        size: int,
+    ) -> jax.Array:
+        """`size` rows of every group that sends, each of which has sent `sent_G` before."""
+        groups, me = len(sends_G), jax.lax.axis_index(self.axis)
+        at = turn.send_start + sent_G[me % groups]
+        chunk_CD = jax.lax.dynamic_slice_in_dim(turn.rows_ND, at, size)
+        sets = (sends_G.astype(jnp.int32) << jnp.arange(groups, dtype=jnp.int32)).sum(
+            dtype=jnp.int32
+        )
+        moves = self._moves(turn.to, groups, large=chunk_CD.nbytes >= LARGE)
+        chunk_CD = jax.lax.switch(sets - 1, moves, chunk_CD)
+        done = sent_G[turn.source % groups]
+        at = turn.receive_start + done
+        old_CD = jax.lax.dynamic_slice_in_dim(received_RD, at, size)
+        # Nothing comes from a group that does not send.
+        wanted = jnp.where(sends_G[turn.source % groups], turn.receive_count - done, 0)
+        ours_C = jnp.arange(size, dtype=jnp.int32) < wanted
+        new_CD = jnp.where(ours_C[:, None], chunk_CD, old_CD)
+        return jax.lax.dynamic_update_slice_in_dim(received_RD, new_CD, at, axis=0)
 
     def padding_M(self, send_counts_M: jax.Array) -> jax.Array:
         """Rows without a token that `exchange` sends from here to each device, int32 [M]."""
@@ -141,72 +203,6 @@ class Wire:
         # Counts that come from a table do not vary over all axes of the maximum, as it demands.
         chunks_OG = chunks_OG + 0 * jax.lax.axis_index(mesh_lib.BATCH)
         return jax.lax.pmax(chunks_OG, mesh_lib.BATCH)
-
-    def _messages(
-        self,
-        rows_ND: jax.Array,
-        send_counts_M: jax.Array,
-        receive_counts_M: jax.Array,
-        num_received: int,
-    ) -> jax.Array:
-        digits, me = DIGITS[self.transport], jax.lax.axis_index(self.axis)
-        send_start_M = exclusive_cumsum(send_counts_M)
-        receive_start_M = exclusive_cumsum(receive_counts_M)
-        largest = self.chunk << digits
-        # A message may reach beyond its segment but never beyond the buffer, where slices shift.
-        rows_ND = jnp.pad(rows_ND, ((0, largest), (0, 0)))
-        room = num_received + largest - 1
-        received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, room), (0, 0)))
-
-        # Messages are chained through `received_RD`, so that all devices meet in one order.
-        chunks_OG = self._chunks_OG(send_counts_M)
-        for to, destination, chunks_G in zip(
-            turns(len(send_counts_M)), self._destination_O(), chunks_OG, strict=True
-        ):
-            source = jnp.array(np.argsort(to))[me]
-            send_start, receive_start = send_start_M[destination], receive_start_M[source]
-            receive_count = receive_counts_M[source]
-
-            def message(sent_G, sends_G, received_RD, *, segment=None, size=0, to=to):
-                """`size` rows of every group that sends; each has sent `sent_G` before."""
-                send_start, receive_start, receive_count, source = segment
-                num_groups = len(sends_G)
-                done = sent_G[source % num_groups]
-                at = receive_start + done
-                chunk_CD = jax.lax.dynamic_slice_in_dim(
-                    rows_ND, send_start + sent_G[me % num_groups], size
-                )
-                sets = (sends_G << jnp.arange(num_groups, dtype=jnp.int32)).sum(dtype=jnp.int32)
-                large = chunk_CD.nbytes >= LARGE
-                moves = self._moves(to, num_groups, large=large)
-                chunk_CD = jax.lax.switch(sets - 1, moves, chunk_CD)
-                old_CD = jax.lax.dynamic_slice_in_dim(received_RD, at, size)
-                # Nothing comes from a group that does not send.
-                wanted = (receive_count - done) * sends_G[source % num_groups]
-                ours_C = jnp.arange(size, dtype=jnp.int32) < wanted
-                new_CD = jnp.where(ours_C[:, None], chunk_CD, old_CD)
-                return jax.lax.dynamic_update_slice_in_dim(received_RD, new_CD, at, axis=0)
-
-            segment = (send_start, receive_start, receive_count, source)
-            message = functools.partial(message, segment=segment)
-            whole_G = chunks_G >> digits
-
-            def step(i, received_RD, *, message=message, whole_G=whole_G):
-                sent_G = jnp.full_like(whole_G, i * largest)
-                return message(sent_G, (whole_G > i).astype(jnp.int32), received_RD, size=largest)
-
-            received_RD = jax.lax.fori_loop(0, whole_G.max(), step, received_RD)
-            for bit in reversed(range(digits)):
-                sends_G = (chunks_G >> bit) & 1
-                # The larger ones went before.
-                sent_G = ((chunks_G >> (bit + 1)) << (bit + 1)) * self.chunk
-                received_RD = jax.lax.cond(
-                    sends_G.any(),
-                    functools.partial(message, sent_G, sends_G, size=self.chunk << bit),
-                    lambda kept_RD: kept_RD,
-                    received_RD,
-                )
-        return received_RD[:num_received]
 
     def _moves(
         self, to: tuple[int, ...], num_groups: int, *, large: bool
@@ -247,6 +243,25 @@ class Wire:
         # The second waits for the first: all devices meet in one order.
         second_CD = jax.lax.ppermute(jnp.where(is_odd, rows_CD, first_CD), axes, odd)
         return jnp.where(is_odd, first_CD, second_CD)
+
+
+class _Turn(NamedTuple):
+    """A turn as this device sees it.
+
+    Attributes:
+      to: of `turns`.
+      rows_ND: what is sent from, padded.
+      send_start: where the rows for this turn's destination begin there.
+      receive_start, receive_count: where those of its source belong among the received, how many.
+      source: index of the device that is heard from.
+    """
+
+    to: tuple[int, ...]
+    rows_ND: jax.Array
+    send_start: jax.Array
+    receive_start: jax.Array
+    receive_count: jax.Array
+    source: jax.Array
 
 
 LARGE = 2**19  # bytes of a message that the buffers of a socket do not take in at once

@@ -45,6 +45,10 @@ def plan(path: str, trace: Trace, devices: int | None) -> Plan:
 
     Args:
       devices: for a file that does not say them; None: nobody did.
+
+    Raises:
+      Refused: a file that is no plan, contradicts these or says too little. Whether our own file
+        fits the trace is for the caller to check (plan.check_fits).
     """
     hints = Hints(devices, trace.num_experts, tuple(trace.layer_ids))
     with _named("plan"):

@@ -117,7 +117,10 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
 
 
 def read_plan(source: str | os.PathLike, hints: Hints) -> Plan:
-    """A plan of any format. The hints are for files of other programs: our own say everything."""
+    """A plan of any format; anything else, and what is wrong with it, is `Refused`.
+
+    The hints are for files of other programs: our own say everything.
+    """
     path = pathlib.Path(source)
     if not path.is_dir() and content.kind_of(path) == "json":
         fields = raw.parse_json(raw.read_text(path), str(path))
