@@ -183,9 +183,8 @@ def _program(mesh: Mesh, specs: Sequence[PartitionSpec], dtypes: Sequence[np.dty
             for group in groups:
                 parts = [arrays[i][layer] for i in group]
                 rows_SX = jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-                received_SX = wire.exchange(
-                    rows_SX[send_LMN[layer, me]], count_MM[me], count_MM[:, me], len(rows_SX)
-                )
+                pairs = wire_lib.Pairs(count_MM[me], count_MM[:, me], count_MM)
+                received_SX = wire.exchange(rows_SX[send_LMN[layer, me]], pairs, len(rows_SX))
                 rows_SX = jnp.concatenate([rows_SX, received_SX])[take_S]
                 ends = np.cumsum([part.size // len(part) for part in parts])[:-1].tolist()
                 for i, part, new in zip(

@@ -150,23 +150,19 @@ def predicted_between_hosts(
 def integer_bytes(way: str, box: Box, tokens: int, layers: int, top_k: int) -> int:
     """Bytes that all hosts together send to others besides rows, in all layers.
 
-    4 for the device and the slot of each assignment, which are all-gathered, and for its weight
-    where sums are made on the way. Gloo's all-gather is a ring, in which every device hands on what
-    all but the next one have. 0 for ways whose gathers are not counted here.
+    4 for the slot of each assignment, which is all-gathered, and for its weight where sums are made
+    on the way. Gloo's all-gather is a ring, in which every device hands on what all but the next
+    one have, and which leaves every host once. 0 for ways whose gathers are not counted here.
 
     Args:
       way: DISPATCH or DISPATCH:COMBINE.
       tokens: of all devices.
     """
     dispatch, _, combine = way.partition(":")
-    numbers = tokens // (box.hosts * box.devices_per_host) * top_k * layers
-    gathered = 4 * numbers * (2 if combine in ("", "exact") else 3)
-    devices = box.hosts * box.devices_per_host
-    if dispatch == "exchange":  # one ring, which leaves every host once
-        return box.hosts * (devices - 1) * gathered
-    if dispatch == "hierarchical":  # a ring for each place on the hosts, then rings inside them
-        return devices * (box.hosts - 1) * gathered
-    return 0
+    if dispatch not in ("exchange", "hierarchical"):
+        return 0
+    numbers = tokens // box.devices * top_k * layers
+    return box.hosts * (box.devices - 1) * 4 * numbers * (1 if combine in ("", "exact") else 2)
 
 
 def between_hosts(rows_MM: np.ndarray, box: Box) -> np.ndarray:

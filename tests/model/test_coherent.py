@@ -285,22 +285,24 @@ M, T = 8, 6
 
 
 @functools.cache
-def shared_program(dtype):
-    """`share` of [X, 3] values, given where tokens are: each device packs its own."""
+def shared_program(replicas=1):
+    """`share` of [replicas, X, 3] values, given where tokens are: each device packs its own."""
     axes = mesh_lib.EXPERT
 
-    def share(value_XZ, at_X):
+    def share(value_1XZ, at_1X):
+        value_XZ, at_X = value_1XZ[0], at_1X[0]
         residence = stay.Residence.of(at_X, axes, len(at_X) + 4)
         value_RZ = value_XZ[residence.token_R]
         shared_XZ = stay.share(value_RZ, residence, axes, T)
-        return shared_XZ[None], stay.shared_padding_M(residence, T)[None]
+        return shared_XZ[None, None], stay.shared_padding_M(residence, T)[None, None]
 
+    of_replica = PartitionSpec(mesh_lib.DATA)
     return jax.jit(
         jax.shard_map(
             share,
-            mesh=mesh_lib.make(1, M),
-            in_specs=(PartitionSpec(), PartitionSpec()),
-            out_specs=PartitionSpec(axes),
+            mesh=mesh_lib.make(replicas, M // replicas),
+            in_specs=(of_replica, of_replica),
+            out_specs=PartitionSpec(mesh_lib.DATA, axes),
             check_vma=False,
         )
     )
@@ -318,7 +320,7 @@ def test_share(dtype, fullest):
     at_X = rng.permutation(at_X).astype(np.int32)
     value_XZ = np.round(rng.normal(size=(M * T, 3)) * 4) / (1 if dtype == "int32" else 4)
     value_XZ = jnp.asarray(value_XZ, dtype)  # some are 0, some -0
-    shared_MXZ, padding_MM = shared_program(dtype)(value_XZ, at_X)
+    (shared_MXZ,), (padding_MM,) = shared_program()(value_XZ[None], at_X[None])
     expected_XZ = np.where((at_X >= 0)[:, None], np.asarray(value_XZ).astype(np.float64), 0)
     for shared_XZ in np.asarray(shared_MXZ).astype(np.float64):
         np.testing.assert_array_equal(shared_XZ, expected_XZ)
@@ -326,6 +328,18 @@ def test_share(dtype, fullest):
     count_M = np.bincount(at_X[at_X >= 0], minlength=M)
     sent = next((c for c in (6, 7, 8, 9, 11) if c >= count_M.max()), 12)
     np.testing.assert_array_equal(padding_MM, np.broadcast_to((sent - count_M)[:, None], (M, M)))
+
+
+def test_replicas_share_as_the_fullest_of_them_needs():
+    """Even in one replica, all on one device in the other: both take the other's step."""
+    devices = M // 2
+    at_RX = np.repeat(np.arange(devices), T)[None].repeat(2, axis=0).astype(np.int32)
+    at_RX[1] = 2
+    value_RXZ = np.arange(2 * devices * T * 3, dtype=np.float32).reshape(2, -1, 3)
+    shared_RMXZ, padding_RMM = shared_program(2)(value_RXZ, at_RX)
+    for device in range(devices):
+        np.testing.assert_array_equal(np.asarray(shared_RMXZ)[:, device], value_RXZ)
+    np.testing.assert_array_equal(np.asarray(padding_RMM)[0], 2 * T - T)  # by a sum over all
 
 
 @pytest.mark.parametrize("chunk", [1, 5])

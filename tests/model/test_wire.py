@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch import wire as wire_lib
-from moe_jax.model.dispatch.wire import DIGITS, Wire, turns
+from moe_jax.model.dispatch.wire import DIGITS, Pairs, Wire, turns
 
 WIDTH = 3
 
@@ -34,24 +34,30 @@ def run(count_RMM, chunk, most, transport="links"):
                 rows = sent[r, source, start : start + count]
                 expected[r, receiver, at : at + count] = rows
                 at += count
-    counts = count_RMM.astype(np.int32)
     go = program(replicas, size, chunk, num_received, transport)
-    received, padding = go(sent, counts, np.ascontiguousarray(counts.swapaxes(1, 2)))
+    received, padding = go(sent, count_RMM.astype(np.int32))
     return np.asarray(received), expected, np.asarray(padding)
 
 
 @functools.cache
 def program(replicas, size, chunk, num_received, transport):
-    spec = PartitionSpec(mesh_lib.DATA, mesh_lib.EXPERT)
+    spec, of_replica = PartitionSpec(mesh_lib.DATA, mesh_lib.EXPERT), PartitionSpec(mesh_lib.DATA)
     mesh = mesh_lib.make(replicas, size)
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
-    def go(sent_11ND, to_11M, from_11M):
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, of_replica), out_specs=spec)
+    def go(sent_11ND, count_1MM):
         wire = Wire(mesh_lib.EXPERT, transport, chunk)
-        received_RD = wire.exchange(sent_11ND[0, 0], to_11M[0, 0], from_11M[0, 0], num_received)
-        return received_RD[None, None], wire.padding_M(to_11M[0, 0])[None, None]
+        pairs = pairs_of(wire, count_1MM, 0)
+        received_RD = wire.exchange(sent_11ND[0, 0], pairs, num_received)
+        return received_RD[None, None], wire.padding_M(pairs)[None, None]
 
     return jax.jit(go)
+
+
+def pairs_of(wire, count_PMM, place):
+    """As one device knows them."""
+    me, count_MM = jax.lax.axis_index(wire.axis), count_PMM[place]
+    return Pairs(count_MM[me], count_MM[:, me], wire.agreed(count_PMM[None])[0])
 
 
 @pytest.mark.parametrize(
@@ -100,13 +106,15 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices, monkeypatch
     mesh = mesh_lib.make(1, devices, node=nodes)
 
     @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
-    def go(sent_11ND, to_11M, from_11M):
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    def go(sent_11ND, count_PMM):
         wire = Wire(mesh_lib.NODE, "links", chunk, beside=(mesh_lib.DEVICE,))
-        received_RD = wire.exchange(sent_11ND[0, 0], to_11M[0, 0], from_11M[0, 0], num)
-        return received_RD[None, None], wire.padding_M(to_11M[0, 0])[None, None]
+        pairs = pairs_of(wire, count_PMM, jax.lax.axis_index(mesh_lib.DEVICE))
+        received_RD = wire.exchange(sent_11ND[0, 0], pairs, num)
+        return received_RD[None, None], wire.padding_M(pairs)[None, None]
 
-    received, padding = go(sent, counts, np.ascontiguousarray(counts.transpose(2, 1, 0)))
+    at_places = np.ascontiguousarray(counts.transpose(1, 0, 2))
+    received, padding = go(sent, at_places)
     expected = np.zeros_like(sent)
     for place in range(devices):
         for to in range(nodes):
@@ -128,7 +136,7 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices, monkeypatch
             fullest = -(-counts[node, :, to].max() // chunk) * chunk
             np.testing.assert_array_equal(padding[node, :, to], fullest - counts[node, :, to])
     # No two devices send to each other in a permute of a large message.
-    text = go.lower(sent, counts, counts).as_text()
+    text = go.lower(sent, at_places).as_text()
     for size, pairs in permutes(text):
         both_ways = {pair[::-1] for pair in pairs} & pairs
         if devices % 2 == 0 and size * WIDTH * 4 >= wire_lib.LARGE:

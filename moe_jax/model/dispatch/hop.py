@@ -16,17 +16,19 @@ There are four movements, and each is the transpose of another:
 `Exchange` moves rows by the uneven all-to-all of wire.py. `Gather` shows every token to every
 device and sums on the way back (all-gather and reduce-scatter): the same four movements.
 
-Axes: T tokens at hand, K top_k, M devices of the axis, X = M * T, D values a row, N rows packed.
+Axes: T tokens at hand, K top_k, M devices of the axis, X = M * T, P places on the other axes over
+which experts are split, D values a row, N rows packed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.mesh import Axis
 from moe_jax.model.dispatch import sorting as sorting_lib
-from moe_jax.model.dispatch.wire import Wire
+from moe_jax.model.dispatch.wire import Pairs, Wire
 from moe_jax.pytree import Leaf
 
 
@@ -46,7 +48,7 @@ class Exchange:
         beyond all rows if an earlier k has the same device, so that each sum counts once.
       arrived_assignment_A: the assignments that came here, packed; arbitrary beyond.
       rank_XK: where the row of an assignment lies among those that arrived singly.
-      tokens_to_M, tokens_from_M: rows out; assignments_to_M, assignments_from_M: rows home singly.
+      tokens, assignments: rows out, one for each device of a token's experts, or singly. Their
         `to` counts what tokens at hand cause, `from` what is done here for others.
     """
 
@@ -59,10 +61,8 @@ class Exchange:
     sum_position_TK: Leaf
     arrived_assignment_A: Leaf
     rank_XK: Leaf
-    tokens_to_M: Leaf
-    tokens_from_M: Leaf
-    assignments_to_M: Leaf
-    assignments_from_M: Leaf
+    tokens: Pairs
+    assignments: Pairs
 
     @property
     def axis(self) -> Axis:
@@ -73,23 +73,21 @@ class Exchange:
         """Rows of tokens, found at `row_T`, to the devices of their experts: rows, `row_X`."""
         num_received = self.arrival_X.size
         sent_RD = rows_ND[row_T[self.token_R]]
-        counts = (self.tokens_to_M, self.tokens_from_M)
-        return self.wire.exchange(sent_RD, *counts, num_received), self.arrival_X
+        return self.wire.exchange(sent_RD, self.tokens, num_received), self.arrival_X
 
     def sums_home(
         self, rows_ND: jax.Array, row_XK: jax.Array, dtype: jax.typing.DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
         """Sums over k of the rows found at `row_XK`, to where their tokens came from, as dtype."""
         sum_XD = sorting_lib.sum_rows(rows_ND, row_XK[self.arrived_X]).astype(dtype)
-        counts = (self.tokens_from_M, self.tokens_to_M)
-        return self.wire.exchange(sum_XD, *counts, self.token_R.size), self.sum_position_TK
+        home = self.tokens.back()
+        return self.wire.exchange(sum_XD, home, self.token_R.size), self.sum_position_TK
 
     def assignments_out(self, rows_ND: jax.Array, row_TK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A row for each assignment, found at `row_TK`, to its expert's device."""
         sent_ND = rows_ND[row_TK.reshape(-1)[self.assignment_N]]
-        counts = (self.assignments_to_M, self.assignments_from_M)
         num_received = self.arrived_assignment_A.size
-        return self.wire.exchange(sent_ND, *counts, num_received), self.rank_XK
+        return self.wire.exchange(sent_ND, self.assignments, num_received), self.rank_XK
 
     def assignments_home(
         self, rows_ND: jax.Array, row_XK: jax.Array
@@ -97,39 +95,40 @@ class Exchange:
         """The row of each assignment that came here, found at `row_XK`, back to its token."""
         position_A = row_XK.reshape(-1)[self.arrived_assignment_A]
         sent_AD = sorting_lib.take_rows(rows_ND, position_A)
-        counts = (self.assignments_from_M, self.assignments_to_M)
-        return self.wire.exchange(sent_AD, *counts, self.assignment_N.size), self.home_position_TK
+        home = self.assignments.back()
+        return self.wire.exchange(sent_AD, home, self.assignment_N.size), self.home_position_TK
 
     def rows_out_M(self) -> jax.Array:
         """Rows of `tokens_out` to each device of the axis, this one included."""
-        return self.tokens_to_M
+        return self.tokens.to_M
 
     def rows_home_M(self, *, singly: bool) -> jax.Array:
         """Rows of `assignments_home` (singly) or `sums_home` to each device of the axis."""
-        return self.assignments_from_M if singly else self.tokens_from_M
+        return (self.assignments if singly else self.tokens).from_M
 
     def padding_M(self, *, singly: bool) -> jax.Array:
         """Rows without a token, out and home."""
-        out_M, home_M = self.rows_out_M(), self.rows_home_M(singly=singly)
-        return self.wire.padding_M(out_M) + self.wire.padding_M(home_M)
+        home = (self.assignments if singly else self.tokens).back()
+        return self.wire.padding_M(self.tokens) + self.wire.padding_M(home)
 
 
-def exchange(device_TK: jax.Array, wire: Wire, most: int) -> tuple[Exchange, jax.Array]:
-    """Plans an exchange from where the assignments at hand have to go.
-
-    All devices learn where all tokens go (an all-gather of K integers a token), from which every
-    index follows without further talk.
+def exchange(
+    device_PMTK: jax.Array, place: jax.Array, wire: Wire, most: int
+) -> tuple[Exchange, jax.Array]:
+    """Plans an exchange from where the assignments of all devices have to go; without talk.
 
     Args:
-      device_TK: int32 coordinate on the axis of each assignment's expert; -1 = nowhere.
+      device_PMTK: int32 coordinate on the wire's axis of each assignment's expert, -1 = nowhere; of
+        each device on that axis, at each place on the other axes over which experts are split.
+      place: this device's.
       most: the largest number of a token's assignments that one device can have.
 
     Returns:
       The hop, and bool [X, K]: which assignments of the X tokens came here.
     """
-    size, me = jax.lax.axis_size(wire.axis), jax.lax.axis_index(wire.axis)
-    num_tokens, top_k = device_TK.shape
-    device_M = jnp.arange(size, dtype=jnp.int32)
+    me, device_MTK = jax.lax.axis_index(wire.axis), device_PMTK[place]
+    size, num_tokens, top_k = device_MTK.shape
+    device_M, device_TK = jnp.arange(size, dtype=jnp.int32), device_MTK[me]
 
     # This side: rows out are (device, token) pairs; single rows are assignments, by device.
     at_TKM = device_TK[:, :, None] == device_M[None, None]
@@ -145,8 +144,18 @@ def exchange(device_TK: jax.Array, wire: Wire, most: int) -> tuple[Exchange, jax
     place_N = place_N.at[assignment_N].set(jnp.arange(place_N.size, dtype=jnp.int32))
 
     # Far side: the same from where everybody's tokens go.
-    here_XK = jax.lax.all_gather(device_TK, wire.axis, tiled=True) == me
+    here_XK = (device_MTK == me).reshape(-1, top_k)
     arrives_X = here_XK.any(axis=1)
+    at_PMTKM = device_PMTK[..., None] == device_M[None, None, None, None]
+    most_2MM = wire.agreed(
+        jnp.stack(
+            [
+                at_PMTKM.any(axis=3).sum(axis=2, dtype=jnp.int32),
+                at_PMTKM.sum(axis=(2, 3), dtype=jnp.int32),
+            ]
+        )
+    )
+    most_tokens_MM, most_assignments_MM = (None, None) if most_2MM is None else most_2MM
     hop = Exchange(
         wire=wire,
         token_R=token_R,
@@ -157,10 +166,16 @@ def exchange(device_TK: jax.Array, wire: Wire, most: int) -> tuple[Exchange, jax
         sum_position_TK=sum_position_TK,
         arrived_assignment_A=indices_of_true(here_XK, size=arrives_X.size * min(top_k, most)),
         rank_XK=(jnp.cumsum(here_XK.reshape(-1), dtype=jnp.int32) - 1).reshape(here_XK.shape),
-        tokens_to_M=goes_MT.sum(1, dtype=jnp.int32),
-        tokens_from_M=arrives_X.reshape(size, -1).sum(1, dtype=jnp.int32),
-        assignments_to_M=at_TKM.sum((0, 1), dtype=jnp.int32),
-        assignments_from_M=here_XK.reshape(size, -1).sum(1, dtype=jnp.int32),
+        tokens=Pairs(
+            goes_MT.sum(1, dtype=jnp.int32),
+            arrives_X.reshape(size, -1).sum(1, dtype=jnp.int32),
+            most_tokens_MM,
+        ),
+        assignments=Pairs(
+            at_TKM.sum((0, 1), dtype=jnp.int32),
+            here_XK.reshape(size, -1).sum(1, dtype=jnp.int32),
+            most_assignments_MM,
+        ),
     )
     return hop, here_XK
 
@@ -225,18 +240,41 @@ class Gather:
         return moved - self.rows_out_M() - self.rows_home_M(singly=singly)
 
 
-def gather(device_TK: jax.Array, axis: Axis) -> tuple[Gather, jax.Array]:
-    """As `exchange`, for the hop that gathers."""
-    device_XK = jax.lax.all_gather(device_TK, axis, tiled=True)
-    here_XK = device_XK == jax.lax.axis_index(axis)
-    token_T, token_X = (jnp.arange(len(a), dtype=jnp.int32) for a in (device_TK, here_XK))
+def gather(device_MTK: jax.Array, axis: Axis) -> tuple[Gather, jax.Array]:
+    """As `exchange`, for the hop that gathers; there are no other axes."""
+    size, num_tokens, top_k = device_MTK.shape
+    here_XK = (device_MTK == jax.lax.axis_index(axis)).reshape(-1, top_k)
+    token_T, token_X = (jnp.arange(n, dtype=jnp.int32) for n in (num_tokens, size * num_tokens))
     assignment_TK, assignment_XK = (
-        jnp.arange(a.size, dtype=jnp.int32).reshape(a.shape) for a in (device_TK, here_XK)
+        jnp.arange(n * top_k, dtype=jnp.int32).reshape(n, top_k)
+        for n in (num_tokens, size * num_tokens)
     )
-    real_MTK = (device_XK >= 0).reshape(-1, *device_TK.shape)
+    real_MTK = device_MTK >= 0
     tokens_M = real_MTK.any(axis=2).sum(axis=1, dtype=jnp.int32)
     counts = (tokens_M, real_MTK.sum(axis=(1, 2), dtype=jnp.int32))
     return Gather(axis, token_T, token_X, assignment_TK, assignment_XK, *counts), here_XK
+
+
+def everyone(value_TK: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    """What all devices have of their tokens, in the order in which a path brings tokens together.
+
+    One all-gather, in the order of the mesh, so that rings of neighbours cross between nodes once.
+
+    Args:
+      axes: of the path's hops, in the order of the way out.
+
+    Returns:
+      [..., T, K]: the devices of the last hop's axis first, those of the first hop's last.
+    """
+    sizes = tuple(jax.lax.axis_size(axis) for axis in axes)
+    value_ZTK = jax.lax.all_gather(value_TK, joined(axes)).reshape(*sizes, *value_TK.shape)
+    last_first = tuple(reversed(range(len(axes))))
+    return value_ZTK.transpose(*last_first, *range(len(axes), value_ZTK.ndim))
+
+
+def joined(axes: Sequence[Axis]) -> tuple[str, ...]:
+    """Several axes as one, the first slowest."""
+    return tuple(name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis))
 
 
 def indices_of_true(mask: jax.Array, *, size: int) -> jax.Array:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_jax.model.dispatch import grid, quantise
+from moe_jax.model.dispatch import hop as hop_lib
 from moe_jax.model.dispatch import sorting as sorting_lib
 from moe_jax.model.dispatch.hop import Exchange, Gather
 from moe_jax.pytree import Leaf
@@ -138,9 +139,9 @@ _collect_sums.defvjp(_collect_sums_fwd, _collect_sums_bwd)
 
 
 def assignments(path: Path, value_TK: Float[Array, "T K"]) -> Float[Array, " A"]:
-    """A number of each assignment where it is computed, by an all-gather along every hop."""
-    for hop in path.hops:
-        value_TK = jax.lax.all_gather(value_TK, hop.axis, tiled=True)
+    """A number of each assignment where it is computed, by an all-gather."""
+    if path.hops:
+        value_TK = hop_lib.everyone(value_TK, [hop.axis for hop in path.hops])
     return value_TK.reshape(-1)[path.sorting.order_A]
 
 
@@ -165,8 +166,9 @@ def _reproducible_sums_home(path: Path, y_AD: jax.Array, dtype: jax.typing.DType
     here_XK = jnp.take(here_A, path.sorting.position_XK, mode="fill", fill_value=0)
     exponent_X, own = here_XK.max(axis=1), jnp.int32(0)
     size = num_tokens
-    for hop in path.hops:  # the X tokens are in the same order on all devices that a path joins
-        exponent_X = jax.lax.pmax(exponent_X, hop.axis)
+    if path.hops:  # the X tokens are in the same order on all devices that a path joins
+        exponent_X = jax.lax.pmax(exponent_X, hop_lib.joined([hop.axis for hop in path.hops]))
+    for hop in path.hops:
         own = own + jax.lax.axis_index(hop.axis) * size
         size = size * jax.lax.axis_size(hop.axis)
     exponent_A = exponent_X[path.sorting.order_A // top_k]

@@ -91,40 +91,47 @@ def local(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array
 
 def gathered(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "X K"]]:
     """Every token to every device, by an all-gather; sums come back by a reduce-scatter."""
-    hop, here_XK = hop_lib.gather(_device_of(slot_TK, setting), setting.axes)
-    return (hop,), _arrived(slot_TK, here_XK, setting.axes)
+    slot_MTK = hop_lib.everyone(slot_TK, [setting.axes])
+    hop, here_XK = hop_lib.gather(_device_of(slot_MTK, setting), setting.axes)
+    return (hop,), _arrived(slot_MTK, here_XK)
 
 
 def exchange(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "X K"]]:
     """Each token once to every distinct device of its experts, over all axes as one."""
     wire = Wire.of(setting.axes, setting.transport, num_tokens=len(slot_TK))
-    hop, here_XK = hop_lib.exchange(_device_of(slot_TK, setting), wire, most=setting.num_local)
-    return (hop,), _arrived(slot_TK, here_XK, setting.axes)
+    slot_MTK = hop_lib.everyone(slot_TK, [setting.axes])
+    device_1MTK, place = _device_of(slot_MTK, setting)[None], jnp.int32(0)
+    hop, here_XK = hop_lib.exchange(device_1MTK, place, wire, most=setting.num_local)
+    return (hop,), _arrived(slot_MTK, here_XK)
 
 
 def hierarchical(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "Y K"]]:
     """Two exchanges: between nodes along the first axis, then within the node along the others.
 
-    X are the tokens that this device relays, Y those of all devices, in the relays' order.
+    N nodes of M devices. X are the tokens that a device relays, those of its place on all nodes; Y
+    are all tokens, in the relays' order.
     """
     node_axis, device_axes = setting.axes[0], setting.axes[1:]
-    devices = jax.lax.axis_size(device_axes)
-    device_TK = _device_of(slot_TK, setting)
-    node_TK = jnp.where(device_TK < 0, -1, device_TK // devices)
+    node, place = jax.lax.axis_index(node_axis), jax.lax.axis_index(device_axes)
+    devices, top_k = jax.lax.axis_size(device_axes), slot_TK.shape[1]
+    slot_MNTK = hop_lib.everyone(slot_TK, [node_axis, device_axes])
+    device_MNTK = _device_of(slot_MNTK, setting)
+    node_MNTK = jnp.where(device_MNTK < 0, -1, device_MNTK // devices)
     between = Wire.of(node_axis, setting.transport, num_tokens=len(slot_TK), beside=device_axes)
-    first, relayed_XK = hop_lib.exchange(node_TK, between, most=devices * setting.num_local)
-    slot_XK = _arrived(slot_TK, relayed_XK, node_axis)
+    first, _ = hop_lib.exchange(node_MNTK, place, between, most=devices * setting.num_local)
 
-    device_XK = _device_of(slot_XK, setting)
-    device_XK = jnp.where(device_XK < 0, -1, device_XK % devices)
-    within = Wire.of(device_axes, setting.transport, num_tokens=len(slot_XK))
-    second, here_YK = hop_lib.exchange(device_XK, within, most=setting.num_local)
-    return (first, second), _arrived(slot_XK, here_YK, device_axes)
+    node_N = jnp.arange(jax.lax.axis_size(node_axis), dtype=jnp.int32)
+    relayed_NMNTK = node_MNTK[None] == node_N[:, None, None, None, None]
+    device_NMNTK = jnp.where(relayed_NMNTK, device_MNTK[None] % devices, -1)
+    device_NMXK = device_NMNTK.reshape(len(node_N), devices, -1, top_k)
+    within = Wire.of(device_axes, setting.transport, num_tokens=device_NMXK.shape[2])
+    second, here_YK = hop_lib.exchange(device_NMXK, node, within, most=setting.num_local)
+    return (first, second), _arrived(slot_MNTK, here_YK)
 
 
-def _arrived(slot_TK: jax.Array, here_XK: jax.Array, axis: Axis) -> jax.Array:
-    """Slots of the tokens of all devices of an axis; -1 where an assignment did not come here."""
-    return jnp.where(here_XK, jax.lax.all_gather(slot_TK, axis, tiled=True), -1)
+def _arrived(slot_ZTK: jax.Array, here_XK: jax.Array) -> jax.Array:
+    """Slots of the tokens of all devices; -1 where an assignment did not come here."""
+    return jnp.where(here_XK, slot_ZTK.reshape(here_XK.shape), -1)
 
 
 def _along(
@@ -190,9 +197,9 @@ def _devices_along(axis: Axis, axes: tuple[str, ...]) -> jax.Array:
     return device
 
 
-def _device_of(slot_TK: jax.Array, setting: Setting) -> jax.Array:
-    """int32 [T, K]: the device of each slot; -1 where there is none."""
-    return jnp.where(slot_TK < 0, -1, slot_TK // setting.num_local)
+def _device_of(slot_ZTK: jax.Array, setting: Setting) -> jax.Array:
+    """int32: the device of each slot; -1 where there is none."""
+    return jnp.where(slot_ZTK < 0, -1, slot_ZTK // setting.num_local)
 
 
 WAYS: dict[str, Way] = {

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch.hop import indices_of_true
 from moe_jax.model.dispatch.traffic import away
-from moe_jax.model.dispatch.wire import Wire
+from moe_jax.model.dispatch.wire import REPLICAS, Pairs, Wire
 from moe_jax.pytree import Leaf
 
 # Rows that `share` sends of each device, in units of its tokens at home. From 2 on a sum over all
@@ -132,7 +132,9 @@ def _capacities(num_tokens: int, num_group: int) -> list[int]:
 
 
 def _step(residence: Residence, capacities: Sequence[int]) -> jax.Array:
-    fullest = jax.lax.pmax(residence.count_M.max(), mesh_lib.BATCH)
+    fullest = residence.count_M.max()
+    if jax.lax.axis_size(REPLICAS) > 1:
+        fullest = jax.lax.pmax(fullest, REPLICAS)
     return (fullest > jnp.array(capacities, jnp.int32)).sum(dtype=jnp.int32)
 
 
@@ -146,14 +148,13 @@ class Leg:
       item_S: the items sent from here, by destination, then in their order; arbitrary beyond.
       position_N: where the row of an item lies among those that arrived here (by source, then in
         the order of items); beyond all rows if it did not come here.
-      to_M, from_M: rows to and from each device, this one included.
+      pairs: rows from each device to each, those that stay included.
     """
 
     wire: Wire = dataclasses.field(metadata={"static": True})
     item_S: Leaf
     position_N: Leaf
-    to_M: Leaf
-    from_M: Leaf
+    pairs: Pairs
 
     @classmethod
     def of(cls, source_N: jax.Array, target_N: jax.Array, wire: Wire, num_sent: int) -> "Leg":
@@ -172,12 +173,17 @@ class Leg:
         arrived_N = jnp.argsort(from_N, stable=True)
         position_N = jnp.zeros(arrived_N.shape, jnp.int32)
         position_N = position_N.at[arrived_N].set(jnp.arange(arrived_N.size, dtype=jnp.int32))
+        # Sums of ones in float32, exact below 2^24 items: products of integers are slow on CPUs.
+        from_NM, to_NM = (
+            (device_N[:, None] == device_1M).astype(jnp.float32) for device_N in (source_N, target_N)
+        )
+        rows_MM = (from_NM.T @ to_NM).astype(jnp.int32)
+        most_1MM = wire.agreed(rows_MM[None, None])
         return cls(
             wire=wire,
             item_S=item_S,
             position_N=jnp.where(from_N < size, position_N, position_N.size),
-            to_M=(to_N[:, None] == device_1M).sum(axis=0, dtype=jnp.int32),
-            from_M=(from_N[:, None] == device_1M).sum(axis=0, dtype=jnp.int32),
+            pairs=Pairs(rows_MM[me], rows_MM[:, me], None if most_1MM is None else most_1MM[0]),
         )
 
     def move(
@@ -206,16 +212,16 @@ class Leg:
             return i * tile, rows_of(item_W)
 
         sent_RZ = jnp.zeros((item_R.size, like_ZZ.shape[1]), like_ZZ.dtype)
-        sent_RZ = fill(compute, num_tiles(self.to_M.sum(), tile), sent_RZ)
-        return self.wire.exchange(sent_RZ, self.to_M, self.from_M, num_received)
+        sent_RZ = fill(compute, num_tiles(self.pairs.to_M.sum(), tile), sent_RZ)
+        return self.wire.exchange(sent_RZ, self.pairs, num_received)
 
     def rows_M(self) -> jax.Array:
         """Rows on the wire from here to each device, int32 [M]."""
-        return away(self.to_M, self.wire.axis)
+        return away(self.pairs.to_M, self.wire.axis)
 
     def padding_M(self) -> jax.Array:
         """Rows without a token from here to each device, int32 [M]."""
-        return away(self.wire.padding_M(self.to_M), self.wire.axis)
+        return away(self.wire.padding_M(self.pairs), self.wire.axis)
 
 
 def shared_M(residence: Residence, axes: mesh_lib.Axis) -> jax.Array:

@@ -18,15 +18,17 @@ So turns are not distances, of which M / 2 is such a one: devices trade with nei
 live in one process (`turns`). Between two nodes, where all do, large messages go in two halves,
 each with as many pairs in either direction.
 
-All devices of the mesh agree on the counts through a `pmax`, which is what makes a collective
-inside a branch legal; over the expert axis alone is not enough: a `ppermute` is one operation of
-the whole mesh, and the CPU backend waits for ever for data replicas that took another branch.
+All devices of the mesh know the same counts (`Pairs`), which is what makes a collective inside a
+branch legal; those of one expert axis are not enough: a `ppermute` is one operation of the whole
+mesh, and the CPU backend waits for ever for devices that took another branch. Callers gather where
+all assignments of an expert group go, from which all counts follow; what other replicas of the data
+send is asked of them (`agreed`), where there are any.
 
-Padding: a count is rounded up to whole chunks, and to the fullest pair of its group over all data
-replicas. Nothing here is differentiated: the callers' VJPs call it in the other direction.
+Padding: a count is rounded up to whole chunks, and to the fullest pair of its group over all places
+of the other axes. Nothing here is differentiated: the callers' VJPs call it in the other direction.
 
-Axes: N rows sent, R rows received, D values a row, M devices, O turns, G groups of pairs, C rows a
-message.
+Axes: N rows sent, R rows received, D values a row, M devices, P places on the other axes over which
+experts are split, O turns, G groups of pairs, C rows a message.
 """
 
 import dataclasses
@@ -40,7 +42,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
+from moe_jax.pytree import Leaf
 
+REPLICAS = (mesh_lib.DATA, mesh_lib.FSDP)  # of the devices that share a set of experts
 RAGGED = "ragged"
 # Else messages: binary digits of a count in chunks, the largest message being 2^digits chunks.
 DIGITS = {"memory": 2, "links": 4}
@@ -58,6 +62,27 @@ def transport_of(mesh: Mesh) -> str:
 def exclusive_cumsum(counts_M: jax.Array) -> jax.Array:
     """Start of each segment when segments of these sizes lie end to end."""
     return jnp.cumsum(counts_M) - counts_M
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Rows between the devices of an axis in one movement.
+
+    Attributes:
+      to_M, from_M: int32 rows from this device to each one, and from each one to this.
+      most_MM: int32 [source, destination]: the most rows of this pair at any place of the mesh, the
+        same on all its devices; None where no one has to know (RAGGED).
+    """
+
+    to_M: Leaf
+    from_M: Leaf
+    most_MM: Leaf
+
+    def back(self) -> "Pairs":
+        """Of the movement the other way round."""
+        most_MM = None if self.most_MM is None else self.most_MM.T
+        return Pairs(self.from_M, self.to_M, most_MM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,30 +120,39 @@ class Wire:
         chunk = max(1, 2 * num_tokens // (jax.lax.axis_size(axis) << digits))
         return cls(axis, transport, chunk, beside if transport == "links" else ())
 
-    def exchange(
-        self,
-        rows_ND: jax.Array,
-        send_counts_M: jax.Array,
-        receive_counts_M: jax.Array,
-        num_received: int,
-    ) -> jax.Array:
+    def agreed(self, rows_ZPMM: jax.Array) -> jax.Array | None:
+        """`Pairs.most_MM` of several movements.
+
+        Args:
+          rows_ZPMM: int32 rows of each movement at each place, from each device to each one; known
+            to all devices that share a set of experts.
+
+        Returns:
+          int32 [Z, M, M], or None where no one has to know.
+        """
+        if self.transport == RAGGED:
+            return None
+        most_ZMM = rows_ZPMM.max(axis=1)
+        if jax.lax.axis_size(REPLICAS) == 1:
+            return most_ZMM
+        return jax.lax.pmax(most_ZMM, REPLICAS)
+
+    def exchange(self, rows_ND: jax.Array, pairs: Pairs, num_received: int) -> jax.Array:
         """Sends segment m of `rows_ND` to device m; returns the received segments by source.
 
         Args:
           rows_ND: rows for device 0, then for device 1, ...; what follows them is not sent.
-          send_counts_M: rows for each device, int32.
-          receive_counts_M: rows that each device sends here, int32.
+          pairs: how many.
           num_received: static number of rows R of the result, at least the sum received.
 
         Returns:
           [R, D]: rows from device 0, then from device 1, ...; zeros beyond.
         """
         if self.transport == RAGGED:
-            counts = (send_counts_M, receive_counts_M)
-            return _ragged_all_to_all(rows_ND, *counts, num_received, self.axis)
+            return _ragged_all_to_all(rows_ND, pairs.to_M, pairs.from_M, num_received, self.axis)
         digits, me = DIGITS[self.transport], jax.lax.axis_index(self.axis)
-        send_start_M = exclusive_cumsum(send_counts_M)
-        receive_start_M = exclusive_cumsum(receive_counts_M)
+        send_start_M = exclusive_cumsum(pairs.to_M)
+        receive_start_M = exclusive_cumsum(pairs.from_M)
         largest = self.chunk << digits
         # A message may reach beyond its segment but never beyond the buffer, where slices shift.
         rows_ND = jnp.pad(rows_ND, ((0, largest), (0, 0)))
@@ -126,13 +160,12 @@ class Wire:
         received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, room), (0, 0)))
 
         # Messages are chained through `received_RD`, so that all devices meet in one order.
-        chunks_OG = self._chunks_OG(send_counts_M)
-        for to, destination, chunks_G in zip(
-            turns(len(send_counts_M)), self._destination_O(), chunks_OG, strict=True
-        ):
+        in_turns = turns(len(pairs.to_M))
+        for to, chunks_G in zip(in_turns, self._chunks_OG(pairs), strict=True):
+            destination = jnp.array(to)[me]
             source = jnp.array(np.argsort(to))[me]
             starts = (send_start_M[destination], receive_start_M[source])
-            turn = _Turn(to, rows_ND, *starts, receive_counts_M[source], source)
+            turn = _Turn(to, rows_ND, *starts, pairs.from_M[source], source)
             whole_G = chunks_G >> digits
 
             def whole(i, received_RD, *, turn=turn, whole_G=whole_G):
@@ -179,30 +212,25 @@ class Wire:
         new_CD = jnp.where(ours_C[:, None], chunk_CD, old_CD)
         return jax.lax.dynamic_update_slice_in_dim(received_RD, new_CD, at, axis=0)
 
-    def padding_M(self, send_counts_M: jax.Array) -> jax.Array:
+    def padding_M(self, pairs: Pairs) -> jax.Array:
         """Rows without a token that `exchange` sends from here to each device, int32 [M]."""
         if self.transport == RAGGED:
-            return jnp.zeros_like(send_counts_M)
-        me = jax.lax.axis_index(self.axis)
-        destination_O, chunks_OG = self._destination_O(), self._chunks_OG(send_counts_M)
+            return jnp.zeros_like(pairs.to_M)
+        me, chunks_OG = jax.lax.axis_index(self.axis), self._chunks_OG(pairs)
         sent_O = chunks_OG[:, me % chunks_OG.shape[1]] * self.chunk
-        sent_M = jnp.zeros_like(send_counts_M).at[destination_O].set(sent_O)
-        return jnp.where(jnp.arange(len(sent_M)) == me, 0, sent_M - send_counts_M)
+        destination_O = jnp.array(turns(len(pairs.to_M)), jnp.int32)[:, me]
+        sent_M = jnp.zeros_like(pairs.to_M).at[destination_O].set(sent_O)
+        return jnp.where(jnp.arange(len(sent_M)) == me, 0, sent_M - pairs.to_M)
 
-    def _destination_O(self) -> jax.Array:
-        """Where this device sends to in each turn, int32 [O]."""
-        to_OM = jnp.array(turns(jax.lax.axis_size(self.axis)), jnp.int32)
-        return to_OM[:, jax.lax.axis_index(self.axis)]
-
-    def _chunks_OG(self, send_counts_M: jax.Array) -> jax.Array:
+    def _chunks_OG(self, pairs: Pairs) -> jax.Array:
         """int32 [turns, G]: chunks that the pairs of a group send; equal on all devices."""
-        groups, me = _num_groups(len(send_counts_M)), jax.lax.axis_index(self.axis)
-        chunks_O = -(-send_counts_M[self._destination_O()] // self.chunk)
-        mine_G = jnp.arange(groups) == me % groups
-        chunks_OG = jnp.where(mine_G[None], chunks_O[:, None], 0)
-        # Counts that come from a table do not vary over all axes of the maximum, as it demands.
-        chunks_OG = chunks_OG + 0 * jax.lax.axis_index(mesh_lib.BATCH)
-        return jax.lax.pmax(chunks_OG, mesh_lib.BATCH)
+        size = len(pairs.to_M)
+        groups, to_OM = _num_groups(size), jnp.array(turns(size), jnp.int32)
+        source_M = jnp.arange(size, dtype=jnp.int32)
+        most_OM = pairs.most_MM[source_M[None], to_OM]
+        in_group_MG = source_M[:, None] % groups == jnp.arange(groups, dtype=jnp.int32)[None]
+        most_OMG = jnp.where(in_group_MG[None], most_OM[:, :, None], 0)
+        return -(-most_OMG.max(axis=1) // self.chunk)
 
     def _moves(
         self, to: tuple[int, ...], num_groups: int, *, large: bool
