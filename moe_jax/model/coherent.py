@@ -155,9 +155,8 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
         def on_devices(x_bSD, leaves, table, position_BS, real_BS, cache):
             blocks = jax.tree.unflatten(tree, leaves)
             num_physical = blocks.moe.gate_PDF.shape[1] * jax.lax.axis_size(mesh_lib.EXPERT)
-            setting = schemes.Setting(
-                mesh_lib.EXPERT, num_physical, wire.transport_of(mesh), config.combine
-            )
+            how = (wire.transport_of(mesh), wire.near_of(mesh), config.combine)
+            setting = schemes.Setting(mesh_lib.EXPERT, num_physical, *how)
             reached_B = jnp.where(real_BS, position_BS, 0).max(axis=1)
             group = _Group(
                 *(config, setting, implementation, position_BS, reached_B),
@@ -201,7 +200,9 @@ class _Group:
         self._num_tokens = position_BS.size // setting.num_devices
         self._tile = _DECODE_TILE if decoding else _TILE
         self._num_rows = position_BS.size + self._tile
-        self._wire = wire.Wire.of(setting.axes, setting.transport, num_tokens=self._num_tokens)
+        self._wire = wire.Wire.of(
+            *(setting.axes, setting.transport), num_tokens=self._num_tokens, near=setting.near
+        )
 
     def run(self, x_bSD, blocks, table, real_BS, cache):
         """All layers, and home."""

@@ -289,7 +289,7 @@ def build_dispatch(
     scheme = schemes.SCHEMES[dispatch]
     # The mesh decides, not the machine: programs for a pod are also compiled elsewhere.
     device = mesh.devices.flat[0]
-    transport = wire.transport_of(mesh)
+    transport, near = wire.transport_of(mesh), wire.near_of(mesh)
     axes = mesh_lib.EXPERT
     implementation = implementation or grouped_matmul.default_implementation(device)
     grouped_matmul.check_platform(implementation, device.platform)
@@ -321,6 +321,7 @@ def build_dispatch(
             axes,
             num_physical=experts.matrices[0].shape[-3] * num_devices,
             transport=transport,
+            near=near,
             combine=combine,
             capacity=capacity if capacity_factor > 0 else None,
             wire_dtype=wire_dtype,

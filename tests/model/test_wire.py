@@ -2,11 +2,13 @@
 
 import functools
 import re
+import types
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch import wire as wire_lib
@@ -15,7 +17,7 @@ from moe_jax.model.dispatch.wire import DIGITS, Pairs, Wire, turns
 WIDTH = 3
 
 
-def run(count_RMM, chunk, most, transport="links"):
+def run(count_RMM, chunk, most, transport="links", near=1):
     """Rows, numbered one by one, through `exchange`; count_RMM [replicas, source, destination].
 
     Returns (received [replicas, M, R, D], expected, padding [replicas, M, M]).
@@ -34,19 +36,19 @@ def run(count_RMM, chunk, most, transport="links"):
                 rows = sent[r, source, start : start + count]
                 expected[r, receiver, at : at + count] = rows
                 at += count
-    go = program(replicas, size, chunk, num_received, transport)
+    go = program(replicas, size, chunk, num_received, transport, near)
     received, padding = go(sent, count_RMM.astype(np.int32))
     return np.asarray(received), expected, np.asarray(padding)
 
 
 @functools.cache
-def program(replicas, size, chunk, num_received, transport):
+def program(replicas, size, chunk, num_received, transport, near):
     spec, of_replica = PartitionSpec(mesh_lib.DATA, mesh_lib.EXPERT), PartitionSpec(mesh_lib.DATA)
     mesh = mesh_lib.make(replicas, size)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, of_replica), out_specs=spec)
     def go(sent_11ND, count_1MM):
-        wire = Wire(mesh_lib.EXPERT, transport, chunk)
+        wire = Wire(mesh_lib.EXPERT, transport, chunk, near=near)
         pairs = pairs_of(wire, count_1MM, 0)
         received_RD = wire.exchange(sent_11ND[0, 0], pairs, num_received)
         return received_RD[None, None], wire.padding_M(pairs)[None, None]
@@ -166,6 +168,57 @@ def test_pairs_of_a_turn_pad_for_themselves():
     off_diagonal = ~np.eye(4, dtype=bool)
     expected = np.where(off_diagonal, -counts[0] % 4, 0)
     np.testing.assert_array_equal(padding[0], expected)
+
+
+def test_pairs_within_a_process_have_coarse_messages():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 22, (1, 4, 4))
+    received, expected, padding = run(counts, 1, 21, near=2)
+    np.testing.assert_array_equal(received, expected)
+    assert np.unique(counts[0, :2, :2] % 4).size > 1
+    expected = np.zeros((4, 4), int)
+    for source, to in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        expected[source, to] = -counts[0, source, to] % 4
+    np.testing.assert_array_equal(padding[0], expected)
+    # Where processes hold no neighbours, or there is one process, nothing is different.
+    for transport, near in (("links", 1), ("memory", 4)):
+        *_, padding = run(counts, 1, 21, transport, near)
+        assert not padding.any()
+    counts = rng.integers(0, 22, (1, 6, 6))
+    *_, padding = run(counts, 1, 21, near=3)
+    neighbours = [(0, 1), (1, 0), (2, 3), (3, 2), (4, 5), (5, 4)]  # one turn; 2 and 3 are apart
+    groups = np.array([[counts[0, a, b] for a, b in neighbours if a % 2 == g] for g in (0, 1)])
+    expected = [groups[a % 2].max() - counts[0, a, b] for a, b in neighbours]
+    assert [padding[0, a, b] for a, b in neighbours] == expected
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        ([[0, 0, 1, 1]], 2),
+        ([[0, 0, 0, 0]], 4),
+        ([[0, 1, 0, 1]], 1),
+        ([[0, 0, 1, 1], [2, 2, 2, 2]], 2),
+        ([[0, 0, 1, 1], [2, 2, 2, 3]], 1),
+        ([[0, 0, 1, 2]], 1),
+        ([[0, 0, 0, 1, 1, 1]], 3),
+        ([[0, 0, 1, 1, 1, 1]], 2),
+        ([[0, 0, 0, 1, 1]], 1),
+        ([[0]], 1),
+    ],
+)
+def test_devices_that_share_a_process(processes, expected):
+    assert wire_lib.longest_block(np.array(processes)) == expected
+
+
+def test_near_devices_of_a_mesh_are_neighbours_on_the_expert_axes():
+    assert wire_lib.near_of(mesh_lib.make(2, 2, node=2)) == 4  # one process has them all
+    sizes = {"data": 2, "fsdp": 1, "node": 2, "expert": 4, "tensor": 2}
+    for axis, near in (("data", 8), ("node", 4), ("expert", 1), ("tensor", 8)):
+        process = np.indices(sizes.values())[list(sizes).index(axis)]
+        device = np.vectorize(lambda index: types.SimpleNamespace(process_index=index))
+        mesh = mock.Mock(spec=Mesh, axis_names=tuple(sizes), shape=sizes, devices=device(process))
+        assert wire_lib.near_of(mesh) == near
 
 
 def test_replicas_send_what_the_fullest_of_them_needs():

@@ -49,6 +49,7 @@ class Setting:
         the m-th in their joint order, and holds slots m * e to (m + 1) * e - 1.
       num_physical: P.
       transport: how rows travel, see wire.py.
+      near: devices of the axes, one after the other, that share a process.
       combine: where the rows of a token are summed: "exact" = at home, in rank order, one row per
         assignment back: bit-identical under every placement, gradients included; "partial" = where
         its experts are, one row per device back: fewest rows, equal within rounding;
@@ -61,6 +62,7 @@ class Setting:
     axes: tuple[str, ...]
     num_physical: int
     transport: str
+    near: int
     combine: str
     capacity: int | None = None
     wire_dtype: str = ""
@@ -98,7 +100,7 @@ def gathered(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Ar
 
 def exchange(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Array, "X K"]]:
     """Each token once to every distinct device of its experts, over all axes as one."""
-    wire = Wire.of(setting.axes, setting.transport, num_tokens=len(slot_TK))
+    wire = Wire.of(setting.axes, setting.transport, num_tokens=len(slot_TK), near=setting.near)
     slot_MTK = hop_lib.everyone(slot_TK, [setting.axes])
     device_1MTK, place = _device_of(slot_MTK, setting)[None], jnp.int32(0)
     hop, here_XK = hop_lib.exchange(device_1MTK, place, wire, most=setting.num_local)
@@ -117,14 +119,25 @@ def hierarchical(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, In
     slot_MNTK = hop_lib.everyone(slot_TK, [node_axis, device_axes])
     device_MNTK = _device_of(slot_MNTK, setting)
     node_MNTK = jnp.where(device_MNTK < 0, -1, device_MNTK // devices)
-    between = Wire.of(node_axis, setting.transport, num_tokens=len(slot_TK), beside=device_axes)
+    between = Wire.of(
+        node_axis,
+        setting.transport,
+        num_tokens=len(slot_TK),
+        near=max(1, setting.near // devices),
+        beside=device_axes,
+    )
     first, _ = hop_lib.exchange(node_MNTK, place, between, most=devices * setting.num_local)
 
     node_N = jnp.arange(jax.lax.axis_size(node_axis), dtype=jnp.int32)
     relayed_NMNTK = node_MNTK[None] == node_N[:, None, None, None, None]
     device_NMNTK = jnp.where(relayed_NMNTK, device_MNTK[None] % devices, -1)
     device_NMXK = device_NMNTK.reshape(len(node_N), devices, -1, top_k)
-    within = Wire.of(device_axes, setting.transport, num_tokens=device_NMXK.shape[2])
+    within = Wire.of(
+        device_axes,
+        setting.transport,
+        num_tokens=device_NMXK.shape[2],
+        near=min(setting.near, devices),
+    )
     second, here_YK = hop_lib.exchange(device_NMXK, node, within, most=setting.num_local)
     return (first, second), _arrived(slot_MNTK, here_YK)
 

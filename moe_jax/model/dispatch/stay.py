@@ -175,7 +175,7 @@ class Leg:
         position_N = position_N.at[arrived_N].set(jnp.arange(arrived_N.size, dtype=jnp.int32))
         # Sums of ones in float32, exact below 2^24 items: products of integers are slow on CPUs.
         from_NM, to_NM = (
-            (device_N[:, None] == device_1M).astype(jnp.float32) for device_N in (source_N, target_N)
+            (at_N[:, None] == device_1M).astype(jnp.float32) for at_N in (source_N, target_N)
         )
         rows_MM = (from_NM.T @ to_NM).astype(jnp.int32)
         most_1MM = wire.agreed(rows_MM[None, None])

@@ -6,7 +6,8 @@ of static sizes, in turns (each a permutation: every device sends to one and hea
 many `ppermute`s of the largest size as the count of the pair holds, then one of each smaller size
 (half, a quarter, ...) where its count in chunks has that binary digit. How fine the sizes are is a
 matter of where rows travel: between processes rows cost time on a link; within one they are copies
-in memory, and messages cost more than rows.
+in memory, and messages cost more than rows. Turns that stay within processes have the coarse sizes
+also where others do not.
 
 A `ppermute` has one size for all of its pairs, and the fullest pair of a turn is the one whose
 destination is popular: sending everybody what the fullest pair needs pads by 30 % and more. So
@@ -59,6 +60,28 @@ def transport_of(mesh: Mesh) -> str:
     return "memory" if len(processes) == 1 else "links"
 
 
+def near_of(mesh: Mesh) -> int:
+    """How many devices of the expert axes, one after the other, share a process everywhere."""
+    process_of = np.vectorize(lambda device: device.process_index, otypes=[int])
+    axes = [mesh.axis_names.index(name) for name in mesh_lib.EXPERT]
+    process_ZM = np.moveaxis(process_of(mesh.devices), axes, [-2, -1])
+    return longest_block(process_ZM.reshape(-1, mesh_lib.size(mesh, mesh_lib.EXPERT)))
+
+
+def longest_block(process_ZM: np.ndarray) -> int:
+    """The largest blocks of equal size, each of one process.
+
+    Args:
+      process_ZM: process of each device on an axis, at every place of the other axes.
+    """
+    size = process_ZM.shape[1]
+    for length in range(size, 1, -1):
+        blocks = process_ZM.reshape(-1, length) if size % length == 0 else np.arange(2)[None]
+        if (blocks == blocks[:, :1]).all():
+            return length
+    return 1
+
+
 def exclusive_cumsum(counts_M: jax.Array) -> jax.Array:
     """Start of each segment when segments of these sizes lie end to end."""
     return jnp.cumsum(counts_M) - counts_M
@@ -95,12 +118,14 @@ class Wire:
       chunk: what counts are rounded up to, in rows, where there are messages.
       beside: axes whose devices share a link with this one, in the mesh's order behind `axis`;
         (): not known, or none.
+      near: devices of the axis, one after the other, that share a process.
     """
 
     axis: mesh_lib.Axis
     transport: str
     chunk: int
     beside: tuple[str, ...] = ()
+    near: int = 1
 
     @classmethod
     def of(
@@ -109,6 +134,7 @@ class Wire:
         transport: str,
         num_tokens: int,
         *,
+        near: int,
         beside: tuple[str, ...] = (),
     ) -> "Wire":
         """The largest message is 2 T / M rows: twice what a pair moves if tokens go one place each.
@@ -118,7 +144,7 @@ class Wire:
         """
         digits = DIGITS.get(transport, 0)
         chunk = max(1, 2 * num_tokens // (jax.lax.axis_size(axis) << digits))
-        return cls(axis, transport, chunk, beside if transport == "links" else ())
+        return cls(axis, transport, chunk, beside if transport == "links" else (), near)
 
     def agreed(self, rows_ZPMM: jax.Array) -> jax.Array | None:
         """`Pairs.most_MM` of several movements.
@@ -230,7 +256,17 @@ class Wire:
         most_OM = pairs.most_MM[source_M[None], to_OM]
         in_group_MG = source_M[:, None] % groups == jnp.arange(groups, dtype=jnp.int32)[None]
         most_OMG = jnp.where(in_group_MG[None], most_OM[:, :, None], 0)
-        return -(-most_OMG.max(axis=1) // self.chunk)
+        unit_O1 = jnp.array(self._units(size), jnp.int32)[:, None]
+        return -(-most_OMG.max(axis=1) // (self.chunk * unit_O1)) * unit_O1
+
+    def _units(self, size: int) -> list[int]:
+        """What chunks of each turn are rounded up to: between devices of a process, as there."""
+        coarse = 1 << (DIGITS[self.transport] - DIGITS["memory"])
+        block = [device // self.near for device in range(size)]
+        return [
+            coarse if all(block[to] == block[source] for source, to in enumerate(turn)) else 1
+            for turn in turns(size)
+        ]
 
     def _moves(
         self, to: tuple[int, ...], num_groups: int, *, large: bool
