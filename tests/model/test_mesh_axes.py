@@ -118,10 +118,10 @@ def test_uneven_routing(routing):
     ids=str,
 )
 def test_between_processes_rows_are_those_within_one(shape, dispatch, combine, monkeypatch):
-    """Messages of other sizes, between nodes in halves; here all devices are in one process."""
+    """Messages of other sizes, between nodes in halves: taken as a process for each device."""
     args, placement = problem(2, 8 * 67, 2), random_placement(2, shape)
     expected_TD, expected_grads, expected = run(shape, dispatch, args, placement, combine)
-    monkeypatch.setattr(wire, "transport_of", lambda mesh: "links")
+    monkeypatch.setattr(wire, "near_of", lambda mesh: 1)
     monkeypatch.setattr(wire, "LARGE", 1)
     y_TD, grads, traffic = run(
         shape, dispatch, args, placement, combine, program=program.__wrapped__

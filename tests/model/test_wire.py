@@ -12,12 +12,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch import wire as wire_lib
-from moe_jax.model.dispatch.wire import DIGITS, Pairs, Wire, turns
+from moe_jax.model.dispatch.wire import MESSAGES, SPARED, Pairs, Wire, turns
 
 WIDTH = 3
 
 
-def run(count_RMM, chunk, most, transport="links", near=1):
+def run(count_RMM, chunk, most, near=1, digits=4):
     """Rows, numbered one by one, through `exchange`; count_RMM [replicas, source, destination].
 
     Returns (received [replicas, M, R, D], expected, padding [replicas, M, M]).
@@ -36,19 +36,19 @@ def run(count_RMM, chunk, most, transport="links", near=1):
                 rows = sent[r, source, start : start + count]
                 expected[r, receiver, at : at + count] = rows
                 at += count
-    go = program(replicas, size, chunk, num_received, transport, near)
+    go = program(replicas, size, chunk, num_received, near, digits)
     received, padding = go(sent, count_RMM.astype(np.int32))
     return np.asarray(received), expected, np.asarray(padding)
 
 
 @functools.cache
-def program(replicas, size, chunk, num_received, transport, near):
+def program(replicas, size, chunk, num_received, near, digits):
     spec, of_replica = PartitionSpec(mesh_lib.DATA, mesh_lib.EXPERT), PartitionSpec(mesh_lib.DATA)
     mesh = mesh_lib.make(replicas, size)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, of_replica), out_specs=spec)
     def go(sent_11ND, count_1MM):
-        wire = Wire(mesh_lib.EXPERT, transport, chunk, near=near)
+        wire = Wire(mesh_lib.EXPERT, MESSAGES, chunk, digits, near)
         pairs = pairs_of(wire, count_1MM, 0)
         received_RD = wire.exchange(sent_11ND[0, 0], pairs, num_received)
         return received_RD[None, None], wire.padding_M(pairs)[None, None]
@@ -65,15 +65,17 @@ def pairs_of(wire, count_PMM, place):
 @pytest.mark.parametrize(
     ("replicas", "size", "chunk"), [(1, 1, 3), (4, 2, 1), (2, 4, 1), (2, 4, 16), (1, 8, 3)]
 )
-@pytest.mark.parametrize("transport", list(DIGITS))
-def test_every_row_arrives_where_it_should(replicas, size, chunk, transport):
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("digits", [0, 2, 5])
+def test_every_row_arrives_where_it_should(replicas, size, chunk, together, digits):
+    """Between devices of one process, or of one each; messages from one size to 32."""
     most = 21
     rng = np.random.default_rng(size * chunk)
     random = rng.integers(0, most + 1, (replicas, size, size))
     hot = np.zeros_like(random)
     hot[:, :, -1] = most  # all to one device
     for counts in (random, hot, np.zeros_like(random), np.full_like(random, most)):
-        received, expected, padding = run(counts, chunk, most, transport)
+        received, expected, padding = run(counts, chunk, most, size if together else 1, digits)
         np.testing.assert_array_equal(received, expected)
         assert (padding >= 0).all()
         assert (np.einsum("rii->ri", padding) == 0).all()
@@ -110,7 +112,7 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices, monkeypatch
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
     def go(sent_11ND, count_PMM):
-        wire = Wire(mesh_lib.NODE, "links", chunk, beside=(mesh_lib.DEVICE,))
+        wire = Wire(mesh_lib.NODE, MESSAGES, chunk, 4, near=1, beside=(mesh_lib.DEVICE,))
         pairs = pairs_of(wire, count_PMM, jax.lax.axis_index(mesh_lib.DEVICE))
         received_RD = wire.exchange(sent_11ND[0, 0], pairs, num)
         return received_RD[None, None], wire.padding_M(pairs)[None, None]
@@ -170,25 +172,40 @@ def test_pairs_of_a_turn_pad_for_themselves():
     np.testing.assert_array_equal(padding[0], expected)
 
 
-def test_pairs_within_a_process_have_coarse_messages():
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 22, (1, 4, 4))
-    received, expected, padding = run(counts, 1, 21, near=2)
+def test_turns_within_processes_have_coarse_messages():
+    """What crosses is as fine as elsewhere."""
+    counts = np.random.default_rng(0).integers(0, 80, (1, 4, 4))
+    received, expected, padding = run(counts, 1, 80, near=2)
     np.testing.assert_array_equal(received, expected)
-    assert np.unique(counts[0, :2, :2] % 4).size > 1
-    expected = np.zeros((4, 4), int)
-    for source, to in ((0, 1), (1, 0), (2, 3), (3, 2)):
-        expected[source, to] = -counts[0, source, to] % 4
+    expected, step = np.zeros((4, 4), int), 1 << SPARED
+    for a, b in [(0, 1), (1, 0), (2, 3), (3, 2)]:
+        expected[a, b] = -counts[0, a, b] % step
+    assert expected.sum() > 0
     np.testing.assert_array_equal(padding[0], expected)
-    # Where processes hold no neighbours, or there is one process, nothing is different.
-    for transport, near in (("links", 1), ("memory", 4)):
-        *_, padding = run(counts, 1, 21, transport, near)
-        assert not padding.any()
-    counts = rng.integers(0, 22, (1, 6, 6))
-    *_, padding = run(counts, 1, 21, near=3)
-    neighbours = [(0, 1), (1, 0), (2, 3), (3, 2), (4, 5), (5, 4)]  # one turn; 2 and 3 are apart
-    groups = np.array([[counts[0, a, b] for a, b in neighbours if a % 2 == g] for g in (0, 1)])
-    expected = [groups[a % 2].max() - counts[0, a, b] for a, b in neighbours]
+    *_, padding = run(counts, 1, 80, near=1)
+    assert not padding.any()
+
+
+@pytest.mark.parametrize("most", [0, 12, 13, 16, 80])
+def test_within_one_process_blocks_hold_the_fullest_pair_of_any_replica(most):
+    counts = np.random.default_rng(most).integers(0, most + 1, (2, 4, 4))
+    counts[1, 2, 1] = most
+    received, expected, padding = run(counts, 3, 80, near=4)
+    np.testing.assert_array_equal(received, expected)
+    block = 3 * 2**4 // 4
+    while block < most:
+        block += max(1, block // 4)
+    np.testing.assert_array_equal(padding, np.where(np.eye(4, dtype=bool), 0, block - counts))
+
+
+def test_a_turn_that_crosses_anywhere_is_as_fine_as_on_links():
+    """Neighbours trade in one turn; of three devices a process, 2 and 3 are apart."""
+    counts = np.random.default_rng(0).integers(0, 22, (1, 6, 6))
+    received, expected, padding = run(counts, 1, 21, near=3)
+    np.testing.assert_array_equal(received, expected)
+    neighbours = [(0, 1), (1, 0), (2, 3), (3, 2), (4, 5), (5, 4)]
+    fullest_G = [max(counts[0, a, b] for a, b in neighbours if a % 2 == g) for g in (0, 1)]
+    expected = [fullest_G[a % 2] - counts[0, a, b] for a, b in neighbours]
     assert [padding[0, a, b] for a, b in neighbours] == expected
 
 

@@ -2,17 +2,22 @@
 
 `Wire.exchange` has the meaning of `jax.lax.ragged_all_to_all` with dense segments. On TPU and
 GPU it is that; the CPU backend has no implementation of it, so there the rows go out in messages
-of static sizes, in turns (each a permutation: every device sends to one and hears from one): as
-many `ppermute`s of the largest size as the count of the pair holds, then one of each smaller size
-(half, a quarter, ...) where its count in chunks has that binary digit. How fine the sizes are is a
-matter of where rows travel: between processes rows cost time on a link; within one they are copies
-in memory, and messages cost more than rows. Turns that stay within processes have the coarse sizes
-also where others do not.
+of static sizes.
 
-A `ppermute` has one size for all of its pairs, and the fullest pair of a turn is the one whose
-destination is popular: sending everybody what the fullest pair needs pads by 30 % and more. So
-pairs are in groups (each its own where there are at most 4), each group counts for itself, and a
-message goes out among the groups that have its bit: `lax.switch` over all sets of groups.
+Within a process rows are copies in memory, and messages cost more than rows: where all devices of
+the axis share one, an all-to-all of equal blocks moves everything, of the smallest of a few sizes
+that holds what the fullest pair sends.
+
+Between processes rows cost time on a link, and equal blocks pad by 80 % (../README.md). There rows
+go in turns, each a permutation: every device sends to one and hears from one. A `ppermute` has one
+size for all of its pairs; a count is written in binary, and after messages of the largest size goes
+one of each smaller size (half, a quarter, ...) where the count in chunks has that digit. Turns that
+stay within processes leave out the smallest digits.
+
+The fullest pair of a turn is the one whose destination is popular: sending everybody what it needs
+pads by 30 % and more. So pairs are in groups (each its own where there are at most 4), each group
+counts for itself, and a message goes out among the groups that have its digit: `lax.switch` over
+all sets of groups.
 
 Gloo sends at half rate where two devices send large messages to each other (benchmarks/README.md).
 So turns are not distances, of which M / 2 is such a one: devices trade with neighbours alone, which
@@ -25,16 +30,17 @@ mesh, and the CPU backend waits for ever for devices that took another branch. C
 all assignments of an expert group go, from which all counts follow; what other replicas of the data
 send is asked of them (`agreed`), where there are any.
 
-Padding: a count is rounded up to whole chunks, and to the fullest pair of its group over all places
-of the other axes. Nothing here is differentiated: the callers' VJPs call it in the other direction.
+Padding: a count is rounded up to whole chunks, and to the fullest pair of its group (in blocks: of
+all) over all places of the other axes. Nothing here is differentiated: the callers' VJPs call it in
+the other direction.
 
 Axes: N rows sent, R rows received, D values a row, M devices, P places on the other axes over which
-experts are split, O turns, G groups of pairs, C rows a message.
+experts are split, O turns, G groups of pairs, C rows a message, B rows a block.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,18 +52,16 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.pytree import Leaf
 
 REPLICAS = (mesh_lib.DATA, mesh_lib.FSDP)  # of the devices that share a set of experts
-RAGGED = "ragged"
-# Else messages: binary digits of a count in chunks, the largest message being 2^digits chunks.
-DIGITS = {"memory": 2, "links": 4}
+RAGGED, MESSAGES = "ragged", "messages"
+MOST = 2**24  # rows that a pair can ever send
+SPARED = 2  # smallest binary digits that turns within processes leave out
+EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
+LARGE = 2**19  # bytes of a message that the buffers of a socket do not take in at once
 
 
 def transport_of(mesh: Mesh) -> str:
-    """How rows travel on a mesh: RAGGED, or on CPU a name in DIGITS."""
-    devices = mesh.devices.ravel().tolist()
-    if devices[0].platform != "cpu":
-        return RAGGED
-    processes = {device.process_index for device in devices}
-    return "memory" if len(processes) == 1 else "links"
+    """How rows travel on a mesh: RAGGED, or on CPU in MESSAGES."""
+    return MESSAGES if mesh.devices.flat[0].platform == "cpu" else RAGGED
 
 
 def near_of(mesh: Mesh) -> int:
@@ -116,16 +120,18 @@ class Wire:
       axis: mesh axis over which rows travel.
       transport: of `transport_of`.
       chunk: what counts are rounded up to, in rows, where there are messages.
+      digits: the largest message has 2^digits chunks.
+      near: devices of the axis, one after the other, that share a process.
       beside: axes whose devices share a link with this one, in the mesh's order behind `axis`;
         (): not known, or none.
-      near: devices of the axis, one after the other, that share a process.
     """
 
     axis: mesh_lib.Axis
     transport: str
     chunk: int
+    digits: int
+    near: int
     beside: tuple[str, ...] = ()
-    near: int = 1
 
     @classmethod
     def of(
@@ -142,9 +148,9 @@ class Wire:
         Finer chunks save bytes and cost messages: where chunks are coarse, what a plan saves in
         rows can be lost (benchmarks/README.md).
         """
-        digits = DIGITS.get(transport, 0)
+        digits = 4
         chunk = max(1, 2 * num_tokens // (jax.lax.axis_size(axis) << digits))
-        return cls(axis, transport, chunk, beside if transport == "links" else (), near)
+        return cls(axis, transport, chunk, digits, near, beside)
 
     def agreed(self, rows_ZPMM: jax.Array) -> jax.Array | None:
         """`Pairs.most_MM` of several movements.
@@ -176,10 +182,51 @@ class Wire:
         """
         if self.transport == RAGGED:
             return _ragged_all_to_all(rows_ND, pairs.to_M, pairs.from_M, num_received, self.axis)
-        digits, me = DIGITS[self.transport], jax.lax.axis_index(self.axis)
+        if self._in_one_process():
+            return self._in_blocks(rows_ND, pairs, num_received)
+        return self._in_turns(rows_ND, pairs, num_received)
+
+    def _in_blocks(self, rows_ND: jax.Array, pairs: Pairs, num_received: int) -> jax.Array:
+        size, total = len(pairs.to_M), pairs.from_M.sum()
         send_start_M = exclusive_cumsum(pairs.to_M)
         receive_start_M = exclusive_cumsum(pairs.from_M)
+        cut, put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+
+        def move(block: int) -> Callable[[jax.Array], jax.Array]:
+            def branch(rows_ND: jax.Array) -> jax.Array:
+                # A block may reach beyond its segment but never beyond the buffer.
+                rows_ND = jnp.pad(rows_ND, ((0, block), (0, 0)))
+                blocks = [cut(rows_ND, send_start_M[m], block) for m in range(size)]
+                came_MBD = jax.lax.all_to_all(jnp.stack(blocks), self.axis, 0, 0, tiled=True)
+                room = num_received + block - 1
+                received_RD = jnp.pad(jnp.zeros_like(rows_ND[:1]), ((0, room), (0, 0)))
+                for m in range(size):  # what is too much of one is written over by the next
+                    received_RD = put(received_RD, came_MBD[m], receive_start_M[m], axis=0)
+                real_R1 = (jnp.arange(num_received, dtype=jnp.int32) < total)[:, None]
+                return jnp.where(real_R1, received_RD[:num_received], 0)
+
+            return branch
+
+        sizes = self._block_sizes(min(len(rows_ND), num_received))
+        return jax.lax.switch(self._block_step(pairs, sizes), [*map(move, sizes)], rows_ND)
+
+    def _block_sizes(self, most: int) -> list[int]:
+        """Rows of a block, rising by a quarter: from a quarter of the largest message of a turn to
+        what holds `most`."""
+        sizes = [max(1, self.chunk << self.digits >> 2)]
+        while sizes[-1] < most:
+            sizes.append(sizes[-1] + max(1, sizes[-1] // 4))
+        return sizes
+
+    def _block_step(self, pairs: Pairs, sizes: Sequence[int]) -> jax.Array:
+        """Index of the first size that holds the fullest pair."""
+        return (jnp.array(sizes, jnp.int32) < pairs.most_MM.max()).sum(dtype=jnp.int32)
+
+    def _in_turns(self, rows_ND: jax.Array, pairs: Pairs, num_received: int) -> jax.Array:
+        digits, me = self.digits, jax.lax.axis_index(self.axis)
         largest = self.chunk << digits
+        send_start_M = exclusive_cumsum(pairs.to_M)
+        receive_start_M = exclusive_cumsum(pairs.from_M)
         # A message may reach beyond its segment but never beyond the buffer, where slices shift.
         rows_ND = jnp.pad(rows_ND, ((0, largest), (0, 0)))
         room = num_received + largest - 1
@@ -199,7 +246,7 @@ class Wire:
                 return self._message(turn, sent_G, sends_G, received_RD, size=largest)
 
             received_RD = jax.lax.fori_loop(0, whole_G.max(), whole, received_RD)
-            for bit in reversed(range(digits)):
+            for bit in reversed(range(self._spared(to), digits)):
                 sends_G = ((chunks_G >> bit) & 1) == 1
                 # The larger ones went before.
                 sent_G = ((chunks_G >> (bit + 1)) << (bit + 1)) * self.chunk
@@ -242,7 +289,12 @@ class Wire:
         """Rows without a token that `exchange` sends from here to each device, int32 [M]."""
         if self.transport == RAGGED:
             return jnp.zeros_like(pairs.to_M)
-        me, chunks_OG = jax.lax.axis_index(self.axis), self._chunks_OG(pairs)
+        me = jax.lax.axis_index(self.axis)
+        if self._in_one_process():
+            sizes = self._block_sizes(MOST)
+            sent = jnp.array(sizes, jnp.int32)[self._block_step(pairs, sizes)]
+            return jnp.where(jnp.arange(len(pairs.to_M)) == me, 0, sent - pairs.to_M)
+        chunks_OG = self._chunks_OG(pairs)
         sent_O = chunks_OG[:, me % chunks_OG.shape[1]] * self.chunk
         destination_O = jnp.array(turns(len(pairs.to_M)), jnp.int32)[:, me]
         sent_M = jnp.zeros_like(pairs.to_M).at[destination_O].set(sent_O)
@@ -256,17 +308,19 @@ class Wire:
         most_OM = pairs.most_MM[source_M[None], to_OM]
         in_group_MG = source_M[:, None] % groups == jnp.arange(groups, dtype=jnp.int32)[None]
         most_OMG = jnp.where(in_group_MG[None], most_OM[:, :, None], 0)
-        unit_O1 = jnp.array(self._units(size), jnp.int32)[:, None]
+        unit_O1 = jnp.array([[1 << self._spared(to)] for to in turns(size)], jnp.int32)
         return -(-most_OMG.max(axis=1) // (self.chunk * unit_O1)) * unit_O1
 
-    def _units(self, size: int) -> list[int]:
-        """What chunks of each turn are rounded up to: between devices of a process, as there."""
-        coarse = 1 << (DIGITS[self.transport] - DIGITS["memory"])
-        block = [device // self.near for device in range(size)]
-        return [
-            coarse if all(block[to] == block[source] for source, to in enumerate(turn)) else 1
-            for turn in turns(size)
-        ]
+    def _in_one_process(self) -> bool:
+        return jax.lax.axis_size(self.axis) == self.near
+
+    def _spared(self, to: tuple[int, ...]) -> int:
+        """Binary digits that the chunks of a turn do not have."""
+        return min(SPARED, self.digits) if self._stays_near(to) else 0
+
+    def _stays_near(self, to: tuple[int, ...]) -> bool:
+        """Whether every device of a turn sends to one in its own process."""
+        return all(source // self.near == device // self.near for source, device in enumerate(to))
 
     def _moves(
         self, to: tuple[int, ...], num_groups: int, *, large: bool
@@ -275,8 +329,8 @@ class Wire:
         if to == tuple(range(len(to))):
             return [lambda rows_CD: rows_CD]
         both_ways = all(to[destination] == source for source, destination in enumerate(to))
-        near = jax.lax.axis_size(self.beside) if self.beside else 1
-        move = self._halves if large and both_ways and near % 2 == 0 else self._move
+        beside = jax.lax.axis_size(self.beside) if self.beside else 1
+        move = self._halves if large and both_ways and beside % 2 == 0 else self._move
         return [
             functools.partial(
                 move,
@@ -291,12 +345,12 @@ class Wire:
     def _halves(self, pairs: list[tuple[int, int]], rows_CD: jax.Array) -> jax.Array:
         """First devices send whose index on the axis plus that beside it is even, then odd ones."""
         axes = (*((self.axis,) if isinstance(self.axis, str) else self.axis), *self.beside)
-        near, place = jax.lax.axis_size(self.beside), jax.lax.axis_index(self.beside)
+        count, place = jax.lax.axis_size(self.beside), jax.lax.axis_index(self.beside)
         even, odd = (
             [
-                (source * near + at, destination * near + at)
+                (source * count + at, destination * count + at)
                 for source, destination in pairs
-                for at in range(near)
+                for at in range(count)
                 if (source + at) % 2 == half
             ]
             for half in range(2)
@@ -326,10 +380,6 @@ class _Turn(NamedTuple):
     receive_start: jax.Array
     receive_count: jax.Array
     source: jax.Array
-
-
-LARGE = 2**19  # bytes of a message that the buffers of a socket do not take in at once
-EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
 
 
 def _num_groups(size: int) -> int:
