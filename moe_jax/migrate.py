@@ -175,7 +175,7 @@ def _program(mesh: Mesh, specs: Sequence[PartitionSpec], dtypes: Sequence[np.dty
 
     def on_device(arrays, send_LMN, count_LMM, take_LMS, first, last):
         me = jax.lax.axis_index(mesh_lib.EXPERT)
-        # In turns within a process, too: blocks would be as large as all experts that move.
+        # near = 1: in turns within a process, too. Blocks could be as large as all that moves.
         wire = wire_lib.Wire(mesh_lib.EXPERT, transport, chunk=1, digits=2, near=1)
 
         def one_layer(layer, arrays):

@@ -17,8 +17,8 @@ from moe_jax import permute
 from moe_jax.infer.engine import homes
 from moe_jax.model import cache as cache_lib
 from moe_jax.model import coherent, transformer
-from moe_jax.model.dispatch import stay, wire
-from moe_jax.model.dispatch.wire import MESSAGES, Wire
+from moe_jax.model.dispatch import stay
+from moe_jax.model.dispatch.wire import LINKS, Wire
 from moe_jax.placement import cost
 from tests import tiny
 from tests.model.test_parts import shaken
@@ -263,9 +263,8 @@ def test_bfloat16(latent):
     assert np.median(np.abs(logits - expected)) < 0.02
 
 
-def test_one_exchange_a_layer_with_top_1(monkeypatch):
+def test_one_exchange_a_layer_with_top_1():
     """And one home: counted in the program, in which the layers stand once."""
-    monkeypatch.setattr(wire, "near_of", lambda mesh: 1)  # messages of the same sizes for all
     sent = {}
     for top_k in (1, 2):
         config = dataclasses.replace(MAIN, top_k=top_k).config()
@@ -352,7 +351,7 @@ def test_leg(chunk):
     value_ND = rng.normal(size=(num_items, 3)).astype(np.float32)
 
     def move(value_ND, source_N, target_N):
-        leg = stay.Leg.of(source_N, target_N, Wire(axes, MESSAGES, chunk, 2, near=2), num_items)
+        leg = stay.Leg.of(source_N, target_N, Wire(axes, LINKS, chunk, 2, near=2), num_items)
         me = jax.lax.axis_index(axes)
 
         def rows_of(item_W):  # nonsense for what is not here

@@ -107,21 +107,28 @@ def test_uneven_routing(routing):
 
 @pytest.mark.compiled_quickly
 @pytest.mark.parametrize(
-    ("shape", "dispatch", "combine"),
+    ("shape", "dispatch", "combine", "near"),
     [
-        (NODES[0], "hierarchical", "partial"),
-        pytest.param(NODES[2], "hierarchical", "exact", marks=pytest.mark.slow),
-        pytest.param(NODES[1], "hierarchical", "reproducible", marks=pytest.mark.slow),
-        pytest.param(NODES[1], "exchange", "exact", marks=pytest.mark.slow),
-        pytest.param(NODES[3], "hierarchical", "exact", marks=pytest.mark.slow),
+        (NODES[0], "hierarchical", "partial", 2),
+        pytest.param(NODES[0], "hierarchical", "exact", 1, marks=pytest.mark.slow),
+        pytest.param(NODES[2], "hierarchical", "exact", 2, marks=pytest.mark.slow),
+        pytest.param(NODES[2], "hierarchical", "exact", 4, marks=pytest.mark.slow),
+        pytest.param(NODES[1], "hierarchical", "reproducible", 4, marks=pytest.mark.slow),
+        pytest.param(NODES[1], "exchange", "exact", 2, marks=pytest.mark.slow),
+        pytest.param(NODES[4], "exchange", "reproducible", 4, marks=pytest.mark.slow),
+        pytest.param(NODES[3], "hierarchical", "exact", 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_between_processes_rows_are_those_within_one(shape, dispatch, combine, monkeypatch):
-    """Messages of other sizes, between nodes in halves: taken as a process for each device."""
+def test_between_processes_rows_are_those_within_one(shape, dispatch, combine, near, monkeypatch):
+    """Messages of other sizes, between nodes in halves, within them in blocks (near > 1).
+
+    Here all devices are in one process.
+    """
     args, placement = problem(2, 8 * 67, 2), random_placement(2, shape)
     expected_TD, expected_grads, expected = run(shape, dispatch, args, placement, combine)
-    monkeypatch.setattr(wire, "near_of", lambda mesh: 1)
+    monkeypatch.setattr(wire, "transport_of", lambda mesh: wire.LINKS)
+    monkeypatch.setattr(wire, "near_of", lambda mesh: near)
     monkeypatch.setattr(wire, "LARGE", 1)
     y_TD, grads, traffic = run(
         shape, dispatch, args, placement, combine, program=program.__wrapped__

@@ -12,12 +12,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch import wire as wire_lib
-from moe_jax.model.dispatch.wire import MESSAGES, SPARED, Pairs, Wire, turns
+from moe_jax.model.dispatch.wire import LINKS, MEMORY, SPARED, Pairs, Wire, turns
 
 WIDTH = 3
 
 
-def run(count_RMM, chunk, most, near=1, digits=4):
+def run(count_RMM, chunk, most, near=1, digits=4, transport=LINKS):
     """Rows, numbered one by one, through `exchange`; count_RMM [replicas, source, destination].
 
     Returns (received [replicas, M, R, D], expected, padding [replicas, M, M]).
@@ -36,19 +36,19 @@ def run(count_RMM, chunk, most, near=1, digits=4):
                 rows = sent[r, source, start : start + count]
                 expected[r, receiver, at : at + count] = rows
                 at += count
-    go = program(replicas, size, chunk, num_received, near, digits)
+    go = program(replicas, size, chunk, num_received, near, digits, transport)
     received, padding = go(sent, count_RMM.astype(np.int32))
     return np.asarray(received), expected, np.asarray(padding)
 
 
 @functools.cache
-def program(replicas, size, chunk, num_received, near, digits):
+def program(replicas, size, chunk, num_received, near, digits, transport):
     spec, of_replica = PartitionSpec(mesh_lib.DATA, mesh_lib.EXPERT), PartitionSpec(mesh_lib.DATA)
     mesh = mesh_lib.make(replicas, size)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, of_replica), out_specs=spec)
     def go(sent_11ND, count_1MM):
-        wire = Wire(mesh_lib.EXPERT, MESSAGES, chunk, digits, near)
+        wire = Wire(mesh_lib.EXPERT, transport, chunk, digits, near)
         pairs = pairs_of(wire, count_1MM, 0)
         received_RD = wire.exchange(sent_11ND[0, 0], pairs, num_received)
         return received_RD[None, None], wire.padding_M(pairs)[None, None]
@@ -112,7 +112,7 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices, monkeypatch
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
     def go(sent_11ND, count_PMM):
-        wire = Wire(mesh_lib.NODE, MESSAGES, chunk, 4, near=1, beside=(mesh_lib.DEVICE,))
+        wire = Wire(mesh_lib.NODE, LINKS, chunk, 4, near=1, beside=(mesh_lib.DEVICE,))
         pairs = pairs_of(wire, count_PMM, jax.lax.axis_index(mesh_lib.DEVICE))
         received_RD = wire.exchange(sent_11ND[0, 0], pairs, num)
         return received_RD[None, None], wire.padding_M(pairs)[None, None]
@@ -184,10 +184,13 @@ def test_turns_within_processes_have_coarse_messages():
     np.testing.assert_array_equal(padding[0], expected)
     *_, padding = run(counts, 1, 80, near=1)
     assert not padding.any()
+    received, expected, padding = run(counts, 1, 80, near=4, transport=MEMORY)
+    np.testing.assert_array_equal(received, expected)
+    np.testing.assert_array_equal(padding, np.where(np.eye(4, dtype=bool), 0, -counts % step))
 
 
 @pytest.mark.parametrize("most", [0, 12, 13, 16, 80])
-def test_within_one_process_blocks_hold_the_fullest_pair_of_any_replica(most):
+def test_within_one_of_several_processes_blocks_hold_the_fullest_pair_of_any_replica(most):
     counts = np.random.default_rng(most).integers(0, most + 1, (2, 4, 4))
     counts[1, 2, 1] = most
     received, expected, padding = run(counts, 3, 80, near=4)

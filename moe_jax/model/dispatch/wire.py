@@ -4,15 +4,14 @@
 GPU it is that; the CPU backend has no implementation of it, so there the rows go out in messages
 of static sizes.
 
-Within a process rows are copies in memory, and messages cost more than rows: where all devices of
-the axis share one, an all-to-all of equal blocks moves everything, of the smallest of a few sizes
-that holds what the fullest pair sends.
-
-Between processes rows cost time on a link, and equal blocks pad by 80 % (../README.md). There rows
-go in turns, each a permutation: every device sends to one and hears from one. A `ppermute` has one
-size for all of its pairs; a count is written in binary, and after messages of the largest size goes
-one of each smaller size (half, a quarter, ...) where the count in chunks has that digit. Turns that
-stay within processes leave out the smallest digits.
+Rows go in turns, each a permutation: every device sends to one and hears from one. A `ppermute` has
+one size for all of its pairs; a count is written in binary, and after messages of the largest size
+goes one of each smaller size (half, a quarter, ...) where the count in chunks has that digit.
+Between processes rows cost time on a link; within one they are copies in memory, and messages cost
+more than rows: turns that stay within processes leave out the smallest digits. An axis within a
+process of a mesh of several has no turns: one all-to-all of equal blocks, of the smallest of a few
+sizes that holds what the fullest pair sends. (Where one process has the whole mesh, its devices
+stand for others, and rows without a token are counted as if they cost something: turns.)
 
 The fullest pair of a turn is the one whose destination is popular: sending everybody what it needs
 pads by 30 % and more. So pairs are in groups (each its own where there are at most 4), each group
@@ -52,7 +51,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.pytree import Leaf
 
 REPLICAS = (mesh_lib.DATA, mesh_lib.FSDP)  # of the devices that share a set of experts
-RAGGED, MESSAGES = "ragged", "messages"
+RAGGED, LINKS, MEMORY = "ragged", "links", "memory"
 MOST = 2**24  # rows that a pair can ever send
 SPARED = 2  # smallest binary digits that turns within processes leave out
 EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
@@ -60,8 +59,11 @@ LARGE = 2**19  # bytes of a message that the buffers of a socket do not take in 
 
 
 def transport_of(mesh: Mesh) -> str:
-    """How rows travel on a mesh: RAGGED, or on CPU in MESSAGES."""
-    return MESSAGES if mesh.devices.flat[0].platform == "cpu" else RAGGED
+    """How rows travel on a mesh: RAGGED, or in messages: between processes, or in one."""
+    devices = mesh.devices.ravel().tolist()
+    if devices[0].platform != "cpu":
+        return RAGGED
+    return MEMORY if len({device.process_index for device in devices}) == 1 else LINKS
 
 
 def near_of(mesh: Mesh) -> int:
@@ -182,7 +184,7 @@ class Wire:
         """
         if self.transport == RAGGED:
             return _ragged_all_to_all(rows_ND, pairs.to_M, pairs.from_M, num_received, self.axis)
-        if self._in_one_process():
+        if self._has_blocks():
             return self._in_blocks(rows_ND, pairs, num_received)
         return self._in_turns(rows_ND, pairs, num_received)
 
@@ -290,7 +292,7 @@ class Wire:
         if self.transport == RAGGED:
             return jnp.zeros_like(pairs.to_M)
         me = jax.lax.axis_index(self.axis)
-        if self._in_one_process():
+        if self._has_blocks():
             sizes = self._block_sizes(MOST)
             sent = jnp.array(sizes, jnp.int32)[self._block_step(pairs, sizes)]
             return jnp.where(jnp.arange(len(pairs.to_M)) == me, 0, sent - pairs.to_M)
@@ -311,8 +313,8 @@ class Wire:
         unit_O1 = jnp.array([[1 << self._spared(to)] for to in turns(size)], jnp.int32)
         return -(-most_OMG.max(axis=1) // (self.chunk * unit_O1)) * unit_O1
 
-    def _in_one_process(self) -> bool:
-        return jax.lax.axis_size(self.axis) == self.near
+    def _has_blocks(self) -> bool:
+        return self.transport == LINKS and jax.lax.axis_size(self.axis) == self.near
 
     def _spared(self, to: tuple[int, ...]) -> int:
         """Binary digits that the chunks of a turn do not have."""
