@@ -30,7 +30,8 @@ from moe_jax.errors import Refused
 
 DATA, FSDP, NODE, DEVICE, TENSOR = AXES = ("data", "fsdp", "node", "expert", "tensor")
 EXPERT = (NODE, DEVICE)  # node by node
-BATCH = (DATA, FSDP, *EXPERT)  # one token is on one device of these
+REPLICAS = (DATA, FSDP)  # of the devices that share one set of experts
+BATCH = (*REPLICAS, *EXPERT)  # one token is on one device of these
 
 Axis = str | tuple[str, ...]  # what a collective runs over
 
@@ -38,7 +39,7 @@ Axis = str | tuple[str, ...]  # what a collective runs over
 # replicated over the holders of experts.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH,
-    "replica": (DATA, FSDP),
+    "replica": REPLICAS,
     "expert": EXPERT,
     "embed": (FSDP,),
     "rank": (FSDP,),  # of a matrix in two factors, where it stands in the place of "embed"

@@ -175,7 +175,7 @@ def _program(mesh: Mesh, specs: Sequence[PartitionSpec], dtypes: Sequence[np.dty
 
     def on_device(arrays, send_LMN, count_LMM, take_LMS, first, last):
         me = jax.lax.axis_index(mesh_lib.EXPERT)
-        # near = 1: in turns within a process, too. Blocks could be as large as all that moves.
+        # near = 1: in turns within a process, too. Blocks could be as large as all experts there.
         wire = wire_lib.Wire(mesh_lib.EXPERT, transport, chunk=1, digits=2, near=1)
 
         def one_layer(layer, arrays):
@@ -184,7 +184,7 @@ def _program(mesh: Mesh, specs: Sequence[PartitionSpec], dtypes: Sequence[np.dty
             for group in groups:
                 parts = [arrays[i][layer] for i in group]
                 rows_SX = jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-                pairs = wire_lib.Pairs(count_MM[me], count_MM[:, me], count_MM)
+                pairs = wire_lib.Pairs(count_MM[me], count_MM[:, me], count_MM, len(rows_SX))
                 received_SX = wire.exchange(rows_SX[send_LMN[layer, me]], pairs, len(rows_SX))
                 rows_SX = jnp.concatenate([rows_SX, received_SX])[take_S]
                 ends = np.cumsum([part.size // len(part) for part in parts])[:-1].tolist()

@@ -151,8 +151,9 @@ def integer_bytes(way: str, box: Box, tokens: int, layers: int, top_k: int) -> i
     """Bytes that all hosts together send to others besides rows, in all layers.
 
     4 for the slot of each assignment, which is all-gathered, and for its weight where sums are made
-    on the way. Gloo's all-gather is a ring, in which every device hands on what all but the next
-    one have, and which leaves every host once. 0 for ways whose gathers are not counted here.
+    on the way; the exponents of `reproducible` are left out. Gloo's all-gather is a ring, in which
+    every device hands on what all but the next one have, and which leaves every host once. 0 for
+    ways whose gathers are not counted here.
 
     Args:
       way: DISPATCH or DISPATCH:COMBINE.

@@ -297,7 +297,7 @@ def build_dispatch(
         grouped_matmul.check_storing(implementation, "train.pre_activations")
     vary_over = lambda axis: functools.partial(jax.lax.pcast, axis_name=axis, to="varying")  # noqa: E731
     vary_over_data, vary_over_tensor = vary_over(mesh_lib.DATA), vary_over(mesh_lib.TENSOR)
-    replicas = (mesh_lib.DATA, mesh_lib.FSDP)
+    replicas = mesh_lib.REPLICAS
 
     def on_device(x_TD, expert_TK, weight_TK, position_T, table, experts):
         # Weights are equal on all replicas, rows are not. Saying so here makes this the line at

@@ -31,7 +31,7 @@ from moe_jax.model.dispatch.table import Table
 from moe_jax.model.moe import LayerRecord, MoELayer
 from moe_jax.pytree import Leaf
 
-_GROUP = (mesh_lib.DATA, mesh_lib.FSDP)  # axes over which groups differ
+_GROUP = mesh_lib.REPLICAS  # axes over which groups differ
 _ROWS, _SEQUENCES = PartitionSpec(mesh_lib.BATCH), PartitionSpec(_GROUP)
 # of a layer's cache: its heads of all sequences of the group on each device
 CACHE = PartitionSpec(_GROUP, None, mesh_lib.EXPERT)

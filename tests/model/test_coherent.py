@@ -342,8 +342,8 @@ def test_replicas_share_as_the_fullest_of_them_needs():
     np.testing.assert_array_equal(np.asarray(padding_RMM)[0], 2 * T - T)  # by a sum over all
 
 
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_leg(chunk):
+@pytest.mark.parametrize(("chunk", "near"), [(1, 2), (5, 2), (1, 8)])
+def test_leg(chunk, near):
     """Items with nowhere to come from or to go to stay away; the others arrive once."""
     axes, num_items = mesh_lib.EXPERT, 40
     rng = np.random.default_rng(0)
@@ -351,7 +351,7 @@ def test_leg(chunk):
     value_ND = rng.normal(size=(num_items, 3)).astype(np.float32)
 
     def move(value_ND, source_N, target_N):
-        leg = stay.Leg.of(source_N, target_N, Wire(axes, LINKS, chunk, 2, near=2), num_items)
+        leg = stay.Leg.of(source_N, target_N, Wire(axes, LINKS, chunk, 2, near), num_items)
         me = jax.lax.axis_index(axes)
 
         def rows_of(item_W):  # nonsense for what is not here

@@ -4,17 +4,19 @@ The oracle and its problems are those of test_dispatch.py; what is new is who ho
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax import permute
 from moe_jax.config import MeshConfig
 from moe_jax.model import moe
-from moe_jax.model.dispatch import wire
+from moe_jax.model.dispatch import schemes, wire
 from moe_jax.placement import cost
 from moe_jax.placement.plan import Placement
 from tests.model.test_dispatch import E, assert_close, problem, run_oracle
@@ -121,9 +123,9 @@ def test_uneven_routing(routing):
     ids=str,
 )
 def test_between_processes_rows_are_those_within_one(shape, dispatch, combine, near, monkeypatch):
-    """Messages of other sizes, between nodes in halves, within them in blocks (near > 1).
+    """Messages of other sizes, between nodes in halves, on axes within a process in blocks.
 
-    Here all devices are in one process.
+    Taken as if `near` devices shared a process; here all do.
     """
     args, placement = problem(2, 8 * 67, 2), random_placement(2, shape)
     expected_TD, expected_grads, expected = run(shape, dispatch, args, placement, combine)
@@ -139,6 +141,36 @@ def test_between_processes_rows_are_those_within_one(shape, dispatch, combine, n
     for name in ("dispatch_MM", "combine_MM"):
         np.testing.assert_array_equal(getattr(traffic, name), getattr(expected, name))
     assert (np.asarray(traffic.padding_MM) != np.asarray(expected.padding_MM)).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "near", "dispatch", "maxima", "blocks"),
+    [
+        (NODES[1], 4, "exchange", 0, False),
+        (NODES[1], 4, "hierarchical", 0, True),
+        (NODES[1], 2, "hierarchical", 0, False),  # two processes a node
+        (NODES[0], 2, "hierarchical", 2, True),  # replicas ask each other, once a hop
+        (MeshConfig(node=3, expert=2), 3, "hierarchical", 0, False),  # a node in two processes
+    ],
+    ids=str,
+)
+def test_slots_are_gathered_once_and_counts_follow(shape, near, dispatch, maxima, blocks):
+    """Collectives in the program of one layer between processes of `near` devices each."""
+    axes, num_slots = mesh_lib.EXPERT, 4 * shape.expert_devices
+    setting = schemes.Setting(axes, num_slots, wire.LINKS, near, "exact")
+
+    def layer(x_TD, slot_TK, weight_TK):
+        identity = lambda rows_AD, group_sizes_e: rows_AD  # noqa: E731
+        return schemes.SCHEMES[dispatch](x_TD, slot_TK, weight_TK, identity, setting)[0]
+
+    spec, mesh = PartitionSpec(mesh_lib.BATCH), mesh_lib.of_config(shape)
+    sharded = jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)
+    rows = 16 * shape.token_devices
+    slots, weights = jnp.zeros((rows, 2), jnp.int32), jnp.zeros((rows, 2), jnp.float32)
+    text = str(jax.make_jaxpr(sharded)(jnp.zeros((rows, 4)), slots, weights))
+    assert len(re.findall(r"\ball_gather\b", text)) == 1
+    assert len(re.findall(r"\bpmax\b", text)) == maxima
+    assert bool(re.search(r"\ball_to_all\b", text)) == blocks
 
 
 def homes(num_tokens, shape):

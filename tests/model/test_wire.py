@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch import wire as wire_lib
-from moe_jax.model.dispatch.wire import LINKS, MEMORY, SPARED, Pairs, Wire, turns
+from moe_jax.model.dispatch.wire import LINKS, MEMORY, NEAR_DIGITS, Pairs, Wire, turns
 
 WIDTH = 3
 
@@ -49,33 +49,34 @@ def program(replicas, size, chunk, num_received, near, digits, transport):
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, of_replica), out_specs=spec)
     def go(sent_11ND, count_1MM):
         wire = Wire(mesh_lib.EXPERT, transport, chunk, digits, near)
-        pairs = pairs_of(wire, count_1MM, 0)
+        pairs = pairs_of(wire, count_1MM, 0, num_received // size)
         received_RD = wire.exchange(sent_11ND[0, 0], pairs, num_received)
         return received_RD[None, None], wire.padding_M(pairs)[None, None]
 
     return jax.jit(go)
 
 
-def pairs_of(wire, count_PMM, place):
+def pairs_of(wire, count_PMM, place, most):
     """As one device knows them."""
     me, count_MM = jax.lax.axis_index(wire.axis), count_PMM[place]
-    return Pairs(count_MM[me], count_MM[:, me], wire.agreed(count_PMM[None])[0])
+    return Pairs(count_MM[me], count_MM[:, me], wire.agreed(lambda: count_PMM[None])[0], most)
 
 
 @pytest.mark.parametrize(
     ("replicas", "size", "chunk"), [(1, 1, 3), (4, 2, 1), (2, 4, 1), (2, 4, 16), (1, 8, 3)]
 )
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("how", ["blocks", "memory", "links"])
 @pytest.mark.parametrize("digits", [0, 2, 5])
-def test_every_row_arrives_where_it_should(replicas, size, chunk, together, digits):
-    """Between devices of one process, or of one each; messages from one size to 32."""
+def test_every_row_arrives_where_it_should(replicas, size, chunk, how, digits):
+    """Among devices of one of several processes, of the only one, of one each."""
+    near, transport = 1 if how == "links" else size, MEMORY if how == "memory" else LINKS
     most = 21
     rng = np.random.default_rng(size * chunk)
     random = rng.integers(0, most + 1, (replicas, size, size))
     hot = np.zeros_like(random)
     hot[:, :, -1] = most  # all to one device
     for counts in (random, hot, np.zeros_like(random), np.full_like(random, most)):
-        received, expected, padding = run(counts, chunk, most, size if together else 1, digits)
+        received, expected, padding = run(counts, chunk, most, near, digits, transport)
         np.testing.assert_array_equal(received, expected)
         assert (padding >= 0).all()
         assert (np.einsum("rii->ri", padding) == 0).all()
@@ -113,7 +114,7 @@ def test_rows_between_nodes_arrive_where_they_should(nodes, devices, monkeypatch
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
     def go(sent_11ND, count_PMM):
         wire = Wire(mesh_lib.NODE, LINKS, chunk, 4, near=1, beside=(mesh_lib.DEVICE,))
-        pairs = pairs_of(wire, count_PMM, jax.lax.axis_index(mesh_lib.DEVICE))
+        pairs = pairs_of(wire, count_PMM, jax.lax.axis_index(mesh_lib.DEVICE), most)
         received_RD = wire.exchange(sent_11ND[0, 0], pairs, num)
         return received_RD[None, None], wire.padding_M(pairs)[None, None]
 
@@ -177,7 +178,7 @@ def test_turns_within_processes_have_coarse_messages():
     counts = np.random.default_rng(0).integers(0, 80, (1, 4, 4))
     received, expected, padding = run(counts, 1, 80, near=2)
     np.testing.assert_array_equal(received, expected)
-    expected, step = np.zeros((4, 4), int), 1 << SPARED
+    expected, step = np.zeros((4, 4), int), 1 << 4 - NEAR_DIGITS
     for a, b in [(0, 1), (1, 0), (2, 3), (3, 2)]:
         expected[a, b] = -counts[0, a, b] % step
     assert expected.sum() > 0
@@ -210,6 +211,23 @@ def test_a_turn_that_crosses_anywhere_is_as_fine_as_on_links():
     fullest_G = [max(counts[0, a, b] for a, b in neighbours if a % 2 == g) for g in (0, 1)]
     expected = [fullest_G[a % 2] - counts[0, a, b] for a, b in neighbours]
     assert [padding[0, a, b] for a, b in neighbours] == expected
+
+
+@pytest.mark.parametrize(("near", "halves"), [(1, True), (2, False)])
+def test_only_what_crosses_between_processes_goes_in_halves(near, halves, monkeypatch):
+    monkeypatch.setattr(wire_lib, "LARGE", 1)
+    mesh, spec = mesh_lib.make(1, 2, node=2), PartitionSpec(mesh_lib.EXPERT)
+
+    def go(rows_ND, count_1MM):
+        wire = Wire(mesh_lib.NODE, MEMORY, 1, 1, near, beside=(mesh_lib.DEVICE,))
+        return wire.exchange(rows_ND, pairs_of(wire, count_1MM, 0, 4), 8)
+
+    sharded = jax.shard_map(go, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    args = np.zeros((4 * 8, WIDTH), np.float32), np.zeros((1, 2, 2), np.int32)
+    found = permutes(jax.jit(sharded).lower(*args).as_text())
+    both = [pairs for _, pairs in found if len(pairs & {pair[::-1] for pair in pairs})]
+    assert bool(both) != halves
+    assert found
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ which experts are split, D values a row, N rows packed.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -113,20 +113,21 @@ class Exchange:
 
 
 def exchange(
-    device_PMTK: jax.Array, place: jax.Array, wire: Wire, most: int
+    device_MTK: jax.Array, everywhere: Callable[[], jax.Array], wire: Wire, most: int
 ) -> tuple[Exchange, jax.Array]:
     """Plans an exchange from where the assignments of all devices have to go; without talk.
 
     Args:
-      device_PMTK: int32 coordinate on the wire's axis of each assignment's expert, -1 = nowhere; of
-        each device on that axis, at each place on the other axes over which experts are split.
-      place: this device's.
+      device_MTK: int32 coordinate on the wire's axis of each assignment's expert, -1 = nowhere; of
+        each device on that axis.
+      everywhere: makes the same at each place on the other axes over which experts are split,
+        [P, M, T, K].
       most: the largest number of a token's assignments that one device can have.
 
     Returns:
       The hop, and bool [X, K]: which assignments of the X tokens came here.
     """
-    me, device_MTK = jax.lax.axis_index(wire.axis), device_PMTK[place]
+    me = jax.lax.axis_index(wire.axis)
     size, num_tokens, top_k = device_MTK.shape
     device_M, device_TK = jnp.arange(size, dtype=jnp.int32), device_MTK[me]
 
@@ -146,15 +147,13 @@ def exchange(
     # Far side: the same from where everybody's tokens go.
     here_XK = (device_MTK == me).reshape(-1, top_k)
     arrives_X = here_XK.any(axis=1)
-    at_PMTKM = device_PMTK[..., None] == device_M[None, None, None, None]
-    most_2MM = wire.agreed(
-        jnp.stack(
-            [
-                at_PMTKM.any(axis=3).sum(axis=2, dtype=jnp.int32),
-                at_PMTKM.sum(axis=(2, 3), dtype=jnp.int32),
-            ]
-        )
-    )
+
+    def count() -> jax.Array:
+        at_PMTKM = everywhere()[..., None] == device_M[None, None, None, None]
+        tokens_PMM = at_PMTKM.any(axis=3).sum(axis=2, dtype=jnp.int32)
+        return jnp.stack([tokens_PMM, at_PMTKM.sum(axis=(2, 3), dtype=jnp.int32)])
+
+    most_2MM = wire.agreed(count)
     most_tokens_MM, most_assignments_MM = (None, None) if most_2MM is None else most_2MM
     hop = Exchange(
         wire=wire,
@@ -170,11 +169,13 @@ def exchange(
             goes_MT.sum(1, dtype=jnp.int32),
             arrives_X.reshape(size, -1).sum(1, dtype=jnp.int32),
             most_tokens_MM,
+            limit=num_tokens,
         ),
         assignments=Pairs(
             at_TKM.sum((0, 1), dtype=jnp.int32),
             here_XK.reshape(size, -1).sum(1, dtype=jnp.int32),
             most_assignments_MM,
+            limit=num_tokens * min(top_k, most),
         ),
     )
     return hop, here_XK

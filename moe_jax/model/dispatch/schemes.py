@@ -19,6 +19,7 @@ experts, A rows computed here, D d_model.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -102,8 +103,10 @@ def exchange(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, Int[Ar
     """Each token once to every distinct device of its experts, over all axes as one."""
     wire = Wire.of(setting.axes, setting.transport, num_tokens=len(slot_TK), near=setting.near)
     slot_MTK = hop_lib.everyone(slot_TK, [setting.axes])
-    device_1MTK, place = _device_of(slot_MTK, setting)[None], jnp.int32(0)
-    hop, here_XK = hop_lib.exchange(device_1MTK, place, wire, most=setting.num_local)
+    device_MTK = _device_of(slot_MTK, setting)
+    hop, here_XK = hop_lib.exchange(
+        device_MTK, lambda: device_MTK[None], wire, most=setting.num_local
+    )
     return (hop,), _arrived(slot_MTK, here_XK)
 
 
@@ -123,22 +126,28 @@ def hierarchical(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, In
         node_axis,
         setting.transport,
         num_tokens=len(slot_TK),
-        near=max(1, setting.near // devices),
+        near=setting.near // devices if setting.near % devices == 0 else 1,
         beside=device_axes,
     )
-    first, _ = hop_lib.exchange(node_MNTK, place, between, most=devices * setting.num_local)
+    first, _ = hop_lib.exchange(
+        node_MNTK[place], lambda: node_MNTK, between, most=devices * setting.num_local
+    )
+
+    def relayed_MXK(node: jax.Array) -> jax.Array:
+        """Devices within a node of the assignments that its devices relay."""
+        at_MNTK = jnp.where(node_MNTK == node, device_MNTK % devices, -1)
+        return at_MNTK.reshape(devices, -1, top_k)
 
     node_N = jnp.arange(jax.lax.axis_size(node_axis), dtype=jnp.int32)
-    relayed_NMNTK = node_MNTK[None] == node_N[:, None, None, None, None]
-    device_NMNTK = jnp.where(relayed_NMNTK, device_MNTK[None] % devices, -1)
-    device_NMXK = device_NMNTK.reshape(len(node_N), devices, -1, top_k)
     within = Wire.of(
         device_axes,
         setting.transport,
-        num_tokens=device_NMXK.shape[2],
-        near=min(setting.near, devices),
+        num_tokens=len(node_N) * len(slot_TK),
+        near=math.gcd(setting.near, devices),  # blocks of both sizes begin at device 0
     )
-    second, here_YK = hop_lib.exchange(device_NMXK, node, within, most=setting.num_local)
+    second, here_YK = hop_lib.exchange(
+        relayed_MXK(node), lambda: jax.vmap(relayed_MXK)(node_N), within, most=setting.num_local
+    )
     return (first, second), _arrived(slot_MNTK, here_YK)
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from moe_jax import mesh as mesh_lib
 from moe_jax.model.dispatch.hop import indices_of_true
 from moe_jax.model.dispatch.traffic import away
-from moe_jax.model.dispatch.wire import REPLICAS, Pairs, Wire
+from moe_jax.model.dispatch.wire import Pairs, Wire
 from moe_jax.pytree import Leaf
 
 # Rows that `share` sends of each device, in units of its tokens at home. From 2 on a sum over all
@@ -133,8 +133,8 @@ def _capacities(num_tokens: int, num_group: int) -> list[int]:
 
 def _step(residence: Residence, capacities: Sequence[int]) -> jax.Array:
     fullest = residence.count_M.max()
-    if jax.lax.axis_size(REPLICAS) > 1:
-        fullest = jax.lax.pmax(fullest, REPLICAS)
+    if jax.lax.axis_size(mesh_lib.REPLICAS) > 1:
+        fullest = jax.lax.pmax(fullest, mesh_lib.REPLICAS)
     return (fullest > jnp.array(capacities, jnp.int32)).sum(dtype=jnp.int32)
 
 
@@ -173,17 +173,25 @@ class Leg:
         arrived_N = jnp.argsort(from_N, stable=True)
         position_N = jnp.zeros(arrived_N.shape, jnp.int32)
         position_N = position_N.at[arrived_N].set(jnp.arange(arrived_N.size, dtype=jnp.int32))
-        # Sums of ones in float32, exact below 2^24 items: products of integers are slow on CPUs.
-        from_NM, to_NM = (
-            (at_N[:, None] == device_1M).astype(jnp.float32) for at_N in (source_N, target_N)
-        )
-        rows_MM = (from_NM.T @ to_NM).astype(jnp.int32)
-        most_1MM = wire.agreed(rows_MM[None, None])
+
+        def count() -> jax.Array:
+            """Sums of ones in float32, exact below 2^24 items: integers are slow on CPUs."""
+            from_NM, to_NM = (
+                (at_N[:, None] == device_1M).astype(jnp.float32) for at_N in (source_N, target_N)
+            )
+            return (from_NM.T @ to_NM).astype(jnp.int32)[None, None]
+
+        most_1MM = wire.agreed(count)
         return cls(
             wire=wire,
             item_S=item_S,
             position_N=jnp.where(from_N < size, position_N, position_N.size),
-            pairs=Pairs(rows_MM[me], rows_MM[:, me], None if most_1MM is None else most_1MM[0]),
+            pairs=Pairs(
+                to_M=(to_N[:, None] == device_1M).sum(axis=0, dtype=jnp.int32),
+                from_M=(from_N[:, None] == device_1M).sum(axis=0, dtype=jnp.int32),
+                most_MM=None if most_1MM is None else most_1MM[0],
+                limit=num_sent,
+            ),
         )
 
     def move(

@@ -50,10 +50,9 @@ from jax.sharding import Mesh
 from moe_jax import mesh as mesh_lib
 from moe_jax.pytree import Leaf
 
-REPLICAS = (mesh_lib.DATA, mesh_lib.FSDP)  # of the devices that share a set of experts
 RAGGED, LINKS, MEMORY = "ragged", "links", "memory"
-MOST = 2**24  # rows that a pair can ever send
-SPARED = 2  # smallest binary digits that turns within processes leave out
+DIGITS = 4  # of a count in chunks, below the largest message
+NEAR_DIGITS = 2  # the same in turns within processes, which leave out the smallest
 EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
 LARGE = 2**19  # bytes of a message that the buffers of a socket do not take in at once
 
@@ -82,9 +81,10 @@ def longest_block(process_ZM: np.ndarray) -> int:
     """
     size = process_ZM.shape[1]
     for length in range(size, 1, -1):
-        blocks = process_ZM.reshape(-1, length) if size % length == 0 else np.arange(2)[None]
-        if (blocks == blocks[:, :1]).all():
-            return length
+        if size % length == 0:
+            blocks = process_ZM.reshape(-1, length)
+            if (blocks == blocks[:, :1]).all():
+                return length
     return 1
 
 
@@ -102,16 +102,18 @@ class Pairs:
       to_M, from_M: int32 rows from this device to each one, and from each one to this.
       most_MM: int32 [source, destination]: the most rows of this pair at any place of the mesh, the
         same on all its devices; None where no one has to know (RAGGED).
+      limit: the most rows that any pair can have.
     """
 
     to_M: Leaf
     from_M: Leaf
     most_MM: Leaf
+    limit: int = dataclasses.field(metadata={"static": True})
 
     def back(self) -> "Pairs":
         """Of the movement the other way round."""
         most_MM = None if self.most_MM is None else self.most_MM.T
-        return Pairs(self.from_M, self.to_M, most_MM)
+        return Pairs(self.from_M, self.to_M, most_MM, self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,26 +152,27 @@ class Wire:
         Finer chunks save bytes and cost messages: where chunks are coarse, what a plan saves in
         rows can be lost (benchmarks/README.md).
         """
-        digits = 4
-        chunk = max(1, 2 * num_tokens // (jax.lax.axis_size(axis) << digits))
+        largest = max(1, 2 * num_tokens // jax.lax.axis_size(axis))
+        digits = min(DIGITS, largest.bit_length() - 1)
+        chunk = largest >> digits
         return cls(axis, transport, chunk, digits, near, beside)
 
-    def agreed(self, rows_ZPMM: jax.Array) -> jax.Array | None:
+    def agreed(self, count: Callable[[], jax.Array]) -> jax.Array | None:
         """`Pairs.most_MM` of several movements.
 
         Args:
-          rows_ZPMM: int32 rows of each movement at each place, from each device to each one; known
-            to all devices that share a set of experts.
+          count: makes int32 [Z, P, M, M]: rows of each movement at each place, from each device to
+            each one, as all devices that share a set of experts know them.
 
         Returns:
           int32 [Z, M, M], or None where no one has to know.
         """
         if self.transport == RAGGED:
             return None
-        most_ZMM = rows_ZPMM.max(axis=1)
-        if jax.lax.axis_size(REPLICAS) == 1:
+        most_ZMM = count().max(axis=1)
+        if jax.lax.axis_size(mesh_lib.REPLICAS) == 1:
             return most_ZMM
-        return jax.lax.pmax(most_ZMM, REPLICAS)
+        return jax.lax.pmax(most_ZMM, mesh_lib.REPLICAS)
 
     def exchange(self, rows_ND: jax.Array, pairs: Pairs, num_received: int) -> jax.Array:
         """Sends segment m of `rows_ND` to device m; returns the received segments by source.
@@ -209,14 +212,14 @@ class Wire:
 
             return branch
 
-        sizes = self._block_sizes(min(len(rows_ND), num_received))
+        sizes = self._block_sizes(pairs.limit)
         return jax.lax.switch(self._block_step(pairs, sizes), [*map(move, sizes)], rows_ND)
 
-    def _block_sizes(self, most: int) -> list[int]:
+    def _block_sizes(self, limit: int) -> list[int]:
         """Rows of a block, rising by a quarter: from a quarter of the largest message of a turn to
-        what holds `most`."""
-        sizes = [max(1, self.chunk << self.digits >> 2)]
-        while sizes[-1] < most:
+        what holds `limit`."""
+        sizes = [max(1, (self.chunk << self.digits) // 4)]
+        while sizes[-1] < limit:
             sizes.append(sizes[-1] + max(1, sizes[-1] // 4))
         return sizes
 
@@ -293,7 +296,7 @@ class Wire:
             return jnp.zeros_like(pairs.to_M)
         me = jax.lax.axis_index(self.axis)
         if self._has_blocks():
-            sizes = self._block_sizes(MOST)
+            sizes = self._block_sizes(pairs.limit)
             sent = jnp.array(sizes, jnp.int32)[self._block_step(pairs, sizes)]
             return jnp.where(jnp.arange(len(pairs.to_M)) == me, 0, sent - pairs.to_M)
         chunks_OG = self._chunks_OG(pairs)
@@ -314,11 +317,12 @@ class Wire:
         return -(-most_OMG.max(axis=1) // (self.chunk * unit_O1)) * unit_O1
 
     def _has_blocks(self) -> bool:
-        return self.transport == LINKS and jax.lax.axis_size(self.axis) == self.near
+        """Whether rows go in one all-to-all: among devices of one of several processes."""
+        return self.transport == LINKS and 1 < jax.lax.axis_size(self.axis) == self.near
 
     def _spared(self, to: tuple[int, ...]) -> int:
-        """Binary digits that the chunks of a turn do not have."""
-        return min(SPARED, self.digits) if self._stays_near(to) else 0
+        """Smallest binary digits that the chunks of a turn do not have."""
+        return max(0, self.digits - NEAR_DIGITS) if self._stays_near(to) else 0
 
     def _stays_near(self, to: tuple[int, ...]) -> bool:
         """Whether every device of a turn sends to one in its own process."""
@@ -332,7 +336,8 @@ class Wire:
             return [lambda rows_CD: rows_CD]
         both_ways = all(to[destination] == source for source, destination in enumerate(to))
         beside = jax.lax.axis_size(self.beside) if self.beside else 1
-        move = self._halves if large and both_ways and beside % 2 == 0 else self._move
+        halves = large and both_ways and beside % 2 == 0 and not self._stays_near(to)
+        move = self._halves if halves else self._move
         return [
             functools.partial(
                 move,
