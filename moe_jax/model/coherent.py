@@ -43,10 +43,6 @@ from moe_jax.model.dispatch.stay import Leg, Residence
 from moe_jax.model.dispatch.table import Home, Table, experts_of, rule_position, slots_of
 from moe_jax.pytree import Leaf
 
-_REPLICAS = (
-    mesh_lib.DATA,
-    mesh_lib.FSDP,
-)  # groups that hold all experts and sequences of their own
 _TILE, _DECODE_TILE = 32, 8
 
 
@@ -116,7 +112,7 @@ def build_forward(
 def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> transformer.Cache:
     """As `transformer.abstract_cache`; all devices of an expert group hold all its sequences in
     the layers with experts."""
-    placed = jax.sharding.NamedSharding(mesh, PartitionSpec(None, _REPLICAS))
+    placed = jax.sharding.NamedSharding(mesh, PartitionSpec(None, mesh_lib.REPLICAS))
     kind, dtype = kept.of_config(config), jnp.dtype(config.dtype)
     of_moe = kind.cache(
         *(
@@ -133,14 +129,14 @@ def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -
 def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
     """All layers as a function of global arrays, in one `shard_map`."""
     tokens = mesh_lib.spec("batch")
-    of_group, of_expert = PartitionSpec(_REPLICAS), PartitionSpec(None, mesh_lib.EXPERT)
+    of_group, of_expert = PartitionSpec(mesh_lib.REPLICAS), PartitionSpec(None, mesh_lib.EXPERT)
     device = mesh.devices.flat[0]
     implementation = implementation or grouped_matmul.default_implementation(device)
 
     def stack(x_BSD, blocks, table, position_BS, real_BS, cache):
         leaves, tree = jax.tree.flatten(blocks)
         specs = [mesh_lib.spec(*names) for names in jax.tree.leaves(parameter.logical_axes(blocks))]
-        of_cache = PartitionSpec(None, _REPLICAS)
+        of_cache = PartitionSpec(None, mesh_lib.REPLICAS)
 
         # Nothing is differentiated, and that the cache is the same on all devices of a group
         # follows from where rows come from, which types cannot know: hence no check of them.
@@ -166,7 +162,7 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
                 x_bSD, blocks, table, real_BS, cache
             )
             counted = jax.tree.map(
-                lambda rows: jax.lax.psum(rows, _REPLICAS), (traffic, shared, home_MM)
+                lambda rows: jax.lax.psum(rows, mesh_lib.REPLICAS), (traffic, shared, home_MM)
             )
             return x_bSD, cache, expert_LbSK, *counted
 
@@ -194,7 +190,7 @@ class _Group:
         self._batch, self._sequence = position_BS.shape
         self._position_X = position_BS.reshape(-1).astype(jnp.int32)
         self._reached_X = jnp.repeat(reached_B, self._sequence)
-        first_row = jax.lax.axis_index(_REPLICAS) * self._batch  # of the whole batch
+        first_row = jax.lax.axis_index(mesh_lib.REPLICAS) * self._batch  # of the whole batch
         self._turn_X = rule_position(position_BS).reshape(-1).astype(jnp.int32) + first_row
         self._num_group = position_BS.size
         self._num_tokens = position_BS.size // setting.num_devices

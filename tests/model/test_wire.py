@@ -59,14 +59,15 @@ def program(replicas, size, chunk, num_received, near, digits, transport):
 def pairs_of(wire, count_PMM, place, most):
     """As one device knows them."""
     me, count_MM = jax.lax.axis_index(wire.axis), count_PMM[place]
-    return Pairs(count_MM[me], count_MM[:, me], wire.agreed(lambda: count_PMM[None])[0], most)
+    (most_MM,) = wire.agreed(lambda: count_PMM[None], 1)
+    return Pairs(count_MM[me], count_MM[:, me], most_MM, most)
 
 
+@pytest.mark.parametrize("how", ["blocks", "memory", "links"])
+@pytest.mark.parametrize("digits", [0, 2, 5])
 @pytest.mark.parametrize(
     ("replicas", "size", "chunk"), [(1, 1, 3), (4, 2, 1), (2, 4, 1), (2, 4, 16), (1, 8, 3)]
 )
-@pytest.mark.parametrize("how", ["blocks", "memory", "links"])
-@pytest.mark.parametrize("digits", [0, 2, 5])
 def test_every_row_arrives_where_it_should(replicas, size, chunk, how, digits):
     """Among devices of one of several processes, of the only one, of one each."""
     near, transport = 1 if how == "links" else size, MEMORY if how == "memory" else LINKS

@@ -149,12 +149,12 @@ def exchange(
     arrives_X = here_XK.any(axis=1)
 
     def count() -> jax.Array:
+        """Rows of tokens and of assignments, [2, P, M, M]."""
         at_PMTKM = everywhere()[..., None] == device_M[None, None, None, None]
         tokens_PMM = at_PMTKM.any(axis=3).sum(axis=2, dtype=jnp.int32)
         return jnp.stack([tokens_PMM, at_PMTKM.sum(axis=(2, 3), dtype=jnp.int32)])
 
-    most_2MM = wire.agreed(count)
-    most_tokens_MM, most_assignments_MM = (None, None) if most_2MM is None else most_2MM
+    most_tokens_MM, most_assignments_MM = wire.agreed(count, 2)
     hop = Exchange(
         wire=wire,
         token_R=token_R,

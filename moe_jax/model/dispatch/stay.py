@@ -175,13 +175,13 @@ class Leg:
         position_N = position_N.at[arrived_N].set(jnp.arange(arrived_N.size, dtype=jnp.int32))
 
         def count() -> jax.Array:
-            """Sums of ones in float32, exact below 2^24 items: integers are slow on CPUs."""
+            """[1, 1, M, M]; in float32, exact below 2^24 items: integers are slow on CPUs."""
             from_NM, to_NM = (
                 (at_N[:, None] == device_1M).astype(jnp.float32) for at_N in (source_N, target_N)
             )
             return (from_NM.T @ to_NM).astype(jnp.int32)[None, None]
 
-        most_1MM = wire.agreed(count)
+        (most_MM,) = wire.agreed(count, 1)
         return cls(
             wire=wire,
             item_S=item_S,
@@ -189,7 +189,7 @@ class Leg:
             pairs=Pairs(
                 to_M=(to_N[:, None] == device_1M).sum(axis=0, dtype=jnp.int32),
                 from_M=(from_N[:, None] == device_1M).sum(axis=0, dtype=jnp.int32),
-                most_MM=None if most_1MM is None else most_1MM[0],
+                most_MM=most_MM,
                 limit=num_sent,
             ),
         )

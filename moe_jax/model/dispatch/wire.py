@@ -157,22 +157,23 @@ class Wire:
         chunk = largest >> digits
         return cls(axis, transport, chunk, digits, near, beside)
 
-    def agreed(self, count: Callable[[], jax.Array]) -> jax.Array | None:
-        """`Pairs.most_MM` of several movements.
+    def agreed(self, count: Callable[[], jax.Array], movements: int) -> list[jax.Array | None]:
+        """`Pairs.most_MM` of each of Z movements.
 
         Args:
           count: makes int32 [Z, P, M, M]: rows of each movement at each place, from each device to
             each one, as all devices that share a set of experts know them.
+          movements: Z.
 
         Returns:
-          int32 [Z, M, M], or None where no one has to know.
+          int32 [M, M] each, or None where no one has to know.
         """
         if self.transport == RAGGED:
-            return None
+            return [None] * movements
         most_ZMM = count().max(axis=1)
-        if jax.lax.axis_size(mesh_lib.REPLICAS) == 1:
-            return most_ZMM
-        return jax.lax.pmax(most_ZMM, mesh_lib.REPLICAS)
+        if jax.lax.axis_size(mesh_lib.REPLICAS) > 1:
+            most_ZMM = jax.lax.pmax(most_ZMM, mesh_lib.REPLICAS)
+        return list(most_ZMM)
 
     def exchange(self, rows_ND: jax.Array, pairs: Pairs, num_received: int) -> jax.Array:
         """Sends segment m of `rows_ND` to device m; returns the received segments by source.
