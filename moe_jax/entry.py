@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 from moe_jax import config as config_lib
+from moe_jax import hugepages
 from moe_jax.errors import Refused
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ def run(main: Callable[[], Any], description: str | None) -> None:
             print(f"{(description or '').strip()}\n{flags.FLAGS.main_module_help()}")
             sys.exit(0)
         _parse(sys.argv)
+        hugepages.start_again()
         main()
     except Refused as error:
         print(f"{program}: {_one_line(error)}", file=sys.stderr)

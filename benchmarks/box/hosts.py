@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 from benchmarks.box.links import Network
+from moe_jax import hugepages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PORT = 5577  # inside host 0's own namespace: nobody else's
@@ -42,6 +43,7 @@ class Workers:
         }
         environment = {
             **os.environ,
+            **hugepages.variables(os.environ),
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",

@@ -1,0 +1,100 @@
+"""Large pages are asked for where the system waits to be asked, by starting again once."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import hugepages
+
+ASKED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+PROGRAM = """
+import json, os, pathlib, sys
+from absl import flags
+from moe_jax import entry, hugepages
+
+hugepages._MODE = pathlib.Path({mode!r})
+WORD = flags.DEFINE_string("word", "", "")
+if {traced}:
+    sys.settrace(lambda *_: None)
+if {privileged}:
+    os.environ.pop("GLIBC_TUNABLES", None)
+print("started", file=sys.stderr)
+setting = os.environ.get("GLIBC_TUNABLES")
+entry.run(lambda: print(json.dumps([WORD.value, os.getpid(), setting])), "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "added"),
+    [
+        ("always [madvise] never", {"A": "1"}, ASKED),
+        ("[always] madvise never", {}, {}),
+        ("always madvise [never]", {}, {}),
+        (None, {}, {}),
+        ("always [madvise] never", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {}),
+        ("always [madvise] never", {"GLIBC_TUNABLES": ""}, {}),
+    ],
+)
+def test_variables(tmp_path, monkeypatch, mode, environment, added):
+    file = tmp_path / "enabled"
+    if mode is not None:
+        file.write_text(mode + "\n")
+    monkeypatch.setattr(hugepages, "_MODE", file)
+    assert hugepages.variables(environment) == added
+
+
+def _run(
+    folder: pathlib.Path,
+    *words: str,
+    traced: bool = False,
+    privileged: bool = False,
+    **environment: str,
+):
+    """(starts, (the flag's value, process id, setting), process id that was started)."""
+    (folder / "enabled").write_text("always [madvise] never\n")
+    program = folder / "program.py"
+    program.write_text(
+        PROGRAM.format(mode=str(folder / "enabled"), traced=traced, privileged=privileged)
+    )
+    of_ours = {*ASKED, "MOE_JAX_STARTED_AGAIN"}
+    inherited = {name: value for name, value in os.environ.items() if name not in of_ours}
+    started = subprocess.Popen(
+        [sys.executable, str(program), *words],
+        env={**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == (0 if out else 1), err
+    return err.count("started"), json.loads(out) if out else err, started.pid
+
+
+def test_a_program_starts_again_once_with_the_same_words_in_the_same_process(tmp_path):
+    starts, said, pid = _run(tmp_path, "--word=a b")
+    assert (starts, said) == (2, ["a b", pid, ASKED["GLIBC_TUNABLES"]])
+
+
+def test_what_is_set_stays(tmp_path):
+    starts, said, pid = _run(tmp_path, "--word=a", GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    assert (starts, said) == (1, ["a", pid, "glibc.malloc.hugetlb=0"])
+
+
+def test_a_debugger_keeps_its_program(tmp_path):
+    starts, said, pid = _run(tmp_path, "--word=a", traced=True)
+    assert (starts, said) == (1, ["a", pid, None])
+
+
+def test_where_the_setting_is_taken_away_there_is_no_third_start(tmp_path):
+    starts, said, pid = _run(tmp_path, "--word=a", privileged=True)
+    assert (starts, said) == (2, ["a", pid, None])
+
+
+def test_a_refusal_comes_from_the_first_start(tmp_path):
+    starts, error, _ = _run(tmp_path, "--wrod=a")
+    assert starts == 1
+    assert "did you mean --word" in error
