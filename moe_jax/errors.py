@@ -26,7 +26,7 @@ class Refused(ValueError):
             shown = f"{type(value).__name__} too deep to be shown"
         if len(shown) > 200:
             shown = shown[:200] + "..."
-        super().__init__(f"{_plain(field)} = {shown}: {_plain(rule)}. {fix}.")
+        super().__init__(f"{plain(field)} = {shown}: {plain(rule)}. {fix}.")
 
 
 def exit_code(command: Callable[[], object]) -> int:
@@ -39,7 +39,7 @@ def exit_code(command: Callable[[], object]) -> int:
     return 0
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line of printable characters, not endless: names from files may stand in it."""
     text = text if len(text) <= 500 else text[:500] + "..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -9,6 +9,7 @@ from benchmarks.box.measure import PHASES, Cell, Results
 from benchmarks.box.plans import Box
 
 BASES = ("contiguous", "EPLB")
+WAY, PLAN = 27, 11  # columns; "hierarchical:reproducible" is the longest way
 
 
 def lines(results: Results) -> Iterator[str]:
@@ -68,7 +69,7 @@ def busy(cell: Cell, mbit: float) -> np.ndarray:
 def _speed(results: Results, of_way, phase: str) -> Iterator[str]:
     mbit = next(float(key) for key, value in results.cells.items() if value is of_way)
     yield (
-        f"{phase:<36}{'tokens/s':>22}{'over contiguous':>24}{'over EPLB':>24}"
+        f"{phase:<{WAY + PLAN}}{'tokens/s':>22}{'over contiguous':>24}{'over EPLB':>24}"
         f"{'s':>9}{'link tail':>11}{'mean':>8}"
     )
     for way, of_plan in of_way.items():
@@ -81,7 +82,7 @@ def _speed(results: Results, of_way, phase: str) -> Iterator[str]:
             ]
             link = busy(cell, mbit)
             yield (
-                f"{way:<25}{plan:<11}{rate.text(0):>22}{ratios[0]:>24}{ratios[1]:>24}"
+                f"{way:<{WAY}}{plan:<{PLAN}}{rate.text(0):>22}{ratios[0]:>24}{ratios[1]:>24}"
                 f"{np.median(slowest(cell)):>9.3f}{link.max():>11.3f}{link.mean():>8.3f}"
             )
 
@@ -91,9 +92,9 @@ def _bytes(results: Results, mbit: str) -> Iterator[str]:
     link, m = results.links[mbit], results.machine
     box, sizes = Box(m["hosts"], m["devices_per_host"]), (m["layers"], m["top_k"])
     yield (
-        f"{'between hosts, prefill':<36}{'rows predicted':>15}{'counted':>10}{'padded/true':>13}"
-        f"{'MB predicted':>14}{'MB of rows':>12}{'MB kernel':>11}{'kernel/predicted':>18}"
-        f"{'all padded/true':>17}"
+        f"{'between hosts, prefill':<{WAY + PLAN}}{'rows predicted':>15}{'counted':>10}"
+        f"{'padded/true':>13}{'MB predicted':>14}{'MB of rows':>12}{'MB kernel':>11}"
+        f"{'kernel/predicted':>18}{'all padded/true':>17}"
     )
     for way, of_plan in results.cells[mbit].items():
         for plan, phases in of_plan.items():
@@ -106,7 +107,7 @@ def _bytes(results: Results, mbit: str) -> Iterator[str]:
             kernel = np.median(np.sum(cell.sent, axis=1)) / 1e6
             all_padded = (cell.all_rows + cell.all_padding) / max(cell.all_rows, 1)
             yield (
-                f"{way:<25}{plan:<11}{predicted:>15}{counted:>10}{padded / counted:>13.3f}"
+                f"{way:<{WAY}}{plan:<{PLAN}}{predicted:>15}{counted:>10}{padded / counted:>13.3f}"
                 f"{expected:>14.2f}{payload:>12.2f}{kernel:>11.2f}"
                 f"{kernel / expected:>18.3f}{all_padded:>17.3f}"
             )
@@ -116,11 +117,11 @@ def _ends(results: Results) -> Iterator[str]:
     """Where the gain ends: our speed-ups by bandwidth."""
     yield "ours by bandwidth (over contiguous / over EPLB; * = the interval holds 1)"
     mbits = list(results.cells)
-    yield f"{'':<36}" + "".join(f"{mbit + ' Mbit/s':>22}" for mbit in mbits)
+    yield f"{'':<{WAY + PLAN}}" + "".join(f"{mbit + ' Mbit/s':>22}" for mbit in mbits)
     for way in results.cells[mbits[0]]:
         for phase in PHASES:
             row = [_cell(results.cells[mbit][way], phase) for mbit in mbits]
-            yield f"{way:<25}{phase:<11}" + "".join(f"{text:>22}" for text in row)
+            yield f"{way:<{WAY}}{phase:<{PLAN}}" + "".join(f"{text:>22}" for text in row)
 
 
 def _cell(of_plan, phase: str) -> str:

@@ -28,6 +28,7 @@ from moe_jax.placement.commands import (
     solve,
     verdict,
 )
+from moe_jax.placement.commands import options as options_lib
 
 COMMANDS = (solve, evaluate, compare, verdict, homes, apply, convert)
 DESCRIPTION = """\
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start.ready()
         options = parser().parse_args(arguments)
         options.arguments = list(arguments)
+        options_lib.check_seed(options)
         with interrupt.Watch():
             answer = options.run(options)
         print(answer)

@@ -12,8 +12,8 @@ own works as well.
 import dataclasses
 import functools
 import json
-import math
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ FOLDERS = (
 
 def _number(field: str, value: Any, above: float) -> None:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not value > above:
+    if not real or not above < value <= sys.float_info.max:
         raise Refused(field, value, f"a finite number above {above:g}", "Correct it")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_jax.errors import plain
 from moe_jax.placement import tables
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.solution import Report
@@ -67,9 +68,9 @@ def _named_table(parts: Sequence[Named], what: str) -> str:
     rows = []
     for part in parts:
         if part.gain is None:
-            rows.append([part.name, str(part.sequences), "load cap out of reach"])
+            rows.append([plain(part.name), str(part.sequences), "load cap out of reach"])
         else:
-            rows.append([part.name, str(part.sequences), _percent_interval(part.gain)])
+            rows.append([plain(part.name), str(part.sequences), _percent_interval(part.gain)])
     return tables.table([what, "sequences", "saved [95 % interval]"], rows)
 
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, what it refuses, and that it needs no JAX."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -217,6 +218,37 @@ def test_compare_makes_the_methods_that_are_asked_for(trace_path, capsys):
     assert "methods = 'best'" in capsys.readouterr().err
 
 
+def test_compare_draws_uneven_groups(trace_path, tmp_path, capsys):
+    page = tmp_path / "p.html"
+    words = (trace_path, "--devices=3", "--methods=grace", "--time-limit=1", f"--report={page}")
+    assert run("compare", *words) == 1  # 3 devices do not divide 8 experts: ours cannot be there
+    words = (trace_path, "--devices=4", "--methods=grace", "--time-limit=1", f"--report={page}")
+    assert run("compare", *words) == 0
+    assert "GRACE" in page.read_text()
+
+
+def test_every_takes_speeds_and_dispatchers(trace_path, capsys):
+    words = ("compare", trace_path, "--every", "--machines=flat4", "--caps=none", "--time-limit=0")
+    hops = ("--objective=hops", "--dispatches=exchange")
+    seconds = ("--objective=seconds", "--dispatches=exchange")
+    answers = []
+    for more in (
+        *((*hops, f"--dispatcher={name}") for name in ("uniform", "blocks")),
+        *((*seconds, f"--device-flops={flops}") for flops in ("1e9", "1e15")),
+    ):
+        assert run(*words, *more, "--json") == 0
+        (line,) = json.loads(capsys.readouterr().out)["lines"]
+        answers.append(line["held_out"])
+    assert answers[0] != answers[1]
+    assert answers[2] != answers[3]
+
+
+@pytest.mark.parametrize("word", ["--topology=h100x8", "--nodes=2", "--node-sizes=2,2"])
+def test_every_refuses_a_machine_beside_its_own(word, trace_path, capsys):
+    assert run("compare", trace_path, "--every", word) == 1
+    assert "--machines" in capsys.readouterr().err
+
+
 def test_compare_counts_time_evenness_and_moves(trace_path, capsys):
     """Against the plans and the held-out half, counted here once more."""
     words = ("compare", trace_path, "--devices=4", "--time-limit=0.5", "--nodes=2")
@@ -298,6 +330,44 @@ def test_evaluate_counts_with_recorded_homes(trace_path, tmp_path, capsys):
     assert "homes in the trace" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layer_ids", [(3, 4, 5), (0, 2, 1)])
+@pytest.mark.parametrize(
+    "words", [("evaluate", "T", "P"), ("verdict", "T", "--before=P"), ("homes", "T", "--plan=P")]
+)
+def test_a_plan_of_other_layers_is_refused(words, layer_ids, trace_path, tmp_path, capsys):
+    plan = tmp_path / "p.json"
+    Plan(Placement.contiguous(3, 8, 4), layer_ids).write(plan)
+    given = [word.replace("P", str(plan)).replace("T", str(trace_path)) for word in words]
+    assert run(*given, *(["--devices=4"] if words[0] == "verdict" else [])) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("refused: trace layers = '0 to 2': ")
+    assert ("3 to 5" if layer_ids == (3, 4, 5) else "0, 2, 1") in error
+
+
+def test_speeds_do_not_change_the_machine_of_a_plan(trace_path, tmp_path, capsys):
+    machine = topology.nodes_by_devices(2, 4)
+    plan = Plan(Placement.contiguous(3, 8, 4), topology=machine.to_json())
+    plan.write(tmp_path / "p.json")
+    words = ("evaluate", trace_path, tmp_path / "p.json", "--json")
+    answers = []
+    for more in ((), (f"--device-flops={machine.device_flops!r}",), ("--device-flops=1e9",)):
+        assert run(*words, *more) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1] != answers[2]
+    first, last = answers[0]["plans"][0], answers[2]["plans"][0]
+    assert first["topology"] == last["topology"] == machine.name
+    assert first["figures"]["rows"] == last["figures"]["rows"]
+
+
+def test_names_from_a_trace_are_printed_as_text(trace_path, tmp_path, capsys):
+    trace = trace_lib.load(trace_path)
+    trace_lib.save(dataclasses.replace(trace, model="a\x1b[1m\ud800\nb"), tmp_path / "n.npz")
+    Plan(Placement.contiguous(3, 8, 4)).write(tmp_path / "p.json")
+    assert run("evaluate", tmp_path / "n.npz", tmp_path / "p.json") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("a\\x1b[1m\\ud800\\nb trace: 600 tokens")
+
+
 def test_homes_of_another_mesh_are_left_out(trace_path):
     placement = Placement.contiguous(3, 8, 2)
     trace = trace_lib.load(trace_path)
@@ -319,6 +389,7 @@ REFUSED = {
     "rows of gathered": (["--devices=4", "--objective=rows", "--dispatch=gathered"], "gathered"),
     "d_model 0": (["--devices=4", "--d-model=0"], "d_model"),
     "num_experts contradicts": (["--devices=4", "--num-experts=16"], "the trace says 8"),
+    "seed negative": (["--devices=4", "--seed=-1"], "seed"),
 }
 
 

@@ -118,6 +118,16 @@ def test_rows_of_sglang_are_the_layers_of_the_model(tmp_path):
     assert any("2 rows of layers" in note for note in done.notes)
 
 
+@pytest.mark.parametrize("name", ["t.npz", "t.json"])
+def test_rows_of_sglang_traces_are_not_endless(name, tmp_path):
+    ids = np.zeros((4, 2, 1), np.uint8)
+    trace = Trace(ids, 2, np.array([4]), layer_ids=(0, 2_000_000_000))
+    trace_lib.save(trace, tmp_path / "in.npz")
+    with pytest.raises(Refused, match=r"layer_ids = 2000000000: at most 4095"):
+        convert_lib.convert(tmp_path / "in.npz", tmp_path / name, "sglang", Hints())
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]
+
+
 def test_our_own_file_is_read_by_the_newest_sglang_as_it_is(tmp_path):
     """It asks for this key; it would prefer `logical_count`, which we never write beside it.
 

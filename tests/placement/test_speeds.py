@@ -265,7 +265,9 @@ def test_equal_speeds_are_one_number():
     np.testing.assert_array_equal(topology.flat(3).speed_M, 1.0)
 
 
-@pytest.mark.parametrize("flops", [[1e12], [1e12, 0.0], [1e12, float("nan")], [1e12, "x"], []])
+@pytest.mark.parametrize(
+    "flops", [[1e12], [1e12, 0.0], [1e12, float("nan")], [1e12, "x"], [], [1e12, 10**400], 10**400]
+)
 def test_speeds_that_do_not_fit_are_refused(flops):
     fields = {"name": "x", "num_nodes": 1, "devices_per_node": 2, "device_flops": flops}
     with pytest.raises(Refused, match="device_flops"):

@@ -47,13 +47,27 @@ def run(options: argparse.Namespace, trace: Trace, halves: Halves) -> str:
             field = name.replace("_", "-")
             rule = "--every compares plans without copies, and writes nothing"
             raise Refused(field, getattr(options, name), rule, f"Leave out --{field} or --every")
-    machines = [every_lib.machine(name) for name in _split(options.machines)]
+    if options.topology or options.node_sizes or options.nodes > 1:
+        field = "topology" if options.topology else "node-sizes" if options.node_sizes else "nodes"
+        given = getattr(options, field.replace("-", "_"))
+        raise Refused(field, given, "--every has machines of its own", "Name them in --machines")
+    machines = [
+        options_lib.with_flops(every_lib.machine(name), options)
+        for name in _split(options.machines)
+    ]
     caps = _split(options.caps)
     for cap in caps:
         if cap != "none":
             LoadCap.parse(cap)
     work = options_lib.work_of(options)
-    like = Problem(trace, topology_lib.flat(1), options.objective, work=work, steady=options.steady)
+    like = Problem(
+        trace,
+        topology_lib.flat(1),
+        options.objective,
+        work=work,
+        dispatcher=options.dispatcher,
+        steady=options.steady,
+    )
     with Ticker() as ticker:
         lines = every_lib.lines(
             halves,

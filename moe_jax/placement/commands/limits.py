@@ -9,6 +9,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
 from moe_jax.placement import tables
 from moe_jax.placement.commands import inputs
+from moe_jax.placement.commands import options as options_lib
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.placement.limits.previous import MoveBudget, Previous
 from moe_jax.placement.plan import Placement
@@ -76,9 +77,7 @@ def limited(options: argparse.Namespace, problem: Problem) -> Problem:
                 raise Refused(name, value, rule, "Give --previous=PLAN.json as well")
     else:
         plan = inputs.plan(options.previous, trace, problem.num_devices)
-        if plan.layer_ids != trace.layer_ids and plan.placement.num_layers == trace.num_layers:
-            rule = f"the plan in use has the layers {_span(plan.layer_ids)}"
-            raise Refused("trace layers", _span(trace.layer_ids), rule, "Use those of one model")
+        options_lib.check_layers(plan, trace)
         problem = budgeted(options, problem, plan.placement)
     return pinned(options, problem)
 
@@ -149,7 +148,3 @@ def _budgets(problem: Problem, report: Report, experts: int, weight: int) -> str
             rows.append([f"{100 * share:g} %", *row])
     heads = ["of all experts", "moves", "GB", problem.unit, "saved"]
     return tables.table(heads, rows)
-
-
-def _span(layer_ids) -> str:
-    return f"{layer_ids[0]} to {layer_ids[-1]}, {len(layer_ids)} in all"

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 from moe_jax import files
 from moe_jax.errors import Refused
@@ -77,6 +78,12 @@ def machine_options(command: argparse.ArgumentParser) -> None:
             default=default,
             help=f"{text} (default {default})",
         )
+
+
+def check_seed(options: argparse.Namespace) -> None:
+    """Of commands that have one. argparse would make a usage error of a refusal."""
+    if getattr(options, "seed", 0) < 0:
+        raise Refused("seed", options.seed, "a whole number of at least 0", "Use 0 if in doubt")
 
 
 def objective_options(command: argparse.ArgumentParser) -> None:
@@ -200,7 +207,11 @@ def _more_room(each: list[int], experts: int) -> str:
 
 def topology_of(options: argparse.Namespace) -> Topology:
     """The machine that the options describe."""
-    topology = _topology_of(options)
+    return with_flops(_topology_of(options), options)
+
+
+def with_flops(topology: Topology, options: argparse.Namespace) -> Topology:
+    """The machine with the speeds of --device-flops, if they are given."""
     if options.device_flops is None:
         return topology
     try:
@@ -245,15 +256,17 @@ def _uneven(options: argparse.Namespace) -> Topology:
 
 
 def evaluation_topology(options: argparse.Namespace, plan: Plan) -> Topology:
-    """The topology asked for, else the plan's own, else a flat one."""
+    """The topology asked for, else the plan's own, else a flat one; with the speeds asked for."""
     if options.topology or options.node_sizes:
         return topology_of(options)
-    if options.devices or options.nodes > 1 or options.device_flops:
+    if options.devices or options.nodes > 1:
         devices = options.devices or plan.placement.num_devices
         return topology_of(argparse.Namespace(**{**vars(options), "devices": devices}))
     if plan.topology:
-        return topology_lib.from_json(plan.topology, "plan topology")
-    return topology_lib.flat(plan.placement.num_devices)
+        own = topology_lib.from_json(plan.topology, "plan topology")
+    else:
+        own = topology_lib.flat(plan.placement.num_devices)
+    return with_flops(own, options)
 
 
 def devices_said(options: argparse.Namespace) -> int | None:
@@ -281,7 +294,26 @@ def fitting(plan: Plan, trace: Trace, topology: Topology) -> Placement:
         num_experts=trace.num_experts,
         num_devices=topology.num_devices,
     )
+    check_layers(plan, trace)
     return plan.placement
+
+
+def check_layers(plan: Plan, trace: Trace) -> None:
+    """Refuses a plan of other layers, or of these in another order: its rows are taken as they are.
+
+    How many there are is for others to check.
+    """
+    if plan.layer_ids != trace.layer_ids and plan.placement.num_layers == trace.num_layers:
+        rule = f"the plan has the layers {_numbers(plan.layer_ids)}"
+        raise Refused("trace layers", _numbers(trace.layer_ids), rule, "Use those of one model")
+
+
+def _numbers(layer_ids: Sequence[int]) -> str:
+    """Of layers: a range where they are one, else as they stand."""
+    first, last, count = layer_ids[0], layer_ids[-1], len(layer_ids)
+    if tuple(layer_ids) == tuple(range(first, last + 1)):
+        return f"{first} to {last}"
+    return ", ".join(map(str, layer_ids[:8])) + (f", ... ({count} in all)" if count > 8 else "")
 
 
 def split_option(command: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from moe_jax.errors import plain
 from moe_jax.placement import copies, seconds
 from moe_jax.placement.limits import previous
 from moe_jax.placement.plan import Placement
@@ -12,7 +13,7 @@ from moe_jax.routing.trace import Trace
 
 
 def describe(trace: Trace) -> str:
-    what = f"{trace.model} " if trace.model else ""
+    what = f"{plain(trace.model)} " if trace.model else ""
     return (
         f"{what}trace: {trace.num_tokens:,} tokens in {trace.num_sequences} sequences, "
         f"{trace.num_layers} layers x {trace.num_experts} experts, top-{trace.top_k}"

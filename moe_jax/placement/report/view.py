@@ -102,7 +102,10 @@ def flow_JMM(judge: Problem, placement: Placement) -> Float[np.ndarray, "J M M"]
 
 def order_LE(placement: Placement) -> Int[np.ndarray, "L E"]:
     """Experts by device, then by id."""
-    first_LE = placement.logical_to_physical_LER[:, :, 0] // placement.slots_per_device
+    if placement.has_replicas:
+        first_LE = placement.logical_to_physical_LER[:, :, 0] // placement.slots_per_device
+    else:
+        first_LE = placement.device_LE  # of groups that are uneven, too
     return np.argsort(first_LE, axis=1, kind="stable").astype(np.int64)
 
 
