@@ -45,7 +45,7 @@ Stream = Callable[[int], None]
 
 
 class Bytes:
-    """Every byte is a token."""
+    """Every byte is a token. Tokens beyond the bytes mean nothing, and are shown as U+FFFD."""
 
     ends: frozenset[int] = frozenset()
 
@@ -56,18 +56,22 @@ class Bytes:
         return self.encode(chat.plain(messages))
 
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        return bytes([*prompt, *tokens]).decode("utf-8", errors="replace")
+        return b"".join(map(_byte, (*prompt, *tokens))).decode("utf-8", errors="replace")
 
     def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> Stream:
-        write(bytes(prompt))
+        write(b"".join(map(_byte, prompt)))
 
         def follow(token: int) -> None:
-            write(bytes([token & 255]))
+            write(_byte(token))
 
         return follow
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
         return text
+
+
+def _byte(token: int) -> bytes:
+    return bytes([token]) if token < 256 else _UNFINISHED.encode()
 
 
 class Tokens:

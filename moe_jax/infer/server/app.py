@@ -244,7 +244,8 @@ class _Answers:
         while self._open:
             index, part = await self._parts.get()
             if part.finish == "failed":
-                why = Refused("server", "failed", "the engine has stopped", "see the server's log")
+                rule = "the engine has stopped" if self._service.failure else "this request failed"
+                why = Refused("server", "failed", rule, "see the server's log")
                 raise Stopped(500, why)
             if part.finish == "cancelled":
                 why = Refused("server", "stopping", "the answer was cut short", "ask again")

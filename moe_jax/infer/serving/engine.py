@@ -151,8 +151,8 @@ class Engine:
     def submit(self, prompt: Sequence[int], options: Options, deliver: Deliver) -> Request:
         """A request arrives. Raises `Refused`; `deliver` is called from `step` and `cancel`."""
         self.check(prompt, options)
+        answer = Answer(self._text, prompt, options)  # first: where it fails nothing is left behind
         job = self.scheduler.add(prompt, options.max_tokens)
-        answer = Answer(self._text, prompt, options)
         request = Request(job, options, answer, deliver, self._clock())
         self._requests[job] = request
         self.stats.arrived(len(prompt))

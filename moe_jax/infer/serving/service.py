@@ -176,7 +176,12 @@ class Service:
             ticket.deliver(part)
 
         if ticket in self._tickets:
-            ticket.request = self._engine.submit(prompt, options, deliver)
+            try:
+                ticket.request = self._engine.submit(prompt, options, deliver)
+            except Exception:  # a bug: it costs this request, not those that run
+                traceback.print_exc()
+                deliver(Part(None, "", None, "failed"))
+                return
             if not ticket.wanted:  # it was called off on its way here
                 self._engine.cancel(ticket.request)
 

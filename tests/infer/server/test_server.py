@@ -507,6 +507,22 @@ def test_sigterm_drains(engine, go):
     assert all("length" in str(body) for _, body in found["accepted"])
 
 
+def test_a_request_that_cannot_begin_fails_alone(engine, port, monkeypatch):
+    stream = Bytes.stream
+
+    def fail(self, prompt, *rest, **named):
+        if bytes(prompt) == b"odd":
+            raise RuntimeError("a bug")
+        return stream(self, prompt, *rest, **named)
+
+    monkeypatch.setattr(Bytes, "stream", fail)
+    status, found = ask(port, answer("odd"))
+    assert (status, found["error"]["rule"]) == (500, "this request failed")
+    assert ask(port, answer("even"))[0] == 200
+    assert not engine.busy
+    assert not engine.scheduler.waiting
+
+
 def test_an_engine_that_fails_answers_everybody(engine, server, monkeypatch):
     go = threading.Event()
 

@@ -38,6 +38,12 @@ def test_a_character_cut_off_is_shown_as_such():
     assert (parts, finish) == (["a", "\ufffd"], "length")
 
 
+def test_tokens_beyond_the_bytes_are_shown_as_no_character():
+    answer = Answer(Bytes(), [97, 300], Options(max_tokens=4))
+    assert [answer.add(token)[0] for token in (98, 256, 50_000, 99)] == ["b", *"\ufffd\ufffd", "c"]
+    assert Bytes().join([97, 300], [256, 98]) == "a\ufffd\ufffdb"
+
+
 def test_stop_strings():
     assert say(b"hello STOP more", stop=("STOP",))[:2] == ([*"hello ", "", "", "", ""], "stop")
     parts, finish, tokens = say(b"ab STabc STOPx", stop=("STOP",))
