@@ -34,8 +34,13 @@ class Text(Protocol):
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """A prompt and what followed, as text."""
 
-    def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> "Stream":
-        """Writes the prompt; the result is called with every token that follows."""
+    def stream(
+        self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
+    ) -> "Stream":
+        """Writes the prompt; the result is called with every token that follows.
+
+        What follows a token of `ends` is written only with `ignore_end`.
+        """
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
         """The tokens of a text in uint8."""
@@ -58,7 +63,9 @@ class Bytes:
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         return b"".join(map(_byte, (*prompt, *tokens))).decode("utf-8", errors="replace")
 
-    def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> Stream:
+    def stream(
+        self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
+    ) -> Stream:
         write(b"".join(map(_byte, prompt)))
 
         def follow(token: int) -> None:
@@ -78,7 +85,8 @@ class Tokens:
     """The tokens of a published model's own tokenizer.
 
     Args:
-      ends: tokens that end a text: they are shown, what the model makes after one is not.
+      ends: tokens that end a text: they are shown, what the model makes after one is not,
+        unless that is asked for.
       form: of a chat; None = `chat.plain`.
     """
 
@@ -112,7 +120,9 @@ class Tokens:
         end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
         return self._tokenizer.decode([*prompt, *tokens[: end + 1]])
 
-    def stream(self, prompt: Sequence[int], write: Callable[[bytes], object]) -> Stream:
+    def stream(
+        self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
+    ) -> Stream:
         """A character may take several tokens: it is written when it is whole.
 
         What is new is decoded after the tokens written last, which may decide about a space in
@@ -125,7 +135,7 @@ class Tokens:
             nonlocal before, new, ended
             if ended:
                 return
-            ended = token in self._ends
+            ended = token in self._ends and not ignore_end
             new.append(token)
             text = self._tokenizer.decode([*before, *new])
             if text.endswith(_UNFINISHED):

@@ -14,6 +14,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.infer import run
+from moe_jax.infer.serving.request import Answer, Options
 from moe_jax.infer.text import Tokens
 from moe_jax.placement import __main__ as placement_main
 from moe_jax.placement.plan import Plan
@@ -117,6 +118,9 @@ def test_text_streams_in_whole_characters():
     for token in (*followed, end, *followed):
         follow(token)
     assert b"".join(ended).decode() == "<s>néü→z</s>"
+    ignored = Answer(tokens, prompt, Options(max_tokens=99, ignore_end=True))
+    parts = [ignored.add(token)[0] for token in (*followed, end, *followed)]
+    assert "".join(parts) == "ü→z</s>ü→z"
     text = np.frombuffer("né\0né</s>\0".encode(), np.uint8)  # documents, each with its end
     said = tokens.corpus(text)
     np.testing.assert_array_equal(said[: len(prompt)], [*prompt[1:], end])

@@ -100,9 +100,12 @@ class Writes(Protocol):
         """Tokens that end a text."""
 
     def stream(
-        self, prompt: Sequence[int], write: Callable[[bytes], object]
+        self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
     ) -> Callable[[int], None]:
-        """Writes the prompt; the result is called with every token that follows."""
+        """Writes the prompt; the result is called with every token that follows.
+
+        What follows a token of `ends` is written only with `ignore_end`.
+        """
 
 
 class Answer:
@@ -113,7 +116,7 @@ class Answer:
         self._ends = frozenset() if options.ignore_end else text.ends
         self._options = options
         self._bytes: list[bytes] = []
-        self._follow = text.stream(prompt, self._bytes.append)
+        self._follow = text.stream(prompt, self._bytes.append, ignore_end=options.ignore_end)
         self._bytes.clear()
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._held = ""
