@@ -106,7 +106,7 @@ class Server:
             "object": "model",
             "created": self._created,
             "owned_by": "moe_jax",
-            "max_model_len": self._engine.limits.max_len,
+            "max_model_len": self._engine.limits.room,
         }
         if (asked := request.path_params.get("model")) is None:
             return JSONResponse({"object": "list", "data": [one]})
@@ -157,7 +157,7 @@ class Server:
         self.service.check_open()
         body = fields.parse(await self._body(request))
         self._check_model(body.get("model", self.name))
-        text, context = self._text, self._engine.limits.max_len
+        text, context = self._text, self._engine.limits.room
         # On a thread: a long text takes its time, and others' streams go on.
         if is_chat:
             asked = await asyncio.to_thread(fields.chat, body, text.chat, context)

@@ -66,6 +66,11 @@ class Limits:
                 "raise it, or use fewer seats",
             )
 
+    @property
+    def room(self) -> int:
+        """Tokens of a request, prompt and answer: the context, where the blocks hold as much."""
+        return min(self.max_len, self.blocks * self.block_size)
+
     def blocks_of(self, num_tokens: int) -> int:
         """Blocks that hold so many positions."""
         return -(-num_tokens // self.block_size)
@@ -170,12 +175,11 @@ class Scheduler:
             raise Refused("prompt", "", "must not be empty", "write some text")
         if max_tokens < 1:
             raise Refused("max_tokens", max_tokens, "must be at least 1", "use 16")
-        room = min(limits.max_len, limits.blocks * limits.block_size)
-        if prompt_len + max_tokens > room:
+        if prompt_len + max_tokens > limits.room:
             raise Refused(
                 "prompt + max_tokens",
                 f"{prompt_len} + {max_tokens} tokens",
-                f"must be at most {room} together, the context of this server",
+                f"must be at most {limits.room} together, the context of this server",
                 "shorten the prompt or lower max_tokens",
             )
 

@@ -176,6 +176,17 @@ def test_chat_with_logprobs_and_usage(port):
     assert "".join(deltas) == said(plain)
 
 
+def test_a_chat_fills_the_room_there_is(port, engine, monkeypatch):
+    """Less than the context, where the cache is small."""
+    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.limits, max_len=640))
+    monkeypatch.setattr(engine.scheduler, "limits", engine.limits)
+    room = engine.limits.blocks * engine.limits.block_size
+    body = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+    status, found = ask(port, body, "/v1/chat/completions")
+    assert (status, found["usage"]["total_tokens"]) == (200, room)
+    assert ask(port, None, f"/v1/models/{NAME}", method="GET")[1]["max_model_len"] == room
+
+
 def test_the_openai_client(port):
     openai = pytest.importorskip("openai", reason="pip install openai: a client that people have")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
