@@ -76,7 +76,8 @@ class Recorder:
         region = self._regions[shard][number]
         at = np.arange(start - region.first, start - region.first + length)
         region.count = max(region.count, min(start - region.first + length, self.span))
-        return np.where(at < self.span, number * self.span + at, -1)
+        # Before it: tokens that were found when it was taken, and are not found after a preemption.
+        return np.where((at >= 0) & (at < self.span), number * self.span + at, -1)
 
     def end(self, job: Job) -> None:
         """A request runs no more; its tokens stay."""

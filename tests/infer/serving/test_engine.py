@@ -16,7 +16,7 @@ from moe_jax.infer.serving import packing, supported
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
-from moe_jax.infer.serving.scheduler import Limits
+from moe_jax.infer.serving.scheduler import Job, Limits
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.infer.text import Bytes
 from moe_jax.model import transformer
@@ -363,6 +363,19 @@ def test_routing_is_recorded_and_rows_are_counted(alone, engine, static):
         # The beginning of a text may have been found, and then it was not routed again.
         length = len(recorded_TLK)
         assert any(np.array_equal(text_TLK[-length:], recorded_TLK) for text_TLK in whole)
+
+
+def test_what_lies_before_a_region_is_not_recorded():
+    """A request is computed from an earlier position on once it was preempted."""
+    recorder, jobs = Recorder(1, 2, 8), [Job(n, [1] * 20, 4, shard=0) for n in range(2)]
+    for job, first in zip(jobs, (0, 6), strict=True):
+        recorder.admit(job, first)
+        recorder.place(job, first, 4)
+    recorder.admit(jobs[1], 2)  # less of it was found
+    assert recorder.place(jobs[1], 2, 3).tolist() == [-1] * 3
+    assert recorder.place(jobs[1], 5, 4).tolist() == [-1, 8, 9, 10]
+    assert recorder.place(jobs[0], 4, 2).tolist() == [4, 5]
+    assert len(recorder.tokens()) == 6 + 4
 
 
 def test_cancelled_requests_leave_their_blocks(engine):
