@@ -91,9 +91,10 @@ def route(old: Placement, new: Placement) -> Route:
                     count_LMM[layer, source, destination] += 1
                     sent_M[source].append(int(wanted_S[slot] % each))
         sent.append(sent_M)
-    # with copies one device may have to serve many: few sizes, so that few programs are compiled
+    # Without copies nobody sends more than its slots: one size, and one program is compiled. With
+    # copies one device may have to serve many: few sizes.
     most = max(len(slots) for sent_M in sent for slots in sent_M)
-    length = max(each, 1 << max(most - 1, 0).bit_length())
+    length = each if most <= each else 1 << (most - 1).bit_length()
     send_LMN = np.zeros((layers, devices, length), np.int32)
     for layer, sent_M in enumerate(sent):
         for source, slots_of in enumerate(sent_M):

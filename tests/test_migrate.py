@@ -79,6 +79,16 @@ def test_one_device_serves_all_others():
     ]).sum()  # fmt: skip
 
 
+@pytest.mark.parametrize("each", [3, 15])
+def test_without_copies_there_is_one_size(each):
+    """So nothing is compiled for a move that the identity was not compiled for."""
+    old = Placement.contiguous(tiny.LAYERS, 4 * each, 4)
+    new = Placement(np.roll(old.physical_to_logical_LP, each, axis=1), 4 * each, 4)
+    ways = migrate.route(old, old), migrate.route(old, new)
+    assert ways[1].count_LMM.sum(axis=2).max() == each
+    assert ways[0].send_LMN.shape == ways[1].send_LMN.shape
+
+
 def test_several_dtypes_travel_together():
     config, _ = state_of(MESHES[0])
     mesh = tiny.mesh(config)
