@@ -57,6 +57,8 @@ def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
     order_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)
     probability_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV), order_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    kept_BV = before_BV < top_p  # the token that crosses the mark is kept: never empty
+    # What crosses the mark is kept: never empty, even of a mark that float32 rounds to 0.
+    first_1V = jnp.arange(logits_BV.shape[1])[None] == 0
+    kept_BV = first_1V | (before_BV < top_p)
     rank_BV = jnp.argsort(order_BV, axis=-1)
     return jnp.where(jnp.take_along_axis(kept_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)

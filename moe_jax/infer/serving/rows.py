@@ -64,12 +64,14 @@ def keep(logits_RV: jax.Array, settings: Settings) -> jax.Array:
     order_RV = jnp.argsort(logits_RV, axis=-1, descending=True, stable=True)
     sorted_RV = jnp.take_along_axis(logits_RV, order_RV, axis=-1)
     count_R = jnp.where(settings.top_k_R > 0, settings.top_k_R, vocabulary)
-    first_RV = jnp.arange(vocabulary, dtype=jnp.int32)[None] < count_R[:, None]
+    rank_1V = jnp.arange(vocabulary, dtype=jnp.int32)[None]
+    first_RV = rank_1V < count_R[:, None]
     probability_RV = jax.nn.softmax(jnp.where(first_RV, sorted_RV, -jnp.inf), axis=-1)
     before_RV = jnp.cumsum(probability_RV, axis=-1) - probability_RV
-    # What crosses the mark is kept: never empty. A mass of 1 keeps all, whatever the sums round to.
+    # What crosses the mark is kept: never empty, even of a mark that float32 rounds to 0. A mass of
+    # 1 keeps all, whatever the sums round to.
     top_p_R1 = settings.top_p_R[:, None]
-    kept_RV = first_RV & ((before_RV < top_p_R1) | (top_p_R1 >= 1))
+    kept_RV = first_RV & ((before_RV < top_p_R1) | (top_p_R1 >= 1) | (rank_1V == 0))
     rank_RV = jnp.argsort(order_RV, axis=-1)
     return jnp.where(jnp.take_along_axis(kept_RV, rank_RV, axis=-1), logits_RV, -jnp.inf)
 

@@ -46,6 +46,15 @@ def test_top_k_then_nucleus_equals_the_definition():
         assert set(np.flatnonzero(kept_RV[r])) == set(order[:needed])
 
 
+def test_the_smallest_nucleus_is_the_most_likely_token():
+    largest_R = np.argmax(LOGITS_RV, axis=1)
+    tiny = settings(top_p=1e-50, temperature=0.5)  # 0 in float32
+    np.testing.assert_array_equal(rows.choose(LOGITS_RV, tiny), largest_R)
+    how = sampling.Sampling(temperature=0.5, top_p=1e-50)
+    found_R = sampling.choose(LOGITS_RV, jnp.zeros(40, jnp.int32), how)
+    np.testing.assert_array_equal(found_R, largest_R)
+
+
 def test_choices_differ_and_seeds_repeat():
     found = {}
     for choice in range(2):
