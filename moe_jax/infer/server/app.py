@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -206,6 +206,9 @@ class Server:
         except TimeoutError:
             rule = f"must be sent within {self.policy.body_seconds:g} s"
             raise Stopped(408, Refused("body", "incomplete", rule, "send it at once")) from None
+        except ClientDisconnect:  # nobody reads this answer
+            rule = "was not sent to its end"
+            raise Stopped(400, Refused("body", "incomplete", rule, "send it again")) from None
 
 
 class _Answers:
@@ -239,10 +242,15 @@ class _Answers:
         for ticket in self._tickets:
             self._service.cancel(ticket)
 
-    async def parts(self) -> AsyncIterator[tuple[int, Part]]:
-        """(number of the answer, part), until all are finished."""
+    async def parts(self, seconds: float) -> AsyncIterator[tuple[int, Part]]:
+        """(number of the answer, part), until all are finished, which may take so long."""
+        end = time.monotonic() + seconds
         while self._open:
-            index, part = await self._parts.get()
+            try:
+                index, part = await asyncio.wait_for(self._parts.get(), end - time.monotonic())
+            except TimeoutError:
+                rule = f"must be finished within {seconds:g} s"
+                raise Stopped(504, Refused("answer", "too long", rule, "ask for less")) from None
             if part.finish == "failed":
                 rule = "the engine has stopped" if self._service.failure else "this request failed"
                 why = Refused("server", "failed", rule, "see the server's log")
@@ -278,11 +286,8 @@ class _Sent(Response):
         working = asyncio.ensure_future(answer(scope, receive, send_in_time))
         leaving = asyncio.ensure_future(gone())
         try:
-            await asyncio.wait(
-                {working, leaving},
-                timeout=policy.answer_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            # An answer that takes too long ends by itself, with an error.
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 with contextlib.suppress(TimeoutError, OSError):  # too slow, or gone
                     working.result()
@@ -297,7 +302,7 @@ class _Sent(Response):
         self, scope: Scope, receive: Receive, send: Callable[[Any], Awaitable[None]]
     ) -> None:
         try:
-            async for index, part in self._answers.parts():
+            async for index, part in self._answers.parts(self._server.policy.answer_seconds):
                 self._choices[index].add(part)
             response = JSONResponse(self._made.whole(self._choices))
         except Stopped as stopped:
@@ -320,7 +325,7 @@ class _Sent(Response):
         try:
             for choice in self._choices:
                 await event(self._made.first(choice.index))
-            async for index, part in self._answers.parts():
+            async for index, part in self._answers.parts(self._server.policy.answer_seconds):
                 self._choices[index].add(part)
                 await event(self._made.part(index, part))
             if self._asked.usage:

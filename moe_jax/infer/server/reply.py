@@ -20,7 +20,7 @@ def error(status: int, refused: Refused) -> dict[str, Any]:
         "error": {
             "message": str(refused),
             "type": kind,
-            "param": refused.field,
+            "param": refused.field.encode("utf-8", "backslashreplace").decode(),
             "code": status,
             "value": _short(refused.value),
             "rule": refused.rule,

@@ -112,6 +112,11 @@ class Service:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who asked has gone
+            if self.failure:
+                future.set_exception(RuntimeError("the engine has stopped"))
+                return
             try:
                 future.set_result(function(self._engine))
             except BaseException as error:
@@ -143,14 +148,15 @@ class Service:
         self._changed.notify_all()
 
     def _run(self) -> None:
+        taken: list[Callable[[], Any]] = []
         try:
             while not self._stopped:
                 with self._changed:
                     while not (self._inbox or self._engine.busy or self._stopped):
                         self._changed.wait()
-                    inbox, self._inbox = self._inbox, []
-                for what in inbox:
-                    what()
+                    taken, self._inbox = self._inbox, []
+                while taken:
+                    taken.pop(0)()
                 if self._engine.step() and self.placing:
                     self.placing.between_steps()
         except BaseException:
@@ -160,14 +166,13 @@ class Service:
                 self.placing.close()
             with self._changed:
                 self._stopped = True
-                left, inbox = list(self._tickets), self._inbox
+                left, taken = list(self._tickets), taken + self._inbox
                 self._tickets.clear()
             for ticket in left:
                 finish = "failed" if self.failure else "cancelled"
                 ticket.deliver(Part(None, "", None, finish))
-            for what in inbox:  # calls that somebody waits for
-                if not self.failure:
-                    what()
+            for what in taken:  # calls that somebody waits for
+                what()
 
     def _admit(self, ticket: Ticket, prompt: Sequence[int], options: Options) -> None:
         def deliver(part: Part) -> None:
@@ -186,5 +191,5 @@ class Service:
                 self._engine.cancel(ticket.request)
 
     def _drop(self, ticket: Ticket) -> None:
-        if ticket.request is not None:
+        if ticket.request is not None and not self.failure:
             self._engine.cancel(ticket.request)

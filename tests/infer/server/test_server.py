@@ -226,6 +226,7 @@ BAD = {
     "wrong prompt": ("prompt", lambda r: answer(r.choice([{}, 3, [1, "a"], [[1], 2], [None]]))),
     "surrogate": ("prompt", lambda r: answer("a\ud800" * r.randint(1, 9))),
     "unknown field": ("temprature", lambda r: answer("x", temprature=r.random())),
+    "surrogate field": ("\\ud800", lambda r: answer("x", **{"\ud800": r.random()})),
     "unsupported": ("tools", lambda r: answer("x", tools=[r.random()])),
     "not JSON": ("body", lambda r: json.dumps(answer("x")).encode()[: r.randint(0, 50)]),
     "NaN": ("body", lambda r: b'{"temperature": ' + r.choice([b"NaN", b"-Infinity"]) + b"}"),
@@ -299,6 +300,38 @@ def test_a_body_that_does_not_come(port, server):
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 99\r\n\r\n{")
         assert b"408" in client.recv(4000).split(b"\r\n")[0]
     server.policy = POLICY
+    assert ask(port, answer("still there"))[0] == 200
+
+
+def test_a_client_that_leaves_before_its_body_is_there(server):
+    """It is no error of the server's."""
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    scope |= {"query_string": b"", "root_path": "", "http_version": "1.1"}
+    asyncio.run(app.make(server)(scope, receive, send))
+    assert sent[0]["status"] == 400
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long(server, port, go, stream):
+    server.policy = dataclasses.replace(POLICY, answer_seconds=0.2)
+    status, found = ask(port, answer("x", stream=stream))
+    server.policy = POLICY
+    if stream:
+        assert status == 200
+        found = events(found)[-1]
+    else:
+        assert status == 504
+    assert found["error"]["code"] == 504
+    assert found["error"]["rule"] == "must be finished within 0.2 s"
+    go.set()
     assert ask(port, answer("still there"))[0] == 200
 
 
@@ -595,6 +628,33 @@ def test_a_process_ends_with_code_0_on_sigterm_under_load(tmp_path):
     assert process.returncode == 0, said
     assert "{'length': 40}" in said
     assert trace_lib.load(recorded).num_tokens > 0
+
+
+def test_calls_that_nobody_waits_for(engine):
+    service, go = Service(engine), threading.Event()
+    calls = [service.call(lambda _: go.wait(20))]
+    wait_until(calls[0].running)
+    calls += [service.call(lambda _, n=n: n) for n in (1, 2)]
+    assert calls[1].cancel()
+    go.set()
+    assert calls[2].result(20) == 2
+    service.stop()
+
+
+def test_calls_to_an_engine_that_fails(engine, monkeypatch):
+    go = threading.Event()
+
+    def fail():
+        go.wait()
+        raise RuntimeError("a device is gone")
+
+    monkeypatch.setattr(engine, "step", fail)
+    service = Service(engine)
+    assert service.call(lambda _: 1).result(20) == 1
+    waiting = service.call(lambda _: 2)  # the engine is in its step
+    go.set()
+    assert "has stopped" in str(waiting.exception(20))
+    service.stop()
 
 
 def test_engine_is_only_called_by_its_thread(engine, server):
