@@ -236,6 +236,7 @@ def _answer(engine: Engine, prompts: list[list[int]], request: Request, text: Te
         ends=text.ends,
         all_logits=False,
     )
+    follow(None)
     if not alone:
         for number, (prompt, tokens) in enumerate(zip(prompts, generation.tokens, strict=True)):
             metrics.say(f"--- prompt {number}\n{text.join(prompt, tokens)}")

@@ -37,7 +37,7 @@ class Text(Protocol):
     def stream(
         self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
     ) -> "Stream":
-        """Writes the prompt; the result is called with every token that follows.
+        """Writes the prompt; the result is called with every token that follows, None at the end.
 
         What follows a token of `ends` is written only with `ignore_end`.
         """
@@ -46,7 +46,7 @@ class Text(Protocol):
         """The tokens of a text in uint8."""
 
 
-Stream = Callable[[int], None]
+Stream = Callable[[int | None], None]
 
 
 class Bytes:
@@ -68,8 +68,9 @@ class Bytes:
     ) -> Stream:
         write(b"".join(map(_byte, prompt)))
 
-        def follow(token: int) -> None:
-            write(_byte(token))
+        def follow(token: int | None) -> None:
+            if token is not None:
+                write(_byte(token))
 
         return follow
 
@@ -123,27 +124,36 @@ class Tokens:
     def stream(
         self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
     ) -> Stream:
-        """A character may take several tokens: it is written when it is whole.
+        """A character may take several tokens: it is written when it is whole, or at the end.
 
         What is new is decoded after the tokens written last, which may decide about a space in
         front, and not after the whole text, which would take longer with every token.
         """
-        before, new, ended = list(prompt)[-_CONTEXT:], [], False
+        before, new, ended = self._last(prompt), [], False
         write(self._tokenizer.decode(prompt).encode())
 
-        def follow(token: int) -> None:
+        def follow(token: int | None) -> None:
             nonlocal before, new, ended
             if ended:
                 return
-            ended = token in self._ends and not ignore_end
-            new.append(token)
+            if token is not None:
+                ended = token in self._ends and not ignore_end
+                new.append(token)
             text = self._tokenizer.decode([*before, *new])
-            if text.endswith(_UNFINISHED):
+            if text.endswith(_UNFINISHED) and token is not None:
                 return
             write(text[len(self._tokenizer.decode(before)) :].encode())
             before, new = new, []
 
         return follow
+
+    def _last(self, prompt: Sequence[int]) -> list[int]:
+        """The end of a prompt, from a whole character on: some decoders show none of a run of
+        bytes in which one is cut off."""
+        length, decode = _CONTEXT, self._tokenizer.decode
+        while length < len(prompt) and decode(prompt[-length:]).startswith(_UNFINISHED):
+            length *= 2
+        return list(prompt[-length:])
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
         return self._tokenizer.corpus(text, data.SEPARATOR, self._ends_in_order)

@@ -127,6 +127,43 @@ def test_text_streams_in_whole_characters():
     assert (said == end).sum() == 2  # what a document spells is text
 
 
+def test_what_is_held_back_is_shown_at_the_end():
+    plain = Tokens(Tokenizer(golden.ROOT / "mixtral", 264), [257])
+    cut = plain.encode("→")[1:-1]
+    for last, options in ((cut[-1], {"max_tokens": len(cut)}), (257, {"max_tokens": 99})):
+        answer = Answer(plain, plain.encode("né"), Options(**options))
+        tokens = cut if last == cut[-1] else [*cut, last]
+        parts = [answer.add(token) for token in tokens]
+        assert parts[-1] == ("\ufffd", "length" if last == cut[-1] else "stop")
+        assert all(part == ("", None) for part in parts[:-1])
+    written = []
+    follow = plain.stream([], written.append)
+    for token in (*cut, None):
+        follow(token)
+    assert b"".join(written).decode() == "\ufffd"
+
+
+def fallback(folder):
+    """A tokenizer of bytes and one word, with the decoder of SentencePiece models."""
+    words = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581a": 256}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))
+    decoders = tokenizers.decoders
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    made.save(str(folder / "tokenizer.json"))
+    return Tokens(Tokenizer(folder, 257))
+
+
+@pytest.mark.parametrize("before", [[], [256] * 9])
+def test_a_text_begins_after_many_bytes(before, tmp_path):
+    """They are decoded together or not at all."""
+    tokens, written = fallback(tmp_path), []
+    follow = tokens.stream([*before, *"漢字漢字漢字".encode()], written.append)
+    for token in (*"字".encode(), 256):
+        follow(token)
+    assert b"".join(written[1:]).decode() == "字 a"
+
+
 def test_a_streamed_word_keeps_the_space_in_front(tmp_path):
     """Of tokenizers that mark words by a space in front, which none has at the start of a text."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u2581a": 0, "\u2581b": 1}))

@@ -101,8 +101,8 @@ class Writes(Protocol):
 
     def stream(
         self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
-    ) -> Callable[[int], None]:
-        """Writes the prompt; the result is called with every token that follows.
+    ) -> Callable[[int | None], None]:
+        """Writes the prompt; the result is called with every token that follows, None at the end.
 
         What follows a token of `ends` is written only with `ignore_end`.
         """
@@ -124,24 +124,25 @@ class Answer:
     def add(self, token: int) -> tuple[str, str | None]:
         """(text that is certain now, why the answer is finished or None)."""
         self.tokens.append(token)
+        finish = None
         if token in self._ends:
-            return self._rest(), "stop"
-        self._follow(token)
-        text = self._held + self._decode(b"".join(self._bytes))
+            finish = "stop"
+        else:
+            self._follow(token)
+            if len(self.tokens) >= self._options.max_tokens:
+                finish = "length"
+        if finish:
+            self._follow(None)
+        text = self._held + self._decode(b"".join(self._bytes), finish is not None)
         self._bytes.clear()
         first = min((at for s in self._options.stop if (at := text.find(s)) >= 0), default=-1)
         if first >= 0:
             return text[:first], "stop"
+        if finish:
+            return text, finish
         keep = max((_overlap(text, stop) for stop in self._options.stop), default=0)
         self._held = text[len(text) - keep :]
-        text = text[: len(text) - keep]
-        if len(self.tokens) >= self._options.max_tokens:
-            return text + self._rest(), "length"
-        return text, None
-
-    def _rest(self) -> str:
-        held, self._held = self._held, ""
-        return held + self._decode(b"", True)
+        return text[: len(text) - keep], None
 
 
 def _overlap(text: str, stop: str) -> int:
