@@ -3,8 +3,10 @@
 The file is data that the package parses; nothing in it is run.
 """
 
+import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +41,14 @@ class Tokenizer:
             rule = f"has a token {largest}, and the model's vocabulary has {vocab_size} entries"
             raise Refused(str(path), largest, rule, "use the tokenizer that belongs to the model")
         # Another object: what it does with special tokens is a setting of all its calls.
-        self._plain: Any = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        written = self._tokenizer.to_str()
+        self._plain: Any = tokenizers.Tokenizer.from_str(written)
         self._plain.encode_special_tokens = True
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
+        decoder = json.dumps(json.loads(written)["decoder"])
+        self._byte_level, self._byte_fallback = (
+            f'"type": "{kind}"' in decoder for kind in ("ByteLevel", "ByteFallback")
+        )
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the model expects around a text.
@@ -88,6 +96,29 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Special tokens are shown, so that an end of text is seen."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def piece(self, token: int) -> bytes:
+        """What a token adds inside a text: a space in front and parts of characters, too."""
+        word = self._tokenizer.id_to_token(token)
+        if word is None:
+            return b""
+        if token not in self._added:
+            if self._byte_level and all(character in _BYTE_OF for character in word):
+                return bytes(_BYTE_OF[character] for character in word)
+            if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", word):
+                return bytes.fromhex(word[3:5])
+        once = self.decode([token])
+        return self.decode([token, token])[len(once) :].encode()
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """As GPT-2 writes bytes: printable ones as they are, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
 
 
 def _check_text(text: str) -> None:

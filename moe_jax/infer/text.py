@@ -34,6 +34,9 @@ class Text(Protocol):
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """A prompt and what followed, as text."""
 
+    def piece(self, token: int) -> bytes:
+        """What one token adds to a text; a character may be cut off."""
+
     def stream(
         self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
     ) -> "Stream":
@@ -61,25 +64,24 @@ class Bytes:
         return self.encode(chat.plain(messages))
 
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-        return b"".join(map(_byte, (*prompt, *tokens))).decode("utf-8", errors="replace")
+        return b"".join(map(self.piece, (*prompt, *tokens))).decode("utf-8", errors="replace")
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else _UNFINISHED.encode()
 
     def stream(
         self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False
     ) -> Stream:
-        write(b"".join(map(_byte, prompt)))
+        write(b"".join(map(self.piece, prompt)))
 
         def follow(token: int | None) -> None:
             if token is not None:
-                write(_byte(token))
+                write(self.piece(token))
 
         return follow
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
         return text
-
-
-def _byte(token: int) -> bytes:
-    return bytes([token]) if token < 256 else _UNFINISHED.encode()
 
 
 class Tokens:
@@ -120,6 +122,9 @@ class Tokens:
     def join(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
         return self._tokenizer.decode([*prompt, *tokens[: end + 1]])
+
+    def piece(self, token: int) -> bytes:
+        return self._tokenizer.piece(token)
 
     def stream(
         self, prompt: Sequence[int], write: Callable[[bytes], object], *, ignore_end: bool = False

@@ -164,6 +164,17 @@ def test_a_text_begins_after_many_bytes(before, tmp_path):
     assert b"".join(written[1:]).decode() == "字 a"
 
 
+def test_pieces_are_bytes(tmp_path):
+    plain = Tokens(Tokenizer(golden.ROOT / "mixtral", 264))
+    said = "a né → \n\x7f漢\xad"
+    pieces = [plain.piece(token) for token in plain.encode(said)]
+    assert b"".join(pieces).decode() == "<s>" + said
+    assert max(map(len, pieces[1:])) < 3 <= len("漢".encode())
+    tokens = fallback(tmp_path)
+    assert [tokens.piece(token) for token in (0xC3, 65, 256)] == [b"\xc3", b"A", b" a"]
+    assert tokens.piece(999) == b""
+
+
 def test_a_streamed_word_keeps_the_space_in_front(tmp_path):
     """Of tokenizers that mark words by a space in front, which none has at the start of a text."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u2581a": 0, "\u2581b": 1}))

@@ -169,7 +169,7 @@ class Server:
             chat=is_chat,
             model=self.name,
             prompt_tokens=sum(map(len, asked.prompts)),
-            show=lambda token: self._text.join([], [token]),
+            piece=self._text.piece,
         )
         return _Sent(self, answers, made, asked)
 

@@ -63,11 +63,13 @@ class Reply:
       chat: of /v1/chat/completions, otherwise of /v1/completions.
       model: its name.
       prompt_tokens: of all prompts.
-      show: a token as text.
+      piece: what one token adds to a text.
     """
 
-    def __init__(self, *, chat: bool, model: str, prompt_tokens: int, show: Callable[[int], str]):
-        self._chat, self._prompt_tokens, self._show = chat, prompt_tokens, show
+    def __init__(
+        self, *, chat: bool, model: str, prompt_tokens: int, piece: Callable[[int], bytes]
+    ):
+        self._chat, self._prompt_tokens, self._piece = chat, prompt_tokens, piece
         self._head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
@@ -138,13 +140,23 @@ class Reply:
                 for token, likely in tokens
             ]}  # fmt: skip
         return {
-            "tokens": [self._show(token) for token, _ in tokens],
+            "tokens": [_shown(self._piece(token)) for token, _ in tokens],
             "token_logprobs": [max(likely.logprob, _LEAST) for _, likely in tokens],
+            # Of tokens that look the same the most likely one counts: it is set last.
             "top_logprobs": [
-                {self._show(t): max(p, _LEAST) for t, p in likely.top} for _, likely in tokens
+                {_shown(self._piece(t)): max(p, _LEAST) for t, p in reversed(likely.top)}
+                for _, likely in tokens
             ],
         }
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._show(token)
-        return {"token": text, "logprob": max(logprob, _LEAST), "bytes": list(text.encode())}
+        piece = self._piece(token)
+        return {"token": _shown(piece), "logprob": max(logprob, _LEAST), "bytes": list(piece)}
+
+
+def _shown(piece: bytes) -> str:
+    """A token as text; as OpenAI shows it where it is none."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

@@ -25,7 +25,7 @@ from moe_jax.infer.server import app, run, settings
 from moe_jax.infer.serving import placing
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
-from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.request import Likely, Options, Part
 from moe_jax.infer.serving.service import Service
 from moe_jax.infer.text import Bytes
 from moe_jax.placement import topology as topology_lib
@@ -174,6 +174,22 @@ def test_chat_with_logprobs_and_usage(port):
     assert parts[-1]["usage"]["completion_tokens"] == 4
     deltas = [part["choices"][0]["delta"].get("content", "") for part in parts[:-1]]
     assert "".join(deltas) == said(plain)
+
+
+def test_tokens_that_are_no_whole_text():
+    """They are told apart, and their bytes are their own."""
+    top = [(0xC3, -0.1), (0xE2, -0.2), (97, -0.3), (300, -0.4), (301, -0.5)]
+    part = Part(0xC3, "", Likely(-0.1, top), None)
+    of = {"model": NAME, "prompt_tokens": 1, "piece": Bytes().piece}
+    (plain,), (chat,) = (
+        app.reply.Reply(chat=chat, **of).part(0, part)["choices"] for chat in (False, True)
+    )
+    assert plain["logprobs"]["tokens"] == ["bytes:\\xc3"]
+    expected = {"bytes:\\xc3": -0.1, "bytes:\\xe2": -0.2, "a": -0.3, "\ufffd": -0.4}
+    assert plain["logprobs"]["top_logprobs"] == [expected]
+    (one,) = chat["logprobs"]["content"]
+    assert (one["token"], one["bytes"]) == ("bytes:\\xc3", [0xC3])
+    assert [other["bytes"] for other in one["top_logprobs"][:3]] == [[0xC3], [0xE2], [97]]
 
 
 def test_a_chat_fills_the_room_there_is(port, engine, monkeypatch):
@@ -366,7 +382,7 @@ def test_a_client_that_does_not_read(server, engine):
 
         jobs = [([1, 2], Options(max_tokens=60))]
         answers = app._Answers(server.service, jobs)
-        made = app.reply.Reply(chat=False, model=NAME, prompt_tokens=2, show=str)
+        made = app.reply.Reply(chat=False, model=NAME, prompt_tokens=2, piece=Bytes().piece)
         asked = app.fields.Asked([[1, 2]], [jobs[0][1]], stream=True, usage=False)
         await app._Sent(server, answers, made, asked)({}, receive, send)
 
