@@ -142,12 +142,15 @@ class Reply:
         return {
             "tokens": [_shown(self._piece(token)) for token, _ in tokens],
             "token_logprobs": [max(likely.logprob, _LEAST) for _, likely in tokens],
-            # Of tokens that look the same the most likely one counts: it is set last.
-            "top_logprobs": [
-                {_shown(self._piece(t)): max(p, _LEAST) for t, p in reversed(likely.top)}
-                for _, likely in tokens
-            ],
+            "top_logprobs": [self._top(likely) for _, likely in tokens],
         }
+
+    def _top(self, likely: Likely) -> dict[str, float]:
+        """Of tokens that look the same the most likely one counts."""
+        found: dict[str, float] = {}
+        for token, logprob in likely.top:
+            found.setdefault(_shown(self._piece(token)), max(logprob, _LEAST))
+        return found
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         piece = self._piece(token)
