@@ -1,5 +1,6 @@
 """A `Config` from a `ConfigDict`, to JSON and back, and the digest that names a run."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -97,7 +98,7 @@ def _complete(cls: type, group: Any) -> None:
             if field.default is not dataclasses.MISSING:
                 group[field.name] = field.default
         elif hint is float and type(group[field.name]) is int:
-            with group.ignore_type():
+            with group.ignore_type(), contextlib.suppress(OverflowError):
                 group[field.name] = float(group[field.name])
 
 
@@ -165,7 +166,10 @@ def _typed(hint: Any, value: Any, field: str) -> Any:
             )
         return tuple(_typed(of, number, f"{field}[{i}]") for i, number in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise Refused(field, value, "must be finite", "give a number") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise Refused(
             field,

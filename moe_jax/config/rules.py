@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import operator
 from typing import Any
 
@@ -414,7 +415,9 @@ def _validate_replanning(config: Config) -> None:
 
 
 def _nearest_divisors(value: int, of: int) -> str:
-    divisors = [n for n in range(1, of + 1) if of % n == 0]
+    # Exact below 10^12; of a larger number, the divisors with a factor that is soon found.
+    small = [n for n in range(1, min(math.isqrt(of), 10**6) + 1) if of % n == 0]
+    divisors = sorted({*small, *(of // n for n in small)})
     below = [n for n in divisors if n <= value][-1:]
     above = [n for n in divisors if n > value][:1]
     return " or ".join(map(str, below + above))

@@ -13,7 +13,7 @@ from moe_jax.errors import Refused
 from moe_jax.hf import folder as folder_lib
 from moe_jax.hf import fp8, rope_json, window_json
 from moe_jax.hf.families import COMMON, COMMON_ONLY, FAMILIES
-from moe_jax.hf.tables import REQUIRED, Family, Key
+from moe_jax.hf.tables import MAX_EXPERTS, REQUIRED, Family, Key
 
 NAME, GENERATION = "config.json", "generation_config.json"
 # Weights of 16 bits other than bfloat16 are computed with in float32, which holds them exactly.
@@ -124,6 +124,7 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
         fields = model.setdefault(group, {}) if group else model
         fields[field] = 0 if asked.needs and not model[asked.needs] else _value(path, plain, asked)
     model |= family.fixed
+    _check_experts(path, model["num_layers"], model["num_experts"])
     heads = Key("num_kv_heads", ("num_key_value_heads",), model["num_heads"])
     model["num_kv_heads"] = _value(path, plain, heads)
     width = Key("d_head", ("head_dim",), _share(model["d_model"], model["num_heads"]))
@@ -140,6 +141,15 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
         known = ", ".join(repr(name) for name in _DTYPES if name)
         raise Refused(f"{path}: dtype", dtype, f"must be one of {known}", "convert the checkpoint")
     return model | {"dtype": _DTYPES[dtype]}
+
+
+def _check_experts(path: pathlib.Path, layers: Any, experts: Any) -> None:
+    """Of all layers together; nonsense is left to the rules of the config."""
+    numbers = all(isinstance(number, int) and number > 0 for number in (layers, experts))
+    if numbers and layers * experts > MAX_EXPERTS:
+        rule = f"must be at most {MAX_EXPERTS:,} experts in all layers"
+        fix = "download config.json again"
+        raise Refused(f"{path}: layers x experts", f"{layers:,} x {experts:,}", rule, fix)
 
 
 def _said(field: str, value: Any, says: Mapping[Any, Any]) -> Any:
@@ -186,14 +196,23 @@ def _value(path: pathlib.Path, plain: dict[str, Any], key: Key) -> Any:
             continue
         if key.says is not None:
             return _said(f"{path}: {name}", value, key.says)
+        _check_size(f"{path}: {name}", value, key.most)
         if not key.times:
             return value
         factor = plain.get(key.times)
+        _check_size(f"{path}: {key.times}", factor, key.most)
         if not all(type(number) is int and number >= 0 for number in (value, factor)):
             rule = f"must be a number of parts, {key.times} = {factor!r} wide each"
             raise Refused(f"{path}: {name}", value, rule, "correct them")
+        _check_size(f"{path}: {name} x {key.times}", value * factor, key.most)
         return value * factor
     if key.default is REQUIRED:
         rule = f"is required (it is model.{key.field})"
         raise Refused(f"{path}: {key.names[0]}", None, rule, "download config.json again")
     return key.default
+
+
+def _check_size(field: str, value: Any, most: int) -> None:
+    """A whole number that work may follow; any other value is left to the rules of the config."""
+    if isinstance(value, int) and value > most:
+        raise Refused(field, value, f"must be at most {most:,}", "download config.json again")

@@ -7,11 +7,11 @@ A family is a table (tables.py) and never a branch: what it needs of the model a
 import dataclasses
 from typing import Any
 
-from moe_jax.hf.tables import Family, Key, Row, WindowKeys
+from moe_jax.hf.tables import MAX_LAYERS, Family, Key, Row, WindowKeys
 
 COMMON = (
     Key("vocab_size", ("vocab_size",)),
-    Key("num_layers", ("num_hidden_layers",)),
+    Key("num_layers", ("num_hidden_layers",), most=MAX_LAYERS),
     Key("d_model", ("hidden_size",)),
     Key("num_heads", ("num_attention_heads",)),
     Key("max_seq_len", ("max_position_embeddings",)),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.errors import Refused
+from moe_jax.hf.tables import MAX_SIZE
 
 _OBJECTS = ("rope_scaling", "rope_parameters")
 _KINDS = {"default": "plain"} | {kind: kind for kind in ("linear", "yarn", "llama3", "longrope")}
@@ -73,7 +74,7 @@ def read(path: pathlib.Path, plain: Mapping[str, Any]) -> Read:
     fields = {_FIELDS[key]: value for key, value in group.items() if key in _FIELDS}
     fields = {name: value for name, value in fields.items() if value is not None}
     if kind != "linear":
-        _complete(fields, plain)
+        _complete(path, fields, plain)
     if kind == "longrope":
         _scale(path, plain, group, fields)
     return Read(theta, fields | {"kind": kind})
@@ -101,10 +102,13 @@ def _group(path: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _complete(fields: dict[str, Any], plain: Mapping[str, Any]) -> None:
+def _complete(path: pathlib.Path, fields: dict[str, Any], plain: Mapping[str, Any]) -> None:
     """What follows from the number of positions where it is not given."""
     longest = plain.get("max_position_embeddings")
     original = plain.get(_ORIGINAL, fields.get("original_seq_len", longest))
+    if isinstance(original, int) and original > MAX_SIZE:
+        rule = f"must be at most {MAX_SIZE:,}"
+        raise Refused(f"{path}: {_ORIGINAL}", original, rule, "download config.json again")
     fields["original_seq_len"] = original
     if "factor" not in fields and all(isinstance(n, int) and n > 0 for n in (longest, original)):
         fields["factor"] = longest / original

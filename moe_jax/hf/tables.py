@@ -15,6 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 REQUIRED = object()
+# What is believed of config.json before the tensors bear it out: rows are counted out over layers
+# and experts, so their number must be one that costs nothing. The largest published: 23,040.
+MAX_LAYERS, MAX_EXPERTS = 4096, 2**16  # experts of all layers together
+MAX_SIZE = 2**24  # positions, say; published models have up to 10,485,760
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Key:
       null: what an explicit null says, or None: as if it were not there.
       times: a key whose value it is multiplied with.
       needs: a field without which (it is 0) the key says nothing, and the field is 0.
+      most: the largest whole number that is believed.
     """
 
     field: str
@@ -60,6 +65,7 @@ class Key:
     null: Any = None
     times: str = ""
     needs: str = ""
+    most: int = MAX_SIZE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ def read(
     """`ModelConfig.windows`: as few entries as say it.
 
     Args:
-      num_layers: as it stands there; nonsense is left to the rules of the config.
+      num_layers: as it stands there, at most `MAX_LAYERS`; nonsense is left to the rules of the
+        config.
 
     Raises:
       Refused: naming the key, its value, and what must hold.
@@ -36,7 +37,7 @@ def read(
         has_window = _kinds(path, kinds, num_layers)
     if not any(has_window):
         return ()
-    if type(window) is not int or window < 1:
+    if type(window) is not int or not 1 <= window < 2**31:
         rule = "must be the number of positions that layers with a window attend to"
         raise Refused(f"{path}: sliding_window", window, rule, "download config.json again")
     return _period([window if has else 0 for has in has_window])

@@ -11,6 +11,7 @@ import struct
 import numpy as np
 import pytest
 
+from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json, folder, layout, load, safetensors
@@ -304,6 +305,24 @@ CONFIGS = [
      "sliding_window", "the number of positions"),
     ("qwen2_moe", {"use_sliding_window": "yes"}, "use_sliding_window", "true or false"),
     ("qwen2_moe", {"max_window_layers": "all"}, "max_window_layers", "a number of layers"),
+    ("mixtral", {"num_hidden_layers": 10**9}, "num_hidden_layers", "at most 4,096"),
+    ("mixtral", {"num_hidden_layers": 10**9, "sliding_window": 4096}, "num_hidden_layers",
+     "at most 4,096"),
+    ("gpt_oss", {"num_hidden_layers": 10**9}, "num_hidden_layers", "at most 4,096"),
+    ("mixtral", {"num_attention_heads": 10**12, "num_key_value_heads": 7}, "num_attention_heads",
+     "at most 16,777,216"),
+    ("mixtral", {"num_local_experts": 10**9}, "num_local_experts", "at most 16,777,216"),
+    ("mixtral", {"num_local_experts": 10**5}, "layers x experts", "2 x 100,000"),
+    ("deepseek_v3", {"n_shared_experts": 10**4000, "moe_intermediate_size": 10**4000},
+     "moe_intermediate_size", "at most 16,777,216"),
+    ("deepseek_v3", {"n_shared_experts": 2**21}, "n_shared_experts x moe_intermediate_size",
+     "at most 16,777,216"),
+    ("mixtral", {"sliding_window": 10**400}, "sliding_window", "the number of positions"),
+    ("mixtral", {"rms_norm_eps": -(10**400)}, "model.norm_eps", "must be finite"),
+    ("mixtral", {"rope_parameters": {"rope_theta": 10**400}}, "model.rope_theta", "be finite"),
+    ("mixtral", {"rope_parameters": {**SCALED, "rope_theta": 1e4,
+                                     "original_max_position_embeddings": 10**400}},
+     "original_max_position_embeddings", "at most 16,777,216"),
 ]  # fmt: skip
 
 
@@ -316,6 +335,14 @@ def test_configs(family, changes, field, says, tmp_path):
         config_json.read(model)
     assert field in refused.value.field
     assert says in str(refused.value)
+
+
+def test_divisors_of_large_numbers_are_found_at_once():
+    config = golden.config("mixtral")
+    for heads, nearest in ((10**12, "5 or 8"), (2**200, "4 or 8"), (12, "6 or 12")):
+        model = dataclasses.replace(config.model, num_heads=heads, num_kv_heads=7)
+        with pytest.raises(Refused, match=f"model.num_kv_heads = 7: .*nearest: {nearest}"):
+            config_lib.validate(dataclasses.replace(config, model=model))
 
 
 def test_config_json_that_is_none(tmp_path):
