@@ -151,8 +151,8 @@ def read(path: str | os.PathLike) -> File:
         name = cursor.what = cursor.string()
         if name in found:
             refuse(path, name, "twice", "must be there once")
-        if (rank := cursor.number("<I")) > MAX_RANK:
-            refuse(path, name, rank, f"must have at most {MAX_RANK} dimensions")
+        if not 1 <= (rank := cursor.number("<I")) <= MAX_RANK:
+            refuse(path, name, rank, f"must have 1 to {MAX_RANK} dimensions")
         shape = tuple(cursor.number("<Q") for _ in range(rank))[::-1]
         found[name] = shape, cursor.number("<I"), cursor.number("<Q")
     return File(path, keys, _placed(path, len(data), cursor.at, _alignment(path, keys), found))

@@ -108,12 +108,19 @@ def lying(count):
     return head + struct.pack("<IIQ", 9, 0, count) + b"abc"
 
 
+def without_dimensions(kind):
+    """A tensor of rank 0."""
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"w"
+    return head + struct.pack("<IIQ", 0, kind, 0) + b"\0" * 99
+
+
 @pytest.mark.parametrize(
     "data",
     [
         *(b"", b"GGUF", b"PK\3\4" * 9, lying(2**62), lying(4)),
         *(b"GGUF" + struct.pack("<IQQ", 3, *counts) for counts in ((2**63, 0), (0, 2**63))),
         b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60),
+        *(without_dimensions(kind) for kind in (0, 2)),
     ],
 )
 def test_memory_never_follows_a_header(data, tmp_path):
