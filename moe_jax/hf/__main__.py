@@ -91,6 +91,7 @@ def export(workdir: str, out: str, like: str) -> None:
     from moe_jax.hf import config_json, layout, run, save
     from moe_jax.hf import folder as folder_lib
 
+    folder_lib.check_new(out)
     config = run.config(workdir)
     published = config_json.read(like)
     run.check_same(config, published.config, "--like", like)

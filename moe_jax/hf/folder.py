@@ -28,10 +28,27 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def check_new(out: str | os.PathLike) -> pathlib.Path:
-    """The path of a folder to write. Raises `Refused` if it is there and not empty."""
-    out = pathlib.Path(out)
+    """The absolute path of a folder to write, whose name a finished one can take; makes nothing.
+
+    Raises:
+      Refused: it is there and not empty, is one that cannot be replaced, or has no place.
+    """
+    given, out = str(out), pathlib.Path(out)
+    if out.is_symlink():
+        rule = "is a link, and the finished folder takes the name"
+        raise Refused("OUT", given, rule, "name the folder itself, or a new one")
+    out = pathlib.Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused("OUT", str(out), "exists already", "name a new folder")
+        raise Refused("OUT", given, "exists already", "name a new folder")
+    if os.path.ismount(out):
+        rule = "is a mount point, which the finished folder cannot replace"
+        raise Refused("OUT", given, rule, "name a new folder in it")
+    if out == pathlib.Path.cwd():  # a shell in it would be left in a folder without a name
+        rule = "is the folder that this runs in, which the finished one would replace"
+        raise Refused("OUT", given, rule, "name a new folder in it")
+    above = next(folder for folder in out.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise Refused("OUT", given, f"cannot be written below {above}", "name another place")
     return out
 
 

@@ -94,11 +94,13 @@ def make(shape: str, out: str | os.PathLike, seed: int = 0, **changed: Any) -> i
       The number of parameters.
 
     Raises:
-      Refused: an unknown shape, or `out` is there and not empty.
+      Refused: an unknown shape, a seed out of range, or `out` is there and not empty.
     """
     if shape not in SHAPES:
         rule = f"must be one of {', '.join(map(repr, SHAPES))}"
         raise Refused("SHAPE", shape, rule, "use one of them")
+    if not 0 <= seed < 2**31:
+        raise Refused("--seed", seed, "must lie in [0, 2^31)", "use 0")
     with folder_lib.new(out) as made:
         with files.atomic_write(made / config_json.NAME, "w") as file:
             json.dump({"model_type": shape, **_COMMON, **SHAPES[shape], **changed}, file, indent=1)

@@ -13,7 +13,7 @@ from typing import Any
 from moe_jax import metrics
 from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
-from moe_jax.hf import config_json, layout, run, save
+from moe_jax.hf import config_json, folder, layout, run, save
 
 
 def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -26,6 +26,7 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
     Raises:
       Refused: no run, no good step, or parts that Mixtral does not have, by name.
     """
+    folder.check_new(out)
     config = run.config(workdir)
     if config.model.num_dense_layers:
         rule = "must be 0: no published family with plain attention has dense layers before others"

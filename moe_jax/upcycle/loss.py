@@ -9,13 +9,15 @@ from jax.sharding import Mesh
 from moe_jax import config as config_lib
 from moe_jax import data, metrics, permute
 from moe_jax import mesh as mesh_lib
-from moe_jax.hf import config_json, folder, layout
+from moe_jax.errors import Refused
+from moe_jax.hf import folder, layout
 from moe_jax.hf import load as hf_load
 from moe_jax.infer import load
 from moe_jax.model.dispatch.table import Table
 from moe_jax.placement.plan import Placement
 from moe_jax.train import inputs
 from moe_jax.train import step as step_lib
+from moe_jax.upcycle import make
 
 
 def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> None:
@@ -27,9 +29,11 @@ def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> No
       sequences: held-out windows, the same for both.
 
     Raises:
-      Refused: no run, no good step, too few windows, or a folder that is no published model.
+      Refused: no run, no good step, too few windows, or a folder that is no dense model of such
+        text.
     """
     source = load.find(workdir, None)
+    read = None if dense is None else _read(dense, source.config)
     corpus, _ = inputs.prepare(source.config, pathlib.Path(workdir))
     window_BS1 = data.held_out_windows(corpus, source.config.data.seq_len, sequences)
     mesh_lib.initialize(source.config.platform, source.virtual_devices, "off")
@@ -39,11 +43,9 @@ def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> No
     ours_B = _losses(source.config, mesh, model, table, window_BS1)
     del model
     metrics.say(f"step {source.contents.step}: {_told(ours_B)} nats a token")
-    if dense is None:
+    if read is None:
         return
-    published = config_json.read(dense)
-    config, tensors = published.config, folder.tensors(dense)
-    found = layout.find(published.family, config.model, tensors)
+    config, tensors, found = read
     mesh, idle = mesh_lib.of_config(config.mesh), Placement.contiguous(1, 1, 1)
     model = hf_load.parameters(config.model, found, tensors, idle, mesh)
     dense_B = _losses(config, mesh, model, permute.table(idle), window_BS1)
@@ -53,6 +55,23 @@ def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> No
         f"difference {_told(ours_B - dense_B)}; the run is better in {better} of {len(dense_B)} "
         f"windows (+- is a standard error over windows)"
     )
+
+
+def _read(
+    dense: str | os.PathLike, run: config_lib.Config
+) -> tuple[config_lib.Config, folder.Tensors, layout.Layout]:
+    """Config and headers of the dense model, if it reads the run's windows. Raises `Refused`."""
+    published = make.read_dense(dense)
+    theirs, fix = published.config.model, "name the dense model that the run came from"
+    if theirs.vocab_size != run.model.vocab_size:
+        rule = f"must be the run's model.vocab_size = {run.model.vocab_size}: it reads its tokens"
+        raise Refused("--hf", f"vocab_size {theirs.vocab_size}", rule, fix)
+    if theirs.max_seq_len < run.data.seq_len:
+        rule = f"must be at least the run's data.seq_len = {run.data.seq_len}: it reads its windows"
+        raise Refused("--hf", f"max_position_embeddings {theirs.max_seq_len}", rule, fix)
+    tensors = folder.tensors(dense)
+    found = layout.find(published.family, theirs, tensors)
+    return published.config, tensors, found
 
 
 def _told(value_B: np.ndarray) -> str:

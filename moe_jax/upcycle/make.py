@@ -72,6 +72,10 @@ class Wanted:
     first_dense: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise Refused("--seed", self.seed, "must lie in [0, 2^31)", "use 0")
+
 
 def config(dense: Config, wanted: Wanted) -> Config:
     """The upcycled model's config, with settings for a short run on one device.
@@ -160,6 +164,17 @@ def _router(seed: int) -> Callable[[tuple[int, ...]], np.ndarray]:
     return values
 
 
+def read_dense(dense: str | os.PathLike) -> config_json.Published:
+    """config.json of a dense Llama. Raises `Refused` for any other folder."""
+    if not pathlib.Path(dense).is_dir():
+        raise Refused("--hf", str(dense), "must be a folder", "name that of a published model")
+    published = config_json.read(dense)
+    if published.family is not LLAMA:
+        rule = "is not a dense model that can be upcycled: must be 'llama'"
+        raise Refused("--hf", published.family.model_type, rule, "use a dense Llama")
+    return published
+
+
 def make(dense: str | os.PathLike, workdir: str | os.PathLike, wanted: Wanted) -> Config:
     """Writes the work directory, whole or not at all; returns its config.
 
@@ -170,13 +185,8 @@ def make(dense: str | os.PathLike, workdir: str | os.PathLike, wanted: Wanted) -
     Raises:
       Refused: naming file or flag, rule and fix.
     """
-    workdir = folder.check_new(workdir)
-    if not pathlib.Path(dense).is_dir():
-        raise Refused("--hf", str(dense), "must be a folder", "name that of a published model")
-    published = config_json.read(dense)
-    if published.family is not LLAMA:
-        rule = "is not a dense model that can be upcycled: must be 'llama'"
-        raise Refused("--hf", published.family.model_type, rule, "use a dense Llama")
+    folder.check_new(workdir)
+    published = read_dense(dense)
     made = config(published.config, wanted)
     tokens.Tokenizer(dense, made.model.vocab_size)  # there, and whole
     layers = (made.model.num_plan_layers, made.model.num_experts)
@@ -206,7 +216,7 @@ def _copy_tokenizer(dense: pathlib.Path, out: pathlib.Path, ends: tuple[int, ...
         file.write(f'{{"eos_token_id": {list(ends)}}}\n')
 
 
-def _told(workdir: pathlib.Path, made: Config) -> str:
+def _told(workdir: str | os.PathLike, made: Config) -> str:
     from moe_jax.model import transformer
 
     total = transformer.num_parameters(made.model)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import resource
@@ -14,6 +15,7 @@ import pytest
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
+from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf import config_json, folder, layout, load, safetensors
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.infer import published
@@ -230,6 +232,37 @@ def test_pickles_are_never_opened(tmp_path):
         folder.tensors(tmp_path)
 
 
+def test_places_of_new_folders(tmp_path, monkeypatch):
+    """What could not take its name in the end is refused at the start."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(inside)
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    real = os.path.ismount
+    mounted = lambda path: str(path) == str(tmp_path / "mounted") or real(path)  # noqa: E731
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", mounted)
+    monkeypatch.chdir(inside)
+    for out, rule in (
+        ("../file", "exists already"),
+        ("../file/out", f"cannot be written below {tmp_path / 'file'}"),
+        ("../link", "is a link"),
+        ("../dangling", "is a link"),
+        ("../mounted", "is a mount point"),
+        (".", "is the folder that this runs in"),
+        (inside, "is the folder that this runs in"),
+    ):
+        with pytest.raises(Refused, match=f"OUT = .*{rule}"):
+            folder.check_new(out)
+    (inside / "empty").mkdir()
+    for out in ("new/deeper", "empty", "../inside/empty/../other"):
+        with folder.new(out) as made:
+            (made / "x").write_text("")
+        assert [path.name for path in pathlib.Path(out).iterdir()] == ["x"]
+    assert sorted(path.name for path in inside.iterdir()) == ["empty", "new", "other"]
+
+
 # --- config.json -------------------------------------------------------------------------------
 
 SCALED = {"type": "yarn", "factor": 4.0}
@@ -381,6 +414,13 @@ def test_tokenizers(tmp_path):
     path.unlink()
     with pytest.raises(Refused, match="is missing"):
         Tokenizer(model, 264)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_seeds(seed, tmp_path, capsys):
+    assert hf_main.main(["make", "mixtral", str(tmp_path / "out"), f"--seed={seed}"]) == 1
+    assert capsys.readouterr().err.startswith(f"refused: --seed = {seed}: must lie in [0, 2^31)")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_find_refuses_before_any_device_work(tmp_path):

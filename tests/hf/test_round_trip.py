@@ -232,6 +232,7 @@ def test_a_run_is_exported_like_a_published_model(workdir, tmp_path, capsys):
     for run, to, other, says in (
         (workdir, out, like, "exists already"),
         (tmp_path, tmp_path / "new", like, "must be the work directory"),
+        (tmp_path, out / "config.json" / "new", like, "cannot be written below"),  # before the run
         (workdir, tmp_path / "new", golden.ROOT / "olmoe", "model.d_ff = 24 in the run, 16 in"),
     ):
         assert hf_main.main(["export", str(run), str(to), f"--like={other}"]) == 1

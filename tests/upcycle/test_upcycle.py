@@ -218,6 +218,8 @@ def test_answers_text(upcycled, capsysbinary):
         (["--hf=DENSE", "--top-k=0"], "--top-k"),
         (["--hf=DENSE", "--num-experts=1", "--top-k=1"], "--num-experts"),
         (["--hf=MIXTRAL"], "--hf"),
+        (["--hf=DENSE", "--seed=-1"], "--seed"),
+        (["--gguf=FILE", f"--seed={2**31}"], "--seed"),
     ],
 )
 def test_refused_and_nothing_left(dense, tmp_path, capsys, flags, field):
@@ -301,3 +303,29 @@ def test_held_out_loss_is_that_of_the_dense_model_at_step_0(dense, texts, tmp_pa
     lines = [line for line in capsys.readouterr().out.splitlines() if "nats" in line]
     step_0, of_dense = (float(line.split(": ")[1].split()[0]) for line in lines)
     assert abs(step_0 - of_dense) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (None, "'mixtral': is not a dense model"),
+        ({"vocab_size": 300}, "must be the run's model.vocab_size = 264"),
+        ({"max_position_embeddings": 8}, "must be at least the run's data.seq_len = 128"),
+    ],
+)
+def test_held_out_loss_of_another_model(dense, upcycled, tmp_path, capsys, changes, says):
+    other = tmp_path / "other"
+    shutil.copytree(golden.ROOT / "mixtral" if changes is None else dense, other)
+    plain = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(plain | (changes or {})))
+    assert command.main([f"--workdir={upcycled}", f"--hf={other}", "--loss"]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith("refused: --hf")
+    assert says in told.err
+    assert "nats" not in told.out
+
+
+def test_an_export_without_a_place_reads_no_run(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command.main([f"--workdir={tmp_path}", f"--export={tmp_path / 'file' / 'out'}"]) == 1
+    assert "cannot be written below" in capsys.readouterr().err
