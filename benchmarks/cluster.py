@@ -58,6 +58,12 @@ def request_of(flags: argparse.Namespace) -> measure.Request:
         mbits = ()
     if not mbits or not all(1 <= mbit <= 100_000 for mbit in mbits):
         raise Refused("--mbit", flags.mbit, "numbers from 1 to 100000, with commas", "use 50,200")
+    devices = flags.hosts * flags.devices_per_host
+    for name in ("prefill_sequences", "decode_sequences"):
+        if numbers[name] % devices:
+            flag, more = "--" + name.replace("_", "-"), -(-numbers[name] // devices) * devices
+            rule = f"must be a multiple of the {devices} devices, which share the sequences"
+            raise Refused(flag, numbers[name], rule, f"use {more}")
     run = subject.trained(flags.model)
     box, sizes = Box(flags.hosts, flags.devices_per_host), subject.Sizes(**numbers)
     ways = tuple(word for word in flags.dispatch.split(",") if word)

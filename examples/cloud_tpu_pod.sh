@@ -1,11 +1,12 @@
 #!/bin/sh
 # Trains on a Cloud TPU pod slice: the same command on every host.
 #
-#   TPU=my-slice ZONE=us-east5-a BUCKET=gs://my-bucket sh examples/cloud_tpu_pod.sh
+#   TPU=my-slice ZONE=us-east5-a SHARED=/mnt/shared sh examples/cloud_tpu_pod.sh
 #
 # --distributed=auto finds the other hosts through the TPU's own metadata. Every host needs this
 # checkout and its environment (first command), the same text under --config.data.path, and a work
-# directory that all of them reach: checkpoints are written by all hosts together.
+# directory that all of them reach: checkpoints are written by all hosts together. SHARED is where
+# a file system of all hosts is mounted (Filestore, say); gs:// addresses are refused.
 # moe_100m has mesh.expert = 8; mesh.data is the chips of the slice over 8 (here v5p-64: 32 chips).
 #
 # Run: the flags (tests/examples), and the training step compiled ahead of time for TPU slices
@@ -20,7 +21,7 @@ on_every_host "cd moe_jax && python3 -m venv .venv && .venv/bin/pip install -e '
 
 on_every_host "cd moe_jax && .venv/bin/python train.py \
   --config=configs/moe_100m.py \
-  --workdir=$BUCKET/runs/moe_100m \
+  --workdir=$SHARED/runs/moe_100m \
   --distributed=auto \
   --config.mesh.data=4 \
   --config.data.path=/data/text"

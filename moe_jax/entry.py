@@ -46,6 +46,9 @@ def check_output(flag: str, path: str | None, *, suffix: str = "") -> None:
     """
     if path is None:
         return
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        rule = "is the address of a store, not a path of this machine"
+        raise Refused(flag, path, rule, "mount the store, and name the folder where it appears")
     target = pathlib.Path(path).absolute()
     if suffix and target.suffix != suffix:
         raise Refused(flag, path, f"must end in {suffix}", f"write {path}{suffix}")

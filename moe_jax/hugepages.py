@@ -10,7 +10,7 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _MODE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _NAME, _VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
@@ -33,13 +33,24 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 def start_again() -> None:
     """Replaces this process by the same command with `variables`, if there are any.
 
-    To be called before anything is done that a second start would repeat. Under a debugger, which
-    would lose its program, nothing happens.
+    To be called before anything is done that a second start would repeat. Nothing happens under a
+    debugger, which would lose its program, and within a process that began as another program.
     """
     added = variables(os.environ)
-    if added and _AGAIN not in os.environ and sys.executable and sys.gettrace() is None:
+    own = _began_as_this(sys.orig_argv, sys.argv)
+    if added and own and _AGAIN not in os.environ and sys.gettrace() is None:
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(OSError):
             command = [sys.executable, *sys.orig_argv[1:]]
             os.execve(sys.executable, command, {**os.environ, **added, _AGAIN: "1"})
+
+
+def _began_as_this(command: Sequence[str], arguments: Sequence[str]) -> bool:
+    """Whether an interpreter's command line runs the program that `sys.argv` names."""
+    if "-m" in command[:-1]:
+        module, *words = command[command.index("-m") + 1 :]
+        file = pathlib.Path(arguments[0]).with_suffix("").as_posix()
+        named = f"/{module.replace('.', '/')}"
+        return words == list(arguments[1:]) and file.removesuffix("/__main__").endswith(named)
+    return len(command) > len(arguments) and list(command[-len(arguments) :]) == list(arguments)

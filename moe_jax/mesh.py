@@ -132,13 +132,33 @@ def make(
 
 
 def of_config(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config; `devices` as for `make`."""
-    return make(
+    """The mesh of a config; `devices` as for `make`.
+
+    Raises:
+      Refused: a process has no device of it: it would wait for the others, or they for it.
+    """
+    mesh = make(
         *(config.data, config.expert, devices),
         fsdp=config.fsdp,
         node=config.node,
         tensor=config.tensor,
     )
+    if devices is None:
+        check_every_process(mesh, str(config), jax.process_count(), jax.device_count())
+    return mesh
+
+
+def check_every_process(mesh: Mesh, name: str, num_processes: int, num_devices: int) -> None:
+    """Refuses a mesh, called so, in which one of the processes has no device."""
+    idle = sorted(set(range(num_processes)) - {d.process_index for d in mesh.devices.flat})
+    if idle:
+        raise Refused(
+            "mesh",
+            name,
+            f"leaves {len(idle)} of {num_processes} processes without a device "
+            f"(process {', '.join(map(str, idle[:8]))}{', ...' if len(idle) > 8 else ''})",
+            f"choose axes whose product is {num_devices}, or start fewer processes",
+        )
 
 
 def size(mesh: Mesh, axis: Axis) -> int:

@@ -402,6 +402,8 @@ TABLE = [
           "serves only", "infer.py --dispatch=coherent"),
     train("coherent with a capacity", "--config.model.dispatch=coherent "
           "--config.model.capacity_factor=1.5", "model.capacity_factor", "1.5", "use 0.0"),
+    train("shuffled with a capacity", "--config.model.dispatch=shuffled "
+          "--config.model.capacity_factor=1.5", "model.capacity_factor", "1.5", "use 0.0"),
     train("overlap degree", "--config.model.overlap_degree=3", "model.overlap_degree", "3",
           "nearest: 2"),
     train("unknown kernels", "--config.model.kernels=triton", "model.kernels", "'triton'",
@@ -429,6 +431,8 @@ TABLE = [
           "model.d_model = 16 there, 32 here", "use another --workdir"),
     train("workdir with a broken config.json", "--workdir={tmp}/run", "config.json", "\\x00",
           "restore it", make=copied_config(b"\0\xff" * 9)),
+    train("workdir in a store", "--workdir=gs://bucket/run", "--workdir", "'gs://bucket/run'",
+          "mount the store"),
     train("workdir is a file", "--workdir={tmp}/a.txt", "--workdir", "/a.txt'", "name another",
           make=in_tmp("a.txt", b"text")),
     train("workdir below a file", "--workdir={tmp}/a.txt/run", "--workdir", "/a.txt/run'",

@@ -47,6 +47,11 @@ def test_variables(tmp_path, monkeypatch, mode, environment, added):
     assert hugepages.variables(environment) == added
 
 
+def _inherited() -> dict[str, str]:
+    of_ours = {*ASKED, "MOE_JAX_STARTED_AGAIN"}
+    return {name: value for name, value in os.environ.items() if name not in of_ours}
+
+
 def _run(
     folder: pathlib.Path,
     *words: str,
@@ -60,11 +65,9 @@ def _run(
     program.write_text(
         PROGRAM.format(mode=str(folder / "enabled"), traced=traced, privileged=privileged)
     )
-    of_ours = {*ASKED, "MOE_JAX_STARTED_AGAIN"}
-    inherited = {name: value for name, value in os.environ.items() if name not in of_ours}
     started = subprocess.Popen(
         [sys.executable, str(program), *words],
-        env={**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        env={**_inherited(), "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,6 +90,45 @@ def test_what_is_set_stays(tmp_path):
 def test_a_debugger_keeps_its_program(tmp_path):
     starts, said, pid = _run(tmp_path, "--word=a", traced=True)
     assert (starts, said) == (1, ["a", pid, None])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "own"),
+    [
+        ("python train.py --a=1", "train.py --a=1", True),
+        ("python -X dev train.py", "train.py", True),
+        ("python -m moe_jax.train.bench --a", "/x/moe_jax/train/bench.py --a", True),
+        ("python -m moe_jax.upcycle --a", "/x/moe_jax/upcycle/__main__.py --a", True),
+        ("python -m moe_jax.train.bench", "train.py", False),
+        ("python -m pytest tests", "/x/train.py --config=c.py", False),
+        ("python -m pytest", "/x/train.py", False),
+        ("/x/bin/pytest tests", "/x/train.py --config=c.py", False),
+        ("python -u -c pass", "/x/train.py", False),
+        ("", "/x/train.py", False),
+    ],
+)
+def test_only_a_process_that_began_as_this_program(command, arguments, own):
+    assert hugepages._began_as_this(command.split(), arguments.split()) == own
+
+
+def test_a_program_within_another_process_does_not_replace_it(tmp_path):
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    program = tmp_path / "program.py"
+    mode = str(tmp_path / "enabled")
+    program.write_text(PROGRAM.format(mode=mode, traced=False, privileged=False))
+    outer = (
+        "import runpy, sys; print('began', file=sys.stderr); "
+        f"sys.argv = [{str(program)!r}, '--word=a']; "
+        f"runpy.run_path({str(program)!r}, run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", outer],
+        env={**_inherited(), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stderr.splitlines() == ["began", "started"]
+    assert json.loads(ended.stdout)[::2] == ["a", None]
 
 
 def test_where_the_setting_is_taken_away_there_is_no_third_start(tmp_path):

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import MESH_AXES, MeshConfig
+from moe_jax.errors import Refused
 
 
 def test_the_axes_of_the_config_are_those_of_the_mesh():
@@ -51,3 +52,11 @@ def test_parameters_are_gathered_over_fsdp_alone():
 def test_two_dimensions_on_one_mesh_axis_are_refused(names):
     with pytest.raises(ValueError, match=f"{names[0]}.*{names[1]}.* claim one mesh axis twice"):
         mesh_lib.spec(*names)
+
+
+def test_a_process_without_devices_is_refused():
+    """Here all devices are process 0's; it is told that there are more processes."""
+    mesh = mesh_lib.make(data=4)
+    mesh_lib.check_every_process(mesh, "data 4", 1, 8)
+    with pytest.raises(Refused, match=r"mesh = 'data 4': leaves 2 of 3 .*process 1, 2.* is 24"):
+        mesh_lib.check_every_process(mesh, "data 4", 3, 24)

@@ -15,6 +15,7 @@ import numpy as np
 from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax.errors import Refused
+from moe_jax.infer import text as text_lib
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
@@ -44,7 +45,7 @@ def trained(run: str | None) -> str:
                 "must be the work directory of a training run (it has no config.json)",
                 "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
             )
-        return run
+        return str(pathlib.Path(run).resolve())  # for processes that start elsewhere
     # A run that is complete ends at once; one that was cut short goes on.
     _python("train.py", f"--config={CONFIG}", f"--workdir={RUN}")
     return str(ROOT / RUN)
@@ -70,6 +71,8 @@ def write_inputs(run: str, sizes: Sizes, path: pathlib.Path) -> None:
             "ask for shorter prompts",
         )
     corpus = data.load_corpus(config.data)
+    text = text_lib.of_run(pathlib.Path(run), config)
+    corpus = dataclasses.replace(corpus, held_out=text.corpus(corpus.held_out))
     count = sizes.prefill_sequences + sizes.decode_sequences
     windows_BS = data.held_out_windows(corpus, config.data.seq_len, count, PLANNING)
     prefill_BS = windows_BS[: sizes.prefill_sequences, : sizes.prefill_tokens]

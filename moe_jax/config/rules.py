@@ -135,6 +135,14 @@ def _validate_model(model: ModelConfig) -> None:
                 "is not made for coherent dispatch, where tokens do not come home",
                 f"use {default!r}, or another dispatch",
             )
+    if model.dispatch == "shuffled" and model.capacity_factor:
+        raise Refused(
+            "model.capacity_factor",
+            model.capacity_factor,
+            "is not made for shuffled dispatch: who comes too late would depend on where experts "
+            "live",
+            "use 0.0, or another dispatch",
+        )
     if model.overlap_degree not in OVERLAP_DEGREES:
         nearest = min(OVERLAP_DEGREES, key=lambda degree: abs(degree - model.overlap_degree))
         raise Refused(

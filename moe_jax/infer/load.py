@@ -18,11 +18,11 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.config import Config
 from moe_jax.errors import Refused
-from moe_jax.hf import config_json
 from moe_jax.infer import published
+from moe_jax.infer import text as text_lib
 from moe_jax.infer.engine import Engine
 from moe_jax.infer.prepared import prepared
-from moe_jax.infer.text import Bytes, Text, of_folder
+from moe_jax.infer.text import Bytes, Text
 from moe_jax.model import transformer
 from moe_jax.model.parameter import logical_axes, with_slots
 from moe_jax.placement import copies
@@ -110,11 +110,7 @@ def find(
         num_devices=config.mesh.expert_devices,
     )
     copies.check_nodes(plan.placement, config.mesh.node)
-    text: Text = Bytes()
-    if config.data.tokenizer:
-        kept, size = root / config.data.tokenizer, config.model.vocab_size
-        text = of_folder(kept, size, config_json.ends(kept, size))
-    return Source(config, folder, contents, plan, text)
+    return Source(config, folder, contents, plan, text_lib.of_run(root, config))
 
 
 def _warn(message: str) -> None:

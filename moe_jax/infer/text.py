@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from moe_jax import data
+from moe_jax.config import Config
+from moe_jax.hf import config_json
 from moe_jax.hf import folder as folder_lib
 from moe_jax.hf import tokens as tokens_lib
 from moe_jax.hf.tokens import Tokenizer
@@ -162,6 +164,14 @@ class Tokens:
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
         return self._tokenizer.corpus(text, data.SEPARATOR, self._ends_in_order)
+
+
+def of_run(root: pathlib.Path, config: Config) -> Text:
+    """Of a run: bytes, or the tokenizer that its config names, in its work directory."""
+    if not config.data.tokenizer:
+        return Bytes()
+    kept, size = root / config.data.tokenizer, config.model.vocab_size
+    return of_folder(kept, size, config_json.ends(kept, size))
 
 
 def of_folder(folder: str | os.PathLike, vocab_size: int, ends: Sequence[int]) -> Tokens:

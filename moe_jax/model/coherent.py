@@ -131,7 +131,10 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
     tokens = mesh_lib.spec("batch")
     of_group, of_expert = PartitionSpec(mesh_lib.REPLICAS), PartitionSpec(None, mesh_lib.EXPERT)
     device = mesh.devices.flat[0]
-    implementation = implementation or grouped_matmul.default_implementation(device)
+    implementation = (
+        implementation or config.kernels or grouped_matmul.default_implementation(device)
+    )
+    grouped_matmul.check_platform(implementation, device.platform)
 
     def stack(x_BSD, blocks, table, position_BS, real_BS, cache):
         leaves, tree = jax.tree.flatten(blocks)

@@ -16,7 +16,7 @@ from moe_jax.model import parameter
 
 
 def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW; linear warm-up, cosine decay to a tenth; norms are not decayed."""
+    """AdamW; linear warm-up, cosine decay to a tenth; norms and biases are not decayed."""
     warmup = min(config.warmup_steps, num_steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else config.learning_rate,
@@ -27,8 +27,9 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
     )
 
     def decayed(params):
+        """Matrices: two axes at least. A vector cut into heads is none, nor is one per expert."""
         axes = parameter.logical_axes(params)
-        return jax.tree.map(lambda names: len({*names} - {"layer", "expert"}) > 1, axes)
+        return jax.tree.map(lambda names: len({*names} - {"layer", "expert", "d_head"}) > 1, axes)
 
     return optax.adamw(
         schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import stragglers
-from benchmarks.box import counters, plans, statistics, ways
+from benchmarks import cluster, stragglers
+from benchmarks.box import counters, plans, statistics, subject, ways
 from benchmarks.box.plans import Box
 from moe_jax import config as config_lib
 from moe_jax.errors import Refused
+from moe_jax.infer import text as text_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.routing.synthetic import realistic
 from tests import tiny
@@ -138,6 +139,29 @@ def test_the_command_says_in_one_line_what_it_needs(tmp_path):
     assert done.returncode == 1
     assert "not on the PATH" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--prefill-sequences", "--decode-sequences"])
+def test_sequences_are_shared_by_all_devices(flag):
+    flags = cluster.parser().parse_args(["--hosts=2", "--devices-per-host=3", f"{flag}=32"])
+    with pytest.raises(Refused, match=rf"{flag} = 32: must be a multiple of the 6 .*use 36"):
+        cluster.request_of(flags)
+
+
+def test_prompts_are_tokens_of_the_run(tmp_path, monkeypatch):
+    class Text:
+        @staticmethod
+        def corpus(text):
+            return np.repeat(text.astype(np.int32) + 1000, 2)
+
+    config = tiny.config()
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    monkeypatch.setattr(text_lib, "of_run", lambda root, config: Text)
+    sizes = subject.Sizes(4, 8, 4, 4, 1)
+    subject.write_inputs(str(tmp_path), sizes, tmp_path / "inputs.npz")
+    prefill_BS = np.load(tmp_path / "inputs.npz")["prefill_BS"]
+    assert prefill_BS.min() >= 1000
+    np.testing.assert_array_equal(prefill_BS[:, ::2], prefill_BS[:, 1::2])
 
 
 def test_help_names_every_flag():

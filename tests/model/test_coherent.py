@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as mesh_lib
 from moe_jax import permute
+from moe_jax.errors import Refused
 from moe_jax.infer.engine import homes
 from moe_jax.model import cache as cache_lib
 from moe_jax.model import coherent, transformer
@@ -261,6 +262,12 @@ def test_bfloat16(latent):
     assert_rows_predicted(records, case, placement)
     # Routing differs here and there: a token that another expert answers is off by more.
     assert np.median(np.abs(logits - expected)) < 0.02
+
+
+def test_kernels_are_those_of_the_config():
+    config = tiny.config(model__dispatch="coherent", model__kernels="hopper")
+    with pytest.raises(Refused, match="hopper"):
+        coherent.build_forward(config.model, tiny.mesh(config))
 
 
 def test_one_exchange_a_layer_with_top_1():
