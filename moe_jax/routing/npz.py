@@ -50,7 +50,7 @@ def read_npz(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, np.n
     """The arrays of `path` whose names are in `wanted`; absent ones are absent from the result."""
     path = pathlib.Path(path)
     if not path.is_file():
-        rule = "a trace is a file" if path.exists() else "the file does not exist"
+        rule = "must be a file" if path.exists() else "the file does not exist"
         raise Refused("trace", str(path), rule, "Give the path of a trace .npz")
     try:
         with zipfile.ZipFile(path) as archive:

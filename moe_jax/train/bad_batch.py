@@ -3,12 +3,12 @@
 import dataclasses
 import math
 import pathlib
-import zipfile
 
 import numpy as np
 
 from moe_jax import files
 from moe_jax.errors import Refused
+from moe_jax.routing import npz
 
 MOST = 100  # files of one run
 
@@ -58,15 +58,16 @@ class BadBatch:
         def refused(rule: str) -> Refused:
             return Refused("--replay", str(path), rule, "give a file of bad_steps/ of this run")
 
+        names = tuple(field.name for field in dataclasses.fields(cls))
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                step, loss, norm, limit = (
-                    arrays[name] for name in ("step", "loss", "grad_norm", "loss_limit")
-                )
-                window_BS1 = arrays["window_BS1"]
+            arrays = npz.read_npz(path, names)
+            window_BS1 = arrays.pop("window_BS1")
+            step, loss, norm, limit = (arrays[name].item() for name in names if name in arrays)
             numbers = int(step), float(loss), float(norm), float(limit)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise refused(f"is not a bad step ({error})") from None
+        except Refused as error:  # the reader speaks of traces
+            raise refused(f"is not a bad step ({error.rule})") from None
+        except npz.BROKEN as error:
+            raise refused(f"is not a bad step ({type(error).__name__}: {error})") from None
         if window_BS1.shape != shape or window_BS1.dtype != np.int32:
             found = f"{window_BS1.dtype}{list(window_BS1.shape)}"
             raise refused(f"must hold a batch int32{list(shape)}, not {found}")

@@ -1,6 +1,9 @@
 """Steps that are not finite or spike: nothing changes, the batch is kept, and can be run again."""
 
+import dataclasses
+import io
 import math
+import zipfile
 
 import grain
 import jax.numpy as jnp
@@ -174,6 +177,60 @@ def test_files_that_are_no_bad_step_are_refused(tmp_path):
     np.savez(path, step=np.array([{}], object))
     with pytest.raises(Refused, match="is not a bad step"):
         inputs.bad_batch(config, path)
+
+
+def hostile(kind, good):
+    """The bytes of an archive that holds `good`, but for what is wrong with it."""
+    file = io.BytesIO()
+    arrays = dataclasses.asdict(good)
+    if kind == "a step that is infinite":
+        np.savez(file, **arrays | {"step": math.inf})
+    elif kind == "numbers that are arrays":
+        np.savez(file, **arrays | {"loss": np.zeros(3)})
+    elif kind == "an array missing":
+        np.savez(file, step=3)
+    elif kind == "nothing much, unpacked much":
+        np.savez_compressed(file, **arrays | {"window_BS1": np.zeros(2**25, np.int32)})
+    else:
+        np.savez_compressed(file, **arrays)
+    data = bytearray(file.getvalue())
+    entry = zipfile.ZipFile(file).getinfo("window_BS1.npy") if kind in BYTES else None
+    if entry:  # in the local header and in the directory
+        local, listed = entry.header_offset, data.rindex(b"window_BS1.npy") - 46
+        at, value = BYTES[kind]
+        start = local + 30 + sum(data[local + 26 : local + 30 : 2])  # sizes below 256
+        for place in [start] if at is None else [local + at, listed + at + 2]:
+            data[place] = value
+    return bytes(data)
+
+
+# kind -> a byte of the local header, or None for the first of the packed bytes; what it becomes
+BYTES = {"encrypted": (6, 1), "packed in an unknown way": (8, 77), "damaged": (None, 7)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("a step that is infinite", "numbers that are arrays", "an array missing"),
+        *("nothing much, unpacked much", *BYTES),
+    ],
+)
+def test_archives_that_lie_are_refused(kind, tmp_path):
+    path = tmp_path / "3.npz"
+    path.write_bytes(hostile(kind, BadBatch(3, tiny.tokens(8, 17), math.nan, 1.0, math.inf)))
+    with pytest.raises(Refused, match=r"--replay = .*is not a bad step"):
+        inputs.bad_batch(config_of(8), path)
+
+
+def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path):
+    header = io.BytesIO()
+    claimed = {"descr": "<i4", "fortran_order": False, "shape": (1 << 46,)}
+    np.lib.format.write_array_header_1_0(header, claimed)
+    with zipfile.ZipFile(tmp_path / "3.npz", "w") as archive:
+        for field in dataclasses.fields(BadBatch):
+            archive.writestr(f"{field.name}.npy", header.getvalue() + bytes(8))
+    with pytest.raises(Refused, match=r"is not a bad step .*bytes claimed, 8 present"):
+        inputs.bad_batch(config_of(8), tmp_path / "3.npz")
 
 
 def test_the_limit_is_k_deviations_above_the_last_good_losses():
