@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import checkpoint
+from moe_jax import config as config_lib
 from moe_jax.errors import Refused
 from moe_jax.model import parameter
 from moe_jax.model.dispatch.table import Table
@@ -118,7 +119,8 @@ def apply_to_checkpoint(
     Args:
       plan_path: the plan to apply.
       checkpoint_in: a step directory, or a work directory (its newest step is taken).
-      checkpoint_out: what to make: a step directory, or a work directory if the input was one.
+      checkpoint_out: what to make: a step directory, or a work directory if the input was one. A
+        run goes on there: it has the config and the tokenizer of the old one.
 
     Returns:
       A sentence for people: what was moved.
@@ -128,6 +130,7 @@ def apply_to_checkpoint(
     target = pathlib.Path(checkpoint_out).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refused("CHECKPOINT_OUT", str(target), "exists already", "name a new directory")
+    beside = _beside(workdir, target) if workdir else []
     contents = checkpoint.read_contents(source)
     old = contents.plan.placement
     plan_lib.check_fits(
@@ -142,7 +145,10 @@ def apply_to_checkpoint(
     new_contents = checkpoint.Contents(contents.step, infos, plan, contents.extra)
     if workdir:
         written = checkpoint.save(target / "checkpoints", moved, new_contents)
-        shutil.copyfile(workdir / "config.json", target / "config.json")
+        for path in beside:
+            copied = target / path.relative_to(workdir)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
     else:
         written = checkpoint.save(target.parent / f".{target.name}.step", moved, new_contents)
         written.rename(target)
@@ -154,6 +160,36 @@ def apply_to_checkpoint(
         f"slots changed, in {sum('expert' in i.axes for i in infos.values())} arrays; "
         f"plan {old.digest[:12]} -> {plan.digest[:12]}"
     )
+
+
+def _beside(workdir: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a work directory, beside its checkpoints, that a run in `target` needs."""
+    config_json = workdir / "config.json"
+    try:
+        text = config_json.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise Refused(
+            "CHECKPOINT_IN",
+            str(workdir),
+            f"is a work directory whose config.json cannot be read ({error.strerror})",
+            "restore the file, or name one of its steps: checkpoints/STEP",
+        ) from None
+    found = [config_json]
+    if (workdir / "config.py").is_file():
+        found.append(workdir / "config.py")
+    name = config_lib.from_json(text).data.tokenizer
+    if not name or pathlib.Path(name).is_absolute():
+        return found
+    if ".." not in pathlib.Path(name).parts:
+        return found + sorted(path for path in (workdir / name).glob("*") if path.is_file())
+    if (workdir / name).resolve() != (target / name).resolve():
+        raise Refused(
+            "data.tokenizer",
+            name,
+            f"lies beside {workdir}, and not beside {target}",
+            "name a CHECKPOINT_OUT in the folder of CHECKPOINT_IN",
+        )
+    return found
 
 
 def _step_folder(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path | None]:

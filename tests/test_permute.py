@@ -1,10 +1,14 @@
 """Moving experts: values are copied, never changed; there and back restores every bit."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from moe_jax import checkpoint, permute
+from moe_jax import config as config_lib
 from moe_jax.errors import Refused
 from moe_jax.model import parameter
 from moe_jax.placement.plan import Placement, Plan
@@ -106,6 +110,63 @@ def test_checkpoint_is_permuted_like_the_live_state(state, tmp_path):
     original = checkpoint.flatten(state)
     for name, array in checkpoint.restore_numpy(tmp_path / "back", contents).items():
         np.testing.assert_array_equal(array, original[name])
+
+
+@pytest.fixture
+def workdir(state, tmp_path):
+    """A run with a tokenizer of its own."""
+    workdir = tmp_path / "old" / "run"
+    _save(state, workdir / "checkpoints", Plan(tiny.contiguous()))
+    (workdir / "tokenizer").mkdir()
+    (workdir / "tokenizer" / "tokenizer.json").write_text("{}")
+    (workdir / "config.py").write_text("pass")
+    _configure(workdir, "tokenizer")
+    Plan(tiny.random_placement(7)).write(tmp_path / "plan.json")
+    return workdir
+
+
+def _configure(workdir, tokenizer):
+    config = tiny.config(data={"seq_len": 16, "global_batch": 8, "tokenizer": tokenizer})
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+
+
+def _files(folder):
+    return {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_moved_with_what_it_needs(workdir, tmp_path):
+    permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "new")
+    assert checkpoint.steps(tmp_path / "new" / "checkpoints") == [3]
+    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    shutil.rmtree(workdir / "checkpoints")
+    assert _files(tmp_path / "new") == _files(workdir)
+    assert (tmp_path / "new" / "tokenizer" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["absolute", "none"])
+def test_a_tokenizer_elsewhere_stays_there(kind, workdir, tmp_path):
+    _configure(workdir, str(workdir / "tokenizer") if kind == "absolute" else "")
+    permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        *("checkpoints", "config.json", "config.py")
+    }
+
+
+def test_a_tokenizer_beside_the_run_must_be_beside_the_new_one(workdir, tmp_path):
+    (workdir / "tokenizer").rename(workdir.parent / "tokenizer")
+    _configure(workdir, "../tokenizer")
+    with pytest.raises(Refused, match=r"data\.tokenizer = '\.\./tokenizer': lies beside"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, workdir.parent / "new")
+    assert json.loads((workdir.parent / "new" / "config.json").read_text())["name"] == "tiny"
+
+
+def test_a_run_without_a_config_is_refused_before_anything_is_written(workdir, tmp_path):
+    (workdir / "config.json").unlink()
+    with pytest.raises(Refused, match=r"CHECKPOINT_IN = .*config\.json cannot be read"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_refusals(state, tmp_path):
