@@ -33,6 +33,12 @@ def test_the_best_stay_and_those_without_a_loss_do_not():
     assert stay(newest=1, best=1) == [10, 12]
 
 
+def test_what_no_run_can_make_again_stays():
+    infos = [preservation._Info(step, None, NOW, only=step == 0) for step in (0, 2, 4)]
+    assert preservation.Kept(1).surplus(infos) == [2]
+    assert preservation.Kept(2).surplus(infos) == []
+
+
 def test_all_together_is_the_union():
     for newest, every, best in itertools.product((1, 2), (0, 4, 6), (0, 1, 3)):
         together = set(stay(newest=newest, every=every, best=best))

@@ -12,11 +12,12 @@ from moe_jax.checkpoint.folders import remove, steps
 from moe_jax.errors import Refused
 
 LOSS = "held_out_loss"  # in the `extra` of a step: nats a token, or absent
+ONLY = "only"  # in the `extra` of a step that a run did not make, and cannot make again
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A step stays if any of these holds.
+    """A step stays if any of these holds, or if it is marked as `ONLY`.
 
     Attributes:
       newest: it is one of so many newest.
@@ -51,23 +52,27 @@ class Kept:
         stay = checkpoint_managers.AnyPreservationPolicy(policies).should_preserve(
             infos, context=checkpoint_managers.PreservationContext()
         )
-        return [info.step for info, kept in zip(infos, stay, strict=True) if not kept]
+        return [
+            info.step for info, kept in zip(infos, stay, strict=True) if not (kept or info.only)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Info:
-    """What Orbax's policies ask about a step."""
+    """What Orbax's policies ask about a step, and whether it is marked as `ONLY`."""
 
     step: int
     metrics: dict[str, Any] | None
     time: datetime.datetime
+    only: bool = False
 
     @classmethod
     def of(cls, directory: pathlib.Path, step: int) -> "_Info":
         folder = directory / str(step)
         written = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
         try:
-            loss = integrity.read_json(folder / "meta.json")["extra"].get(LOSS)
+            extra = integrity.read_json(folder / "meta.json")["extra"]
+            loss, only = extra.get(LOSS), ONLY in extra
         except (Refused, KeyError, TypeError, AttributeError):
-            loss = None
-        return cls(step, None if loss is None else {LOSS: loss}, written)
+            loss, only = None, False
+        return cls(step, None if loss is None else {LOSS: loss}, written, only)

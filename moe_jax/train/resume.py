@@ -4,8 +4,8 @@ A checkpoint goes on on any mesh: arrays are read into the shards that this run 
 moved where its plan wants them, and data is counted in batches of all processes together.
 
 A step 0 that says so (`ONLY`) holds parameters alone: what a run begins with that were made by
-another command (../upcycle). All else is then fresh. One that does not say so and lacks an array is
-refused like any other.
+another command (../upcycle). All else is then fresh. It is never removed: nothing else knows what
+the run began with. One that does not say so and lacks an array is refused like any other.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
 
-ONLY, MODEL = "only", "model"  # of `Contents.extra`
+ONLY, MODEL = preservation.ONLY, "model"  # of `Contents.extra`
 
 
 @dataclasses.dataclass

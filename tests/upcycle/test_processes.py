@@ -43,7 +43,7 @@ def test_several_processes_begin_with_parameters_alone_as_one_does(upcycled, tex
     # one sum of two terms has the bits of the other order; more of them may be rounded otherwise
     for ours, theirs in zip(harness.rows(two), harness.rows(one), strict=True):
         np.testing.assert_allclose(ours[1:3], theirs[1:3], rtol=1e-5)
-    assert checkpoint.steps(two / "checkpoints") == [STEPS]
+    assert checkpoint.steps(two / "checkpoints") == [0, STEPS]
     ours, theirs = harness.arrays(two, STEPS), harness.arrays(one, STEPS)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():

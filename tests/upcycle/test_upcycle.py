@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import shutil
 
@@ -18,7 +19,8 @@ from moe_jax.infer import load as infer_load
 from moe_jax.infer import run as infer_run
 from moe_jax.model import transformer
 from moe_jax.placement.plan import Placement
-from moe_jax.train import inputs, loop, resume
+from moe_jax.train import inputs, loop, replay, resume
+from moe_jax.train.bad_batch import BadBatch
 from moe_jax.upcycle import __main__ as command
 from moe_jax.upcycle import distance, make
 from tests.hf import golden
@@ -119,6 +121,22 @@ def test_trains_from_there(upcycled, texts, tmp_path, capsys):
     assert "median 0.000e+00" not in capsys.readouterr().out
     with pytest.raises(Refused, match="holds a run of another config"):  # now it has been trained
         inputs.prepare(config_of(workdir, texts, optimizer={"learning_rate": 2e-3}), workdir)
+
+
+def test_a_bad_step_is_run_again_from_the_upcycled_parameters(upcycled, texts, tmp_path):
+    """They stay when no other step but the newest does."""
+    workdir = tmp_path / "run"
+    shutil.copytree(upcycled, workdir)
+    settings = {"num_steps": 2, "checkpoint_every": 1, "eval_every": 1, "eval_sequences": 2}
+    config = config_of(workdir, texts, train=settings | {"checkpoints_kept": 1})
+    train(config, workdir)
+    assert checkpoint.steps(workdir / "checkpoints") == [0, 2]
+    corpus, plan = inputs.prepare(config, workdir)
+    loss, norm = (metrics.read(workdir / "metrics.jsonl")[1][0][k] for k in ("loss", "grad_norm"))
+    window_BS1 = next(loop.data.batches(corpus, config.data))
+    first = BadBatch(1, window_BS1, loss, norm, math.inf)
+    with jax.numpy_dtype_promotion("standard"):
+        assert replay.replay(config, workdir, corpus, plan, first)
 
 
 def test_a_run_of_parameters_alone_has_a_fresh_state(upcycled, texts):
