@@ -5,8 +5,9 @@ Every process records and moves; the first one plans. It says that it has a plan
 the agreement of a step, and all of them move between the same two steps. The curve is that of a run
 whose experts stayed (in `exact` and `reproducible` combine, without replicas).
 
-A plan that was adopted is in WORKDIR/plans/STEP.json, and in every checkpoint from there on. A run
-that ends before its next checkpoint goes on from the last one, under the plan of that.
+A plan that was adopted is in WORKDIR/plans/STEP.json (unless the disk takes no more, which is said
+and ends nothing), and in every checkpoint from there on. A run that ends before its next checkpoint
+goes on from the last one, under the plan of that.
 """
 
 import pathlib
@@ -118,9 +119,11 @@ class Replanner:
         num_bytes = moved * self._mover.expert_bytes
         if decision:
             self.plan, self._decision = decision.plan, None
-            folder = self._workdir / "plans"
-            folder.mkdir(exist_ok=True)
-            self.plan.write(folder / f"{run.step}.json")
+            path = self._workdir / "plans" / f"{run.step}.json"
+            try:
+                self.plan.write(path)
+            except OSError as error:
+                metrics.fail(f"{path}: {error}; training goes on, the next checkpoint has the plan")
             spent = decision.seconds_before * 1e6, decision.seconds_after * 1e6
             metrics.say(
                 f"after step {run.step}: {moved} of {old.num_layers * old.num_slots} experts moved "

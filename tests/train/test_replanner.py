@@ -151,6 +151,18 @@ def test_a_run_that_dies_after_a_move_goes_on_from_its_checkpoint(
     assert test_loop.curve(workdir) == test_loop.curve(stays)
 
 
+def test_a_plan_that_cannot_be_written_ends_nothing(stays, tmp_path, at_once, capsys):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "plans").write_text("no folder")
+    test_loop.train(config(replan=OFTEN), workdir)
+    assert capsys.readouterr().err.count("training goes on, the next checkpoint has the plan") == 3
+    assert len(moves(workdir)) == 3
+    assert test_loop.curve(workdir) == test_loop.curve(stays)
+    last = checkpoint.read_contents(workdir / "checkpoints" / str(STEPS)).plan.placement
+    _same_model(stays, workdir, last)
+
+
 def test_plans_are_made_from_what_the_model_chose(tmp_path, monkeypatch, capsys):
     """What was recorded is what the dispatch counted in these steps; a failed search ends
     nothing."""
