@@ -7,6 +7,7 @@ goes into the checkpoint, so that a restarted run sees the batches it would have
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import sysconfig
 from collections.abc import Callable
@@ -39,7 +40,8 @@ def load_corpus(config: DataConfig) -> Corpus:
     """Reads the text files below `config.path`, in the order of their names' hashes.
 
     Raises:
-      Refused: folder missing, not a folder, without text, or too short for one window a split.
+      Refused: folder missing, not a folder, without text, or too short for one window a split; a
+        file that cannot be read.
     """
     folder, name = _folder(config)
     left_out = set() if config.path else _LEFT_OUT
@@ -58,7 +60,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     for path in sorted(files, key=lambda path: _share("order of " + name_of[path])):
         held_out = _share(name_of[path]) < config.held_out_fraction
         if budget[held_out] > 0:
-            text = path.read_bytes()[: budget[held_out]] + bytes([SEPARATOR])
+            text = _read(path)[: budget[held_out]] + bytes([SEPARATOR])
             budget[held_out] -= len(text)
             splits[held_out].append(text)
     for held_out, parts in splits.items():
@@ -105,9 +107,17 @@ def _folder(config: DataConfig) -> tuple[pathlib.Path, str]:
     return folder, folder.name
 
 
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror})"
+        raise Refused("data.path", str(path), rule, "make it readable, or move it away") from None
+
+
 def _share(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    """A number in [0, 1) that depends on the name alone, in whatever encoding it is on disk."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
 class _Windows:

@@ -1,7 +1,10 @@
 """The stream of batches: its position goes on with any number of threads, nothing twice."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -40,6 +43,33 @@ def test_a_stream_goes_on_with_another_number_of_threads(first, then, corpus):
     assert {row.tobytes() for row in epoch} == {
         data._Windows(text.train, 16)[i].tobytes() for i in range(windows)
     }  # none is left out
+
+
+def test_names_in_any_encoding_are_read(tmp_path):
+    """A folder of a Latin-1 system, and one of UTF-8 in the same order as ever."""
+    for i in range(40):
+        name = f"caf\xe9 {i}.txt"
+        for folder, coded in (("latin", name.encode("latin-1")), ("utf", name.encode())):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / os.fsdecode(coded)).write_text(f"{i} green bottles\n" * 20)
+    fields = {"seq_len": 16, "global_batch": 8, "held_out_fraction": 0.5}
+    found = {
+        folder: data.load_corpus(tiny.config(data={**fields, "path": str(tmp_path / folder)}).data)
+        for folder in ("latin", "utf")
+    }
+    sizes = {len(one.train) + len(one.held_out) for one in found.values()}
+    assert len(sizes) == 1
+    digest = hashlib.sha256("caf\xe9 1.txt".encode()).digest()
+    assert data._share("caf\xe9 1.txt") == int.from_bytes(digest[:8], "big") / 2**64
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("gone before it is read\n" * 20)
+    monkeypatch.setattr(pathlib.Path, "is_file", lambda self: True)
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    config = tiny.config(data={"seq_len": 16, "global_batch": 8, "path": str(tmp_path)}).data
+    with pytest.raises(Refused, match=r"data\.path = .*b\.txt': cannot be read \(No such file"):
+        data.load_corpus(config)
 
 
 def test_no_thread_is_refused():
