@@ -101,10 +101,12 @@ def train(
             if run.step % train_config.checkpoint_every == 0 and not at_end:
                 hang.beat(reporter.report(*pending))
                 pending = None
-                checkpoints.save(run, loss)
+                with hang.paused():
+                    checkpoints.save(run, loss)
         if pending:
             hang.beat(reporter.report(*pending))
-        checkpoints.save_last(run, pending[2] if pending else None)
+        with hang.paused():
+            checkpoints.save_last(run, pending[2] if pending else None)
         if run.step < train_config.num_steps:
             metrics.say(f"stopped by SIGTERM after step {run.step}: the same command goes on there")
 

@@ -4,15 +4,20 @@ A step that never ends (a collective that one process never entered, a file syst
 answer) says nothing by itself. After so many seconds without a finished step, the stacks of all
 threads, the last metrics and the memory of the devices go to stderr and to hang.txt in the work
 directory; the run may then end, for whoever started it to start it again.
+
+Saves do not count: one that takes longer than a step may would be ended anew at every start.
 """
 
+import contextlib
 import io
+import math
 import os
 import pathlib
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
 
 import jax
@@ -39,6 +44,15 @@ class Watchdog:
             print(f"it goes on: {told}", file=sys.stderr, flush=True)
         self._told, self._spoken = told, False
         self._deadline = time.monotonic() + self._seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The body may take as long as it likes."""
+        self._deadline = math.inf
+        try:
+            yield
+        finally:
+            self._deadline = time.monotonic() + self._seconds
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:

@@ -1,14 +1,18 @@
 """A run that stands still says where; one that moves says nothing."""
 
+import math
 import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
-from moe_jax.train import watchdog
+from moe_jax.train import resume, watchdog
+from tests import tiny
 from tests.faults import harness
+from tests.train import test_loop
 
 
 def stands_still(path):
@@ -29,6 +33,42 @@ def test_a_stand_still_is_written_down_once(tmp_path, capsys):
     assert "MainThread" in text
     assert "no figures" in text  # of memory, from CPU devices
     assert "it goes on: step 4" in capsys.readouterr().err
+
+
+def test_what_may_take_long_does_not_count(tmp_path):
+    with watchdog.Watchdog(0.1, tmp_path) as watch:
+        watch.beat("step 3, loss 2.5")
+        with watch.paused():
+            time.sleep(0.5)
+        assert not (tmp_path / "hang.txt").exists()
+        stands_still(tmp_path / "hang.txt")  # afterwards it watches again
+
+
+def test_saves_do_not_count(tmp_path, monkeypatch):
+    """Both that a run makes on its way, and its last one."""
+    made, deadlines = [], []
+    enter = watchdog.Watchdog.__enter__
+    monkeypatch.setattr(
+        watchdog.Watchdog, "__enter__", lambda self: made.append(self) or enter(self)
+    )
+    for name in ("save", "save_last"):
+        save = getattr(resume.Checkpoints, name)
+
+        def saved(self, *args, save=save):
+            deadlines.append(made[0]._deadline)
+            save(self, *args)
+
+        monkeypatch.setattr(resume.Checkpoints, name, saved)
+    config = tiny.config(
+        mesh={"data": 1, "expert": 1},
+        model__dispatch="local",
+        train__num_steps=2,
+        train__checkpoint_every=1,
+        train__eval_every=2,
+    )
+    test_loop.train(config, tmp_path / "run")
+    assert deadlines == [math.inf, math.inf]
+    assert math.isfinite(made[0]._deadline)
 
 
 def test_none_is_asked_for(tmp_path):
