@@ -17,6 +17,7 @@ from moe_jax.config.building import (
     digest,
     from_config_dict,
     from_json,
+    identity,
     to_json,
     unknown_field,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "digest",
     "from_config_dict",
     "from_json",
+    "identity",
     "to_json",
     "unknown_field",
     "validate",

@@ -53,7 +53,12 @@ def from_json(text: str) -> Config:
 
 
 def digest(config: Config) -> str:
-    """SHA-256 of what makes two runs the same run: all but where and for how long it runs."""
+    """SHA-256 of `identity`."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes two runs the same run: all but where and for how long it runs."""
     plain = dataclasses.asdict(config)
     for field in (
         *("mesh", "platform", "virtual_devices", "placement", "topology", "trace", "replan"),
@@ -74,7 +79,7 @@ def digest(config: Config) -> str:
         del plain["data"]["tokenizer"]
     if not config.train.spike_sigma:
         del plain["train"]["spike_sigma"], plain["train"]["spike_window"]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return plain
 
 
 def complete(config_dict: Any) -> None:

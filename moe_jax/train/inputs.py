@@ -110,8 +110,10 @@ def load_plan(config: Config) -> plan_lib.Plan:
 
 
 def _first_difference(old: Config, new: Config) -> str:
+    """Of the fields that make the two another run: others may differ as well."""
     before, after = (_flat(dataclasses.asdict(config)) for config in (old, new))
-    field = next(key for key in before if before[key] != after[key])
+    named = _flat(config_lib.identity(old)) | _flat(config_lib.identity(new))
+    field = next(key for key in before if key in named and before[key] != after[key])
     return f"{field} = {before[field]!r} there, {after[field]!r} here"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint, metrics
+from moe_jax import config as config_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Plan
@@ -115,6 +116,17 @@ def test_a_position_that_the_data_does_not_have_is_refused(position, whole, tmp_
     integrity.write(folder)
     with pytest.raises(integrity.Damaged, match="holds no position in this data"):
         train(tiny.config(), tmp_path)
+
+
+def test_what_another_run_is_told_by_may_not_differ(tmp_path):
+    """Not by the length of the run, which may, and comes before its seed."""
+    (tmp_path / "config.json").write_text(config_lib.to_json(tiny.config()))
+    other = tiny.config(train__num_steps=9, mesh={"data": 4, "expert": 2}, train__seed=5)
+    with pytest.raises(Refused, match=r"another config \(train\.seed = 0 there, 5 here\)"):
+        inputs.prepare(other, tmp_path)
+    router = tiny.config(train__num_steps=9, model__router_scale=2.0)  # named where it is not 1
+    with pytest.raises(Refused, match=r"\(model\.router_scale = 1\.0 there, 2\.0 here\)"):
+        inputs.prepare(router, tmp_path)
 
 
 def test_a_run_stops_after_bad_steps_in_a_row(tmp_path, monkeypatch):
