@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import types
 
@@ -525,6 +526,29 @@ def test_what_a_kill_leaves_is_put_in_order(saved):
     (parent / ".4.old").mkdir()
     checkpoint.clean(parent)
     assert sorted(path.name for path in parent.iterdir()) == [".not.tmp", "4"]
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_a_step_that_vanishes_or_cannot_be_read_is_skipped(place, saved, monkeypatch):
+    folder, arrays = saved
+    save_again(folder, arrays, 9)
+    listed = integrity._listed
+
+    def vanishing(step):
+        if step.name != "9":
+            return listed(step)
+        if place == "folder":
+            shutil.rmtree(step)  # after its manifest was read
+            return listed(step)
+        found = listed(step)
+        (step / "plan.json").unlink()
+        return found
+
+    monkeypatch.setattr(integrity, "_listed", vanishing)
+    said: list[str] = []
+    assert checkpoint.newest_good(folder.parent, said.append)[0].name == "4"
+    assert len(said) == 1
+    assert "cannot be read (No such file" in said[0]
 
 
 def test_names_that_are_no_steps_are_not(tmp_path):

@@ -68,7 +68,7 @@ def check_listed(folder: pathlib.Path, *, digests: bool = True) -> None:
         verb = "is missing" if name in listed else "does not belong there"
         raise damaged(folder / name, verb)
     for name, path in present.items():
-        if path.stat().st_size != listed[name][0]:
+        if _size(path) != listed[name][0]:
             raise damaged(path, f"must be a file of {listed[name][0]} bytes")
     small = {name: digest for name, (size, digest) in listed.items() if size <= SMALL_BYTES}
     with concurrent.futures.ThreadPoolExecutor(HASHERS) as pool:
@@ -158,6 +158,17 @@ def _other_digest(path: pathlib.Path) -> Damaged:
     return damaged(path, f"has another SHA-256 than {MANIFEST} says, or cannot be read")
 
 
+def _size(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> Damaged:
+    return damaged(path, f"cannot be read ({error.strerror})")
+
+
 def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in plain_files(folder) if path != folder / MANIFEST)
 
@@ -188,9 +199,16 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def plain_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Every file below `folder`. Raises `Refused` at a link, a device, or one file too many."""
+    """Every file below `folder`. Raises `Damaged` at what is no plain file or cannot be read."""
     if folder.is_symlink():
         raise damaged(folder, "is a link: a step must lie where it is named")
+    try:
+        yield from _below(folder)
+    except OSError as error:
+        raise _unreadable(pathlib.Path(error.filename or folder), error) from None
+
+
+def _below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     waiting, count = [folder], 0
     while waiting:
         with os.scandir(waiting.pop()) as entries:
