@@ -143,7 +143,8 @@ def test_the_command_says_in_one_line_what_it_needs(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--prefill-sequences", "--decode-sequences"])
 def test_sequences_are_shared_by_all_devices(flag):
-    flags = cluster.parser().parse_args(["--hosts=2", "--devices-per-host=3", f"{flag}=32"])
+    words = ["--hosts=2", "--devices-per-host=3", "--prefill-sequences=36", f"{flag}=32"]
+    flags = cluster.parser().parse_args(words)
     with pytest.raises(Refused, match=rf"{flag} = 32: must be a multiple of the 6 .*use 36"):
         cluster.request_of(flags)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import OptimizerConfig
-from moe_jax.train import optimizer
+from moe_jax.train import optimizer, step
 from tests import tiny
 
 VECTORS = re.compile("norm|bias|sink|correction|share_D")
@@ -23,7 +23,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_matrices_are_decayed_and_nothing_else(kind):
     config = tiny.config(**{f"model__{name}": value for name, value in KINDS[kind].items()})
-    model = jax.tree.map(jnp.ones_like, tiny.model(config))
+    model = jax.tree.map(jnp.ones_like, step.initial_state(config, tiny.mesh(config)).model)
     decay = optimizer.make(OptimizerConfig(weight_decay=0.5, warmup_steps=0), 10)
     no_grads = jax.tree.map(jnp.zeros_like, model)
     changes, _ = decay.update(no_grads, decay.init(model), model)
