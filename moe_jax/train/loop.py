@@ -101,11 +101,11 @@ def train(
             if run.step % train_config.checkpoint_every == 0 and not at_end:
                 hang.beat(reporter.report(*pending))
                 pending = None
-                with hang.paused():
+                with hang.saving():
                     checkpoints.save(run, loss)
         if pending:
             hang.beat(reporter.report(*pending))
-        with hang.paused():
+        with hang.saving():
             checkpoints.save_last(run, pending[2] if pending else None)
         if run.step < train_config.num_steps:
             metrics.say(f"stopped by SIGTERM after step {run.step}: the same command goes on there")

@@ -5,12 +5,12 @@ answer) says nothing by itself. After so many seconds without a finished step, t
 threads, the last metrics and the memory of the devices go to stderr and to hang.txt in the work
 directory; the run may then end, for whoever started it to start it again.
 
-Saves do not count: one that takes longer than a step may would be ended anew at every start.
+A save has ten times as long: a run whose saves take longer than a step may would be ended at every
+start, and one whose file system never answers would stand for ever.
 """
 
 import contextlib
 import io
-import math
 import os
 import pathlib
 import sys
@@ -24,6 +24,7 @@ import jax
 
 EXIT_CODE = 75  # "temporary failure" of <sysexits.h>
 FIRST_STEP = 10  # times as long may pass before the first beat: the step is compiled
+SAVE = 10  # times as long may a save take
 
 
 class Watchdog:
@@ -46,9 +47,9 @@ class Watchdog:
         self._deadline = time.monotonic() + self._seconds
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The body may take as long as it likes."""
-        self._deadline = math.inf
+    def saving(self) -> Iterator[None]:
+        """The body may take `SAVE` times as long as a step."""
+        self._deadline = time.monotonic() + SAVE * self._seconds
         try:
             yield
         finally:

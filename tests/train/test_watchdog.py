@@ -1,6 +1,5 @@
 """A run that stands still says where; one that moves says nothing."""
 
-import math
 import os
 import subprocess
 import sys
@@ -38,15 +37,20 @@ def test_a_stand_still_is_written_down_once(tmp_path, capsys):
 def test_what_may_take_long_does_not_count(tmp_path):
     with watchdog.Watchdog(0.1, tmp_path) as watch:
         watch.beat("step 3, loss 2.5")
-        with watch.paused():
+        with watch.saving():
             time.sleep(0.5)
         assert not (tmp_path / "hang.txt").exists()
         stands_still(tmp_path / "hang.txt")  # afterwards it watches again
 
 
-def test_saves_do_not_count(tmp_path, monkeypatch):
+def test_a_save_that_never_ends_is_said(tmp_path):
+    with watchdog.Watchdog(0.1, tmp_path) as watch, watch.saving():
+        stands_still(tmp_path / "hang.txt")
+
+
+def test_saves_have_longer(tmp_path, monkeypatch):
     """Both that a run makes on its way, and its last one."""
-    made, deadlines = [], []
+    made, left = [], []
     enter = watchdog.Watchdog.__enter__
     monkeypatch.setattr(
         watchdog.Watchdog, "__enter__", lambda self: made.append(self) or enter(self)
@@ -55,7 +59,7 @@ def test_saves_do_not_count(tmp_path, monkeypatch):
         save = getattr(resume.Checkpoints, name)
 
         def saved(self, *args, save=save):
-            deadlines.append(made[0]._deadline)
+            left.append(made[0]._deadline - time.monotonic())
             save(self, *args)
 
         monkeypatch.setattr(resume.Checkpoints, name, saved)
@@ -65,10 +69,11 @@ def test_saves_do_not_count(tmp_path, monkeypatch):
         train__num_steps=2,
         train__checkpoint_every=1,
         train__eval_every=2,
+        train__hang_seconds=1000.0,
     )
     test_loop.train(config, tmp_path / "run")
-    assert deadlines == [math.inf, math.inf]
-    assert math.isfinite(made[0]._deadline)
+    assert [round(seconds, -3) for seconds in left] == [10_000, 10_000]
+    assert made[0]._deadline - time.monotonic() < 1001
 
 
 def test_none_is_asked_for(tmp_path):
