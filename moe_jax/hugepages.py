@@ -34,11 +34,12 @@ def start_again() -> None:
     """Replaces this process by the same command with `variables`, if there are any.
 
     To be called before anything is done that a second start would repeat. Nothing happens under a
-    debugger, which would lose its program, and within a process that began as another program.
+    debugger, which would lose its program, and where the process began as something else (a test,
+    a coverage tool, a program from a pipe).
     """
     added = variables(os.environ)
-    own = _began_as_this(sys.orig_argv, sys.argv)
-    if added and own and _AGAIN not in os.environ and sys.gettrace() is None:
+    own = _began_as_this(sys.orig_argv, sys.argv) and not _debugged()
+    if added and own and _AGAIN not in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(OSError):
@@ -46,11 +47,19 @@ def start_again() -> None:
             os.execve(sys.executable, command, {**os.environ, **added, _AGAIN: "1"})
 
 
+def _debugged() -> bool:
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12 and later
+    watched = monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID)
+    return bool(watched) or sys.gettrace() is not None
+
+
 def _began_as_this(command: Sequence[str], arguments: Sequence[str]) -> bool:
-    """Whether an interpreter's command line runs the program that `sys.argv` names."""
-    if "-m" in command[:-1]:
-        module, *words = command[command.index("-m") + 1 :]
-        file = pathlib.Path(arguments[0]).with_suffix("").as_posix()
-        named = f"/{module.replace('.', '/')}"
-        return words == list(arguments[1:]) and file.removesuffix("/__main__").endswith(named)
-    return len(command) > len(arguments) and list(command[-len(arguments) :]) == list(arguments)
+    """Whether an interpreter's command line, its options apart, is the program of `sys.argv`."""
+    words = list(command[1:])
+    while words and words[0].startswith("-") and words[0] not in ("-", "-m", "-c"):
+        del words[: 2 if words[0] in ("-X", "-W") else 1]
+    program, file = list(arguments), pathlib.Path(arguments[0])
+    if words[:1] == ["-m"] and len(words) > 1:
+        place = file.with_suffix("").as_posix().removesuffix("/__main__")
+        return words[2:] == program[1:] and place.endswith(f"/{words[1].replace('.', '/')}")
+    return words == program and file.is_file()

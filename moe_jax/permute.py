@@ -163,7 +163,11 @@ def apply_to_checkpoint(
 
 
 def _beside(workdir: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a work directory, beside its checkpoints, that a run in `target` needs."""
+    """The files of a work directory, beside its checkpoints, that a run in `target` needs.
+
+    Raises:
+      Refused: config.json cannot be read, or the tokenizer it names is not there or stays behind.
+    """
     config_json = workdir / "config.json"
     try:
         text = config_json.read_text(encoding="utf-8", errors="replace")
@@ -181,7 +185,11 @@ def _beside(workdir: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:
     if not name or pathlib.Path(name).is_absolute():
         return found
     if ".." not in pathlib.Path(name).parts:
-        return found + sorted(path for path in (workdir / name).glob("*") if path.is_file())
+        files = sorted(path for path in (workdir / name).glob("*") if path.is_file())
+        if not files:
+            rule = f"is the run's tokenizer, and there is none in {workdir / name}"
+            raise Refused("data.tokenizer", name, rule, "restore it")
+        return found + files
     if (workdir / name).resolve() != (target / name).resolve():
         raise Refused(
             "data.tokenizer",

@@ -323,6 +323,22 @@ def test_what_was_read_of_a_damaged_step_is_not_given_out(small, three, monkeypa
     assert checkpoint.steps(directory) == [4, 5]
 
 
+@pytest.mark.parametrize("file", ["plan.json", None], ids=["small", "large"])
+def test_a_run_does_not_begin_anew_without_being_told(file, saved, monkeypatch):
+    """The parameters it began with are whole, and all that it made of them is not."""
+    monkeypatch.setattr(integrity, "SMALL_BYTES", 2**10)
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+    began = checkpoint.Contents(0, contents.arrays, contents.plan, {"only": "model"})
+    checkpoint.save(folder.parent, arrays, began)
+    _flip(folder / file if file else _largest(folder))
+    with pytest.raises(Refused, match="every step is damaged but 0, which the run began with"):
+        checkpoint.restore_newest(folder.parent, lambda *_: None, [].append, move_bad=True)
+    assert checkpoint.steps(folder.parent) == [0, 4]
+    answers = checkpoint.newest_good(folder.parent, [].append)  # to answer with, or to replay
+    assert answers[0].name == "0"
+
+
 def test_digests_that_were_begun_ahead(three, monkeypatch):
     """A start waits for these, and makes none of its own, where they are of the step it finds."""
     monkeypatch.setattr(integrity, "SMALL_BYTES", 0)

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import hugepages
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 ASKED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 PROGRAM = """
 import json, os, pathlib, sys
@@ -96,9 +97,13 @@ def test_a_debugger_keeps_its_program(tmp_path):
     ("command", "arguments", "own"),
     [
         ("python train.py --a=1", "train.py --a=1", True),
-        ("python -X dev train.py", "train.py", True),
+        ("python -X dev -Wignore -u train.py", "train.py", True),
         ("python -m moe_jax.train.bench --a", "/x/moe_jax/train/bench.py --a", True),
-        ("python -m moe_jax.upcycle --a", "/x/moe_jax/upcycle/__main__.py --a", True),
+        ("python -m moe_jax.train --a", "/x/moe_jax/train/__main__.py --a", True),
+        ("python - --a", "- --a", False),
+        ("python /dev/stdin --a", "/dev/stdin --a", False),
+        ("python -m coverage run train.py --a", "train.py --a", False),
+        ("python /x/bin/coverage run train.py --a", "train.py --a", False),
         ("python -m moe_jax.train.bench", "train.py", False),
         ("python -m pytest tests", "/x/train.py --config=c.py", False),
         ("python -m pytest", "/x/train.py", False),
@@ -107,7 +112,8 @@ def test_a_debugger_keeps_its_program(tmp_path):
         ("", "/x/train.py", False),
     ],
 )
-def test_only_a_process_that_began_as_this_program(command, arguments, own):
+def test_only_a_process_that_began_as_this_program(command, arguments, own, monkeypatch):
+    monkeypatch.chdir(ROOT)  # train.py is a file there
     assert hugepages._began_as_this(command.split(), arguments.split()) == own
 
 
@@ -128,6 +134,19 @@ def test_a_program_within_another_process_does_not_replace_it(tmp_path):
         text=True,
     )
     assert ended.stderr.splitlines() == ["began", "started"]
+    assert json.loads(ended.stdout)[::2] == ["a", None]
+
+
+def test_a_program_from_a_pipe_runs(tmp_path):
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    mode = str(tmp_path / "enabled")
+    ended = subprocess.run(
+        [sys.executable, "-", "--word=a"],
+        input=PROGRAM.format(mode=mode, traced=False, privileged=False),
+        env={**_inherited(), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
     assert json.loads(ended.stdout)[::2] == ["a", None]
 
 

@@ -39,6 +39,13 @@ def test_what_no_run_can_make_again_stays():
     assert preservation.Kept(2).surplus(infos) == []
 
 
+def test_a_step_0_that_cannot_be_read_stays(tmp_path):
+    for step in (0, 2, 4):
+        (tmp_path / str(step)).mkdir()
+    infos = [preservation._Info.of(tmp_path, step) for step in (0, 2, 4)]
+    assert preservation.Kept(1).surplus(infos) == [2]
+
+
 def test_all_together_is_the_union():
     for newest, every, best in itertools.product((1, 2), (0, 4, 6), (0, 1, 3)):
         together = set(stay(newest=newest, every=every, best=best))

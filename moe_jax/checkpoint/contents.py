@@ -18,6 +18,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import plan as plan_lib
 
 FORMAT, VERSION = "moe_jax.checkpoint", 1
+ONLY = "only"  # in the `extra` of a step that the run did not make, and cannot make again
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of an array: no path, wherever a store looks for it
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from moe_jax.checkpoint import integrity
-from moe_jax.checkpoint.contents import Contents, OtherVersion, read_contents
+from moe_jax.checkpoint.contents import ONLY, Contents, OtherVersion, read_contents
 from moe_jax.checkpoint.folders import steps
 from moe_jax.errors import Refused
 
@@ -36,17 +36,26 @@ class Search:
 
         Raises:
           OtherVersion: the next one is of another version: it is not a bad one.
-          Refused: there are steps, and all of them are damaged.
+          Refused: there are steps, and all of them are damaged, or all that the run made.
         """
         while self._left:
             folder = self._directory / str(self._left.pop())
             try:
                 integrity.check_listed(folder, digests=self._verify)
-                return folder, read_contents(folder, verify=False)
+                contents = read_contents(folder, verify=False)
             except OtherVersion:
                 raise
             except Refused as error:
                 self.bad(folder, error)
+                continue
+            if self._bad and self._move_bad and ONLY in contents.extra:
+                raise Refused(
+                    "checkpoints",
+                    str(self._directory),
+                    f"every step is damaged but {folder.name}, which the run began with",
+                    "restore one, or move them away to begin anew",
+                )
+            return folder, contents
         if not self._bad:
             return None
         raise Refused(

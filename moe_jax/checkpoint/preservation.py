@@ -8,11 +8,11 @@ from typing import Any
 from orbax.checkpoint import checkpoint_managers
 
 from moe_jax.checkpoint import integrity
+from moe_jax.checkpoint.contents import ONLY
 from moe_jax.checkpoint.folders import remove, steps
 from moe_jax.errors import Refused
 
 LOSS = "held_out_loss"  # in the `extra` of a step: nats a token, or absent
-ONLY = "only"  # in the `extra` of a step that a run did not make, and cannot make again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,5 +74,5 @@ class _Info:
             extra = integrity.read_json(folder / "meta.json")["extra"]
             loss, only = extra.get(LOSS), ONLY in extra
         except (Refused, KeyError, TypeError, AttributeError):
-            loss, only = None, False
+            loss, only = None, step == 0  # which a run does not make itself
         return cls(step, None if loss is None else {LOSS: loss}, written, only)

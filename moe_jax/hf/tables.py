@@ -16,7 +16,8 @@ from typing import Any
 
 REQUIRED = object()
 # What is believed of config.json before the tensors bear it out: rows are counted out over layers
-# and experts, so their number must be one that costs nothing. The largest published: 23,040.
+# and experts, so their number must be one that costs nothing. Well above published models (61
+# layers of 384 experts, say).
 MAX_LAYERS, MAX_EXPERTS = 4096, 2**16  # experts of all layers together
 MAX_SIZE = 2**24  # positions, say; published models have up to 10,485,760
 

@@ -24,6 +24,7 @@ from moe_jax import checkpoint, data, metrics, permute
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity, preservation, saver
+from moe_jax.checkpoint.contents import ONLY
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.model import parameter
@@ -32,7 +33,7 @@ from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
 
-ONLY, MODEL = preservation.ONLY, "model"  # of `Contents.extra`
+MODEL = "model"  # of `Contents.extra[ONLY]`
 
 
 @dataclasses.dataclass

@@ -34,7 +34,7 @@ class Watchdog:
         """Args: `seconds` without a beat until it speaks, 0 = never; `exit_after` that."""
         self._seconds, self._path, self._exit = seconds, workdir / "hang.txt", exit_after
         self._told = "nothing yet"
-        self._deadline = time.monotonic() + FIRST_STEP * seconds
+        self._wait(FIRST_STEP * seconds, "step")
         self._spoken = False
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -44,16 +44,20 @@ class Watchdog:
         if self._spoken:
             print(f"it goes on: {told}", file=sys.stderr, flush=True)
         self._told, self._spoken = told, False
-        self._deadline = time.monotonic() + self._seconds
+        self._wait(self._seconds, "step")
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """The body may take `SAVE` times as long as a step."""
-        self._deadline = time.monotonic() + SAVE * self._seconds
+        self._wait(SAVE * self._seconds, "save")
         try:
             yield
         finally:
-            self._deadline = time.monotonic() + self._seconds
+            self._wait(self._seconds, "step")
+
+    def _wait(self, seconds: float, what: str) -> None:
+        self._limit, self._what = seconds, what
+        self._deadline = time.monotonic() + seconds
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -78,7 +82,7 @@ class Watchdog:
 
     def _speak(self) -> None:
         text = io.StringIO()
-        print(f"no step has ended for {self._seconds:g} s. Last: {self._told}", file=text)
+        print(f"no {self._what} has ended for {self._limit:g} s. Last: {self._told}", file=text)
         print(_stacks(), file=text)
         print(text.getvalue(), file=sys.stderr, flush=True)
         # Last, and apart: a runtime that hangs may not answer this either.
