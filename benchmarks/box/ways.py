@@ -35,6 +35,9 @@ def chosen(words: list[str], config: Config) -> list[str]:
     Args:
       words: of --dispatch.
       config: on the mesh of the box.
+
+    Raises:
+      Refused: one that is named cannot be measured, or none can.
     """
     if words:
         for way in words:
@@ -42,11 +45,14 @@ def chosen(words: list[str], config: Config) -> list[str]:
             if way.partition(":")[0] in NOT_SPREAD:
                 raise Refused("--dispatch", way, "keeps all experts on one device", "leave it out")
         return words
-    possible = []
+    possible, why = [], None
     for way in known():
         try:
             config_lib.validate(dataclasses.replace(config, model=applied(config.model, way)))
-        except Refused:
+        except Refused as error:
+            why = error
             continue
         possible.append(way)
+    if why and not possible:
+        raise why
     return possible

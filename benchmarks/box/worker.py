@@ -193,7 +193,10 @@ def spread(run: str, hosts: int, devices_per_host: int) -> tuple[Config, load.So
     root = pathlib.Path(run)
     config = config_lib.from_json((root / "config.json").read_text(encoding="utf-8"))
     mesh = MeshConfig(node=hosts, expert=devices_per_host)
-    config = dataclasses.replace(config, mesh=mesh, virtual_devices=0)
+    # Batches of training have to suit its mesh; here only prompts are split over devices.
+    data = dataclasses.replace(config.data, global_batch=mesh.token_devices)
+    train = dataclasses.replace(config.train, eval_sequences=mesh.token_devices)
+    config = dataclasses.replace(config, mesh=mesh, virtual_devices=0, data=data, train=train)
     found = checkpoint.newest_good(root / "checkpoints", warn=print)
     assert found is not None, f"{run} has no checkpoint"
     folder, contents = found

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from benchmarks import cluster, stragglers
-from benchmarks.box import counters, plans, statistics, subject, ways
+from benchmarks.box import counters, plans, statistics, subject, ways, worker
 from benchmarks.box.plans import Box
+from moe_jax import checkpoint
 from moe_jax import config as config_lib
 from moe_jax.errors import Refused
 from moe_jax.infer import text as text_lib
-from moe_jax.placement.plan import Placement
+from moe_jax.placement.plan import Placement, Plan
 from moe_jax.routing.synthetic import realistic
 from tests import tiny
 
@@ -45,6 +46,22 @@ def test_ways_that_cannot_be_measured_are_refused():
     for word in ("local", "exchagne", "exchange:exakt"):
         with pytest.raises(Refused):
             ways.chosen([word], tiny.config(mesh={"expert": 1}))
+
+
+def test_a_box_that_no_way_suits_is_refused():
+    config = dataclasses.replace(tiny.config(), mesh=config_lib.MeshConfig(node=3, expert=1))
+    with pytest.raises(Refused, match="num_experts"):
+        ways.chosen([], config)
+
+
+def test_batches_of_training_do_not_matter(tmp_path, monkeypatch):
+    """16 devices, and a run whose batches have 8 sequences."""
+    config = tiny.config(model__num_experts=16)
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    contents = checkpoint.Contents(0, {}, Plan(Placement.contiguous(2, 16, 16)), {})
+    monkeypatch.setattr(checkpoint, "newest_good", lambda *_, **__: (tmp_path, contents))
+    spread, _ = worker.spread(str(tmp_path), 2, 8)
+    assert "exchange:partial" in ways.chosen([], spread)
 
 
 @pytest.mark.parametrize("flag", ["--hosts=1", "--mbit=0", "--times=nan", "--quiet=0"])
