@@ -86,6 +86,6 @@ class Sets:
         experts, sets = self.hops_ES.shape
         devices = self.holds_SM.shape[1]
         one = sparse.kron(sparse.eye(experts), np.ones((1, sets)))
-        full = sparse.kron(np.ones((1, experts)), self.holds_SM.T.astype(float))
+        full = sparse.kron(sparse.csr_matrix(np.ones((1, experts))), self.holds_SM.T.astype(float))
         side = np.concatenate([np.ones(experts), np.full(devices, float(self._slots))])
         return sparse.vstack([one, full]).tocsr(), side

@@ -172,6 +172,11 @@ class Wire:
             return [None] * movements
         most_ZMM = count().max(axis=1)
         if jax.lax.axis_size(mesh_lib.REPLICAS) > 1:
+            # A maximum (JAX 0.12) is over axes that the counts vary over, or over others, not both.
+            varying = jax.typeof(most_ZMM).manual_axis_type.varying
+            same = tuple(axis for axis in mesh_lib.REPLICAS if axis not in varying)
+            if varying and same:
+                most_ZMM = jax.lax.pcast(most_ZMM, same, to="varying")
             most_ZMM = jax.lax.pmax(most_ZMM, mesh_lib.REPLICAS)
         return list(most_ZMM)
 
