@@ -48,7 +48,7 @@ def read(folder: pathlib.Path) -> dict[str, Bundles]:
     """Kernels by name, without "grouped_"; empties the folder."""
     found = {}
     for path in sorted(folder.iterdir()):
-        match = re.search(r"grouped_(\w+?)_*(?:\.\d+)?-\d+-final_bundles\.txt$", path.name)
+        match = re.search(r"grouped_(\w+?)_*(?:\.\w+)*-\d+-final_bundles\.txt$", path.name)
         if match:
             found[match[1]] = parse(path.read_text())
         path.unlink()
