@@ -8,8 +8,8 @@ keys and values at its positions 0..p alone. Not on who else is in the batch, on
 cut into chunks, on whether it ran alone or in a chunk, on how long the tables are. Why this needs a
 formulation of its own: matrix libraries add up in another order when a matrix has another number of
 rows or columns, and attention over a dense cache has as many columns as the cache has positions.
-What does not change a row's bits is the number of rows, from 2 on, against a matrix that lies
-transposed in memory (../README.md). So there are two matmuls here, each against a block:
+What does not change a row's bits is the number of rows, from `_LEAST_ROWS` on, against a matrix
+that lies transposed in memory (../README.md). So there are two matmuls here, each against a block:
 
   scores  [X, Q] @ [C, Q]^T        mixed  [X, C] @ [Q, C]^T
 
@@ -38,7 +38,8 @@ from moe_jax.pytree import Leaf
 
 TILE = 64  # positions visited at a time
 LEAST_BLOCK = 16  # positions; with fewer, bits depend on the number of rows
-_LEAST_ROWS = 2
+# Query rows that keep their bits among others; JAX 0.12 needs more for narrow heads (AVX-512).
+_LEAST_ROWS = 2 if jax.__version_info__ < (0, 11) else 16
 
 
 @jax.tree_util.register_dataclass
