@@ -124,6 +124,10 @@ def apply_to_checkpoint(
 
     Returns:
       A sentence for people: what was moved.
+
+    Raises:
+      Refused: a plan of another model, an output that is there, a damaged step, a run whose config
+        or tokenizer cannot come along; nothing is written.
     """
     plan = plan_lib.Plan.read(plan_path)
     source, workdir = _step_folder(pathlib.Path(checkpoint_in))

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -153,6 +154,17 @@ def test_a_program_from_a_pipe_runs(tmp_path):
 def test_where_the_setting_is_taken_away_there_is_no_third_start(tmp_path):
     starts, said, pid = _run(tmp_path, "--word=a", privileged=True)
     assert (starts, said) == (2, ["a", pid, None])
+
+
+def test_debuggers_of_newer_pythons_are_seen(monkeypatch):
+    """They are told of by `sys.monitoring`, and not by a trace function."""
+    tools = {0: None}
+    monitoring = types.SimpleNamespace(DEBUGGER_ID=0, get_tool=tools.get)
+    monkeypatch.setattr(sys, "monitoring", monitoring, raising=False)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    assert not hugepages._debugged()
+    tools[0] = "debugpy"
+    assert hugepages._debugged()
 
 
 def test_a_refusal_comes_from_the_first_start(tmp_path):

@@ -100,7 +100,8 @@ def newest_good(
 
     Raises:
       OtherVersion: the newest that is whole is of another version than this program reads.
-      Refused: there are steps, and all of them are damaged.
+      Refused: there are steps, and all of them are damaged; or, with `move_bad`, all that the run
+        made, and what it began with is whole.
     """
     search = Search(pathlib.Path(directory), warn, verify=verify, move_bad=move_bad, before=before)
     while found := search.next():

@@ -65,7 +65,8 @@ def restore_newest(
       ahead: from `digests_ahead`; used if this step and this process are those that they are of.
 
     Raises:
-      Refused: all steps are damaged. What `read` raised of a step that is not.
+      Refused: all steps are damaged, or (with `move_bad`) all that the run made. What `read` raised
+        of a step that is not.
     """
     directory = pathlib.Path(directory)
     first = jax.process_index() == 0

@@ -39,6 +39,7 @@ from moe_jax.config.fields import (
 )
 from moe_jax.config.rules import (
     check_devices,
+    check_seed,
     check_trainable,
     validate,
     with_dispatch,
@@ -60,6 +61,7 @@ __all__ = [
     "RopeConfig",
     "TrainConfig",
     "check_devices",
+    "check_seed",
     "check_trainable",
     "complete",
     "digest",

@@ -302,6 +302,12 @@ def check_trainable(config: Config) -> None:
         )
 
 
+def check_seed(field: str, seed: int) -> None:
+    """Refuses what not every generator takes; `field` names it in the message."""
+    if not 0 <= seed < 2**31:
+        raise Refused(field, seed, "must lie in [0, 2^31)", "use 0")
+
+
 def check_devices(config: Config, num_devices: int) -> None:
     """Refuses a mesh that needs more devices than all processes have together."""
     needed = config.mesh.num_devices
@@ -373,8 +379,7 @@ def _validate_training(config: Config) -> None:
         raise Refused("train.pre_activations", "store", rule, fix)
     _one_of("train.failed_save", train.failed_save, FAILED_SAVES)
     for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
-        if not 0 <= seed < 2**31:
-            raise Refused(field, seed, "must lie in [0, 2^31)", "use 0")
+        check_seed(field, seed)
     _positive(optimizer, "optimizer", ("learning_rate", "clip_norm"))
     for name in ("b1", "b2"):
         if not 0 <= getattr(optimizer, name) < 1:

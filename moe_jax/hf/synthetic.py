@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import config as config_lib
 from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json, layout, safetensors
@@ -99,8 +100,7 @@ def make(shape: str, out: str | os.PathLike, seed: int = 0, **changed: Any) -> i
     if shape not in SHAPES:
         rule = f"must be one of {', '.join(map(repr, SHAPES))}"
         raise Refused("SHAPE", shape, rule, "use one of them")
-    if not 0 <= seed < 2**31:
-        raise Refused("--seed", seed, "must lie in [0, 2^31)", "use 0")
+    config_lib.check_seed("--seed", seed)
     with folder_lib.new(out) as made:
         with files.atomic_write(made / config_json.NAME, "w") as file:
             json.dump({"model_type": shape, **_COMMON, **SHAPES[shape], **changed}, file, indent=1)

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax import config as config_lib
 from moe_jax.errors import Refused
 
 
@@ -31,8 +32,7 @@ class Sampling:
             raise Refused("--temperature", self.temperature, "must be at least 0", "0 = greedy")
         if not 0 < self.top_p <= 1:
             raise Refused("--top_p", self.top_p, "must lie in (0, 1]", "1 keeps every token")
-        if not 0 <= self.seed < 2**31:
-            raise Refused("--seed", self.seed, "must lie in [0, 2^31)", "use 0")
+        config_lib.check_seed("--seed", self.seed)
 
 
 def choose(logits_BV: jax.Array, position_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -167,7 +167,11 @@ class Tokens:
 
 
 def of_run(root: pathlib.Path, config: Config) -> Text:
-    """Of a run: bytes, or the tokenizer that its config names, in its work directory."""
+    """Of a run: bytes, or the tokenizer that its config names, in its work directory.
+
+    Raises:
+      Refused: as `of_folder`.
+    """
     if not config.data.tokenizer:
         return Bytes()
     kept, size = root / config.data.tokenizer, config.model.vocab_size

@@ -73,8 +73,7 @@ class Wanted:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**31:
-            raise Refused("--seed", self.seed, "must lie in [0, 2^31)", "use 0")
+        config_lib.check_seed("--seed", self.seed)
 
 
 def config(dense: Config, wanted: Wanted) -> Config:

@@ -24,7 +24,7 @@ import numpy as np
 from moe_jax.errors import Refused
 from moe_jax.placement.formats import raw, safetensors
 from moe_jax.placement.formats.hints import Hints
-from moe_jax.placement.formats.plans import MAX_ROWS
+from moe_jax.placement.formats.plans import rows_up_to
 from moe_jax.routing import affinity
 from moe_jax.routing.trace import Trace
 
@@ -125,9 +125,7 @@ def _of_vectors(vectors: dict[tuple[int, int], np.ndarray], hints: Hints) -> Cou
 
 def sglang_text(counts: Counts, hints: Hints) -> str:
     """`logical_count` as JSON, with a row for every layer of the model up to the last counted."""
-    rows = max(counts.layer_ids) + 1
-    if rows > MAX_ROWS:
-        raise Refused("layer_ids", rows - 1, f"at most {MAX_ROWS - 1}", "Number the layers anew")
+    rows = rows_up_to(counts.layer_ids)
     lines = []
     for count_LE in counts.count_SLE:  # one by one: the rows of all steps may not fit
         table = np.zeros((rows, counts.num_experts), np.int64)

@@ -16,6 +16,7 @@ Axes: L layers, E logical experts, P slots (physical experts), M devices.
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -212,12 +213,22 @@ def exflow_text(plan: Plan, hints: Hints) -> str:
     return f"{CSV_HEAD}\n" + "\n".join(lines) + "\n"
 
 
+def rows_up_to(layer_ids: Sequence[int]) -> int:
+    """Rows of a table with one for every layer of the model up to the last of these.
+
+    Raises:
+      Refused: more than `MAX_ROWS`.
+    """
+    rows = max(layer_ids) + 1
+    if rows > MAX_ROWS:
+        raise Refused("layer_ids", rows - 1, f"at most {MAX_ROWS - 1}", "Number the layers anew")
+    return rows
+
+
 def rows_by_layer(plan: Plan, hints: Hints) -> np.ndarray:
     """int32 [rows, P]: the map with a row for every layer of the model up to the last planned."""
     placement = plan.placement
-    rows = max(plan.layer_ids) + 1
-    if rows > MAX_ROWS:
-        raise Refused("layer_ids", rows - 1, f"at most {MAX_ROWS - 1}", "Number the layers anew")
+    rows = rows_up_to(plan.layer_ids)
     filler_P = np.arange(placement.num_slots, dtype=np.int32) % placement.num_experts
     slots_LP = np.tile(filler_P, (rows, 1))
     slots_LP[list(plan.layer_ids)] = placement.physical_to_logical_LP

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.errors import Refused
-from moe_jax.placement.formats import plans, traces
+from moe_jax.placement.formats import traces
 from moe_jax.placement.formats.hints import Hints
+from moe_jax.placement.formats.plans import rows_up_to
 from moe_jax.routing.trace import Trace
 
 NONE = -1  # no expert
@@ -25,10 +25,7 @@ def sglang_arrays(trace: Trace, hints: Hints) -> dict[str, np.ndarray]:
     """
     _lost(trace, hints, ("weights", trace.expert_weights_TLK))
     ids_LTK = _signed(trace).transpose(1, 0, 2)
-    layers, tokens, top_k = max(trace.layer_ids) + 1, trace.num_tokens, trace.top_k
-    if layers > plans.MAX_ROWS:
-        rule = f"at most {plans.MAX_ROWS - 1}"
-        raise Refused("layer_ids", layers - 1, rule, "Number the layers anew")
+    layers, tokens, top_k = rows_up_to(trace.layer_ids), trace.num_tokens, trace.top_k
     ids_NTK = np.full((layers, tokens, top_k), NONE, np.int32)
     ids_NTK[list(trace.layer_ids)] = ids_LTK
     slots_NE = np.tile(np.arange(trace.num_experts, dtype=np.int32), (layers, 1))
