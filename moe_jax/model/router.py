@@ -67,8 +67,32 @@ def sparse_mixer(
     return jnp.stack(weights, axis=1)
 
 
+@jax.custom_jvp
+def softmax(logits_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """`jax.nn.softmax` over experts, with bits that do not depend on a row's place among the rows.
+
+    `shuffled` and `coherent` put rows where experts are. Where one loop subtracts and takes the
+    exponential of rows of 3 to 8 experts, the rows that fill no vector have other bits than those
+    that do (JAX 0.12, CPU with AVX-512), hence the barrier.
+    """
+    below_TE = jax.lax.optimization_barrier(logits_TE - logits_TE.max(axis=1, keepdims=True))
+    power_TE = jnp.exp(below_TE)
+    return power_TE / power_TE.sum(axis=1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    (logits_TE,), (tangent_TE,) = primals, tangents
+    share_TE = softmax(logits_TE)
+    return share_TE, share_TE * (tangent_TE - (share_TE * tangent_TE).sum(axis=1, keepdims=True))
+
+
+Score = Callable[[jax.Array], jax.Array]
 # What logits become, and what its shares are: the probabilities of the load-balance loss.
-SCORES = {"softmax": (jax.nn.softmax, unchanged), "sigmoid": (jax.nn.sigmoid, normalised)}
+SCORES: dict[str, tuple[Score, Score]] = {
+    "softmax": (softmax, unchanged),
+    "sigmoid": (jax.nn.sigmoid, normalised),
+}
 # Of a group of experts: its best one (DeepSeek-V2, arXiv 2405.04434), or the sum of its best two
 # (DeepSeek-V3, arXiv 2412.19437).
 GROUP_SCORES = {

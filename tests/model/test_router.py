@@ -99,6 +99,26 @@ def test_the_correction_has_no_gradient_and_scores_have_that_of_a_dense_formula(
     np.testing.assert_allclose(of_router, jax.grad(dense)(router_DE), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("num_experts", [4, 5, 6, 7, 8, 64])
+def test_softmax_has_bits_that_do_not_depend_on_a_rows_place(num_experts):
+    rng = np.random.default_rng(num_experts)
+    compiled = jax.jit(router.softmax)
+    for num_rows in (26, 27, 31, 47, 131):
+        logits_TE = rng.normal(size=(num_rows, num_experts)).astype(np.float32)
+        share_TE = np.asarray(compiled(logits_TE))
+        for _ in range(8):
+            order_T = rng.permutation(num_rows)
+            np.testing.assert_array_equal(compiled(logits_TE[order_T]), share_TE[order_T])
+    np.testing.assert_allclose(share_TE, jax.nn.softmax(logits_TE), rtol=1e-6)
+    logits_TE = jnp.asarray(logits_TE)
+    aim_TE = rng.normal(size=logits_TE.shape).astype(np.float32)
+    gradient, expected = (
+        jax.grad(lambda x, f=f: (f(x) * aim_TE).sum())(logits_TE)
+        for f in (router.softmax, jax.nn.softmax)
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6)  # sums of E terms up to 1
+
+
 @pytest.mark.parametrize(
     ("fields", "match"),
     [

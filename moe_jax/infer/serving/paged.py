@@ -38,8 +38,7 @@ from moe_jax.pytree import Leaf
 
 TILE = 64  # positions visited at a time
 LEAST_BLOCK = 16  # positions; with fewer, bits depend on the number of rows
-# Query rows that keep their bits among others; JAX 0.12 needs more for narrow heads (AVX-512).
-_LEAST_ROWS = 2 if jax.__version_info__ < (0, 11) else 16
+_LEAST_ROWS = 2  # query rows that keep their bits among others
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +152,9 @@ def mix(
         # A row that has seen nothing yet has no maximum; any number serves.
         base_AGX1 = jnp.where(new_AGX1 == -jnp.inf, 0.0, new_AGX1)
         share_ABGXC = jnp.exp(logits_ABGXC - base_AGX1[:, None])
-        kept_AGX1 = jnp.exp(most_AGX1 - base_AGX1)
+        # In one loop with its subtraction an exponential that fills no vector has other bits than
+        # one that does (jax 0.12.0.1, AVX-512).
+        kept_AGX1 = jnp.exp(jax.lax.optimization_barrier(most_AGX1 - base_AGX1))
         mixed_ABGXQ = _dot("abgxc,abgqc->abgxq", share_ABGXC.astype(value_ABGQC.dtype), value_ABGQC)
         # Products that are rounded by themselves: the compiler may make one operation of a product
         # and an addition, and does so in some loops only.
