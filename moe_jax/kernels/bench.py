@@ -3,7 +3,7 @@
     python -m moe_jax.kernels.bench [--shapes=g16,g64,quickstart,decode,decode16]
                                     [--patterns=zipf,...] [--implementation=cpu]
                                     [--seconds=4] [--json]
-                                    [--opponents=ragged_dot,megablox,tokamax]
+                                    [--opponents=ragged_dot,batched,megablox,tokamax]
                                     [--passes=forward,dx,dw]
 
 Shapes that nobody trains on are measured with transposed weights, too: as inference keeps them.
@@ -244,12 +244,16 @@ def _time(call: Callable[[], Any], count: int = 1) -> tuple[float, float]:
     return (time.perf_counter() - start) / count, (time.process_time() - start_cpu) / count
 
 
-def _able(names: Iterable[str], shape: Shape) -> tuple[dict[str, Dot], dict[str, str]]:
+def _able(
+    names: Iterable[str], shape: Shape, patterns: set[str]
+) -> tuple[dict[str, Dot], dict[str, str]]:
     """Opponents that run here, and why the others do not."""
+    full = shape.used_rows == shape.num_rows and shape.num_rows % shape.num_groups == 0
+    equal_groups = full and patterns == {"uniform"}
     able, left_out = {}, {}
     for name in names:
         try:
-            able[name] = opponent(name, jax.default_backend(), shape.num_rows)
+            able[name] = opponent(name, jax.default_backend(), shape.num_rows, equal_groups)
         except Refused as error:
             left_out[name] = error.rule
     return able, left_out
@@ -286,7 +290,7 @@ def measure(
     built: tuple[str, Any] = "", None
     for done, (name, pattern) in enumerate(cases, start=1):
         shape = SHAPES[name]
-        able, left_out = _able(opponents, shape)
+        able, left_out = _able(opponents, shape, {p for other, p in cases if other == name})
         if built[0] != name:
             for who, why in left_out.items():
                 print(f"  {name}: {who} left out: {why}", file=sys.stderr)

@@ -73,8 +73,22 @@ def test_opponents_that_cannot_run_are_named_and_left_out(capsys):
     assert row["roofline"] == dict.fromkeys(["dense", *row["ratio"]])  # no peaks are known
     with pytest.raises(Refused, match=r"'megablox': takes multiples of 128 rows, and the buffer h"):
         opponents.opponent("megablox", "tpu", 130)
-    with pytest.raises(Refused, match=r"--opponents = 'cutlass': must be among ragged_dot, megabl"):
+    with pytest.raises(Refused, match=r"--opponents = 'cutlass': must be among ragged_dot, batche"):
         opponents.opponent("cutlass", "gpu", 128)
+
+
+def test_batched_takes_equal_groups_alone():
+    """Their values are those of a dot for each group."""
+    dot = opponents.opponent("batched", "cpu", 12, equal_groups=True)
+    rng = np.random.default_rng(0)
+    x_ND, w_GDF = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((12, 5), (3, 5, 7)))
+    want = np.concatenate([x_ND[4 * g : 4 * g + 4] @ w_GDF[g] for g in range(3)])
+    np.testing.assert_allclose(dot(x_ND, w_GDF, jnp.full(3, 4)), want, rtol=0, atol=1e-5)
+    for shape, patterns in (("g16", {"uniform", "zipf"}), ("decode", {"uniform"})):
+        able, left_out = bench._able(["batched"], bench.SHAPES[shape], patterns)
+        assert not able
+        assert "groups that differ or leave rows unused" in left_out["batched"]
+    assert "batched" in bench._able(["batched"], bench.SHAPES["g64"], {"uniform"})[0]
 
 
 def test_megablox_is_called_as_it_wants_and_unused_rows_are_zero():
