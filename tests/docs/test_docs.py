@@ -78,6 +78,10 @@ def test_the_snippet_that_writes_a_trace(tmp_path, monkeypatch):
     exec(snippet, {"arrays": arrays})
     written = trace_lib.load("trace.npz")
     assert (written.num_tokens, written.num_sequences, written.num_experts) == (8, 2, 32)
+    assert written.layer_ids == (0, 1)
+    of_model = [np.concatenate([np.zeros_like(one[:, :1]), one], axis=1) for one in arrays]
+    exec(snippet, {"arrays": of_model})  # the first layer is dense
+    assert trace_lib.load("trace.npz").layer_ids == (1, 2)
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))

@@ -19,6 +19,7 @@ from moe_jax.placement.plan import Placement, Plan
 from moe_jax.routing import affinity, synthetic
 from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
+from tests import torch_bytes as tb
 
 # name -> file name, format: every way to write a plan
 PLANS = {
@@ -264,11 +265,37 @@ def test_sglang_records_are_sequences_and_slots_become_experts(tmp_path):
         "records": [prefill, empty, record],
         "last_physical_to_logical_map": [[0, 1, 2, 3, 4], [3, 2, 1, 0, 4], [4, 0, 1, 2, 3]],
     }
-    trace = read(tmp_path, "d.json", json.dumps(dump), Hints(num_experts=16))
+    hints = Hints(num_experts=16)
+    trace = read(tmp_path, "d.json", json.dumps(dump), hints)
     assert trace.seq_len.tolist() == [1, 1, 2]
+    assert any("go on from pass to pass" in note for note in hints.notes)
     once = [[[0, 3], [1, 0]], [[2, 1], [4, 255]]]
     assert trace.expert_ids_TLK.tolist() == once * 2
     assert trace.num_experts == 16
+
+
+def test_dumps_of_all_ranks_are_one_trace_without_repeats(tmp_path):
+    """Ranks 0 and 1 saw the same requests, rank 2 was idle, rank 3 had requests of its own."""
+
+    def write(rank, ids_LTK):
+        lens = tb.list_of(tb.number(ids_LTK.shape[1]))
+        record = tb.dict_of(topk_ids_of_layer=tb.whole(ids_LTK, "0"), extend_seq_lens=lens)
+        path = tmp_path / f"expert_distribution_recorder_17.5_{rank}.pt"
+        path.write_bytes(tb.archive(record, np.ascontiguousarray(ids_LTK)))
+
+    one_LTK = np.array([[[0, 3], [1, 2], [2, 0]]], "<i4")
+    other_LTK = np.array([[[3, 1], [0, 1]]], "<i4")
+    for rank, ids_LTK in enumerate((one_LTK, one_LTK, one_LTK[:, :0], other_LTK)):
+        write(rank, ids_LTK)
+    hints = Hints(num_experts=4)
+    trace = convert_lib.read(tmp_path, hints).value
+    assert trace.seq_len.tolist() == [3, 2]
+    wanted = np.concatenate([one_LTK, other_LTK], axis=1)
+    np.testing.assert_array_equal(trace.expert_ids_TLK.swapaxes(0, 1), wanted)
+    assert any("repeat another one" in note for note in hints.notes)
+    write(4, np.array([[[3, 1, 2]]], "<i4"))
+    with pytest.raises(Refused, match=r"recorder_17.5_4.pt = .*as in expert_distribution_reco"):
+        convert_lib.read(tmp_path, Hints(num_experts=4))
 
 
 def test_identities_of_tokens_come_along_where_every_token_has_one(tmp_path):
@@ -716,7 +743,7 @@ BAD = {
     "jsonl: truncated": ("a.jsonl", megatron_lines()[:-20], "a.jsonl:8"),
     "jsonl: not UTF-8": ("a.jsonl", b"\xff\xfe\n", "UTF-8"),
     "jsonl: missing layer": ("a.jsonl", megatron_lines(layer=3), "is missing"),
-    "jsonl: duplicate layer": ("a.jsonl", megatron_lines(layer=2), "has it already"),
+    "jsonl: duplicate layer": ("a.jsonl", megatron_lines(layer=2), "layer = 1: is missing"),
     "jsonl: tokens": ("a.jsonl", megatron_lines(num_tokens=3), "num_tokens"),
     "jsonl: topk": ("a.jsonl", megatron_lines(topk=3), "topk"),
     "jsonl: topk a text": ("a.jsonl", megatron_lines(topk="2"), "topk"),

@@ -109,6 +109,39 @@ def test_ranks_that_repeat_another_are_left_out(tmp_path):
     assert any("tensor-parallel" in note for note in hints.notes)
 
 
+def lines_of(path, layers, *passes) -> None:
+    """A step of one rank with several passes, one after the other."""
+    lines = [
+        {"step": 0, "layer": layer, "rank": 0, "num_tokens": TOKENS, "topk": 2, "top_indices": ids}
+        for one in passes
+        for layer, ids in ((layer, experts(one, 0, layer)) for layer in layers)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_microbatches_of_a_step_are_passes_and_recomputed_ones_are_left_out(tmp_path):
+    lines_of(tmp_path / "router_trace_rank0.jsonl", range(LAYERS), 0, 1, 0, 2)
+    hints = Hints()
+    trace = convert_lib.read(tmp_path / "router_trace_rank0.jsonl", hints).value
+    check(trace, (0, 1, 2, 3), (0,))
+    assert trace.seq_name == tuple(f"step 0 rank 0 pass {number}" for number in (0, 1, 3))
+    assert any("recomputed" in note for note in hints.notes)
+
+
+def test_layers_that_count_from_1_have_to_be_said(tmp_path, capsys):
+    source, out = tmp_path / "router_trace_rank0.jsonl", tmp_path / "o.npz"
+    lines_of(source, (1, 2, 3), 0, 1)
+    assert command_line.main(["convert", str(source), str(out)]) == 0
+    assert trace_lib.load(out).layer_ids == (1, 2, 3)
+    assert "give --layer-base=1" in capsys.readouterr().out
+    assert command_line.main(["convert", str(source), str(out), "--layer-base=1"]) == 0
+    assert trace_lib.load(out).layer_ids == (0, 1, 2)
+    assert "--layer-base" not in capsys.readouterr().out
+    lines_of(source, (0, 1, 2), 0, 1)
+    with pytest.raises(Refused, match="layer = 0: at least --layer-base=1"):
+        convert_lib.read(source, Hints(layer_base=1))
+
+
 @pytest.mark.parametrize(
     ("ranks", "stages", "skip", "message"),
     [

@@ -20,7 +20,7 @@ def add(commands) -> None:
     command.add_argument(
         "source",
         metavar="IN",
-        help="file of any name, known by its content (also .pt), or a folder of Megatron-LM traces",
+        help="file of any name, known by its content (also .pt), or a folder of all ranks' files",
     )
     command.add_argument(
         "target", metavar="OUT", help=".json .yaml .csv .npy .npz .jsonl .safetensors"
@@ -43,6 +43,12 @@ def add(commands) -> None:
         help="of a Megatron-LM trace whose stages number their layers from 0",
     )
     command.add_argument(
+        "--layer-base",
+        type=int,
+        choices=(0, 1),
+        help="number of the model's first layer in a Megatron-LM trace: 1 in its routing replay's",
+    )
+    command.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )
     command.set_defaults(run=run)
@@ -52,7 +58,13 @@ def run(options: argparse.Namespace) -> str:
     """Reads a plan, a trace or counts of any known format, and writes another."""
     options_lib.files_ok(options.target)
     layer_ids = None if options.layer_ids is None else parse_layer_ids(options.layer_ids)
-    hints = Hints(options.devices, options.num_experts, layer_ids, options.pipeline_stages)
+    hints = Hints(
+        options.devices,
+        options.num_experts,
+        layer_ids,
+        options.pipeline_stages,
+        options.layer_base,
+    )
     done = convert_lib.convert(options.source, options.target, options.format, hints)
     value = done.found.value
     digest = None if isinstance(value, Counts) else value.digest

@@ -36,6 +36,7 @@ from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
 FORMATS = ("own", "sglang", "vllm", "tensorrt-llm", "exflow", "sglang-jax", "megatron")
+_DUMPS = "expert_distribution_recorder_*.pt"  # one of each rank
 _DUMP = (traces.IDS, traces.SEQ_LENS, traces.SLOTS, traces.TOKENS, counts_lib.COUNT)
 # Extension of the output -> formats of a plan; the first one is the default.
 _PLAN_SUFFIXES = {
@@ -98,6 +99,9 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     path = pathlib.Path(source)
     if path.is_dir() and counts_lib.rank_files(path):
         return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
+    if path.is_dir() and (dumps := sorted(path.glob(_DUMPS))):
+        fields = ((one.name, raw.json_object(torchfile.read(one), str(one))) for one in dumps)
+        return Found(traces.read_sglang_ranks(fields, hints, raw.int_saved), "SGLang")
     kind = "jsonl" if path.is_dir() else content.kind_of(path)
     if kind == "jsonl":
         return Found(megatron.read_megatron(path, hints), "Megatron-LM")

@@ -26,6 +26,7 @@ class Hints:
       layer_ids: the model's numbers of the layers: names the rows of a format that does not number
         them, selects among the rows of one that does.
       pipeline_stages: of a Megatron-LM trace whose stages number their layers from 0.
+      layer_base: the number that a Megatron-LM trace gives the model's first layer.
       notes: what was inferred or left out, one sentence each.
     """
 
@@ -33,6 +34,7 @@ class Hints:
     num_experts: int | None = None
     layer_ids: tuple[int, ...] | None = None
     pipeline_stages: int | None = None
+    layer_base: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def note(self, sentence: str) -> None:

@@ -2,8 +2,8 @@
 
 Axes: L layers, E logical experts, P slots (physical experts), M devices.
 
-- SGLang hands every key of the file to a function that knows `physical_to_logical_map` only (the
-  newest versions pick that key), so its file has this one key.
+- SGLang hands every key of the file to a function that knows `physical_to_logical_map` only, so its
+  file has this one key.
 - SGLang and sglang-jax index the map by the number of the model's layer, dense layers included. A
   plan of layers 3..60 is therefore written with 61 rows; rows of layers that are not in the plan
   hold expert p mod E in slot p, which is what these programs do without a plan.

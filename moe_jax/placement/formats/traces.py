@@ -7,7 +7,8 @@ What these files do not hold:
   id, that cannot be so, and a note says that best-expert figures mean nothing.
 - Identities of tokens, unless a SGLang dump has them (`input_ids`).
 - Borders of sequences. A SGLang array or an ExFlow trace is one sequence unless the file says
-  more (`extend_seq_lens`); records of a SGLang dump are one sequence each.
+  more (`extend_seq_lens`); records of a SGLang dump are one sequence each. SGLang's decode passes
+  say nothing: a token of each running request, which go on in the next pass.
 
 SGLang records slots, not experts: where the dump has `last_physical_to_logical_map`, ids are taken
 back to experts through it. Its rows are layers of the model; rows without any expert are dense
@@ -15,8 +16,9 @@ layers and left out, like tokens without any expert (padding). It records eight 
 whatever the model has; columns without any expert are left out too.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +59,62 @@ def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.in
       hints: what it does not say.
       table: how its tables are checked: raw.int_table of JSON, raw.int_saved of `.pt` files.
     """
+    return read_sglang_ranks([("dump", fields)], hints, table)
+
+
+def read_sglang_ranks(
+    dumps: Iterable[tuple[str, dict[str, Any]]], hints: Hints, table: Table = raw.int_table
+) -> Trace:
+    """The dumps (name, fields) of all ranks of one recording, one after the other.
+
+    Ranks that record the same requests (tensor-parallel) repeat each other, and one of them stays;
+    with data-parallel attention each has requests of its own.
+    """
+    kept: list[_Recorded] = []
+    seen: set[bytes] = set()
+    names: list[str] = []
+    for name, fields in dumps:
+        names.append(name)
+        one = _recorded(fields, name, hints, table)
+        if one is None:
+            continue
+        digest = hashlib.sha256(f"{one.ids_LTK.shape}".encode() + one.ids_LTK.tobytes()).digest()
+        if digest in seen:
+            hints.note("ranks that repeat another one (tensor-parallel) are left out")
+            continue
+        seen.add(digest)
+        first = kept[0] if kept else one
+        if one.ids_LTK[:, 0].shape != first.ids_LTK[:, 0].shape:
+            raise Refused(
+                name, one.ids_LTK.shape, f"as in {names[0]}", "Give one recording's dumps"
+            )
+        if not _same(one.slots_LP, first.slots_LP):
+            rule = f"another map than in {names[0]}"
+            raise Refused(f"{name}.{SLOTS}", "a map", rule, "Record while no expert moves")
+        kept.append(one)
+    if not kept:
+        raise Refused("records", ", ".join(names), "no token", "Record at least one token")
+    tokens = [one.tokens_T for one in kept if one.tokens_T is not None]
+    return _sglang_trace(
+        np.concatenate([one.ids_LTK for one in kept], axis=1),
+        [length for one in kept for length in one.lens],
+        kept[0].slots_LP,
+        np.concatenate(tokens) if tokens else None,
+        hints,
+    )
+
+
+class _Recorded(NamedTuple):
+    """What one dump holds; identities of tokens may be fewer than tokens."""
+
+    ids_LTK: np.ndarray
+    lens: list[int]
+    slots_LP: np.ndarray | None
+    tokens_T: np.ndarray | None
+
+
+def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> "_Recorded | None":
+    """None where no token is recorded, as by idle ranks."""
     records = fields.get("records", [fields])
     if not isinstance(records, list) or not records:
         raise Refused(
@@ -67,7 +125,7 @@ def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.in
     tokens: list[np.ndarray] = []
     seen: set[int] = set()
     for number, record in enumerate(records):
-        name = f"records[{number}]" if "records" in fields else "dump"
+        name = f"records[{number}]" if "records" in fields else dump
         if not isinstance(record, dict) or IDS not in record:
             raise Refused(
                 name,
@@ -87,18 +145,28 @@ def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.in
         said = record.get(SEQ_LENS)
         if said is not None:
             said = table(said, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
+        elif len(records) > 1:
+            hints.note(
+                f"passes without {SEQ_LENS} (decoding: a token of each running request) are one "
+                "sequence each. Requests go on from pass to pass, so random halves are not "
+                "independent: take --split=time, or record prefill alone"
+            )
         parts.append(part_LTK)
         lens += _lengths(said, part_LTK.shape[1], f"{name}.{SEQ_LENS}")
         tokens_T = record.get(TOKENS)
         if tokens_T is not None:
             tokens.append(table(tokens_T, f"{name}.{TOKENS}", ("tokens",)))
     if not parts:
-        raise Refused("records", f"list of {len(records)}", "no token", "Record at least one token")
+        return None
     slots_LP = fields.get(SLOTS)
     if slots_LP is not None:
         slots_LP = table(slots_LP, SLOTS, ("layers", "slots"))
     tokens_T = np.concatenate(tokens) if tokens else None
-    return _sglang_trace(np.concatenate(parts, axis=1), lens, slots_LP, tokens_T, hints)
+    return _Recorded(np.concatenate(parts, axis=1), lens, slots_LP, tokens_T)
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return b is None if a is None else b is not None and np.array_equal(a, b)
 
 
 def _without_tokens(ids: Any) -> bool:
