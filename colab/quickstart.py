@@ -37,7 +37,7 @@ import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/moe_jax"  # where this notebook comes from
-EXTRA = "[cuda]" if shutil.which("nvidia-smi") else ""  # "[tpu]" on a TPU
+EXTRA = "[cuda12]" if shutil.which("nvidia-smi") else ""  # "[tpu]" on a TPU
 
 # In a checkout there is nothing to install.
 sys.path[:0] = [str(p) for p in (pathlib.Path(".."), pathlib.Path(".")) if (p / "moe_jax").is_dir()]

@@ -6,7 +6,9 @@
 #
 # IMAGE holds this checkout, installed with '.[tpu]', as its working directory. GKE sets the
 # variables that --distributed=auto reads. The work directory and the text are on a volume that all
-# containers mount. A container that is restarted goes on from the last checkpoint by itself.
+# containers mount (xpk storage attach, before this). A container that is restarted goes on from the
+# last checkpoint by itself; xpk restarts none unless it is told to. After a SIGTERM the exit code is
+# 0, and GKE then counts the job as done: the same command starts it again.
 #
 # Run: the flags (tests/examples). Not run: xpk, GKE, and a slice.
 set -eu
@@ -16,6 +18,8 @@ xpk workload create \
   --workload=moe-100m \
   --tpu-type=v5p-64 \
   --num-slices=1 \
+  --max-restarts=10 --restart-on-user-code-failure \
+  --termination-grace-period-seconds=120 \
   --docker-image="$IMAGE" \
   --command="python train.py \
     --config=configs/moe_100m.py \

@@ -1,11 +1,13 @@
 """Text as tokens: a folder of files, split into train and held-out by file, in shuffled windows.
 
-Tokens are bytes, or those of a tokenizer.
+Where files are so few that one split would have too little, every file is split instead: its end
+is held out. Tokens are bytes, or those of a tokenizer.
 Grain shuffles, repeats and batches the windows; its iterator's state is a small JSON value that
 goes into the checkpoint, so that a restarted run sees the batches it would have seen.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -35,6 +37,15 @@ class Corpus:
     held_out: np.ndarray
     name: str
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of both splits: a position in a text is one in that text alone."""
+        digest = hashlib.sha256()
+        for tokens in (self.train, self.held_out):
+            digest.update(f"{tokens.dtype} {tokens.size} ".encode())
+            digest.update(np.ascontiguousarray(tokens).data)
+        return digest.hexdigest()
+
 
 def load_corpus(config: DataConfig) -> Corpus:
     """Reads the text files below `config.path`, in the order of their names' hashes.
@@ -54,15 +65,11 @@ def load_corpus(config: DataConfig) -> Corpus:
     ]
     # By hash, so that a prefix of `max_bytes` is a sample of all folders, the same on every host.
     name_of = {path: path.relative_to(folder).as_posix() for path in files}
-    splits: dict[bool, list[bytes]] = {False: [], True: []}
-    budget = {True: int(config.max_bytes * config.held_out_fraction)}
-    budget[False] = config.max_bytes - budget[True]
-    for path in sorted(files, key=lambda path: _share("order of " + name_of[path])):
-        held_out = _share(name_of[path]) < config.held_out_fraction
-        if budget[held_out] > 0:
-            text = _read(path)[: budget[held_out]] + bytes([SEPARATOR])
-            budget[held_out] -= len(text)
-            splits[held_out].append(text)
+    order = sorted(files, key=lambda path: _share("order of " + name_of[path]))
+    held_out_files = {path for path in files if _share(name_of[path]) < config.held_out_fraction}
+    splits = _split(order, held_out_files, config)
+    if any(sum(map(len, parts)) < config.seq_len + 1 for parts in splits.values()):
+        splits = _split(order, None, config)
     for held_out, parts in splits.items():
         if sum(map(len, parts)) < config.seq_len + 1:
             raise Refused(
@@ -76,6 +83,36 @@ def load_corpus(config: DataConfig) -> Corpus:
         np.frombuffer(b"".join(splits[key]), np.uint8) for key in (False, True)
     )
     return Corpus(train_text, held_out_text, name)
+
+
+def _split(
+    order: list[pathlib.Path], held_out_files: set[pathlib.Path] | None, config: DataConfig
+) -> dict[bool, list[bytes]]:
+    """Texts by whether they are held out, each split up to its part of `max_bytes`.
+
+    Args:
+      order: of all files.
+      held_out_files: those that are held out, whole; None: the end of every file.
+      config: with the fraction.
+    """
+    splits: dict[bool, list[bytes]] = {False: [], True: []}
+    budget = {True: int(config.max_bytes * config.held_out_fraction)}
+    budget[False] = config.max_bytes - budget[True]
+    for path in order:
+        if held_out_files is not None:
+            held_out = path in held_out_files
+            parts = {held_out: _read(path, budget[held_out])} if budget[held_out] > 0 else {}
+        elif min(budget.values()) > 0:
+            text = _read(path, sum(budget.values()))
+            cut = len(text) - int(len(text) * config.held_out_fraction)
+            parts = {False: text[:cut], True: text[cut:]}
+        else:
+            break
+        for held_out, text in parts.items():
+            text = text[: budget[held_out]] + bytes([SEPARATOR])
+            budget[held_out] -= len(text)
+            splits[held_out].append(text)
+    return splits
 
 
 def tokenised(corpus: Corpus, tokens_of: Callable[[np.ndarray], np.ndarray]) -> Corpus:
@@ -107,9 +144,11 @@ def _folder(config: DataConfig) -> tuple[pathlib.Path, str]:
     return folder, folder.name
 
 
-def _read(path: pathlib.Path) -> bytes:
+def _read(path: pathlib.Path, limit: int) -> bytes:
+    """At most the first `limit` bytes: a file may be larger than memory."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(limit)
     except OSError as error:
         rule = f"cannot be read ({error.strerror})"
         raise Refused("data.path", str(path), rule, "make it readable, or move it away") from None

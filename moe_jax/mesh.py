@@ -75,7 +75,16 @@ def initialize(platform: str, virtual_devices: int, multi_process: str = "auto")
                 f"start a new process, or set virtual_devices = {jax.device_count()}",
             ) from None
     if multi_process == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise Refused(
+                "--distributed",
+                "auto",
+                f"no other processes are found ({' '.join(str(error).split())})",
+                "start it by what the cluster has (srun, mpirun, a TPU pod), or say "
+                "HOST:PORT,NUM_PROCESSES,PROCESS_ID",
+            ) from None
     elif processes:
         if platform == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")

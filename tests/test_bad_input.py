@@ -122,7 +122,7 @@ def trained(text, tmp_path_factory) -> pathlib.Path:
     batches = data.batches(corpus, config.data)
     state = step_lib.initial_state(config, mesh)
     for number in (1, 2):
-        saved = resume.saved_arrays(resume.Run(state, batches, number), plan, config)
+        saved = resume.saved_arrays(resume.Run(state, batches, number, corpus.digest), plan, config)
         checkpoint.save(workdir / "checkpoints", *saved)
     (workdir / "config.json").write_text(config_lib.to_json(config))
     return workdir

@@ -510,6 +510,21 @@ def test_old_steps_are_removed(saved):
     assert checkpoint.steps(folder.parent) == [6, 7]
 
 
+def test_old_steps_that_cannot_be_removed_end_no_save(saved, capfd):
+    """A reader on a network file system holds their files; the new step is there and whole."""
+    folder, arrays = saved
+    contents = checkpoint.read_contents(folder)
+
+    def held(directory):
+        raise OSError(39, "Directory not empty")
+
+    with saver.Saver(folder.parent, held) as made:
+        newer = checkpoint.Contents(5, contents.arrays, contents.plan, {})
+        checkpoint.start_save(made, arrays, newer)
+    assert checkpoint.steps(folder.parent) == [4, 5]
+    assert "old steps stay ([Errno 39]" in capfd.readouterr().err
+
+
 def test_bad_steps_are_moved_aside_but_never_the_last(saved):
     folder, arrays = saved
     save_again(folder, arrays, 5, 6)

@@ -63,6 +63,45 @@ def test_names_in_any_encoding_are_read(tmp_path):
     assert data._share("caf\xe9 1.txt") == int.from_bytes(digest[:8], "big") / 2**64
 
 
+def test_of_few_files_the_ends_are_held_out(tmp_path):
+    """The usual folder of a newcomer: one text. Nothing stands in both splits."""
+    text = "".join(f"{i} green bottles\n" for i in range(1000))
+    (tmp_path / "input.txt").write_text(text)
+    fields = {"seq_len": 16, "global_batch": 8, "path": str(tmp_path)}
+    found = data.load_corpus(tiny.config(data={**fields, "max_bytes": 10**6}).data)
+    cut = len(text) - len(text) // 10
+    assert found.train.tobytes() == text[:cut].encode() + b"\0"
+    assert found.held_out.tobytes() == text[cut:].encode() + b"\0"
+    small = data.load_corpus(tiny.config(data={**fields, "max_bytes": 1000}).data)
+    assert (small.train.size, small.held_out.size) == (901, 101)  # with what ends a file
+    with pytest.raises(Refused, match=r"for the held-out split, at least data\.seq_len"):
+        data.load_corpus(tiny.config(data={**fields, "max_bytes": 100}).data)
+
+
+def test_no_more_of_a_file_is_read_than_is_asked_for(tmp_path, monkeypatch):
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text("more than enough text\n" * 100)
+    read, asked = data._read, []
+
+    def counted(path, limit):
+        asked.append(len(read(path, limit)))
+        return read(path, limit)
+
+    monkeypatch.setattr(data, "_read", counted)
+    fields = {"seq_len": 16, "global_batch": 8, "path": str(tmp_path)}
+    data.load_corpus(tiny.config(data={**fields, "max_bytes": 3000}).data)
+    assert sum(asked) <= 3000
+
+
+def test_digests_tell_texts_apart(tmp_path):
+    one = data.Corpus(np.arange(5, dtype=np.uint8), np.arange(3, dtype=np.uint8), "a")
+    same = data.Corpus(np.arange(5, dtype=np.uint8), np.arange(3, dtype=np.uint8), "b")
+    moved = data.Corpus(np.arange(6, dtype=np.uint8), np.arange(2, dtype=np.uint8), "a")
+    wider = data.Corpus(np.arange(5, dtype=np.int32), np.arange(3, dtype=np.int32), "a")
+    assert one.digest == same.digest
+    assert len({one.digest, moved.digest, wider.digest}) == 3
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("gone before it is read\n" * 20)
     monkeypatch.setattr(pathlib.Path, "is_file", lambda self: True)

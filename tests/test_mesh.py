@@ -54,6 +54,16 @@ def test_two_dimensions_on_one_mesh_axis_are_refused(names):
         mesh_lib.spec(*names)
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_cluster_that_is_not_found_is_refused(error, monkeypatch):
+    def nothing():
+        raise error("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nothing)
+    with pytest.raises(Refused, match=r"--distributed = 'auto': no other processes are found"):
+        mesh_lib.initialize("cpu", 0, "auto")
+
+
 def test_a_process_without_devices_is_refused():
     """Here all devices are process 0's; it is told that there are more processes."""
     mesh = mesh_lib.make(data=4)

@@ -41,4 +41,5 @@ def remove(directory: str | os.PathLike, step: int) -> None:
     gone = folder.with_name(f".{step}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
-    shutil.rmtree(gone)
+    # What a reader holds open on a network file system goes at the next start (`clean`).
+    shutil.rmtree(gone, ignore_errors=True)

@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -137,8 +138,11 @@ class Saver:
                 finish(temporary)
                 integrity.write(temporary)
                 _replace(temporary, final)
-                if self._prune:
-                    self._prune(self._directory)
+        if not errors and self._prune and jax.process_index() == 0:
+            try:
+                self._prune(self._directory)
+            except OSError as error:  # a reader on a network file system holds its files
+                print(f"{self._directory}: old steps stay ({error})", file=sys.stderr, flush=True)
         self._error = errors[0] if errors else None
 
     @contextlib.contextmanager

@@ -102,7 +102,7 @@ def find(
             f"step {contents.step}: its digests were not compared "
             "(train.checkpoints_verified = False in the run's config.json)"
         )
-    plan = plan_lib.Plan.read(placement) if placement else contents.plan
+    plan = plan_lib.Plan.read(placement) if placement else _here(contents.plan, config)
     plan_lib.check_fits(
         plan,
         num_layers=config.model.num_plan_layers,
@@ -111,6 +111,21 @@ def find(
     )
     copies.check_nodes(plan.placement, config.mesh.node)
     return Source(config, folder, contents, plan, text_lib.of_run(root, config))
+
+
+def _here(stored: plan_lib.Plan, config: Config) -> plan_lib.Plan:
+    """The stored order of experts on the devices that the config has now.
+
+    A run that was started on another mesh has config.json of that one before it saves a step.
+    """
+    slots, devices = stored.placement.physical_to_logical_LP, config.mesh.expert_devices
+    if stored.placement.num_devices == devices:
+        return stored
+    try:
+        placement = plan_lib.Placement(slots, stored.placement.num_experts, devices)
+    except Refused:  # its slots do not divide, or two copies would meet: `find` says so
+        return stored
+    return plan_lib.Plan(placement, stored.layer_ids)
 
 
 def _warn(message: str) -> None:

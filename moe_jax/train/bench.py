@@ -174,6 +174,7 @@ def with_way(config: Config, way: str) -> Config:
     model = dataclasses.replace(config.model, dispatch=dispatch, combine=combine)
     changed = dataclasses.replace(config, model=model)
     config_lib.validate(changed)
+    config_lib.check_trainable(changed)
     return auto.resolve_unplanned(changed, training=True)[0]
 
 

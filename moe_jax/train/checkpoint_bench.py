@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from moe_jax import auto, entry
 from moe_jax import config as config_lib
-from moe_jax import entry
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 
@@ -187,6 +187,7 @@ def main() -> None:
 
     mesh_lib.initialize(config.platform, config.virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
+    config = auto.resolve_unplanned(config, training=True)[0]
     print(text(measure(config, ROUNDS.value), config))
 
 

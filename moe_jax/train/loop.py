@@ -27,6 +27,7 @@ from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import preemption, resume, watchdog
 from moe_jax.train import step as step_lib
+from moe_jax.train.only_run import only_run
 from moe_jax.train.replanner import Replanner
 from moe_jax.train.reporter import Reporter
 from moe_jax.train.stragglers import Stragglers
@@ -55,6 +56,8 @@ def train(
     with contextlib.ExitStack() as stack:
         notice = stack.enter_context(preemption.Notice())
         mesh = mesh_lib.of_config(config.mesh)
+        stack.enter_context(only_run(workdir))
+        resume.check_text(corpus)
         train_step = step_lib.build_step(config, mesh)
         run, plan = resume.start_or_resume(config, mesh, workdir, corpus, plan, ahead=ahead)
         replanning = Replanner(config, mesh, workdir, run, plan)

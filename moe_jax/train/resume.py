@@ -18,6 +18,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, data, metrics, permute
@@ -34,6 +35,7 @@ from moe_jax.placement import plan as plan_lib
 from moe_jax.train import step as step_lib
 
 MODEL = "model"  # of `Contents.extra[ONLY]`
+TEXT = "text_digest"  # in `Contents.extra`: of the corpus that `data_state` is a position in
 
 
 @dataclasses.dataclass
@@ -43,6 +45,7 @@ class Run:
     state: step_lib.TrainState
     batches: grain.DatasetIterator
     step: int
+    text: str  # digest of what `batches` are made of
 
 
 def start_or_resume(
@@ -87,14 +90,21 @@ def start_or_resume(
         )
         if plan.digest != logical.digest:
             state = permute.apply(state, logical, plan.placement)
-        return Run(state, batches, 0), plan
+        return Run(state, batches, 0, corpus.digest), plan
     folder, contents = found.folder, found.contents
     metrics.say(_told(found, config.train.checkpoints_verified))
     if not config.placement or config.replan.every:
         plan = _in_order(contents.plan, plan, config.mesh.node)
     state = _placed(config, mesh, found.value, contents.plan.placement, plan.placement)
     if ONLY in contents.extra:
-        return Run(state, batches, 0), plan
+        return Run(state, batches, 0, corpus.digest), plan
+    _check_config(config, workdir, contents)
+    if contents.extra.get(TEXT, corpus.digest) != corpus.digest:
+        metrics.fail(
+            f"step {contents.step}: trained on another text than there is now (files of data.path "
+            "were added, changed or removed, or it is another Python's standard library): the run "
+            "goes on at its place in the new text, and its curve is not that of one run"
+        )
     try:
         position = contents.extra["data_state"]
         if not _alike(position, batches.get_state()):
@@ -103,7 +113,36 @@ def start_or_resume(
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         rule = f"holds no position in this data ({error!r})"
         raise integrity.damaged(folder / "meta.json", rule) from None
-    return Run(state, batches, contents.step), plan
+    return Run(state, batches, contents.step, corpus.digest), plan
+
+
+def check_text(corpus: data.Corpus) -> None:
+    """Refuses processes that have read different texts; every process calls this."""
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(bytes.fromhex(corpus.digest), np.uint8)
+    all_of_them = multihost_utils.process_allgather(mine)
+    others = np.flatnonzero((all_of_them != all_of_them[0]).any(axis=1))
+    if len(others):
+        raise Refused(
+            "data.path",
+            corpus.name,
+            f"holds another text for process {others[0]} than for process 0",
+            "give every host the same files (and the same Python, where data.path is empty)",
+        )
+
+
+def _check_config(config: Config, workdir: pathlib.Path, contents: checkpoint.Contents) -> None:
+    """Refuses steps of another config, where no config.json is there to say so earlier."""
+    said = contents.extra.get("config_digest")
+    if said is None or (workdir / "config.json").exists() or said == config_lib.digest(config):
+        return
+    raise Refused(
+        "--workdir",
+        str(workdir),
+        f"has no config.json, and its step {contents.step} is of a run with another config",
+        "put its config.json back, or use another --workdir",
+    )
 
 
 def _alike(state: Any, fresh: Any) -> bool:
@@ -221,7 +260,11 @@ def saved_arrays(
     """What a checkpoint of `run` holds: the state, the plan, the data position."""
     arrays = checkpoint.flatten(run.state)
     axes = checkpoint.flatten(parameter.logical_axes(run.state))
-    extra = {"data_state": run.batches.get_state(), "config_digest": config_lib.digest(config)}
+    extra = {
+        "data_state": run.batches.get_state(),
+        "config_digest": config_lib.digest(config),
+        TEXT: run.text,
+    }
     if held_out_loss is not None:
         extra[preservation.LOSS] = held_out_loss
     infos = checkpoint.describe(arrays, axes)

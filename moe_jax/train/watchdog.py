@@ -3,7 +3,7 @@
 A step that never ends (a collective that one process never entered, a file system that does not
 answer) says nothing by itself. After so many seconds without a finished step, the stacks of all
 threads, the last metrics and the memory of the devices go to stderr and to hang.txt in the work
-directory; the run may then end, for whoever started it to start it again.
+directory (hang.N.txt of process N); the run may then end, for whoever started it to start it again.
 
 A save has ten times as long: a run whose saves take longer than a step may would be ended at every
 start, and one whose file system never answers would stand for ever.
@@ -32,7 +32,9 @@ class Watchdog:
 
     def __init__(self, seconds: float, workdir: pathlib.Path, *, exit_after: bool = False):
         """Args: `seconds` without a beat until it speaks, 0 = never; `exit_after` that."""
-        self._seconds, self._path, self._exit = seconds, workdir / "hang.txt", exit_after
+        process = jax.process_index()
+        name = f"hang.{process}.txt" if process else "hang.txt"
+        self._seconds, self._path, self._exit = seconds, workdir / name, exit_after
         self._told = "nothing yet"
         self._wait(FIRST_STEP * seconds, "step")
         self._spoken = False

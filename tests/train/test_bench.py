@@ -28,7 +28,11 @@ def test_prints_every_line():
 
 @pytest.mark.parametrize(
     ("way", "rule"),
-    [("exchange", "must be dispatch/combine"), ("exchange/exakt", "must be one of")],
+    [
+        ("exchange", "must be dispatch/combine"),
+        ("exchange/exakt", "must be one of"),
+        ("coherent/exact", "serves only"),
+    ],
 )
 def test_a_way_that_is_none_is_refused(way, rule):
     command = [sys.executable, "-m", "moe_jax.train.bench", f"--ways={way}"]

@@ -1,6 +1,8 @@
 """A run from start to end: what it leaves behind, and that stopping in between changes nothing."""
 
+import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -11,8 +13,10 @@ from moe_jax import checkpoint, metrics
 from moe_jax import config as config_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
+from moe_jax.infer import load
 from moe_jax.placement.plan import Plan
 from moe_jax.train import inputs, loop, step
+from moe_jax.train.only_run import only_run
 from tests import tiny
 
 
@@ -87,6 +91,52 @@ def _final_arrays(*workdirs):
         arrays.append(checkpoint.restore_numpy(folder, checkpoint.read_contents(folder)))
     assert arrays[0].keys() == arrays[1].keys()
     return [(arrays[0][name], arrays[1][name]) for name in arrays[0]]
+
+
+def test_another_text_is_said_and_the_same_is_not(whole, tmp_path, capsys):
+    _copy_until(whole, tmp_path, 3)
+    train(tiny.config(train__num_steps=4), tmp_path)
+    assert "another text" not in capsys.readouterr().err
+    train(tiny.config(train__num_steps=5, data__max_bytes=90_000), tmp_path / "other")
+    config = tiny.config(train__num_steps=6, data__max_bytes=90_000)
+    corpus, plan = inputs.prepare(config, tmp_path / "other")
+    changed = dataclasses.replace(corpus, train=corpus.train[::-1].copy())
+    loop.train(config, tmp_path / "other", changed, plan)
+    assert "step 5: trained on another text than there is now" in capsys.readouterr().err
+
+
+def test_steps_without_a_config_are_of_one_config(whole, tmp_path):
+    """config.json is gone: what the steps say of it stands in its place."""
+    _copy_until(whole, tmp_path, 3)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(Refused, match=r"no config.json, and its step 3 is of a run with another"):
+        train(tiny.config(optimizer__learning_rate=0.5), tmp_path)
+    train(tiny.config(), tmp_path)
+    assert curve(tmp_path)[-1] == curve(whole)[-1]
+
+
+def test_two_runs_do_not_share_a_work_directory(whole, tmp_path):
+    """Whoever holds the lock: here this process, for one that is starting."""
+    _copy_until(whole, tmp_path, 3)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    with only_run(tmp_path), pytest.raises(Refused, match="another run is going on in it"):
+        train(tiny.config(), tmp_path)
+    after = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    assert set(after) - set(before) == {pathlib.Path(".lock")}
+    train(tiny.config(train__num_steps=4), tmp_path)
+
+
+def test_a_run_started_on_another_mesh_is_read_before_it_saves(whole, tmp_path):
+    """config.json is of the mesh that it was started on last, the step of the one before."""
+    _copy_until(whole, tmp_path, 6)
+    train(tiny.config(mesh={"data": 1, "expert": 8}), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [6]
+    source = load.find(str(tmp_path), None)
+    assert source.plan.placement.num_devices == 8
+    model = load.parameters(source, tiny.mesh(source.config))
+    expected = load.parameters(load.find(str(whole), None), tiny.mesh(tiny.config()))
+    for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, tmp_path, capsys):
