@@ -312,7 +312,7 @@ display(
 # ## With your own trace
 #
 # Replace the made trace by `trace_lib.load("trace.npz")` and the machine by yours (`topology.flat(8)`, or a preset of
-# `configs/topology/` by name), then run the notebook again. The same on the command line, with a plan file at the end of it:
+# `moe_jax/placement/topologies/` by name), then run the notebook again. The same on the command line, with a plan file at the end of it:
 #
 # ```
 # python -m moe_jax.placement verdict trace.npz --devices=8 --nodes=2 --out=plan.json

@@ -283,7 +283,7 @@ class Config:
     platform: str = ""  # "cpu", "gpu", "tpu"; "" = what JAX finds
     virtual_devices: int = 0  # > 0: that many virtual CPU devices a process (platform "cpu" only)
     placement: str = ""  # plan file to train under; "" = contiguous
-    # What dispatch "auto" and plans made while training go by: a name in configs/topology/ or a
+    # What dispatch "auto" and plans made while training go by: a name in placement/topologies or a
     # .json ("" = common links of the platform), and for "auto" a recorded trace ("" = experts
     # chosen uniformly).
     topology: str = ""

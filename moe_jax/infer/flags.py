@@ -21,7 +21,9 @@ PLACEMENT = flags.DEFINE_string(
     "Default: the plan stored with the checkpoint."
 )  # fmt: skip
 DISPATCH = flags.DEFINE_string("dispatch", None, "As model.dispatch. Default: as in training.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "Machine that 'auto' goes by, in configs/topology/.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "Machine that 'auto' goes by: a name in placement/topologies, or a .json."
+)
 TRACE = flags.DEFINE_string("trace", "", "Recorded routing that 'auto' counts rows on.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens after each prompt.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = greedy.")

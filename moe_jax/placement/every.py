@@ -100,7 +100,7 @@ class Line:
 
 
 def machine(name: str) -> Topology:
-    """`flat8`, `2x4`, or a preset of configs/topology."""
+    """`flat8`, `2x4`, or a preset."""
     if found := re.fullmatch(r"flat([1-9]\d{0,4})", name):
         return topology_lib.flat(int(found[1]))
     if found := re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", name):

@@ -4,9 +4,9 @@ Promise: `Topology` is frozen and validated. Devices are numbered node by node (
 tier joins the devices of a node, the slow tier the nodes; on a flat machine there is one node and
 the slow tier is not used.
 
-Presets are small JSON files in `configs/topology/` (fields as below). A name is looked up there
-from the current folder, then from the checkout this package lies in; a path to a `.json` of one's
-own works as well.
+Presets are small JSON files in `topologies/` beside this module (fields as below). A name is
+looked up in `configs/topology/` of the current folder first, for machines of one's own; a path to a
+`.json` works as well.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from moe_jax.placement.torus import Torus
 
 FOLDERS = (
     pathlib.Path("configs/topology"),
-    pathlib.Path(__file__).resolve().parents[2] / "configs" / "topology",
+    pathlib.Path(__file__).resolve().parent / "topologies",
 )
 
 
@@ -215,7 +215,7 @@ def preset(name: str) -> Topology:
 def from_json(fields: Any, source: str = "topology") -> Topology:
     """From the JSON form, as presets and plans hold it."""
     if not isinstance(fields, dict):
-        raise Refused(source, fields, "a JSON object", "See configs/topology/")
+        raise Refused(source, fields, "a JSON object", "See moe_jax/placement/topologies/")
     known = {field.name for field in dataclasses.fields(Topology)}
     for key in fields:
         if key not in known:

@@ -1,5 +1,9 @@
 """The vectorised counts against a token-by-token oracle that follows every row by hand."""
 
+import json
+import pathlib
+import tomllib
+
 import numpy as np
 import pytest
 
@@ -308,6 +312,21 @@ def test_seconds_by_hand():
     assert found.compute_L[0] == pytest.approx(2 * 6 * 3000 / 1e9)
     wide = synthetic.realistic(num_tokens=30, num_layers=2, num_experts=300, top_k=9, seed=0)
     assert len(contacts.sets_of(wide, 0).count_Q) == 30  # too wide for one whole number per set
+
+
+def test_presets_are_part_of_the_package(tmp_path, monkeypatch):
+    """Where there is no checkout around it, and in whatever folder; one's own go first."""
+    root = pathlib.Path(topology.__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    [(package, [pattern])] = project["tool"]["setuptools"]["package-data"].items()
+    packaged = {path.stem for path in (root / package.replace(".", "/")).glob(pattern)}
+    assert {"v5e8", "h100x16", "box2x4"} <= packaged
+    monkeypatch.chdir(tmp_path)
+    assert all(topology.preset(name).num_devices for name in packaged)
+    own = tmp_path / "configs" / "topology"
+    own.mkdir(parents=True)
+    (own / "v5e8.json").write_text(json.dumps(topology.flat(3).to_json()))
+    assert topology.preset("v5e8").num_devices == 3
 
 
 def test_topology_presets():

@@ -53,7 +53,9 @@ def machine_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--node-sizes", metavar="8,4", help="devices of every node, where nodes are not equal"
     )
-    group.add_argument("--topology", metavar="NAME", help="configs/topology/NAME.json, or a path")
+    group.add_argument(
+        "--topology", metavar="NAME", help="a name of placement/topologies, or a path"
+    )
     group.add_argument(
         "--device-flops",
         metavar="F",
