@@ -141,8 +141,8 @@ def judge(
         distinct_devices=_ratio(tally.distinct_SL.sum(axis=1), *per_token),
         distinct_devices_worst=_worst(tally.distinct_SL, tokens_SL, weight_BS),
         distinct_nodes=_ratio(tally.nodes_S, *per_token),
-        load_mean=_figure(over_L.mean(), over_BL.mean(axis=1)),
-        load_worst=_figure(over_L.max(), over_BL.max(axis=1)),
+        load_mean=_largest(over_L.mean(), over_BL.mean(axis=1)),
+        load_worst=_largest(over_L.max(), over_BL.max(axis=1)),
         balancedness=float((1 / over_L).mean()),
         imbalance_ratio=float((over_L - 1).mean()),
         load_cv=float(variation(load_LM, speed_M).mean()),
@@ -294,7 +294,18 @@ def _worst(above_SL, below_SL, weight_BS) -> Figure:
     """The ratio of the layer where it is largest; each resample has its own worst layer."""
     value_L = above_SL.sum(axis=0) / np.maximum(below_SL.sum(axis=0), 1e-300)
     value_BL = (weight_BS @ above_SL) / np.maximum(weight_BS @ below_SL, 1e-300)
-    return _figure(value_L.max(), value_BL.max(axis=1))
+    return _largest(value_L.max(), value_BL.max(axis=1))
+
+
+def _largest(value, samples_B) -> Figure:
+    """Of a maximum: that of a resample is too large, as the trace's own is.
+
+    The interval reaches as far below as resamples are above, twice: once for each (paired.py).
+    """
+    found = _figure(value, samples_B)
+    unbiased = 2 * (found.value - float(samples_B.mean()))
+    low, high = min(found.low, found.low + unbiased), max(found.high, found.high + unbiased)
+    return Figure(found.value, low, high)
 
 
 def _figure(value, samples_B) -> Figure:

@@ -311,7 +311,9 @@ def _load_lower_L(problem: Problem, extra: float = 0.0) -> np.ndarray:
 
 def _most_stays(problem: Problem, keep_LEE: np.ndarray, deadline: float, steps: int) -> float:
     """Most (likeness-weighted) transitions that can stay."""
-    like, nodes = problem.node_likeness, problem.topology.num_nodes
+    # Where links between nodes are the faster ones, leaving a device costs what leaving a node does
+    # or more: below 0 the most that is kept in nodes would be no limit from above.
+    like, nodes = max(problem.node_likeness, 0.0), problem.topology.num_nodes
     clock = _Shares(deadline, 1 + (nodes > 1))
     nothing_LEE = np.zeros((len(keep_LEE) + 1, *keep_LEE.shape[1:]))
     counts = [(1 - like, problem.num_devices)] + ([(like, nodes)] if nodes > 1 else [])

@@ -217,6 +217,9 @@ def _restricted(
     if whole is not None:
         found_B = np.concatenate([whole.value_B, value_B[len(whole.value_B) :]])
         value_B = np.minimum.accumulate(found_B)  # what was searched for may be above the optima
+    if problem.previous is not None and value_B.size:
+        moves = problem.previous.moves - problem.previous.left(run.best_LE)
+        value_B[moves:] = np.minimum(value_B[moves:], run.best)
     run.finished = free.report.finished and time.monotonic() < deadline
     return run.solution("" if run.finished else cut_by(time_limit), value_B)
 

@@ -67,7 +67,7 @@ def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
 
 def _most_kept(problem: Problem, deadline: float) -> float:
     assert problem.num_slots is not None
-    nodes, like = problem.topology.nodes, problem.node_likeness
+    nodes, like = problem.topology.nodes, max(problem.node_likeness, 0.0)  # as in relax.py
     flat, far = _most_kept_flat(problem, deadline), 0.0
     for keep_EE in problem.top1_LEE if like else ():
         # as many slots in every node as the largest one has

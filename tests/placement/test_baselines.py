@@ -203,6 +203,20 @@ def test_exflow_solves_each_pair_exactly(seed):
     assert kept(1, *found.device_LE[1:]) == max(kept(1, found.device_LE[1], b) for b in labels)
 
 
+def test_exflow_on_one_device_is_that_device(monkeypatch):
+    """Whatever memory held before."""
+    made = np.empty
+
+    def dirty(*args, **named):
+        array = made(*args, **named)
+        array.fill(7)
+        return array
+
+    monkeypatch.setattr(np, "empty", dirty)
+    staged = exflow.pair_by_pair(np.ones((2, 4, 4)), 1, 1.0)
+    np.testing.assert_array_equal(staged.device_LE, np.zeros((3, 4)))
+
+
 def test_exflow_counts_what_stays():
     trace = instances.noisy_trace(3)
     task = Problem(trace, topology.flat(4), "exflow")
@@ -326,6 +340,8 @@ def test_baselines_are_chosen_by_name():
     ]
     with pytest.raises(Refused, match="methods"):
         registry.chosen(["best"], problem)
+    with pytest.raises(Refused, match=r"methods = 'balanced-slots': needs copies \(--slots\)"):
+        registry.chosen(["lpt", "balanced-slots"], problem)
 
 
 def test_occult_with_a_device_for_every_expert():

@@ -288,6 +288,18 @@ def test_lower_bound_under_a_cap_and_with_tokens_that_lack_experts(objective, di
         assert relax.lower_bound(problem, 0.0) <= bound * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_exflow_where_links_between_nodes_are_the_faster_ones(seed):
+    """A box of PCIe with a network card for each device."""
+    fast, slow = topology.Tier(25e9, 0.0), topology.Tier(50e9, 0.0)
+    machine = topology.Topology("pcie", 2, 2, fast, slow)
+    problem = Problem(random_trace(seed, 2, 4, 1), machine, "exflow")
+    rows = list(itertools.permutations(range(4)))
+    best = min(problem.value(np.array(pair)) for pair in itertools.product(rows, rows))
+    found = relax.lower_bound(problem, time.monotonic() + 5)
+    assert 0 < found <= best * (1 + 1e-9)
+
+
 def test_coherent_rows_layer_by_layer(monkeypatch):
     """What is proven where pairs of layers have no time to begin: below all plans, not by much."""
     monkeypatch.setattr(relax, "BEGIN", -1.0)

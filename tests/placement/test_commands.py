@@ -107,6 +107,32 @@ def test_splits_that_are_none_are_refused(split, message, named_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("words", ["--nodes=2", "--node-sizes=3,5"])
+def test_a_topology_has_nodes_of_its_own(words, trace_path, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert run("solve", trace_path, "--topology=cpu8", words, f"--out={out}") == 1
+    assert "topology cpu8 has 1 nodes of its own" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_homes_refuse_a_plan_above_the_cap(trace_path, tmp_path, capsys):
+    """A plan that is given is not planned again: it is not made to keep what it breaks."""
+    trace = trace_lib.load(trace_path)
+    load_LE = np.stack(
+        [
+            np.bincount(ids.ravel(), minlength=trace.num_experts)
+            for ids in trace.expert_ids_TLK.swapaxes(0, 1)
+        ]
+    )
+    hot_LP = np.argsort(-load_LE, axis=1)
+    plan = tmp_path / "hot.json"
+    Plan(Placement(hot_LP, trace.num_experts, 4), trace.layer_ids).write(plan)
+    words = ("homes", trace_path, "--devices=4", f"--plan={plan}")
+    assert run(*words, "--load-cap=1.01x") == 1
+    assert "computes more than --load-cap allows" in capsys.readouterr().err
+    assert run(*words) == 0
+
+
 def test_a_split_by_names_needs_names(trace_path, tmp_path, capsys):
     words = ["solve", trace_path, "--devices=4", "--split=name:a", f"--out={tmp_path / 'p.json'}"]
     assert run(*words) == 1

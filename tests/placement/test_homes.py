@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import Refused
-from moe_jax.placement import baselines, contacts, cost, topology
+from moe_jax.placement import baselines, contacts, cost, solve, topology
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.homes import assign, experts, joint, tally
 from moe_jax.placement.plan import Placement
@@ -344,6 +344,23 @@ def test_joint_only_improves_keeps_the_cap_and_repeats_itself(case, objective):
     again = joint.solve(problem, start_LE, 3, soon())
     np.testing.assert_array_equal(again.device_LE, found.device_LE)
     np.testing.assert_array_equal(again.home_S, found.home_S)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_joint_keeps_the_cap_where_devices_differ_in_speed(seed, nodes):
+    """A heavy group that becomes another device stays with devices of its speed."""
+    trace = synthetic.realistic(
+        num_tokens=600, num_layers=3, num_experts=16, top_k=2, seed=seed, num_sequences=20
+    )
+    flops = (4e14, 4e14, 1e14, 1e14)
+    machine = dataclasses.replace(topology.nodes_by_devices(nodes, 4), device_flops=flops)
+    problem = Problem(trace, machine, "rows", load_cap=LoadCap(1.2, relative=True))
+    start_LE = solve.solve_problem(problem, 0, 0.3).placement.device_LE.astype(np.int64)
+    assert problem.all_allowed(start_LE)
+    found = joint.solve(problem, start_LE, 0, soon())
+    assert problem.all_allowed(found.device_LE)
+    assert found.value <= found.seated
 
 
 def test_no_time_gives_homes_and_numbers():

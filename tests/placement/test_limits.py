@@ -20,6 +20,7 @@ from moe_jax.placement.limits.previous import MoveBudget, Previous, arrivals_L
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.solution import Interrupted
+from moe_jax.routing import synthetic
 from moe_jax.routing import trace as trace_lib
 from tests.placement import instances
 
@@ -304,6 +305,54 @@ def test_the_solver_reports_what_it_found_and_what_other_budgets_bring(objective
     assert everything.report.objective <= free * (1 + 1e-12)
 
 
+@pytest.mark.parametrize(("dispatch", "seed"), [("exchange", 0), ("exchange", 2), ("shuffled", 1)])
+def test_a_cap_hides_no_plan_and_the_table_promises_none(dispatch, seed):
+    """Where a cap forbids every swap with as many moves, nothing is filed under them."""
+    trace = synthetic.realistic(
+        num_tokens=800, num_layers=3, num_experts=16, top_k=2, seed=seed, num_sequences=8
+    )
+    problem = Problem(
+        trace,
+        topology.flat(4),
+        "rows",
+        dispatch,
+        load_cap=LoadCap(1.1, relative=True),
+        previous=Previous(Placement.contiguous(3, 16, 4), 10),
+    )
+    found = solve.solve_problem(problem, 0, 1.5)
+    start_LE = limits_search.start(problem)
+    assert found.report.objective < problem.value(start_LE)
+    best = min(value for moves, value in found.report.tradeoff if moves <= 10)
+    assert best == pytest.approx(found.report.objective, rel=1e-9)
+    assert found.report.tradeoff[0][0] >= problem.previous.moves - problem.previous.left(start_LE)
+
+
+@pytest.mark.parametrize("limit", ["pins", "previous"])
+@pytest.mark.parametrize(
+    ("objective", "dispatch"), [("rows", "shuffled"), ("seconds", "shuffled"), ("rows", "coherent")]
+)
+def test_one_layer_is_planned_within_limits(objective, dispatch, limit):
+    """There is no neighbour whose ways could be counted."""
+    trace = synthetic.realistic(
+        num_tokens=300, num_layers=1, num_experts=6, top_k=2, seed=5, num_sequences=8
+    )
+    device_E = np.array([0, 1, 1, 0, 1, 0])
+    if limit == "pins":
+        held_LEM = np.zeros((1, 6, 2), bool)
+        held_LEM[0, 0, 1] = True
+        restricted = {"pins": Pins(held_LEM)}
+    else:
+        restricted = {"previous": Previous(Placement.from_device_LE(device_E[None], 2), 2)}
+    problem = Problem(trace, topology.flat(2), objective, dispatch, **restricted)
+    found = solve.solve_problem(problem, 0, 2.0)
+    values = [
+        problem.value(np.array(row)[None])
+        for row in set(itertools.permutations([0, 0, 0, 1, 1, 1]))
+        if problem.all_allowed(np.array(row)[None])
+    ]
+    assert found.report.objective == pytest.approx(min(values), rel=1e-9)
+
+
 def test_no_budget_gives_the_plan_in_use_slot_by_slot():
     problem = Problem(instances.tiny_trace(0), topology.flat(3), "rows")
     slots_LP = np.array([[5, 0, 3, 1, 2, 4], [1, 0, 4, 2, 3, 5]])
@@ -390,6 +439,7 @@ def test_bytes_of_a_budget():
     assert MoveBudget.parse("1.5mb").bytes(10**12) == 1_500_000
     assert MoveBudget.parse("7").bytes(10**12) == 7
     assert MoveBudget.parse("25%").bytes(1000) == 250
+    assert [MoveBudget.parse(f"{n}%").bytes(100) for n in range(101)] == list(range(101))
     plan = Placement.contiguous(2, 4, 2)
     assert Previous.of(plan, MoveBudget.parse("29"), 10).moves == 2
     assert Previous.of(plan, MoveBudget.parse("50%"), 10).moves == 4
@@ -469,7 +519,10 @@ def test_what_cannot_be_counted_is_refused(words, message, trace_path, tmp_path,
     assert not out.exists()
 
 
-@pytest.mark.parametrize("words", ["--previous=OLD", "--pin=0:0:0"])
+@pytest.mark.parametrize(
+    "words",
+    ["--previous=OLD", "--pin=0:0:0", "--move-budget=10%", "--expert-bytes=5", "--steady=0.1"],
+)
 def test_counts_refuse_what_they_cannot_keep(words, tmp_path, capsys):
     counts, old, out = tmp_path / "logical_count.npz", tmp_path / "old.json", tmp_path / "new.json"
     np.savez(counts, logical_count=np.ones((4, 3, 8), np.int64))
@@ -479,7 +532,7 @@ def test_counts_refuse_what_they_cannot_keep(words, tmp_path, capsys):
     out.unlink()
     capsys.readouterr()
     assert run("solve", counts, *more, words.replace("OLD", str(old))) == 1
-    assert words.split("=")[0][2:] in capsys.readouterr().err
+    assert words.split("=")[0][2:].replace("-", "_") in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -50,9 +50,11 @@ def staged(keep_LEE: np.ndarray, num_nodes: int, num_devices: int, seconds: floa
 def pair_by_pair(keep_LEE: np.ndarray, groups: int, seconds: float) -> Staged:
     """The first two layers together, then each given the one before it."""
     layers, experts = len(keep_LEE) + 1, keep_LEE.shape[1]
+    if groups == 1:
+        return Staged(np.zeros((layers, experts), np.int64), False)
     group_LE, cut = np.empty((layers, experts), np.int64), False
     group_LE[0] = np.arange(experts) * groups // experts
-    if groups > 1 and layers > 1:
+    if layers > 1:
         solved = ilp.whole_chain(keep_LEE[:1], groups, seconds)
         cut = solved is None
         if solved is not None:

@@ -75,6 +75,14 @@ class Baseline:
         }[self.needs]
 
 
+_NEEDS = {
+    "nodes": "equal nodes (--nodes), or copies (--slots)",
+    "replicas": "copies (--slots)",
+    "transitions": "two layers or more",
+    "ways": "devices that are not equally far from each other, or --objective=hops",
+}
+
+
 def chosen(
     keys: Sequence[str] | None, problem: Problem, more: Sequence[str] = ()
 ) -> list[Baseline]:
@@ -85,6 +93,10 @@ def chosen(
     for key in keys:
         if key not in known:
             raise Refused("methods", key, "not known", f"Use some of {','.join(known)}")
+    for one in ALL:
+        if one.key in keys and not one.applies(problem):
+            rule = f"needs {_NEEDS[one.needs]}"
+            raise Refused("methods", one.key, rule, "Leave it out, or give what it needs")
     return [one for one in ALL if one.key in keys and one.applies(problem)]
 
 

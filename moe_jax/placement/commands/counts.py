@@ -83,12 +83,17 @@ def _check(options: argparse.Namespace) -> None:
         ("report", "the page draws traffic, and counts have none"),
         ("load_cap", "the plan's loads are as even as possible already"),
         ("previous", "moves are limited where plans are made from traces"),
+        ("move_budget", "moves are limited where plans are made from traces"),
+        ("expert_bytes", "moves are counted where plans are made from traces"),
         ("pin", "pins are kept where plans are made from traces"),
     ):
         if getattr(options, name):
             raise Refused(
                 name, getattr(options, name), rule, f"Leave --{name} out".replace("_", "-")
             )
+    if options.steady != options_lib.STEADY:
+        rule = "loads of other sequences are told where plans are made from traces"
+        raise Refused("steady", options.steady, rule, "Leave --steady out")
     if options.split != options_lib.SEQUENCE:
         rule = "counts have steps, of which a random half plans"
         raise Refused("split", options.split, rule, "Leave --split out, or give a trace")

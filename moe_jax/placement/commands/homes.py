@@ -170,6 +170,9 @@ def _planned(options: argparse.Namespace, problem: Problem, given: Plan | None) 
     else:
         placement = options_lib.fitting(given, problem.trace, problem.topology)
     before_LE = placement.device_LE.astype(np.int64)
+    if given is not None and not problem.all_allowed(before_LE):
+        rule = "a device of it computes more than --load-cap allows on these sequences"
+        raise Refused("plan", options.plan, rule, "Leave --load-cap out, or raise it")
     len_S = problem.trace.seq_len.astype(np.int64)
     slack = max(SLACK, assign.least_slack(len_S, problem.num_devices))
 

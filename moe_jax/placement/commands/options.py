@@ -20,6 +20,7 @@ from moe_jax.placement.seconds import Work
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Halves, Trace
 
+STEADY = 0.003
 SEQUENCE = "sequence"  # the default of --split
 
 
@@ -137,10 +138,10 @@ def objective_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--steady",
         type=float,
-        default=0.003,
+        default=STEADY,
         metavar="SHARE",
         help="for seconds and load: give up so much of a mean device's time on the planning "
-        "sequences for loads that stay even on others, told by resampling (default 0.003; 0: "
+        f"sequences for loads that stay even on others, told by resampling (default {STEADY}; 0: "
         "the best on the planning sequences)",
     )
 
@@ -233,6 +234,14 @@ def _topology_of(options: argparse.Namespace) -> Topology:
                 options.devices,
                 f"topology {topology.name} has {topology.num_devices} devices",
                 "Leave --devices out, or choose another topology",
+            )
+        if options.node_sizes or options.nodes not in (1, topology.num_nodes):
+            name = "node_sizes" if options.node_sizes else "nodes"
+            raise Refused(
+                name,
+                getattr(options, name),
+                f"topology {topology.name} has {topology.num_nodes} nodes of its own",
+                f"Leave --{name.replace('_', '-')} out, or choose another topology",
             )
         return topology
     if options.node_sizes:

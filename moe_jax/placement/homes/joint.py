@@ -184,14 +184,17 @@ def _turns(
     """Numbers for the homes, homes for the numbers, until the rows stay."""
     best = start
     for _ in range(TURNS):
-        number_LP = numbers_LP(contacts, price, best.home_S, problem.topology.devices_per_node)
+        number_LP = numbers_LP(
+            contacts, price, best.home_S, problem.topology.devices_per_node, problem.kind_M
+        )
+        next_LE = np.take_along_axis(number_LP, device_LE.astype(np.int64), axis=1)
+        if not problem.all_allowed(next_LE):  # nodes of other kinds
+            break
         renumbered = _renumbered(contacts, number_LP, problem.topology.nodes)
         found = seat(tally.cost_SM(renumbered, price))
         if not found.value < best.value * (1 - 1e-12):
             break
-        best = found
-        contacts = renumbered
-        device_LE = np.take_along_axis(number_LP, device_LE.astype(np.int64), axis=1)
+        best, contacts, device_LE = found, renumbered, next_LE
     return device_LE, best
 
 
@@ -200,10 +203,12 @@ def numbers_LP(
     price: Prices,
     home_S: Int[np.ndarray, " S"],
     devices_per_node: DevicesPerNode,
+    kind_M: np.ndarray | None = None,
 ) -> Int[np.ndarray, "L P"]:
     """The device that every part should be, layer by layer: the fewest rows for these homes.
 
-    Devices of a node stay together; where nodes cost nothing by themselves any device will do.
+    Devices of a node stay together; where nodes cost nothing by themselves any device of the same
+    kind will do (`kind_M`; None: all are alike).
     """
     devices = contacts.touched_SLM.shape[2]
     nodes = nodes_lib.of(devices, devices_per_node)
@@ -211,6 +216,8 @@ def numbers_LP(
     of_home_LHP = np.einsum("sh,slp->lhp", onehot_SH, contacts.touched_SLM, optimize=True)
     cost_LPM = np.einsum("lhp,hm->lpm", of_home_LHP, price.device_HM, optimize=True)
     if not price.node_HN.any():
+        if kind_M is not None:
+            cost_LPM = np.where(kind_M[:, None] == kind_M, cost_LPM, np.inf)
         return np.stack([_assigned(cost_PM)[0] for cost_PM in cost_LPM])
     of_home_LHN = np.einsum("sh,sln->lhn", onehot_SH, contacts.node_SLN, optimize=True)
     cost_LNN = np.einsum("lhp,hn->lpn", of_home_LHN, price.node_HN, optimize=True)

@@ -149,7 +149,8 @@ def counted_edges(
 def counted_first(problem: Problem, option_CE: np.ndarray) -> np.ndarray:
     """float64 [C]: the objective of the first layer."""
     pair, scale = _pair(problem, 1)
-    return np.array([scale * _values_2(pair, np.stack([row_E] * 2))[0] for row_E in option_CE])
+    layers = pair.trace.num_layers  # 1 where there is no other
+    return np.array([scale * _values_2(pair, np.stack([row_E] * layers))[0] for row_E in option_CE])
 
 
 def _values_2(pair: Problem, device_2E: np.ndarray) -> np.ndarray:
@@ -173,7 +174,8 @@ def _pair(problem: Problem, layer: int) -> tuple[Problem, float]:
     if problem.objective != "rows":
         return pair, 1.0
     share = len(at) / trace.num_tokens
-    return pair, (trace.num_layers / problem.token_layers) * (pair.token_layers / 2) / share
+    each = pair.token_layers / two.num_layers
+    return pair, (trace.num_layers / problem.token_layers) * each / share
 
 
 def counted_whole(problem: Problem) -> bool:

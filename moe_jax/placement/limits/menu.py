@@ -66,6 +66,8 @@ class Border:
             moves = self.moves(device_E)
             for more in np.unique(more_P):
                 at = int(np.where(more_P == more, score_P, np.inf).argmin())
+                if more_P[at] != more:  # every swap of these is above the cap
+                    continue
                 if score_P[at] < self._known(moves + int(more)):
                     self._take(moves + int(more), score_P[at], _swapped(device_E, e_P[at], f_P[at]))
             total_P = score_P + price * more_P
