@@ -1,6 +1,8 @@
 """A published model's tokenizer: FOLDER/tokenizer.json through the `tokenizers` package.
 
-The file is data that the package parses; nothing in it is run.
+The file is data that the package parses; nothing in it is run. Which tokens stand around a text is
+said there, and by `add_bos_token` and `add_eos_token` of FOLDER/tokenizer_config.json, which go
+first: files of DeepSeek-V3 say it nowhere else.
 """
 
 import json
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import Refused
+from moe_jax.hf import folder as folder_lib
 
 NAME, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
@@ -21,7 +24,8 @@ class Tokenizer:
     """Text to tokens of a model's vocabulary, and back."""
 
     def __init__(self, folder: str | os.PathLike, vocab_size: int):
-        """Raises `Refused` if the file is missing, damaged, or of a larger vocabulary."""
+        """Raises `Refused` if the file is missing, damaged, or of a larger vocabulary, or if what
+        tokenizer_config.json puts around a text is none of it."""
         path = pathlib.Path(folder) / NAME
         if not path.is_file():
             rule = "is missing: text cannot be made into this model's tokens"
@@ -40,6 +44,7 @@ class Tokenizer:
         if largest >= vocab_size:
             rule = f"has a token {largest}, and the model's vocabulary has {vocab_size} entries"
             raise Refused(str(path), largest, rule, "use the tokenizer that belongs to the model")
+        self._begin = _put_around(self._tokenizer, pathlib.Path(folder) / CONFIG)
         # Another object: what it does with special tokens is a setting of all its calls.
         written = self._tokenizer.to_str()
         self._plain: Any = tokenizers.Tokenizer.from_str(written)
@@ -53,11 +58,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the model expects around a text.
 
+        A text that spells the token in front itself (clients write chat templates out) has it once.
+
         Raises:
           Refused: a text with bytes that are not UTF-8 (kept as surrogates by the command line).
         """
         _check_text(text)
-        return list(self._tokenizer.encode(text).ids)
+        ids = list(self._tokenizer.encode(text).ids)
+        return ids[1:] if ids[:2] == [self._begin, self._begin] else ids
 
     def encode_plain(self, text: str, *, whole: bool = False) -> list[int]:
         """Of a text that may say nothing but itself: "</s>" in it is four characters, not an end.
@@ -109,6 +117,42 @@ class Tokenizer:
                 return bytes.fromhex(word[3:5])
         once = self.decode([token])
         return self.decode([token, token])[len(once) :].encode()
+
+
+def _put_around(tokenizer: Any, path: pathlib.Path) -> int | None:
+    """Puts around texts what tokenizer_config.json asks for, if it does; the token in front.
+
+    One key that is there decides about both ends: the other one is then false.
+    """
+    said = folder_lib.json_object(path, "download it again") if path.is_file() else {}
+    asked = {end: said.get(f"add_{end}_token") for end in ("bos", "eos")}
+    for end, wanted in asked.items():
+        if not isinstance(wanted, bool | None):
+            raise Refused(f"{path}: add_{end}_token", wanted, "must be true or false", "correct it")
+    if all(wanted is None for wanted in asked.values()):
+        return None
+    from tokenizers import processors
+
+    number_of = {end: _special(tokenizer, path, said, end) for end in asked if asked[end]}
+    pieces = [*(["bos"] if asked["bos"] else []), "$A", *(["eos"] if asked["eos"] else [])]
+    # Pieces are names of its own: a token may have characters that mean something in a template.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=pieces, special_tokens=list(number_of.items())
+    )
+    return number_of.get("bos")
+
+
+def _special(tokenizer: Any, path: pathlib.Path, said: dict[str, Any], end: str) -> int:
+    """The number of `bos_token` or `eos_token`: a word, or an object with it as "content"."""
+    word = said.get(f"{end}_token")
+    if isinstance(word, dict):
+        word = word.get("content")
+    number = tokenizer.token_to_id(word) if isinstance(word, str) else None
+    if number is None:
+        rule = f"must be a token of {NAME}, as add_{end}_token asks for it"
+        fix = "download both files again"
+        raise Refused(f"{path}: {end}_token", said.get(f"{end}_token"), rule, fix)
+    return number
 
 
 def _bytes_of_characters() -> dict[str, int]:
