@@ -40,6 +40,8 @@ class Tokenizer:
         except Exception as error:  # the package raises plain Exceptions
             rule = f"is not a tokenizer ({error})"
             raise Refused(str(path), None, rule, "download it again") from None
+        self._tokenizer.no_truncation()  # a file keeps how its last texts were cut and filled up
+        self._tokenizer.no_padding()
         largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= vocab_size:
             rule = f"has a token {largest}, and the model's vocabulary has {vocab_size} entries"

@@ -80,6 +80,19 @@ def test_a_chat_without_a_known_form_begins_with_it(tmp_path):
     assert BOS not in made[1:]  # what people spell is text
 
 
+def test_texts_are_neither_cut_nor_filled_up(tmp_path):
+    """Settings that tokenizer.json keeps from the last use of whoever saved it."""
+    path = write(tmp_path) / "tokenizer.json"
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.enable_truncation(2)
+    made.enable_padding(length=4)
+    made.save(str(path))
+    tokenizer = Tokenizer(tmp_path, 4)
+    for said in ([A], [A, B, A]):
+        words = " ".join("ab"[token - A] for token in said)
+        assert tokenizer.encode(words) == tokenizer.encode_plain(words) == said
+
+
 @pytest.mark.parametrize(
     ("said", "field"),
     [
