@@ -4,6 +4,9 @@ Prompts are padded on the right to a common power of two, and the batch to the n
 padding is routed nowhere, moves nothing, and its keys are overwritten before anyone attends to
 them. Programs are compiled once per (batch, length).
 
+LongRoPE turns queries and keys another way once a text is longer than those of pre-training. Where
+a text grows beyond, the batch is prefilled anew with all that was said, as transformers does.
+
 Axes: B sequences, S positions at hand, C cache capacity, L layers, K top_k, V vocabulary.
 """
 
@@ -126,6 +129,8 @@ class Engine:
         self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
         self._programs = Programs(config, mesh)
         self._choose = jax.jit(sampling_lib.choose, static_argnums=2)
+        rope = config.model.rope  # the first position of a text that has other factors
+        self._long_from = rope.original_seq_len if rope.long_factor else None
 
     def placed(self, model: transformer.Transformer, table: Table) -> "Engine":
         """An engine for the same model under another placement; shares the compiled programs."""
@@ -164,6 +169,8 @@ class Engine:
     def decode(self, token_B: np.ndarray, position_B: np.ndarray, cache: transformer.Cache) -> Any:
         """One decode step, left on the devices; `cache` is used up.
 
+        With LongRoPE no text may reach the long factors in it: `generate` prefills there.
+
         Args:
           token_B: int32, on the host; -1 where there is no sequence.
           position_B: int32, the position of each token in its sequence.
@@ -200,6 +207,7 @@ class Engine:
           sampling: how they are chosen.
           on_token: called with (prompt number, token) as soon as a token is on the host.
           ends: tokens after which a sequence says nothing more; none is computed or routed then.
+            (With LongRoPE the tokens of all that go on are routed again where one grows long.)
           all_logits: of the prompts, in the result; without them a prompt costs less.
         """
         check_prompts(prompts, max_new_tokens, self._config.model.max_seq_len)
@@ -227,9 +235,19 @@ class Engine:
             going_B &= ~np.isin(chosen_B, list(ends))
             if i + 1 == max_new_tokens or not going_B.any():
                 break
-            fed_B = np.where(going_B, chosen_B, -1).astype(np.int32)
-            logits_BV, cache, record = self.decode(fed_B, position_B.astype(np.int32), cache)
-            records.append(_on_host(record, position_B[:, None], logits_BV, start))
+            if (going_B & (position_B == self._long_from)).any():
+                said = zip(prompts, tokens, going_B[: len(prompts)], strict=True)
+                texts = [[*prompt, *answer] if going else [] for prompt, answer, going in said]
+                again_BS, again_B = _pad(texts, batch)
+                del cache  # its room is needed
+                cache = self.empty_cache(batch, capacity)
+                _, logits_BV, cache, record = self.prefill(again_BS, again_B, cache)
+                at_BS = np.broadcast_to(np.arange(again_BS.shape[1]), again_BS.shape)
+            else:
+                fed_B = np.where(going_B, chosen_B, -1).astype(np.int32)
+                logits_BV, cache, record = self.decode(fed_B, position_B.astype(np.int32), cache)
+                at_BS = position_B[:, None]
+            records.append(_on_host(record, at_BS, logits_BV, start))
         return Generation(tokens, logits_BSV, records, homes(batch, self._mesh))
 
 

@@ -49,7 +49,10 @@ class Tokens:
 
 
 def routed_tokens(generations: list[Generation], num_experts: int) -> Tokens:
-    """Gathers the experts of all tokens of all sequences, in the order of their positions."""
+    """Gathers the experts of all tokens of all sequences, in the order of their positions.
+
+    Tokens that were routed again (`Engine.generate`, LongRoPE) are there again, from position 0 on.
+    """
     dtype = np.uint8 if num_experts < 255 else np.uint16
     experts, homes, positions, lengths = [], [], [], []
     for generation in generations:
@@ -94,9 +97,11 @@ def trace(
     if prompts is not None:
         answers = [answer for generation in generations for answer in generation.tokens]
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [b for generation in generations for b in range(len(generation.tokens))]
+        parts = np.split(tokens.position_T, np.cumsum(tokens.seq_len)[:-1])
         # the last token of an answer has been routed nowhere
-        heads = [text[:length] for text, length in zip(texts, tokens.seq_len, strict=True)]
-        token_ids_T = np.concatenate(heads).astype(np.int32)
+        routed = [np.array(t)[at_T - b] for t, at_T, b in zip(texts, parts, rows, strict=True)]
+        token_ids_T = np.concatenate(routed).astype(np.int32)
     start = np.cumsum(tokens.seq_len) - tokens.seq_len
     return Trace(
         expert_ids_TLK=tokens.expert_TLK,

@@ -1,5 +1,7 @@
 """Cached decoding against full recomputation, batches, sampling, recorded rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +31,16 @@ def engine():
     return make_engine(tiny.contiguous())
 
 
-def recompute(prompt, num_tokens):
+@functools.cache
+def whole(config):
+    """The model without a cache, as a program."""
+    return jax.jit(transformer.build_forward(config.model, tiny.mesh(config), "reference"))
+
+
+def recompute(prompt, num_tokens, **model):
     """Greedy continuation by running the whole text again for every token, without a cache."""
-    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local")
-    forward = jax.jit(transformer.build_forward(config.model, tiny.mesh(config), "reference"))
+    config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local", **model)
+    forward = whole(config)
     table, model, text, logits = tiny.table(tiny.contiguous(1)), tiny.model(1, 1), list(prompt), []
     for _ in range(num_tokens):
         padded = np.zeros((1, 24), np.int32)
@@ -51,6 +59,27 @@ def test_cached_decoding_equals_full_recomputation(engine):
         assert generation.tokens[number] == expected
         first = np.asarray(generation.logits_BSV)[number, len(prompt) - 1]
         np.testing.assert_allclose(first, logits[0], rtol=0, atol=1e-5)
+
+
+def test_texts_that_grow_long_have_the_long_factors_throughout():
+    """LongRoPE, prompts of 9, 1, 3 and 7 tokens: two grow beyond 12, one after the other."""
+    long = {"short_factor": (1.0, 1.0), "long_factor": (9.0, 30.0), "original_seq_len": 12}
+    rope = {"model__rope": {"kind": "longrope", "factor": 8.0, **long}}
+    config, placement = tiny.config(**rope), tiny.contiguous()
+    engine = Engine(config, tiny.mesh(config), tiny.model(), tiny.table(placement))
+    generation = engine.generate(PROMPTS, 10, GREEDY)
+    assert generation.tokens == [recompute(prompt, 10, **rope)[0] for prompt in PROMPTS]
+    trace = record.trace([generation], config, "texts", PROMPTS)
+    said = [prompt + tokens for prompt, tokens in zip(PROMPTS, generation.tokens, strict=True)]
+    # those so far are routed again where the first prompt reaches position 12, and the last does
+    routed = [[*text[:-7], *text[:-5], *text[:-1]] for text in said]
+    assert trace.token_ids_T.tolist() == [token for text in routed for token in text]
+    counted = sum(record.dispatch_LMM for record in generation.records)
+    home_T = np.repeat(trace.seq_home, trace.seq_len)
+    predicted = cost.rows(
+        trace.expert_ids_TLK, placement, "exchange", home_T=home_T, combine="exact"
+    )
+    np.testing.assert_array_equal(counted, predicted.dispatch_LMM)
 
 
 def test_streaming_calls_with_every_token_in_order(engine):

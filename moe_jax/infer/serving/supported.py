@@ -49,7 +49,7 @@ def check_model(config: Config) -> None:
         raise Refused(
             "model.rope.kind",
             model.rope.kind,
-            "is not served: long texts turn keys another way than short ones have stored them",
+            "is not served: where a text grows long, all its keys would have to be computed anew",
             "answer with infer.py --prompt instead",
         )
     for field in dataclasses.fields(ModelConfig):
