@@ -128,6 +128,7 @@ MIXTRAL = Family(
     only=(),
     layouts=_layouts(experts=_experts("block_sparse_moe.", "w1", "w3", "w2")),
     windows=WindowKeys(),
+    rope_theta=1_000_000.0,
 )
 OLMOE = Family(
     "olmoe",
@@ -207,6 +208,7 @@ GPT_OSS = Family(
     },
     windows=WindowKeys(layer_types=True, has_window=lambda layer, plain: layer % 2 == 0),
     codes=("mxfp4",),
+    rope_theta=150_000.0,
 )
 
 _LATENT = (
@@ -404,6 +406,7 @@ PHIMOE = Family(
         )
     },
     windows=WindowKeys(),
+    rope_theta=1_000_000.0,
 )
 FAMILIES = {
     family.model_type: family

@@ -23,6 +23,8 @@ from moe_jax.model.parameter import logical_axes
 
 # Ways to write quantised weights, by `Row.code`.
 CODES: Mapping[str, Any] = {"mxfp4": mxfp4, "fp8": fp8}
+# Frequencies that old checkpoints hold beside the weights: config.json says them.
+_SAID_BY_CONFIG = ".rotary_emb.inv_freq"
 # (parameter, layer, logical expert), one layer's, one expert's array; None: it has no such axis
 Key = tuple[str, int | None, int | None]
 
@@ -146,7 +148,7 @@ def _shape(row: Row, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
-    """The layout of a folder; every tensor is accounted for.
+    """The layout of a folder; every tensor is accounted for (frequencies by config.json).
 
     Raises:
       Refused: tensors that are missing, that nobody knows, or of another shape than config.json
@@ -162,7 +164,8 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
         raise Refused(source, _first(missing), rule, fix)
     starts = tuple(start.format(layers=config.num_layers) for start in family.beside)
     beside = [name for name in there - layout.shapes.keys() if name.startswith(starts)]
-    if surplus := sorted(there - layout.shapes.keys() - set(beside)):
+    unknown = there - layout.shapes.keys() - set(beside)
+    if surplus := sorted(name for name in unknown if not name.endswith(_SAID_BY_CONFIG)):
         rule = f"{_count(surplus)} not a part of this model ({family.model_type})"
         fix = "config.json must be the one that belongs to it; nothing is left out silently"
         raise Refused(source, _first(surplus), rule, fix)

@@ -45,8 +45,11 @@ class Read:
     fields: dict[str, Any]
 
 
-def read(path: pathlib.Path, plain: Mapping[str, Any]) -> Read:
+def read(path: pathlib.Path, plain: Mapping[str, Any], theta: float) -> Read:
     """Rotary positions of a model.
+
+    Args:
+      theta: where config.json has none (`Family.rope_theta`).
 
     Raises:
       Refused: a kind, or a key of it, that is not supported, by name.
@@ -65,10 +68,8 @@ def read(path: pathlib.Path, plain: Mapping[str, Any]) -> Read:
         if key not in (*_FIELDS, *_SAID_ELSEWHERE, *_MSCALES) and value is not None:
             rule = "is not known, so what it asks for would be ignored"
             raise Refused(f"{path}: {_name(plain)}.{key}", value, rule, "use another model")
-    theta = group.get("rope_theta", plain.get("rope_theta"))
-    if theta is None:
-        rule = "is required, there or in rope_parameters"
-        raise Refused(f"{path}: rope_theta", None, rule, "download config.json again")
+    said = (group.get("rope_theta"), plain.get("rope_theta"), theta)
+    theta = next(one for one in said if one is not None)
     if kind == "default":
         return Read(theta, {})
     fields = {_FIELDS[key]: value for key, value in group.items() if key in _FIELDS}

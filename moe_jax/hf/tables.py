@@ -99,6 +99,7 @@ class Family:
       windows: where its layers may have windows; None = they have none.
       codes: of quantised weights that are read: `quant_method` in config.json.
       made: parameters that no tensor holds: whoever loads them says what they are.
+      rope_theta: base of rotary positions where config.json has none.
     """
 
     model_type: str
@@ -110,3 +111,4 @@ class Family:
     windows: WindowKeys | None = None
     codes: tuple[str, ...] = ()
     made: tuple[str, ...] = ()
+    rope_theta: float = 10_000.0

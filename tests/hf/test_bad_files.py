@@ -153,6 +153,16 @@ def test_every_tensor_is_accounted_for(change, says, tmp_path):
         assert said in str(refused.value)
 
 
+def test_frequencies_in_a_checkpoint_are_those_of_config_json(tmp_path):
+    """Old Llama files hold them as a buffer of each layer, beside the weights."""
+    model = copied(tmp_path, "llama")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(model / folder.SINGLE, lambda arrays: {**arrays, name: np.ones(4, np.float32)})
+    known, tensors = config_json.read(model), folder.tensors(model)
+    assert name in tensors.file_of
+    assert name not in layout.find(known.family, known.config.model, tensors).shapes
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_weight_that_is_no_number(bad, dtype, tmp_path):
@@ -307,7 +317,6 @@ CONFIGS = [
     ("mixtral", {"rope_parameters": {**SCALED, "type": "longrope", "short_mscale": 1.2,
                                      "long_mscale": 1.3, "rope_theta": 1e4}},
      "short_mscale", "the same number"),
-    ("mixtral", {"rope_parameters": {}, "rope_theta": None}, "rope_theta", "is required"),
     ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "a part of each head"),
     ("mixtral", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
      "partial_rotary_factor", "a part of each head"),
@@ -395,6 +404,21 @@ def test_both_ways_to_write_rotary_positions(tmp_path):
     group = {"rope_theta": 6e5, "rope_type": "default"}
     (model / "config.json").write_text(json.dumps({**plain, "rope_parameters": group}))
     assert config_json.read(model).config.model.rope_theta == 6e5
+
+
+@pytest.mark.parametrize(
+    ("family", "theta"),
+    [("llama", 1e4), ("olmoe", 1e4), ("mixtral", 1e6), ("phimoe", 1e6), ("gpt_oss", 1.5e5)],
+)
+def test_a_base_that_is_not_there_is_that_of_the_family(family, theta, tmp_path):
+    """Llama 2's published config.json has none."""
+    model = copied(tmp_path, family)
+    plain = json.loads((model / "config.json").read_text())
+    plain.pop("rope_theta", None)
+    for base in ({}, {"rope_theta": None}):
+        (plain.get("rope_parameters") or {}).pop("rope_theta", None)
+        (model / "config.json").write_text(json.dumps(plain | base))
+        assert config_json.read(model).config.model.rope_theta == theta
 
 
 # --- tokenizer and the command -----------------------------------------------------------------
