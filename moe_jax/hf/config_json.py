@@ -129,7 +129,7 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
     model["num_kv_heads"] = _value(path, plain, heads)
     width = Key("d_head", ("head_dim",), _share(model["d_model"], model["num_heads"]))
     model.setdefault("d_head", _value(path, plain, width))
-    turned = rope_json.read(path, plain, family.rope_theta)
+    turned = rope_json.read(path, plain, family.rope_theta, family.rope)
     model["rope_theta"] = turned.theta
     model["rope"] = turned.fields | model.get("rope", {})
     if family.windows is not None:

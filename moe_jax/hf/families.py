@@ -209,6 +209,14 @@ GPT_OSS = Family(
     windows=WindowKeys(layer_types=True, has_window=lambda layer, plain: layer % 2 == 0),
     codes=("mxfp4",),
     rope_theta=150_000.0,
+    rope={
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
 )
 
 _LATENT = (

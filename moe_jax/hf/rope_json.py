@@ -45,16 +45,20 @@ class Read:
     fields: dict[str, Any]
 
 
-def read(path: pathlib.Path, plain: Mapping[str, Any], theta: float) -> Read:
+def read(
+    path: pathlib.Path, plain: Mapping[str, Any], theta: float, unsaid: Mapping[str, Any]
+) -> Read:
     """Rotary positions of a model.
 
     Args:
       theta: where config.json has none (`Family.rope_theta`).
+      unsaid: the object where config.json has none, or null (`Family.rope`).
 
     Raises:
       Refused: a kind, or a key of it, that is not supported, by name.
     """
-    group = _group(path, plain)
+    there = any(plain.get(name) is not None for name in _OBJECTS)
+    group = _group(path, plain) if there else dict(unsaid)
     kind = group.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))

@@ -100,6 +100,7 @@ class Family:
       codes: of quantised weights that are read: `quant_method` in config.json.
       made: parameters that no tensor holds: whoever loads them says what they are.
       rope_theta: base of rotary positions where config.json has none.
+      rope: what `rope_parameters` says where neither it nor `rope_scaling` is there.
     """
 
     model_type: str
@@ -112,3 +113,4 @@ class Family:
     codes: tuple[str, ...] = ()
     made: tuple[str, ...] = ()
     rope_theta: float = 10_000.0
+    rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -14,6 +14,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax.config import RopeConfig
 from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf import config_json, folder, layout, load, safetensors
@@ -404,6 +405,21 @@ def test_both_ways_to_write_rotary_positions(tmp_path):
     group = {"rope_theta": 6e5, "rope_type": "default"}
     (model / "config.json").write_text(json.dumps({**plain, "rope_parameters": group}))
     assert config_json.read(model).config.model.rope_theta == 6e5
+
+
+@pytest.mark.parametrize("none", [{}, {"rope_scaling": None}, {"rope_parameters": None}])
+def test_gpt_oss_stretches_positions_without_being_told(none, tmp_path):
+    model = copied(tmp_path, "gpt_oss")
+    plain = json.loads((model / "config.json").read_text())
+    plain = {key: value for key, value in plain.items() if not key.startswith("rope_")}
+    (model / "config.json").write_text(json.dumps(plain | none))
+    found = config_json.read(model).config.model
+    stretched = {"kind": "yarn", "factor": 32.0, "original_seq_len": 4096, "truncate": False}
+    assert found.rope == RopeConfig(**stretched)
+    assert found.rope_theta == 1.5e5
+    plain["rope_parameters"] = {"rope_type": "default"}
+    (model / "config.json").write_text(json.dumps(plain))
+    assert config_json.read(model).config.model.rope == RopeConfig()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "hf_rope.jso
 
 
 def of_golden(golden):
-    read = rope_json.read(pathlib.Path("config.json"), golden["config"], 1e4)
+    read = rope_json.read(pathlib.Path("config.json"), golden["config"], 1e4, {})
     width = golden["width"]
     model = {"model__d_head": width, "model__rope": read.fields, "model__rope_theta": read.theta}
     config = tiny.config(**model).model
