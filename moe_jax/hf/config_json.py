@@ -134,7 +134,7 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
     model["rope"] = turned.fields | model.get("rope", {})
     if family.windows is not None:
         model["windows"] = window_json.read(path, plain, family.windows, model["num_layers"])
-    dtype = plain.get("dtype", plain.get("torch_dtype"))
+    dtype = plain.get("torch_dtype") if plain.get("dtype") is None else plain["dtype"]
     if _code(path, plain, family) and dtype is None:
         dtype = "bfloat16"  # which holds what 4 bits and a scale say
     if not isinstance(dtype, str | None) or dtype not in _DTYPES:

@@ -5,6 +5,7 @@ A family is a table (tables.py) and never a branch: what it needs of the model a
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.hf.tables import MAX_LAYERS, Family, Key, Row, WindowKeys
@@ -113,6 +114,14 @@ def _in_turns(gate_up: str, down: str, code: str = "") -> tuple[Row, ...]:
 
 _NORMALISED = {True: "normalised", False: "softmax"}
 _QWEN2_WINDOW_LAYERS = 28  # where config.json leaves it out
+
+
+def _every_other_of_the_first(layer: int, plain: Mapping[str, Any]) -> bool:
+    """Of the first `max_window_layers`."""
+    first = plain.get("max_window_layers")
+    return layer % 2 == 0 and layer < (_QWEN2_WINDOW_LAYERS if first is None else first)
+
+
 _ALL_MOE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("decoder_sparse_step", (1,), "dense layers among the MoE layers"),
     ("mlp_only_layers", ([], None), "dense layers among the MoE layers"),
@@ -170,9 +179,7 @@ QWEN2_MOE = Family(
     windows=WindowKeys(
         "use_sliding_window",
         layer_types=True,
-        has_window=lambda layer, plain: (
-            layer % 2 == 0 and layer < plain.get("max_window_layers", _QWEN2_WINDOW_LAYERS)
-        ),
+        has_window=_every_other_of_the_first,
     ),
 )
 GPT_OSS = Family(

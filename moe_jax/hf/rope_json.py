@@ -110,7 +110,8 @@ def _group(path: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, Any]:
 def _complete(path: pathlib.Path, fields: dict[str, Any], plain: Mapping[str, Any]) -> None:
     """What follows from the number of positions where it is not given."""
     longest = plain.get("max_position_embeddings")
-    original = plain.get(_ORIGINAL, fields.get("original_seq_len", longest))
+    said = (plain.get(_ORIGINAL), fields.get("original_seq_len"))
+    original: Any = next((one for one in said if one is not None), longest)
     if isinstance(original, int) and original > MAX_SIZE:
         rule = f"must be at most {MAX_SIZE:,}"
         raise Refused(f"{path}: {_ORIGINAL}", original, rule, "download config.json again")

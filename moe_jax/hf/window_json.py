@@ -26,8 +26,8 @@ def read(
     Raises:
       Refused: naming the key, its value, and what must hold.
     """
-    window, first = plain.get("sliding_window"), plain.get("max_window_layers", 0)
-    if not isinstance(first, int):
+    window, first = plain.get("sliding_window"), plain.get("max_window_layers")
+    if not isinstance(first, int | None):
         rule = "must be a number of layers"
         raise Refused(f"{path}: max_window_layers", first, rule, "download config.json again")
     if not isinstance(num_layers, int) or not _asked(path, plain, keys, window):

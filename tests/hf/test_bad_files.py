@@ -407,6 +407,26 @@ def test_both_ways_to_write_rotary_positions(tmp_path):
     assert config_json.read(model).config.model.rope_theta == 6e5
 
 
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16", "torch_dtype": None}, "bfloat16"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "float32"),
+        ({"dtype": None, "torch_dtype": None}, "float32"),
+    ],
+)
+def test_a_key_that_is_null_is_none(said, dtype, tmp_path):
+    model = copied(tmp_path)
+    plain = json.loads((model / "config.json").read_text())
+    stretched = {**SCALED, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    plain |= {"rope_parameters": stretched, "original_max_position_embeddings": None}
+    (model / "config.json").write_text(json.dumps(plain | said))
+    found = config_json.read(model).config.model
+    assert found.dtype == dtype
+    assert found.rope == RopeConfig(kind="yarn", factor=4.0, original_seq_len=32)
+
+
 @pytest.mark.parametrize("none", [{}, {"rope_scaling": None}, {"rope_parameters": None}])
 def test_gpt_oss_stretches_positions_without_being_told(none, tmp_path):
     model = copied(tmp_path, "gpt_oss")
