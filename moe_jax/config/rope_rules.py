@@ -21,6 +21,11 @@ _OTHERS = {
 }
 
 
+def reads(kind: str) -> tuple[str, ...]:
+    """The fields of `RopeConfig` that mean something in one of `ROPES`."""
+    return ("kind", "interleaved", *_POSITIVE[kind], *_OTHERS.get(kind, ()))
+
+
 def validate(rope: RopeConfig, width: int) -> None:
     """Raises `Refused` at the first rule that does not hold.
 
@@ -32,8 +37,7 @@ def validate(rope: RopeConfig, width: int) -> None:
         rule = f"must be one of {', '.join(map(repr, ROPES))}"
         fix = f"did you mean {near[0]!r}" if near else "choose one of them"
         raise Refused("model.rope.kind", rope.kind, rule, fix)
-    positive = _POSITIVE[rope.kind]
-    read = ("kind", "interleaved", *positive, *_OTHERS.get(rope.kind, ()))
+    positive, read = _POSITIVE[rope.kind], reads(rope.kind)
     for name in RopeConfig.__dataclass_fields__:
         value = getattr(rope, name)
         if name not in read and value != getattr(RopeConfig, name):

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.config import rope_rules
 from moe_jax.errors import Refused
 from moe_jax.hf.tables import MAX_SIZE
 
@@ -30,6 +31,7 @@ _FIELDS = {
     "short_factor": "short_factor",
     "long_factor": "long_factor",
 }
+_LOGITS = "mscale_all_dim"  # latent attention goes by it in every kind but "default"
 _SAID_ELSEWHERE = ("rope_type", "rope_theta", "partial_rotary_factor")
 _MSCALES = ("short_mscale", "long_mscale")  # LongRoPE, as Phi-3.5-MoE writes its scale
 
@@ -78,6 +80,13 @@ def read(
         return Read(theta, {})
     fields = {_FIELDS[key]: value for key, value in group.items() if key in _FIELDS}
     fields = {name: value for name, value in fields.items() if value is not None}
+    read = rope_rules.reads(_KINDS[kind])
+    if fields.get(_LOGITS) and _LOGITS not in read:
+        rule = f"is not supported where positions are stretched as {kind!r} says"
+        field = f"{path}: {_name(plain)}.{_LOGITS}"
+        raise Refused(field, fields[_LOGITS], rule, "use another model")
+    # Of numbers that belong to other kinds the reference makes nothing either.
+    fields = {name: value for name, value in fields.items() if name in read}
     if kind != "linear":
         _complete(path, fields, plain)
     if kind == "longrope":

@@ -313,6 +313,8 @@ CONFIGS = [
     ("mixtral", {"rope_parameters": DYNAMIC}, "rope_parameters.rope_type", "'dynamic'"),
     ("mixtral", {"rope_parameters": None, "rope_scaling": DYNAMIC}, "rope_scaling", "'dynamic'"),
     ("mixtral", {"rope_parameters": {**SCALED, "mrope_section": [2]}}, "mrope_section", "ignored"),
+    ("deepseek_v3", {"rope_parameters": {**SCALED, "type": "linear", "mscale_all_dim": 1}},
+     "config.json: rope_parameters.mscale_all_dim", "as 'linear' says"),
     ("mixtral", {"rope_parameters": {**SCALED, "factor": 0.5}, "rope_theta": 1e4},
      "model.rope.factor", "at least 1"),
     ("mixtral", {"rope_parameters": {**SCALED, "type": "longrope", "short_mscale": 1.2,
@@ -425,6 +427,17 @@ def test_a_key_that_is_null_is_none(said, dtype, tmp_path):
     found = config_json.read(model).config.model
     assert found.dtype == dtype
     assert found.rope == RopeConfig(kind="yarn", factor=4.0, original_seq_len=32)
+
+
+@pytest.mark.parametrize(
+    "beside", [{}, {"original_max_position_embeddings": 32}, {"beta_fast": 8.0, "truncate": False}]
+)
+def test_numbers_of_other_kinds_of_positions_mean_nothing(beside, tmp_path):
+    model = copied(tmp_path)
+    plain = json.loads((model / "config.json").read_text())
+    plain["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, **beside}
+    (model / "config.json").write_text(json.dumps(plain))
+    assert config_json.read(model).config.model.rope == RopeConfig(kind="linear", factor=2.0)
 
 
 @pytest.mark.parametrize("none", [{}, {"rope_scaling": None}, {"rope_parameters": None}])
