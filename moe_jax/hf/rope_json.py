@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config import rope_rules
+from moe_jax.config import RopeConfig, rope_rules
 from moe_jax.errors import Refused
 from moe_jax.hf.tables import MAX_SIZE
 
@@ -92,6 +92,20 @@ def read(
     if kind == "longrope":
         _scale(path, plain, group, fields)
     return Read(theta, fields | {"kind": kind})
+
+
+def written(rope: RopeConfig, theta: float) -> dict[str, Any]:
+    """Keys of config.json that `read` makes the same of, in both ways of writing them."""
+    kind_of = {ours: theirs for theirs, ours in _KINDS.items()}
+    told: dict[str, Any] = {"rope_type": kind_of[rope.kind]}
+    for key, name in _FIELDS.items():
+        value = getattr(rope, name)
+        follows = value == 0 and value is not False  # from the others
+        if name in rope_rules.reads(rope.kind) and not follows:
+            told[key] = list(value) if isinstance(value, tuple) else value
+    older = None if rope.kind == "plain" else told
+    both = {"rope_scaling": older, "rope_parameters": {**told, "rope_theta": theta}}
+    return {"rope_theta": theta, **both}
 
 
 def _name(plain: Mapping[str, Any]) -> str:

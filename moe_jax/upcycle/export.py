@@ -13,7 +13,7 @@ from typing import Any
 from moe_jax import metrics
 from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
-from moe_jax.hf import config_json, folder, layout, run, save
+from moe_jax.hf import config_json, folder, layout, rope_json, run, save
 
 
 def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -61,8 +61,7 @@ def _said(model: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": model.top_k,
         "max_position_embeddings": model.max_seq_len,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        **rope_json.written(model.rope, model.rope_theta),
         "tie_word_embeddings": model.tied_output,
         "router_aux_loss_coef": model.load_balance_coef,
         "sliding_window": None,

@@ -38,6 +38,21 @@ def test_frequencies_and_scale_equal_those_of_transformers(name):
     assert made.scale == pytest.approx(GOLDEN[name]["scale"], rel=1e-12)
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_written_is_read_again(name, older):
+    golden = GOLDEN[name]
+    read = rope_json.read(pathlib.Path("config.json"), golden["config"], 1e4, {})
+    config = tiny.config(model__d_head=golden["width"], model__rope=read.fields).model.rope
+    said = rope_json.written(config, read.theta)
+    json.dumps(said)
+    if older:  # versions of transformers before 5 know nothing of the other
+        del said["rope_parameters"]
+    again = rope_json.read(pathlib.Path("config.json"), said, 7.0, {})
+    assert tiny.config(model__d_head=golden["width"], model__rope=again.fields).model.rope == config
+    assert again.theta == read.theta
+
+
 def test_the_older_way_of_writing_says_the_same():
     golden = GOLDEN["yarn of DeepSeek-V3"]
     group = dict(golden["config"]["rope_parameters"])

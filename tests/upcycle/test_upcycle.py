@@ -302,6 +302,23 @@ def test_an_upcycled_model_is_published_as_a_mixtral(upcycled, tmp_path, capsys)
     assert "exists already" in capsys.readouterr().err
 
 
+def test_stretched_positions_are_published(dense, tmp_path):
+    """Those of Llama 3.1 and later."""
+    llama, workdir, out = tmp_path / "llama", tmp_path / "run", tmp_path / "out"
+    shutil.copytree(dense, llama)
+    plain = json.loads((llama / "config.json").read_text())
+    plain["rope_scaling"] = {
+        **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    }
+    (llama / "config.json").write_text(json.dumps(plain))
+    made = make.make(llama, workdir, make.Wanted(2, 1))
+    assert made.model.rope.kind == "llama3"
+    assert command.main([f"--workdir={workdir}", f"--export={out}"]) == 0
+    assert config_json.read(out).config.model.rope == made.model.rope
+    assert json.loads((out / "config.json").read_text())["rope_scaling"] == plain["rope_scaling"]
+
+
 def test_dense_layers_are_not_published(dense, tmp_path, capsys):
     workdir = tmp_path / "run"
     make.make(dense, workdir, make.Wanted(2, 1, first_dense=1))
