@@ -2,7 +2,7 @@
 
     config.json                    sizes and parts, see config_json.py
     model.safetensors              or, in parts:
-    model.safetensors.index.json   {"weight_map": {tensor: file}}
+    model.safetensors.index.json   {"weight_map": {tensor: file}}; never of other files beside it
     model-00001-of-00002.safetensors ...
     tokenizer.json                 see tokens.py
 
@@ -123,7 +123,7 @@ def tensors(folder: str | os.PathLike) -> Tensors:
     """Reads the headers of all files of a published model's folder.
 
     Raises:
-      Refused: naming file, tensor and rule; a folder with pickles only.
+      Refused: naming file, tensor and rule; a folder with pickles only, or with two models.
     """
     folder = pathlib.Path(folder)
     index = folder / INDEX
@@ -155,6 +155,10 @@ def _indexed(folder: pathlib.Path, index: pathlib.Path) -> Tensors:
             rule = f"is named in {INDEX} and is not there"
             raise Refused(str(folder / name), None, rule, "download this shard as well")
         read[name] = safetensors.read(folder / name)
+    if (folder / SINGLE).is_file() and SINGLE not in read:
+        rule = f"is there as well, and {INDEX} names other files: one of both is an older model"
+        fix = "move away what is not meant, the index with its files or this one"
+        raise Refused(str(folder / SINGLE), None, rule, fix)
     for tensor, name in listed.items():
         if tensor not in read[name].tensors:
             rule = f"does not hold it, though {INDEX} says so"

@@ -237,6 +237,18 @@ def test_indexes(change, rule, tmp_path):
     assert rule in str(refused.value)
 
 
+def test_a_file_beside_an_index_of_others(tmp_path):
+    """A fine-tune saved over an older model in several files."""
+    model = copied(tmp_path)
+    shard = "model-00001-of-00001.safetensors"
+    shutil.copyfile(model / folder.SINGLE, model / shard)
+    indexed(model, dict.fromkeys(safetensors.read(model / shard).tensors, shard))
+    with pytest.raises(Refused, match=r"/model\.safetensors = None: is there as well"):
+        folder.tensors(model)
+    (model / folder.SINGLE).unlink()
+    assert folder.tensors(model).file_of.keys() == golden.tensors("mixtral").file_of.keys()
+
+
 def test_pickles_are_never_opened(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(Refused, match="pickle, which could run code"):
