@@ -14,6 +14,7 @@ top 2 and normalise as well); training state begins fresh, where they carry the 
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -211,8 +212,9 @@ def _copy_tokenizer(dense: pathlib.Path, out: pathlib.Path, ends: tuple[int, ...
     for name in (tokens.NAME, tokens.CONFIG, tokens.TEMPLATE):
         if (dense / name).is_file():
             shutil.copyfile(dense / name, out / name)
+    said = {"eos_token_id": list(ends)} if ends else {}
     with files.atomic_write(out / config_json.GENERATION, "w") as file:
-        file.write(f'{{"eos_token_id": {list(ends)}}}\n')
+        file.write(f"{json.dumps(said)}\n")
 
 
 def _told(workdir: str | os.PathLike, made: Config) -> str:

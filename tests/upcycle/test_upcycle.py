@@ -302,6 +302,20 @@ def test_an_upcycled_model_is_published_as_a_mixtral(upcycled, tmp_path, capsys)
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_model_that_names_no_end(dense, tmp_path):
+    """An empty list of ends is no value that other programs expect."""
+    shutil.copytree(dense, tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    plain = json.loads(path.read_text())
+    assert plain.pop("eos_token_id") is not None
+    path.write_text(json.dumps(plain))
+    make.make(tmp_path / "llama", tmp_path / "run", make.Wanted(2, 1))
+    said = (tmp_path / "run" / "tokenizer" / "generation_config.json").read_text()
+    assert json.loads(said) == {}
+    assert command.main([f"--workdir={tmp_path / 'run'}", f"--export={tmp_path / 'out'}"]) == 0
+    assert config_json.read(tmp_path / "out").ends == ()
+
+
 def test_stretched_positions_are_published(dense, tmp_path):
     """Those of Llama 3.1 and later."""
     llama, workdir, out = tmp_path / "llama", tmp_path / "run", tmp_path / "out"
