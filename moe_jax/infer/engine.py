@@ -169,7 +169,7 @@ class Engine:
     def decode(self, token_B: np.ndarray, position_B: np.ndarray, cache: transformer.Cache) -> Any:
         """One decode step, left on the devices; `cache` is used up.
 
-        With LongRoPE no text may reach the long factors in it: `generate` prefills there.
+        With LongRoPE no text may grow beyond the short factors in it: `generate` prefills there.
 
         Args:
           token_B: int32, on the host; -1 where there is no sequence.
