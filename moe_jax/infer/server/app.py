@@ -202,7 +202,8 @@ class Server:
             return bytes(body)
 
         try:
-            return await asyncio.wait_for(read(), self.policy.body_seconds)
+            async with asyncio.timeout(self.policy.body_seconds):
+                return await read()
         except TimeoutError:
             rule = f"must be sent within {self.policy.body_seconds:g} s"
             raise Stopped(408, Refused("body", "incomplete", rule, "send it at once")) from None
@@ -247,7 +248,10 @@ class _Answers:
         end = time.monotonic() + seconds
         while self._open:
             try:
-                index, part = await asyncio.wait_for(self._parts.get(), end - time.monotonic())
+                async with asyncio.timeout(end - time.monotonic()):
+                    index, part = await self._parts.get()
+                if time.monotonic() > end:  # a part that was there is had without waiting
+                    raise TimeoutError
             except TimeoutError:
                 rule = f"must be finished within {seconds:g} s"
                 raise Stopped(504, Refused("answer", "too long", rule, "ask for less")) from None
@@ -276,7 +280,10 @@ class _Sent(Response):
         policy = self._server.policy
 
         async def send_in_time(message: Any) -> None:
-            await asyncio.wait_for(send(message), policy.send_seconds)
+            # Not `wait_for`: until Python 3.12 it drops a cancellation that comes when what it
+            # waits for is done.
+            async with asyncio.timeout(policy.send_seconds):
+                await send(message)
 
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -292,10 +299,10 @@ class _Sent(Response):
                 with contextlib.suppress(TimeoutError, OSError):  # too slow, or gone
                     working.result()
         finally:
+            self._answers.cancel()  # first: it waits for nobody
             for task in (working, leaving):
                 task.cancel()
             await asyncio.gather(working, leaving, return_exceptions=True)
-            self._answers.cancel()
             self._server.num_open -= 1
 
     async def _whole(

@@ -26,7 +26,7 @@ from moe_jax.infer.serving import placing
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Likely, Options, Part
-from moe_jax.infer.serving.service import Service
+from moe_jax.infer.serving.service import Service, Ticket
 from moe_jax.infer.text import Bytes
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Plan
@@ -366,6 +366,83 @@ def test_clients_that_go_away_are_cancelled(port, server, engine):
     wait_until(lambda: not engine.busy)
     assert all(pool.num_held == 0 for pool in engine.scheduler.blocks)
     assert ask(port, answer("still there"))[0] == 200
+
+
+class _Idle(Service):
+    """In its hands nothing happens by itself."""
+
+    def __init__(self):
+        self.failure, self.taken, self.cancelled = None, [], []
+
+    def check_open(self, count=1):
+        pass
+
+    def check(self, prompt, options):
+        pass
+
+    def submit(self, prompt, options, deliver):
+        self.taken.append(Ticket(deliver))
+        return self.taken[-1]
+
+    def cancel(self, ticket):
+        self.cancelled.append(ticket)
+
+
+class _Alone(app.Server):
+    """Serves nothing but what it is given."""
+
+    def __init__(self):
+        self.policy, self.num_open = POLICY, 0
+
+
+def _sent(service, num_answers, stream):
+    """Answers on their way."""
+    options = [Options()] * num_answers
+    answers = app._Answers(service, [([1], one) for one in options])
+    made = app.reply.Reply(chat=False, model=NAME, prompt_tokens=1, piece=Bytes().piece)
+    asked = app.fields.Asked([[1]], options, stream=stream, usage=False)
+    return app._Sent(_Alone(), answers, made, asked)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("later", range(12))
+def test_a_client_that_leaves_while_a_part_arrives(stream, later):
+    """However many turns of the loop lie between the two."""
+
+    async def one():
+        service = _Idle()
+        sent = _sent(service, 4, stream)
+
+        async def receive():
+            await asyncio.sleep(0.01)
+            service.taken[0].deliver(Part(97, "a", None, None))
+            for _ in range(later):
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            await asyncio.sleep(0)
+
+        async with asyncio.timeout(1):
+            await sent({}, receive, send)
+        assert service.cancelled == service.taken
+        assert not sent._server.num_open
+
+    asyncio.run(one())
+
+
+def test_an_answer_is_too_late_even_if_its_parts_are_there():
+    async def one():
+        service = _Idle()
+        answers = app._Answers(service, [([1], Options())])
+        for _ in range(3):
+            service.taken[0].deliver(Part(97, "a", None, None))
+        await asyncio.sleep(0.01)
+        with pytest.raises(app.Stopped, match="must be finished within 0 s"):
+            async for _ in answers.parts(0):
+                pass
+
+    asyncio.run(one())
 
 
 def test_a_client_that_does_not_read(server, engine):
