@@ -9,7 +9,7 @@ from typing import Any
 from moe_jax.errors import Refused
 from moe_jax.infer.serving.request import Likely, Part
 
-_LEAST = -9999.0  # JSON has no infinity
+_LEAST = -9999.0  # JSON has no infinity, and no NaN
 
 
 def error(status: int, refused: Refused) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Reply:
             ]}  # fmt: skip
         return {
             "tokens": [_shown(self._piece(token)) for token, _ in tokens],
-            "token_logprobs": [max(likely.logprob, _LEAST) for _, likely in tokens],
+            "token_logprobs": [_finite(likely.logprob) for _, likely in tokens],
             "top_logprobs": [self._top(likely) for _, likely in tokens],
         }
 
@@ -149,12 +149,17 @@ class Reply:
         """Of tokens that look the same the most likely one counts."""
         found: dict[str, float] = {}
         for token, logprob in likely.top:
-            found.setdefault(_shown(self._piece(token)), max(logprob, _LEAST))
+            found.setdefault(_shown(self._piece(token)), _finite(logprob))
         return found
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         piece = self._piece(token)
-        return {"token": _shown(piece), "logprob": max(logprob, _LEAST), "bytes": list(piece)}
+        return {"token": _shown(piece), "logprob": _finite(logprob), "bytes": list(piece)}
+
+
+def _finite(logprob: float) -> float:
+    """`_LEAST` in place of what is less, or no number."""
+    return logprob if logprob > _LEAST else _LEAST
 
 
 def _shown(piece: bytes) -> str:

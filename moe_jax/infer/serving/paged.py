@@ -84,13 +84,24 @@ def write(
     block_T: Int[Array, "T"],
     offset_T: Int[Array, "T"],
 ) -> Pages:
-    """The cache with these tokens; block N is nowhere. Inside `shard_map`."""
+    """The cache with these tokens; block N is nowhere. Inside `shard_map`.
 
+    A value that is NaN or infinite is stored as 0. Blocks are used again and pad tables, and what
+    another request left in one counts with a share of 0, times which only a finite number is 0.
+    Keys may be anything: logits of positions that a row does not see are replaced. A latent key is
+    a value, too.
+    """
+
+    def finite(x_TGQ):
+        return jnp.where(jnp.isfinite(x_TGQ), x_TGQ, 0)
+
+    if value_TGQ is None:
+        key_TGQ = finite(key_TGQ)
     at, offset = {"mode": "drop"}, (layer, block_T, slice(None))
     key_LNGCQ = pages.key_LNGCQ.at[*offset, offset_T].set(key_TGQ, **at)
     value_LNGQC = pages.value_LNGQC
     if value_LNGQC is not None:
-        value_LNGQC = value_LNGQC.at[*offset, :, offset_T].set(value_TGQ, **at)
+        value_LNGQC = value_LNGQC.at[*offset, :, offset_T].set(finite(value_TGQ), **at)
     return Pages(key_LNGCQ, value_LNGQC)
 
 

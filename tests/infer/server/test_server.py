@@ -192,6 +192,20 @@ def test_tokens_that_are_no_whole_text():
     assert [other["bytes"] for other in one["top_logprobs"][:3]] == [[0xC3], [0xE2], [97]]
 
 
+def test_logprobs_are_numbers_of_json():
+    likely = Likely(float("nan"), [(97, float("nan")), (98, float("-inf")), (99, -0.5)])
+    choice = app.reply.Choice(0)
+    choice.add(Part(97, "a", likely, "length"))
+    found = []
+    for chat in (False, True):
+        made = app.reply.Reply(chat=chat, model=NAME, prompt_tokens=1, piece=Bytes().piece)
+        found.append(json.loads(app.JSONResponse(made.whole([choice])).body)["choices"][0])
+    assert found[0]["logprobs"]["token_logprobs"] == [-9999]
+    assert found[0]["logprobs"]["top_logprobs"] == [{"a": -9999, "b": -9999, "c": -0.5}]
+    (one,) = found[1]["logprobs"]["content"]
+    assert [other["logprob"] for other in (one, *one["top_logprobs"])] == [-9999] * 3 + [-0.5]
+
+
 def test_a_chat_fills_the_room_there_is(port, engine, monkeypatch):
     """Less than the context, where the cache is small."""
     monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.limits, max_len=640))

@@ -46,14 +46,17 @@ class _Text:
         key = jnp.full((_LAYERS, blocks, self.groups, block_size, width), np.nan)
         pages = paged.Pages(key, None if latent else key.swapaxes(3, 4))
         zeros = [None if p is None else jnp.zeros(p.shape) for p in (key, pages.value_LNGQC)]
-        at_P = np.arange(_POSITIONS)
+        self.pages, self.block_size = paged.Pages(*zeros), block_size
+        self.write(np.arange(_POSITIONS), self.key_PGQ, self.value_PGQ)
+
+    def write(self, at_P, key_PGQ, value_PGQ):
         self.pages = paged.write(
-            paged.Pages(*zeros),
+            self.pages,
             jnp.int32(1),
-            jnp.asarray(self.key_PGQ),
-            None if latent else jnp.asarray(self.value_PGQ),
-            jnp.asarray(self.table_W[at_P // block_size]),
-            jnp.asarray(at_P % block_size, jnp.int32),
+            jnp.asarray(key_PGQ),
+            None if self.pages.value_LNGQC is None else jnp.asarray(value_PGQ),
+            jnp.asarray(self.table_W[at_P // self.block_size]),
+            jnp.asarray(at_P % self.block_size, jnp.int32),
         )
 
     def ask(self, position_AJ, sink_H=None, window=None):
@@ -108,3 +111,15 @@ def test_windows_and_sinks(window):
     sink_H = text.rng.standard_normal(text.heads).astype(np.float32)
     mixed = text.ask(np.arange(_POSITIONS)[:, None], jnp.asarray(sink_H), window)[:, 0]
     np.testing.assert_allclose(mixed, text.dense(sink_H, window), atol=2e-5)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", ["grouped", "latent"])
+def test_what_is_no_number_stays_with_its_request(shape, number):
+    """It is left in blocks that are used again, or pad a table."""
+    text = _Text(shape, 16, seed=3)
+    own_A1 = np.arange(20)[:, None]
+    expected_A1HQ = text.ask(own_A1)
+    left = np.full_like(text.key_PGQ[20:], number)
+    text.write(np.arange(20, _POSITIONS), left, left)
+    np.testing.assert_array_equal(text.ask(own_A1), expected_A1HQ)
