@@ -163,8 +163,7 @@ class Server:
             asked = await asyncio.to_thread(fields.chat, body, text.chat, context)
         else:
             asked = await asyncio.to_thread(fields.completion, body, text.encode)
-        jobs = [(prompt, options) for prompt in asked.prompts for options in asked.options]
-        answers = _Answers(self.service, jobs)
+        answers = _Answers(self.service, asked.jobs)
         made = reply.Reply(
             chat=is_chat,
             model=self.name,
@@ -271,8 +270,7 @@ class _Sent(Response):
 
     def __init__(self, server: Server, answers: _Answers, made: reply.Reply, asked: fields.Asked):
         self._server, self._answers, self._made, self._asked = server, answers, made, asked
-        count = len(asked.prompts) * len(asked.options)
-        self._choices = [reply.Choice(index) for index in range(count)]
+        self._choices = [reply.Choice(index) for index in range(len(asked.jobs))]
         self.background = None
         server.num_open += 1
 

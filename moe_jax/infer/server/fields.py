@@ -46,13 +46,13 @@ class Asked:
     """What one request of HTTP asks for.
 
     Attributes:
-      prompts: tokens, as many answers to each as there are options.
-      options: of each choice.
+      prompts: tokens.
+      jobs: prompt and options of every answer, all choices of the first prompt first.
       stream, usage: parts as they come; a last part with the numbers of tokens.
     """
 
     prompts: list[list[int]]
-    options: list[Options]
+    jobs: list[tuple[list[int], Options]]
     stream: bool
     usage: bool
 
@@ -115,7 +115,7 @@ def _asked(
         temperature=_real(body, "temperature", 1.0),
         top_p=_real(body, "top_p", 1.0),
         top_k=0 if body.get("top_k") == -1 else _whole(body, "top_k", 0),  # -1: as vLLM has it
-        seed=_whole(body, "seed", secrets.randbelow(2**31)),
+        seed=_whole(body, "seed", 0),
         stop=_stops(body.get("stop")),
         logprobs=logprobs,
         ignore_end=_truth(body, "ignore_eos"),
@@ -123,9 +123,17 @@ def _asked(
     stream_options = body.get("stream_options") or {}
     if not isinstance(stream_options, dict):
         raise _wrong_type("stream_options", stream_options, "an object")
+    jobs = []
+    for prompt in prompts:
+        # Without a seed each prompt has one of its own: prompts may be equal.
+        seed = options.seed if body.get("seed") is not None else secrets.randbelow(2**31)
+        jobs += [
+            (prompt, dataclasses.replace(options, seed=seed, choice=choice))
+            for choice in range(choices)
+        ]
     return Asked(
         prompts,
-        [dataclasses.replace(options, choice=choice) for choice in range(choices)],
+        jobs,
         _truth(body, "stream"),
         _truth(stream_options, "include_usage"),
     )

@@ -140,6 +140,17 @@ def test_several_prompts_choices_and_a_seed(port):
     assert [choice["text"] for choice in again["choices"]] == texts
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+def test_equal_prompts_have_seeds_of_their_own_unless_one_is_given(seed):
+    body = {"prompt": ["x", "x", "x"], "n": 2, "seed": seed}
+    jobs = app.fields.completion(body, Bytes().encode).jobs
+    assert [options.choice for _, options in jobs] == [0, 1] * 3
+    seeds = [options.seed for _, options in jobs]
+    assert seeds[::2] == seeds[1::2]
+    assert seeds[0] == seed or seed is None
+    assert len(set(seeds)) == (3 if seed is None else 1)
+
+
 def test_a_trace_says_which_tokens_only_where_that_is_asked_for(port, server):
     ask(port, answer("which?"))
     silent, spoken = (
@@ -411,10 +422,10 @@ class _Alone(app.Server):
 
 def _sent(service, num_answers, stream):
     """Answers on their way."""
-    options = [Options()] * num_answers
-    answers = app._Answers(service, [([1], one) for one in options])
+    jobs = [([1], Options())] * num_answers
+    answers = app._Answers(service, jobs)
     made = app.reply.Reply(chat=False, model=NAME, prompt_tokens=1, piece=Bytes().piece)
-    asked = app.fields.Asked([[1]], options, stream=stream, usage=False)
+    asked = app.fields.Asked([[1]], jobs, stream=stream, usage=False)
     return app._Sent(_Alone(), answers, made, asked)
 
 
@@ -474,7 +485,7 @@ def test_a_client_that_does_not_read(server, engine):
         jobs = [([1, 2], Options(max_tokens=60))]
         answers = app._Answers(server.service, jobs)
         made = app.reply.Reply(chat=False, model=NAME, prompt_tokens=2, piece=Bytes().piece)
-        asked = app.fields.Asked([[1, 2]], [jobs[0][1]], stream=True, usage=False)
+        asked = app.fields.Asked([[1, 2]], jobs, stream=True, usage=False)
         await app._Sent(server, answers, made, asked)({}, receive, send)
 
     asyncio.run(stalled())
