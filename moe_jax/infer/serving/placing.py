@@ -209,13 +209,15 @@ class Placing:
         return (self._engine.stats.moved - self._rows) / max(self._served * layers, 1)
 
     def _window_ended(self) -> None:
-        trace = self._engine.trace()
-        if trace is None or trace.num_sequences < LEAST_SEQUENCES:
-            return  # too few requests yet
-        self.report.rows_before = self._rows_per_token()
-        steps, served = self._engine.stats.steps - self._steps, self._served
         recorder = self._engine.recorder
         assert recorder is not None
+        # Asked at every step from here on, and a trace takes long: all of the buffer is fetched.
+        if recorder.num_sequences < LEAST_SEQUENCES:
+            return  # too few requests yet
+        trace = self._engine.trace()
+        assert trace is not None
+        self.report.rows_before = self._rows_per_token()
+        steps, served = self._engine.stats.steps - self._steps, self._served
         self._learned_from = [*self._learned_from[-1:], (trace, recorder.tokens())]
         self._learn(self.plan.placement)
         self._windows = [*self._windows[-1:], trace]

@@ -83,6 +83,11 @@ class Recorder:
         """A request runs no more; its tokens stay."""
         self._of_job.pop(job, None)
 
+    @property
+    def num_sequences(self) -> int:
+        """Those of `trace`, without it."""
+        return sum(region.count > 0 for regions in self._regions for region in regions)
+
     def tokens(self) -> np.ndarray:
         """int32 [T]: identities of the tokens of `trace`."""
         held = [region for regions in self._regions for region in regions]

@@ -166,9 +166,13 @@ def test_a_search_that_fails_stops_nothing(engine, monkeypatch):
     assert "no new plan: planted" in said
 
 
-def test_few_requests_make_no_plan(engine):
+def test_few_requests_make_no_plan(engine, monkeypatch):
+    """Nor is a trace fetched from the devices, step after step."""
     placed = start(engine, dataclasses.replace(RULES, tokens=10))
-    serve(engine, 6, placed)
+    with monkeypatch.context() as patch:
+        patch.delattr(type(engine), "trace")
+        serve(engine, 6, placed)
+    assert engine.recorder.num_sequences == engine.trace().num_sequences == 6
     assert placed.report.plans == 0
 
 
