@@ -53,6 +53,11 @@ class Blocks:
         return len(self._free) + len(self._idle)
 
     @property
+    def num_free(self) -> int:
+        """Those of them whose taking makes nothing impossible to find."""
+        return len(self._free)
+
+    @property
     def num_held(self) -> int:
         return self.num_blocks - self.available
 

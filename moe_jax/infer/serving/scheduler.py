@@ -15,10 +15,11 @@ oldest request of a shard is never preempted, and as every request fits on an em
 checked on arrival), every request ends.
 
 Which shard a request is admitted to: the one that holds most of its prefix already; among those
-alike its home, where homes are known (homes.py); then the one with most room. A request never waits
-for a shard. But where homes are known, the first of the `PASSERS` oldest that wait whose home has
-room goes before older ones whose home has none: so homes are found, too, where a seat is free now
-and then. A request is passed `PATIENCE` times at most, and then goes where there is room.
+alike its home, where homes are known (homes.py); then the one with most room; then the one with
+most free blocks, so that what can be found elsewhere stays. A request never waits for a shard. But
+where homes are known, the first of the `PASSERS` oldest that wait whose home has room goes before
+older ones whose home has none: so homes are found, too, where a seat is free now and then. A
+request is passed `PATIENCE` times at most, and then goes where there is room.
 """
 
 import bisect
@@ -306,7 +307,12 @@ class Scheduler:
         if not fits:
             return None
         costs = self._costs(job)
-        shard, found, _ = max(fits, key=lambda f: (len(f[1]), -costs[f[0]], f[2], -f[0]))
+
+        def rank(fit: tuple[int, list[int], int]) -> tuple[float, ...]:
+            shard, found, room = fit
+            return len(found), -costs[shard], room, self.blocks[shard].num_free, -shard
+
+        shard, found, _ = max(fits, key=rank)
         return job, shard, found, self.homes is not None and costs[shard] == min(costs)
 
     def _missing(self, job: Job, found: list[int]) -> int:

@@ -175,6 +175,21 @@ def test_a_prefix_is_used_again_by_whole_blocks():
     world.run()
 
 
+def test_texts_spread_over_shards_where_all_have_the_same_room():
+    """Each of two texts that fill a shard is still found after the other."""
+    world = World()
+    texts = [[number] * 24 for number in range(2)]
+    for text in texts:
+        world.add(text, 8)
+        while world.step():
+            pass
+    again = [world.add(text, 8) for text in texts]
+    world.step()
+    assert [job.shard for job in again] == [0, 1]
+    assert [job.reused for job in again] == [20, 20]
+    world.run()
+
+
 def test_idle_blocks_go_from_the_end_of_a_text():
     pool = Blocks(4)
     held = pool.take(3)
