@@ -19,11 +19,12 @@ alike its home, where homes are known (homes.py); then the one with most room; t
 most free blocks, so that what can be found elsewhere stays. A request never waits for a shard. But
 where homes are known, the first of the `PASSERS` oldest that wait whose home has room goes before
 older ones whose home has none: so homes are found, too, where a seat is free now and then. A
-request is passed `PATIENCE` times at most, and then goes where there is room.
+request is passed `PATIENCE` times at most, and then nobody passes it.
 """
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 from moe_jax.errors import Refused
@@ -281,9 +282,11 @@ class Scheduler:
     def _next(self) -> tuple[Job, int, list[int], bool] | None:
         """Who is admitted next: to which shard, with which blocks; is it home?"""
         oldest = self._seating(self.waiting[0])
-        if self.homes is None or oldest is None or oldest[3] or oldest[0].passed >= PATIENCE:
+        if self.homes is None or oldest is None or oldest[3]:
             return oldest
-        for job in self.waiting[1:PASSERS]:
+        for older, job in itertools.pairwise(self.waiting[:PASSERS]):
+            if older.passed >= PATIENCE:  # all that are left would pass it
+                break
             seating = self._seating(job)
             if seating and seating[3]:
                 return seating

@@ -102,6 +102,20 @@ def test_who_is_at_home_passes_but_not_for_long():
     assert oldest.passed == PATIENCE
 
 
+def test_nobody_behind_the_oldest_is_passed_too_often_either():
+    """One that has been preempted waits before those that have been patient."""
+    scheduler = Scheduler(Limits(2, 2, 16, 16, 16, 2, 40, 64))
+    scheduler.homes = lambda tokens, running: [float(tokens[0] % 2 == 0), float(tokens[0] % 2)]
+    for _ in range(2):
+        scheduler.add([1], 4)  # at home on shard 0, which is full then
+    scheduler.plan()
+    oldest, patient, young = scheduler.add([1], 4), scheduler.add([1], 4), scheduler.add([2], 4)
+    patient.passed = PATIENCE
+    scheduler.plan()
+    assert [job.shard for job in (oldest, patient, young)] == [1, 1, -1]
+    assert patient.passed == PATIENCE
+
+
 def test_a_prefix_that_is_there_comes_before_a_home():
     scheduler = Scheduler(LIMITS)
     first = scheduler.add(list(range(9)), 2)
