@@ -72,8 +72,9 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         )
         placing = Placing(engine, plan, rules, say=metrics.say)
     service = Service(engine, settings.max_queue, placing)
-    server = app.Server(service, engine, source.text, config.name, app.Policy(bearer=bearer))
-    with contextlib.closing(listen(settings.host, settings.port)) as bound:
+    policy = app.Policy(bearer=bearer)
+    server = app.Server(service, engine, source.text, config.name, policy)
+    with contextlib.closing(listen(settings.host, settings.port, policy.send_seconds)) as bound:
         host, port = bound.getsockname()[:2]
         if not bearer and host not in ("127.0.0.1", "::1"):
             metrics.fail(f"{host} is not loopback and no --bearer_token_file is given: anybody")

@@ -58,8 +58,13 @@ class Settings:
         return token
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; refused where another server does."""
+def listen(host: str, port: int, send_seconds: float | None = None) -> socket.socket:
+    """A socket that listens; refused where another server does.
+
+    Args:
+      send_seconds: until a client must have taken what is sent to it, or its connection ends;
+        None = as long as the platform likes.
+    """
     bound = None
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -67,6 +72,10 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         bound = socket.socket(family)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if send_seconds is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            # What was written waits in the kernel, where nobody above it counts its seconds.
+            limit = max(1, round(send_seconds * 1000))
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
         bound.bind(address)
         bound.listen(2048)
     except OSError as error:

@@ -1,6 +1,8 @@
 """What is refused before a model is read: flags of the server, its port, its token."""
 
 import contextlib
+import socket
+import time
 
 import pytest
 
@@ -13,6 +15,25 @@ def test_two_servers_on_one_port():
         port = bound.getsockname()[1]
         with pytest.raises(Refused, match=f"127.0.0.1:{port}.*cannot be listened on"):
             settings.listen("127.0.0.1", port)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="not on this platform")
+def test_a_connection_whose_client_takes_nothing_ends():
+    with (
+        contextlib.closing(settings.listen("127.0.0.1", 0, send_seconds=0.5)) as bound,
+        socket.create_connection(bound.getsockname()[:2]),
+        bound.accept()[0] as connection,
+    ):
+        connection.settimeout(0.1)
+        end, ended = time.monotonic() + 20, False
+        while not ended and time.monotonic() < end:
+            try:
+                connection.send(bytes(1 << 20))
+            except TimeoutError:  # of this socket object, or once of the connection
+                pass
+            except BrokenPipeError:
+                ended = True
+        assert ended
 
 
 def plain_settings(**fields):
