@@ -60,7 +60,8 @@ class Bytes:
     ends: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
-        return list(os.fsencode(text))
+        # What came as bytes that are no UTF-8 (arguments of a command do) goes as these bytes.
+        return list(text.encode("utf-8", "surrogateescape"))
 
     def chat(self, messages: chat.Messages) -> list[int]:
         return self.encode(chat.plain(messages))
