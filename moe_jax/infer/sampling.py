@@ -11,13 +11,16 @@ import jax.numpy as jnp
 from moe_jax import config as config_lib
 from moe_jax.errors import Refused
 
+LEAST_TEMPERATURE = 1e-6  # below it logits that are divided may be infinite in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How to choose tokens.
 
     Attributes:
-      temperature: 0 = greedy; otherwise logits are divided by it.
+      temperature: 0, or less than `LEAST_TEMPERATURE`, = greedy; otherwise logits are divided by
+        it.
       top_p: keep the smallest set of tokens whose probability reaches this (nucleus sampling,
         arXiv 1904.09751).
       seed: of the random streams; sequence b and position s draw from (seed, b, s) alone.
@@ -37,7 +40,7 @@ class Sampling:
 
 def choose(logits_BV: jax.Array, position_B: jax.Array, sampling: Sampling) -> jax.Array:
     """The next token of every sequence, int32 [B]."""
-    if sampling.temperature == 0:
+    if sampling.temperature < LEAST_TEMPERATURE:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     scaled_BV = nucleus(logits_BV / sampling.temperature, sampling.top_p)
     base = jax.random.key(sampling.seed)

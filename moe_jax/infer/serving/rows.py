@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.infer.sampling import LEAST_TEMPERATURE
 from moe_jax.infer.serving.packing import OUT_WORDS, TOP
 from moe_jax.pytree import Leaf
 
@@ -15,7 +16,8 @@ from moe_jax.pytree import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of every row; see packing.py. `top_k_R`: 0 = all; `temperature_R`: 0 = greedy."""
+    """Of every row; see packing.py. `top_k_R`: 0 = all; `temperature_R`: 0, or less than
+    `LEAST_TEMPERATURE`, = greedy."""
 
     temperature_R: Leaf
     top_p_R: Leaf
@@ -32,7 +34,7 @@ def choose(logits_RV: jax.Array, settings: Settings) -> jax.Array:
     The largest K are taken first, then the nucleus of what is left.
     """
     greedy_R = _first_of_the_largest(logits_RV)
-    drawn = settings.temperature_R > 0
+    drawn = settings.temperature_R >= LEAST_TEMPERATURE
 
     def draw(logits_RV):
         temperature_R = jnp.where(drawn, settings.temperature_R, 1.0)

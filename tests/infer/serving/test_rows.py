@@ -55,6 +55,17 @@ def test_the_smallest_nucleus_is_the_most_likely_token():
     np.testing.assert_array_equal(found_R, largest_R)
 
 
+def test_the_smallest_temperatures_are_greedy():
+    """Logits divided by them are infinite in float32."""
+    largest_R = np.argmax(LOGITS_RV, axis=1)
+    for temperature in (1e-50, 1e-38, 1e-7, 1e-6):
+        found_R = rows.choose(LOGITS_RV, settings(temperature=temperature))
+        np.testing.assert_array_equal(found_R, largest_R)
+        how = sampling.Sampling(temperature)
+        found_R = sampling.choose(LOGITS_RV, jnp.zeros(40, jnp.int32), how)
+        np.testing.assert_array_equal(found_R, largest_R)
+
+
 def test_choices_differ_and_seeds_repeat():
     found = {}
     for choice in range(2):
