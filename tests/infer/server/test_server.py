@@ -314,11 +314,22 @@ def test_fifty_bad_requests_of_each_kind(port, kind):
         ("messages[1].role", [{"role": "user", "content": "a"}, {"role": "robot"}]),
         ("messages[0].content", [{"role": "user", "content": None}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "image_url"}]}]),
+        ("messages[0].name", [{"role": "user", "content": "a", "name": "bob"}]),
+        ("messages[0].tool_calls", [{"role": "assistant", "content": "a", "tool_calls": [{}]}]),
+        ("messages[0].function_call", [{"role": "user", "function_call": {"a": 1}}]),
     ],
 )
 def test_bad_messages(port, field, messages):
     status, found = ask(port, {"model": NAME, "messages": messages}, "/v1/chat/completions")
     assert (status, found["error"]["param"]) == (400, field)
+
+
+def test_an_answer_can_be_sent_back_as_a_message(port):
+    """As OpenAI's client writes it, with fields that say nothing."""
+    nothing = {"refusal": None, "audio": None, "annotations": [], "name": "", "function_call": {}}
+    messages = [{"role": "assistant", "content": "a", "tool_calls": None, **nothing}]
+    body = {"model": NAME, "messages": messages, "max_tokens": 2}
+    assert ask(port, body, "/v1/chat/completions")[0] == 200
 
 
 def test_a_request_is_refused_as_a_whole(port, server, engine):
