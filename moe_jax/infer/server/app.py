@@ -175,8 +175,9 @@ class Server:
     def _check_bearer(self, request: Request) -> None:
         if not self.policy.bearer:
             return
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {self.policy.bearer}".encode()):
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(token.strip().encode(), self.policy.bearer.encode())
+        if scheme.lower() != "bearer" or not same:
             rule = "must be 'Bearer TOKEN' with the token of this server"
             raise Stopped(401, Refused("Authorization", "...", rule, "show the token"))
 
@@ -350,14 +351,24 @@ def make(server: Server) -> Starlette:
 
     async def stopped(_: Request, error: Exception) -> Response:
         assert isinstance(error, Stopped | Unavailable)
-        headers = {"retry-after": "1"} if error.status in (429, 503) else None
+        headers = None
+        if error.status in (429, 503):
+            headers = {"retry-after": "1"}
+        elif error.status == 401:
+            headers = {"www-authenticate": "Bearer"}
         return JSONResponse(reply.error(error.status, error.refused), error.status, headers)
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         where = f"{request.method} {request.url.path}"
         why = Refused("path", where, str(error.detail), "see /v1/models, /v1/completions")
-        return JSONResponse(reply.error(error.status_code, why), error.status_code)
+        # Headers: a 405 says which methods there are.
+        return JSONResponse(reply.error(error.status_code, why), error.status_code, error.headers)
+
+    async def failed(_: Request, __: Exception) -> Response:
+        # The error is raised on, and so logged, after this is sent.
+        why = Refused("server", "failed", "this request failed", "see the server's log")
+        return JSONResponse(reply.error(500, why), 500)
 
     return Starlette(
         routes=[
@@ -374,5 +385,6 @@ def make(server: Server) -> Starlette:
             Stopped: stopped,
             Unavailable: stopped,
             HTTPException: no_route,
+            Exception: failed,
         },
     )

@@ -89,6 +89,11 @@ def wait_until(true, seconds=20.0):
 
 def ask(port, body, path="/v1/completions", headers=None, method="POST"):
     """(status, object or text)"""
+    return answered(port, body, path, headers, method)[:2]
+
+
+def answered(port, body, path="/v1/completions", headers=None, method="POST"):
+    """(status, object or text, headers)"""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     payload = body if isinstance(body, bytes | None) else json.dumps(body)
     connection.request(method, path, payload, headers or {})
@@ -96,7 +101,7 @@ def ask(port, body, path="/v1/completions", headers=None, method="POST"):
     text = response.read()
     connection.close()
     is_json = response.headers["content-type"] == "application/json"
-    return response.status, json.loads(text) if is_json else text.decode()
+    return response.status, json.loads(text) if is_json else text.decode(), response.headers
 
 
 def events(text):
@@ -340,7 +345,8 @@ def test_a_request_is_refused_as_a_whole(port, server, engine):
 
 def test_wrong_paths_and_methods(port):
     assert ask(port, None, "/v2", method="GET")[0] == 404
-    assert ask(port, None, "/v1/completions", method="GET")[0] == 405
+    status, _, headers = answered(port, None, "/v1/completions", method="GET")
+    assert (status, headers["allow"]) == (405, "POST")
     assert ask(port, None, "/v1/models/other", method="GET")[0] == 404
     assert ask(port, None, f"/v1/models/{NAME}", method="GET")[1]["id"] == NAME
     assert ask(port, None, "/health", method="GET") == (200, {"status": "ok"})
@@ -603,7 +609,22 @@ def test_a_bearer_token(engine, server):
             assert ask(port, None, "/v1/models", headers, "GET")[0] == status
             assert ask(port, None, "/metrics", headers, "GET")[0] == status
         assert ask(port, None, "/health", method="GET")[0] == 200
+        for header, status in (("bearer  secret", 200), ("Basic secret", 401), ("secret", 401)):
+            found, _, given = answered(port, answer("x"), headers={"Authorization": header})
+            assert found == status
+            assert given["www-authenticate"] == (None if status == 200 else "Bearer")
     server.policy = POLICY
+
+
+def test_a_bug_is_an_error_as_openai_has_them(port, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.fields, "completion", fail)
+        status, found = ask(port, answer("x"))
+    assert (status, found["error"]["code"], found["error"]["type"]) == (500, 500, "server_error")
+    assert ask(port, answer("x"))[0] == 200
 
 
 @contextlib.contextmanager
