@@ -42,7 +42,7 @@ class Ticket:
 class Service:
     """Args:
     engine: from now on only this object calls it.
-    max_queue: requests that wait, beyond those that run.
+    max_queue: requests that wait, beyond those for which there are seats.
     placing: moves the experts of this engine between its steps; None = they stay.
     """
 
@@ -85,7 +85,8 @@ class Service:
         return ticket
 
     def check_open(self, count: int = 1) -> None:
-        """Raises `Unavailable` where so many requests would not be taken now."""
+        """Raises `Unavailable` where so many requests would not be taken now, `Refused` where they
+        never would, all at once."""
         with self._changed:
             self._check_open(count)
 
@@ -96,8 +97,11 @@ class Service:
         if self._draining:
             why = Refused("server", "draining", "no more requests are taken", "ask another server")
             raise Unavailable(503, why)
-        seats = self._engine.limits.seats * self._engine.limits.shards
-        if len(self._tickets) + count > seats + self._max_queue:
+        room = self._engine.limits.seats * self._engine.limits.shards + self._max_queue
+        if count > room:
+            rule = f"must be at most {room} answers at once, the seats and the queue of this server"
+            raise Refused("prompt x n", count, rule, "send several requests")
+        if len(self._tickets) + count > room:
             rule = f"at most {self._max_queue} requests wait"
             raise Unavailable(429, Refused("queue", "full", rule, "try again later"))
 
