@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import processes as processes_lib
@@ -77,7 +77,7 @@ def initialize(platform: str, virtual_devices: int, multi_process: str = "auto")
     if multi_process == "auto":
         try:
             jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise Refused(
                 "--distributed",
                 "auto",
@@ -85,6 +85,10 @@ def initialize(platform: str, virtual_devices: int, multi_process: str = "auto")
                 "start it by what the cluster has (srun, mpirun, a TPU pod), or say "
                 "HOST:PORT,NUM_PROCESSES,PROCESS_ID",
             ) from None
+        except RuntimeError as error:
+            rule = f"could not join the other processes ({' '.join(str(error).split())})"
+            fix = "see that the same command runs on every host"
+            raise Refused("--distributed", "auto", rule, fix) from None
     elif processes:
         if platform == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -103,6 +107,13 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 64 * 2**20)
         mallopt(mmap_max, 0)
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether it is True in one of them at least; every process calls this."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def num_devices() -> int:

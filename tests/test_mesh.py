@@ -54,13 +54,19 @@ def test_two_dimensions_on_one_mesh_axis_are_refused(names):
         mesh_lib.spec(*names)
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
-def test_a_cluster_that_is_not_found_is_refused(error, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "rule"),
+    [
+        (ValueError("coordinator_address should be defined."), "no other processes are found"),
+        (RuntimeError("Barrier timed out. # of tasks joined: 1/2"), "could not join the other"),
+    ],
+)
+def test_a_cluster_that_is_not_joined_is_refused(error, rule, monkeypatch):
     def nothing():
-        raise error("coordinator_address should be defined.")
+        raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", nothing)
-    with pytest.raises(Refused, match=r"--distributed = 'auto': no other processes are found"):
+    with pytest.raises(Refused, match=rf"--distributed = 'auto': {rule}"):
         mesh_lib.initialize("cpu", 0, "auto")
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from moe_jax import files
+from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import contents as contents_lib
 from moe_jax.checkpoint import integrity, late
 from moe_jax.checkpoint.contents import Contents
@@ -141,7 +141,7 @@ class Saver:
         if not errors and self._prune and jax.process_index() == 0:
             try:
                 self._prune(self._directory)
-            except OSError as error:  # a reader on a network file system holds its files
+            except Exception as error:  # a reader on a network file system holds files, say
                 print(f"{self._directory}: old steps stay ({error})", file=sys.stderr, flush=True)
         self._error = errors[0] if errors else None
 
@@ -158,7 +158,7 @@ class Saver:
 
     def _agree(self, final: pathlib.Path, errors: list[Exception]) -> None:
         """Raises in every process if there is an error in any."""
-        if not _in_any_process(bool(errors)):
+        if not mesh_lib.in_any_process(bool(errors)):
             return
         why = " ".join(str(errors[0]).split())[-400:] if errors else "see the other processes"
         raise Refused(
@@ -221,12 +221,6 @@ def _remove(temporary: pathlib.Path) -> None:
         time.sleep(0.05)
         if not temporary.exists():
             return
-
-
-def _in_any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def _replace(temporary: pathlib.Path, final: pathlib.Path) -> None:

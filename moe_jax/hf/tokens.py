@@ -60,7 +60,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the model expects around a text.
 
-        A text that spells the token in front itself (clients write chat templates out) has it once.
+        Where tokenizer_config.json asks for the token in front, a text that spells it itself
+        (clients write chat templates out) has it once.
 
         Raises:
           Refused: a text with bytes that are not UTF-8 (kept as surrogates by the command line).
@@ -124,7 +125,8 @@ class Tokenizer:
 def _put_around(tokenizer: Any, path: pathlib.Path) -> int | None:
     """Puts around texts what tokenizer_config.json asks for, if it does; the token in front.
 
-    One key that is there decides about both ends: the other one is then false.
+    One key that is there decides about both ends: the other one is then false. Where it does not
+    say which token it means, tokenizer.json stays as it is.
     """
     said = folder_lib.json_object(path, "download it again") if path.is_file() else {}
     asked = {end: said.get(f"add_{end}_token") for end in ("bos", "eos")}
@@ -132,6 +134,9 @@ def _put_around(tokenizer: Any, path: pathlib.Path) -> int | None:
         if not isinstance(wanted, bool | None):
             raise Refused(f"{path}: add_{end}_token", wanted, "must be true or false", "correct it")
     if all(wanted is None for wanted in asked.values()):
+        return None
+    said = _named(path) | {key: value for key, value in said.items() if value is not None}
+    if any(asked[end] and f"{end}_token" not in said for end in asked):
         return None
     from tokenizers import processors
 
@@ -142,6 +147,12 @@ def _put_around(tokenizer: Any, path: pathlib.Path) -> int | None:
         single=pieces, special_tokens=list(number_of.items())
     )
     return number_of.get("bos")
+
+
+def _named(path: pathlib.Path) -> dict[str, Any]:
+    """The special tokens of older folders, which name them in a file of their own."""
+    names = path.with_name("special_tokens_map.json")
+    return folder_lib.json_object(names, "download it again") if names.is_file() else {}
 
 
 def _special(tokenizer: Any, path: pathlib.Path, said: dict[str, Any], end: str) -> int:

@@ -300,7 +300,8 @@ def _worst(above_SL, below_SL, weight_BS) -> Figure:
 def _largest(value, samples_B) -> Figure:
     """Of a maximum: that of a resample is too large, as the trace's own is.
 
-    The interval reaches as far below as resamples are above, twice: once for each (paired.py).
+    The interval reaches as far below as resamples are above, twice: once for each (paired.py). That
+    is no promise of coverage: on few sequences it lies above the figure of many too often (README).
     """
     found = _figure(value, samples_B)
     unbiased = 2 * (found.value - float(samples_B.mean()))

@@ -1,8 +1,9 @@
 """The training loop: a run from its work directory to its last checkpoint.
 
-A work directory holds config.json, metrics.jsonl, tensorboard/ and checkpoints/STEP. A run that
-finds checkpoints there goes on from the newest good one: model, optimizer, PRNG key, data position
-and step are what they were, so the curve is the one of a run that never stopped.
+A work directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/STEP and .lock: one run
+at a time. A run that finds checkpoints there goes on from the newest good one: model, optimizer,
+PRNG key, data position and step are what they were, so the curve is the one of a run that never
+stopped.
 
 No value is read from a device in the step that made it: metrics are looked at one step late.
 Checkpoints are written while training goes on. SIGTERM: the step at hand is saved, exit code 0.

@@ -2,65 +2,82 @@
 
 Two would clear away each other's half-written steps and write one curve over the other: a double
 start, a job that is started again while the old one still saves. The lock ends with its process,
-however that ends. Where a file system knows no locks, there is none.
+on a network file system when the server gives up the process's host. Whoever comes meanwhile waits
+for `WAIT` seconds. Where a file system knows no locks, or somebody else's lock file cannot be
+opened, there is none, and a line says so.
 """
 
 import contextlib
 import os
 import pathlib
+import time
 from collections.abc import Iterator
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from moe_jax import mesh as mesh_lib
+from moe_jax import metrics
 from moe_jax.errors import Refused
 
 NAME = ".lock"
+WAIT = 120.0  # seconds: a run that was told to end may still be saving
+_AGAIN = 1.0  # seconds until it is tried again
 
 
 @contextlib.contextmanager
 def only_run(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the work directory; every process calls this. Raises `Refused` in all of them."""
-    handle, taken = None, False
+    """Holds the work directory, made if missing; every process calls this.
+
+    Raises:
+      Refused: another run is in it, or it cannot be made; in all processes.
+    """
+    handle, rule, fix = None, "", ""
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle, taken = _lock(workdir / NAME)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            rule, fix = f"could not be made ({error.strerror})", "free space, or name another place"
+        else:
+            handle, free = _waited_for(workdir / NAME)
+            if not free:
+                rule = "another run is going on in it"
+                fix = "wait for its end, stop it, or use another --workdir"
     try:
-        if _in_any_process(taken):
-            raise Refused(
-                "--workdir",
-                str(workdir),
-                "another run is going on in it",
-                "wait for its end, stop it, or use another --workdir",
-            )
+        if mesh_lib.in_any_process(bool(rule)):
+            rule, fix = rule or "process 0 could not take it", fix or "see what process 0 says"
+            raise Refused("--workdir", str(workdir), rule, fix)
         yield
     finally:
         if handle is not None:
             os.close(handle)
 
 
+def _waited_for(path: pathlib.Path) -> tuple[int | None, bool]:
+    """(what holds the lock until it is closed, whether no other process does)."""
+    end, told = time.monotonic() + WAIT, False
+    while True:
+        handle, free = _lock(path)
+        if free or time.monotonic() >= end:
+            return handle, free
+        if not told:
+            metrics.fail(f"{path.parent}: another run is in it; waiting up to {WAIT:g} s for it")
+            told = True
+        time.sleep(_AGAIN)
+
+
 def _lock(path: pathlib.Path) -> tuple[int | None, bool]:
-    """(what holds the lock until it is closed, whether another process does)."""
     try:
         import fcntl
     except ImportError:  # not on this system
-        return None, False
+        return None, True
+    handle = None
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:  # the first save will say what is wrong
-        return None, False
-    try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        assert handle is not None
         os.close(handle)
-        return None, True
-    except OSError:  # no locks here
-        pass
-    return handle, False
-
-
-def _in_any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+        return None, False
+    except OSError as error:
+        metrics.fail(f"{path}: no lock ({error.strerror}): nothing keeps another run away")
+    return handle, True

@@ -98,7 +98,7 @@ def start_or_resume(
     state = _placed(config, mesh, found.value, contents.plan.placement, plan.placement)
     if ONLY in contents.extra:
         return Run(state, batches, 0, corpus.digest), plan
-    _check_config(config, workdir, contents)
+    _tell_config(config, workdir, contents)
     if contents.extra.get(TEXT, corpus.digest) != corpus.digest:
         metrics.fail(
             f"step {contents.step}: trained on another text than there is now (files of data.path "
@@ -117,7 +117,11 @@ def start_or_resume(
 
 
 def check_text(corpus: data.Corpus) -> None:
-    """Refuses processes that have read different texts; every process calls this."""
+    """Refuses processes that have read different texts; every process calls this.
+
+    Raises:
+      Refused: in all of them, with the first that differs from process 0.
+    """
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(bytes.fromhex(corpus.digest), np.uint8)
@@ -132,16 +136,17 @@ def check_text(corpus: data.Corpus) -> None:
         )
 
 
-def _check_config(config: Config, workdir: pathlib.Path, contents: checkpoint.Contents) -> None:
-    """Refuses steps of another config, where no config.json is there to say so earlier."""
+def _tell_config(config: Config, workdir: pathlib.Path, contents: checkpoint.Contents) -> None:
+    """Says that a step is of another config, where no config.json is there to refuse it by.
+
+    A digest does not say in what they differ, and whoever copies steps may want another one.
+    """
     said = contents.extra.get("config_digest")
     if said is None or (workdir / "config.json").exists() or said == config_lib.digest(config):
         return
-    raise Refused(
-        "--workdir",
-        str(workdir),
-        f"has no config.json, and its step {contents.step} is of a run with another config",
-        "put its config.json back, or use another --workdir",
+    metrics.fail(
+        f"step {contents.step}: of a run with another config (there is no config.json to say "
+        "where they differ): the run goes on with this one"
     )
 
 

@@ -73,6 +73,19 @@ def test_a_text_that_spells_the_first_token_has_it_once(tmp_path):
     assert tokenizer.encode("") == [BOS]
 
 
+def test_older_folders_name_their_tokens_in_a_file_of_their_own(tmp_path):
+    folder = write(tmp_path, add_bos_token=True, bos_token=None)
+    assert Tokenizer(folder, 4).encode("a") == [A]  # nothing says which one
+    names = tmp_path / "special_tokens_map.json"
+    names.write_text(json.dumps({"bos_token": {"content": BEGIN}, "eos_token": "$A:1"}))
+    assert Tokenizer(folder, 4).encode("a") == [BOS, A]
+
+
+def test_tokens_without_a_name_leave_the_tokenizer_as_it_is(tmp_path):
+    folder = write(tmp_path, around=llama(), add_bos_token=True)
+    assert Tokenizer(folder, 4).encode("a") == [BOS, A]
+
+
 def test_a_chat_without_a_known_form_begins_with_it(tmp_path):
     folder = write(tmp_path, add_bos_token=True, bos_token=BEGIN)
     made = text.of_folder(folder, 4, [EOS]).chat([{"role": "a", "content": BEGIN}])
@@ -98,7 +111,6 @@ def test_texts_are_neither_cut_nor_filled_up(tmp_path):
     [
         ({"add_bos_token": "yes"}, "add_bos_token"),
         ({"add_eos_token": 1}, "add_eos_token"),
-        ({"add_bos_token": True}, "bos_token"),
         ({"add_bos_token": True, "bos_token": "<s>"}, "bos_token"),
         ({"add_bos_token": True, "bos_token": 3}, "bos_token"),
         ({"add_eos_token": True, "eos_token": {"content": [1]}}, "eos_token"),

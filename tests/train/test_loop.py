@@ -1,9 +1,11 @@
 """A run from start to end: what it leaves behind, and that stopping in between changes nothing."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -11,12 +13,13 @@ import pytest
 
 from moe_jax import checkpoint, metrics
 from moe_jax import config as config_lib
+from moe_jax import data as data_lib
+from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.infer import load
 from moe_jax.placement.plan import Plan
-from moe_jax.train import inputs, loop, step
-from moe_jax.train.only_run import only_run
+from moe_jax.train import inputs, loop, only_run, resume, step
 from tests import tiny
 
 
@@ -105,21 +108,72 @@ def test_another_text_is_said_and_the_same_is_not(whole, tmp_path, capsys):
     assert "step 5: trained on another text than there is now" in capsys.readouterr().err
 
 
-def test_steps_without_a_config_are_of_one_config(whole, tmp_path):
-    """config.json is gone: what the steps say of it stands in its place."""
-    _copy_until(whole, tmp_path, 3)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(Refused, match=r"no config.json, and its step 3 is of a run with another"):
-        train(tiny.config(optimizer__learning_rate=0.5), tmp_path)
-    train(tiny.config(), tmp_path)
-    assert curve(tmp_path)[-1] == curve(whole)[-1]
+def test_steps_of_another_config_are_said_where_no_config_refuses_them(whole, tmp_path, capsys):
+    _copy_until(whole, tmp_path / "same", 3)
+    (tmp_path / "same" / "config.json").unlink()
+    train(tiny.config(), tmp_path / "same")
+    assert "another config" not in capsys.readouterr().err
+    assert curve(tmp_path / "same")[-1] == curve(whole)[-1]
+    _copy_until(whole, tmp_path / "other", 3)
+    (tmp_path / "other" / "config.json").unlink()
+    train(tiny.config(optimizer__learning_rate=0.5, train__num_steps=4), tmp_path / "other")
+    assert "step 3: of a run with another config" in capsys.readouterr().err
 
 
-def test_two_runs_do_not_share_a_work_directory(whole, tmp_path):
+@pytest.mark.parametrize("same", [True, False])
+def test_processes_with_other_texts_are_refused(same, monkeypatch):
+    """What three processes would gather, one of which may have read another text."""
+    text = np.arange(9, dtype=np.uint8)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+    def gathered(mine):
+        return np.stack([mine, mine, mine if same else mine[::-1]])
+
+    monkeypatch.setattr(resume.multihost_utils, "process_allgather", gathered)
+    corpus = data_lib.Corpus(text, text, "shared")
+    if same:
+        resume.check_text(corpus)
+    else:
+        with pytest.raises(Refused, match="another text for process 2 than for process 0"):
+            resume.check_text(corpus)
+
+
+def test_a_run_waits_for_the_one_before_it(tmp_path, monkeypatch, capsys):
+    """That was told to end, and is still saving."""
+    monkeypatch.setattr(only_run, "_AGAIN", 0.01)
+    held = contextlib.ExitStack()
+    held.enter_context(only_run.only_run(tmp_path))
+    threading.Timer(0.3, held.close).start()
+    with only_run.only_run(tmp_path):
+        assert "another run is in it; waiting" in capsys.readouterr().err
+
+
+def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(Refused, match=r"--workdir = .*could not be made \(Not a directory\)"),
+        only_run.only_run(tmp_path / "file" / "run"),
+    ):
+        raise AssertionError("it was made")
+
+
+def test_all_processes_are_refused_where_one_cannot_begin(tmp_path, monkeypatch):
+    """This is process 1: it has no lock of its own, and is told by what is gathered."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(mesh_lib, "in_any_process", lambda flag: True)
+    with (
+        pytest.raises(Refused, match="process 0 could not take it"),
+        only_run.only_run(tmp_path),
+    ):
+        raise AssertionError("it went on")
+
+
+def test_two_runs_do_not_share_a_work_directory(whole, tmp_path, monkeypatch):
     """Whoever holds the lock: here this process, for one that is starting."""
+    monkeypatch.setattr(only_run, "WAIT", 0.0)
     _copy_until(whole, tmp_path, 3)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    with only_run(tmp_path), pytest.raises(Refused, match="another run is going on in it"):
+    with only_run.only_run(tmp_path), pytest.raises(Refused, match="another run is going on in it"):
         train(tiny.config(), tmp_path)
     after = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     assert set(after) - set(before) == {pathlib.Path(".lock")}

@@ -34,6 +34,15 @@ def test_a_stand_still_is_written_down_once(tmp_path, capsys):
     assert "it goes on: step 4" in capsys.readouterr().err
 
 
+def test_processes_write_files_of_their_own(tmp_path, monkeypatch):
+    """They hang together, and each knows its own stacks alone."""
+    monkeypatch.setattr(watchdog.jax, "process_index", lambda: 3)
+    with watchdog.Watchdog(0.1, tmp_path) as watch:
+        watch.beat("step 3")
+        stands_still(tmp_path / "hang.3.txt")
+    assert not (tmp_path / "hang.txt").exists()
+
+
 def test_a_save_that_never_ends_is_said(tmp_path):
     with watchdog.Watchdog(0.1, tmp_path) as watch, watch.saving():
         stands_still(tmp_path / "hang.txt")

@@ -230,7 +230,10 @@ def _are_tokens(value: Sequence[Any]) -> bool:
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
-    """role and text of each. Of other fields none may say anything: it would go unheard."""
+    """role and text of each. `name` tells speakers apart for whoever reads the log, and is let go.
+
+    Of other fields none may say anything: it would go unheard.
+    """
     if not isinstance(value, list) or not value:
         raise Refused("messages", value, "must be a list of messages", "give one at least")
     messages = []
@@ -243,7 +246,7 @@ def _messages(value: Any) -> list[dict[str, str]]:
             rule = "must be 'system', 'developer', 'user' or 'assistant'"
             raise Refused(f"{field}.role", role, rule, "use 'user'")
         for name, said in message.items():
-            if name not in ("role", "content") and said not in (None, "", [], {}):
+            if name not in ("role", "content", "name") and said:
                 rule = "is not supported, only role and content are"
                 raise Refused(f"{field}.{name[:100]}", said, rule, "leave it out")
         if isinstance(content, list):

@@ -100,7 +100,7 @@ class Service:
         room = self._engine.limits.seats * self._engine.limits.shards + self._max_queue
         if count > room:
             rule = f"must be at most {room} answers at once, the seats and the queue of this server"
-            raise Refused("prompt x n", count, rule, "send several requests")
+            raise Refused("n", count, f"prompts x n {rule}", "send several requests")
         if len(self._tickets) + count > room:
             rule = f"at most {self._max_queue} requests wait"
             raise Unavailable(429, Refused("queue", "full", rule, "try again later"))

@@ -203,7 +203,7 @@ def numbers_LP(
     price: Prices,
     home_S: Int[np.ndarray, " S"],
     devices_per_node: DevicesPerNode,
-    kind_M: np.ndarray | None = None,
+    kind_M: Int[np.ndarray, " M"] | None = None,
 ) -> Int[np.ndarray, "L P"]:
     """The device that every part should be, layer by layer: the fewest rows for these homes.
 

@@ -325,7 +325,7 @@ def test_fifty_bad_requests_of_each_kind(port, kind):
         ("messages[1].role", [{"role": "user", "content": "a"}, {"role": "robot"}]),
         ("messages[0].content", [{"role": "user", "content": None}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "image_url"}]}]),
-        ("messages[0].name", [{"role": "user", "content": "a", "name": "bob"}]),
+        ("messages[0].mood", [{"role": "user", "content": "a", "mood": "bad"}]),
         ("messages[0].tool_calls", [{"role": "assistant", "content": "a", "tool_calls": [{}]}]),
         ("messages[0].function_call", [{"role": "user", "function_call": {"a": 1}}]),
     ],
@@ -337,7 +337,13 @@ def test_bad_messages(port, field, messages):
 
 def test_an_answer_can_be_sent_back_as_a_message(port):
     """As OpenAI's client writes it, with fields that say nothing."""
-    nothing = {"refusal": None, "audio": None, "annotations": [], "name": "", "function_call": {}}
+    nothing = {
+        "refusal": None,
+        "annotations": [],
+        "name": "bob",
+        "function_call": {},
+        "prefix": False,
+    }
     messages = [{"role": "assistant", "content": "a", "tool_calls": None, **nothing}]
     body = {"model": NAME, "messages": messages, "max_tokens": 2}
     assert ask(port, body, "/v1/chat/completions")[0] == 200
@@ -674,7 +680,7 @@ def test_a_full_queue(engine, go):
         assert [one.result()[0] for one in found] == [200] * 10
         assert ask(port, answer("x", 2))[0] == 200
         status, found = ask(port, answer("x", 2, n=11))  # never, however long it would wait
-        assert (status, found["error"]["param"]) == (400, "prompt x n")
+        assert (status, found["error"]["param"]) == (400, "n")
         assert ask(port, answer("x", 2, n=10))[0] == 200
 
 
