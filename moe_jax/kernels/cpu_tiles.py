@@ -106,6 +106,8 @@ def for_each_tile(
 
     A weight that is None is not there.
     """
+    if not groups.size_G.shape[0]:
+        return buffers
     ends_G = jnp.minimum(jnp.cumsum(groups.size_G), num_rows)
     starts_G = jnp.concatenate([jnp.zeros_like(ends_G[:1]), ends_G[:-1]])
     occupied_G = ends_G > starts_G

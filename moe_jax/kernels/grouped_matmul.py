@@ -66,11 +66,13 @@ def grouped_matmul(
       transpose_w: w is stored [G, F, D], and each group's is used transposed.
       first_group: w holds more groups than there are sizes (say, of all layers), and this is the
         index of the first of them; None = w has the groups of the sizes. Its gradient is zero in
-        all the others.
+        all the others. Beyond the end it is refused where its value is known; under `jit` the
+        weights are then any.
     """
     stored = checks.Stored(transpose_w, first_group)
     scales = {"w_GDF": w_scale_GF}
     checks.arrays(x_ND, {"w_GDF": (w_GDF, "D")}, group_sizes_G, stored, scales)
+    group_sizes_G = group_sizes_G.astype(jnp.int32)  # ends are sums: a narrow type overflows
     out_dtype = jnp.dtype(preferred_element_type or x_ND.dtype)
     checks.dtype("preferred_element_type", out_dtype)
     module = _choose(implementation)
@@ -110,6 +112,7 @@ def grouped_swiglu(
     stored = checks.Stored(transpose_w, first_group)
     scales = {"w_gate_GDF": w_gate_scale_GF, "w_up_GDF": w_up_scale_GF}
     checks.arrays(x_ND, weights, group_sizes_G, stored, scales)
+    group_sizes_G = group_sizes_G.astype(jnp.int32)  # ends are sums: a narrow type overflows
     biases = {"bias_gate_GF": bias_gate_GF, "bias_up_GF": bias_up_GF}
     checks.biases(biases, {"F": stored.width(w_gate_GDF)}, w_gate_GDF.shape[0])
     module = _choose(implementation)
@@ -168,6 +171,7 @@ def grouped_ffn(
         "w_down_GFD": w_down_scale_GD,
     }
     checks.arrays(x_ND, weights, group_sizes_G, stored, scales)
+    group_sizes_G = group_sizes_G.astype(jnp.int32)  # ends are sums: a narrow type overflows
     biases = {
         "bias_gate_GF": bias_gate_GF,
         "bias_up_GF": bias_up_GF,

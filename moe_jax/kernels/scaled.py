@@ -33,7 +33,9 @@ def quantised(w_GDF: Array, dtype: str) -> Scaled:
     most = float(jnp.iinfo(narrow).max if integer else jnp.finfo(narrow).max)
     w_GDF = w_GDF.astype(jnp.float32)
     largest_GF = jnp.max(jnp.abs(w_GDF), axis=1)
-    scale_GF = jnp.where(largest_GF > 0, largest_GF, 1.0) / most
+    scale_GF = largest_GF / most
+    # A scale that is no normal number is read as 0: so small a column is zeros.
+    scale_GF = jnp.where(scale_GF < jnp.finfo(jnp.float32).tiny, 1.0, scale_GF)
     values_GDF = w_GDF / scale_GF[:, None]
     values_GDF = jnp.round(values_GDF) if integer else values_GDF
     return Scaled(values_GDF.astype(narrow), scale_GF)

@@ -31,5 +31,7 @@ def compute(x_TD: Float[Array, "T D"], weights: SharedExpert) -> Float[Array, "T
     y_TD = (jax.nn.silu(gate_TF) * up_TF) @ weights.down_FD[...]
     if weights.share_D is None:
         return y_TD
-    share_T = jax.nn.sigmoid((x_TD @ weights.share_D[...]).astype(jnp.float32))
+    # Not a product with a vector: on CPU a row's bits would depend on its place (above 8 rows).
+    logit_T = (x_TD * weights.share_D[...][None]).astype(jnp.float32).sum(axis=1)
+    share_T = jax.nn.sigmoid(logit_T)
     return y_TD * share_T.astype(y_TD.dtype)[:, None]

@@ -199,3 +199,20 @@ def test_sizes_past_the_buffer_are_cut_off_when_traced():
     run = jax.jit(lambda sizes_G: gm.grouped_matmul(x_ND, *weights, sizes_G))
     got = run(jnp.array([20, 60, 9], jnp.int32))
     np.testing.assert_array_equal(got, run(jnp.array([20, 30, 0], jnp.int32)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_sizes_of_a_narrow_type_are_whole_numbers(implementation, dtype):
+    """Their sums are beyond it."""
+    w_GDF = jnp.stack([jnp.full((4, 4), 1.0 + group) for group in range(3)])
+    sizes_G = jnp.array([100, 100, 100], dtype)
+    y_NF = gm.grouped_matmul(jnp.ones((300, 4)), w_GDF, sizes_G, implementation=implementation)
+    np.testing.assert_array_equal(y_NF[:, 0], np.repeat([4.0, 8.0, 12.0], 100))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_no_group_makes_zeros(implementation):
+    no_GDF, none_G = jnp.zeros((0, 4, 6)), jnp.zeros(0, jnp.int32)
+    y_NF = gm.grouped_matmul(jnp.ones((5, 4)), no_GDF, none_G, implementation=implementation)
+    np.testing.assert_array_equal(y_NF, np.zeros((5, 6)))

@@ -98,6 +98,16 @@ def test_quantised_weights_are_near(narrow, error):
     assert (np.asarray(back[1]) == 0).all()
 
 
+@pytest.mark.parametrize("narrow", scaled.DTYPES)
+@pytest.mark.parametrize("largest", [1e-36, 1e-38, 1e-42, 0.0])
+def test_columns_of_hardly_anything_are_no_nan(narrow, largest):
+    """Their scale would be no normal number, which a division reads as 0."""
+    w_GDF = jnp.full((1, 4, 2), largest, jnp.float32).at[0, :, 1].set(1.0)
+    found = np.asarray(scaled.widened(scaled.quantised(w_GDF, narrow)))
+    np.testing.assert_allclose(found[0, :, 0], largest, rtol=0.1, atol=1.1e-36)
+    np.testing.assert_allclose(found[0, :, 1], 1.0, rtol=0.1)
+
+
 def test_wrong_scales_are_refused():
     x_ND, (w,), _ = case("matmul", "int8", "float32")
     sizes_G = jnp.asarray(SIZES, jnp.int32)

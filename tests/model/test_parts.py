@@ -265,3 +265,16 @@ def test_parts_at_their_defaults_leave_a_digest_as_it_was():
 def test_refusals(field, value, match):
     with pytest.raises(Refused, match=match):
         tiny.config(**{f"model__{field}": value})
+
+
+@pytest.mark.parametrize("num_rows", [15, 26, 33, 65])
+def test_a_shared_expert_gives_a_row_the_same_bits_in_any_place(num_rows):
+    """`shuffled` puts rows where their experts were, and serving beside others."""
+    weights = shared.SharedExpert(jax.random.key(0), d_model=64, d_ff=48, has_gate=True)
+    compiled = jax.jit(shared.compute)
+    rng = np.random.default_rng(num_rows)
+    x_TD = rng.normal(size=(num_rows, 64)).astype(np.float32)
+    y_TD = np.asarray(compiled(x_TD, weights))
+    for _ in range(8):
+        order_T = rng.permutation(num_rows)
+        np.testing.assert_array_equal(compiled(x_TD[order_T], weights), y_TD[order_T])
