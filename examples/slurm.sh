@@ -10,8 +10,8 @@
 # --distributed=auto reads what srun puts into the environment (SLURM_JOB_ID, SLURM_NTASKS,
 # SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST). 2 nodes x 8 GPUs: mesh.node = 2 keeps the slow
 # network to one axis, mesh.expert = 8 to the links inside a node. Submit from this checkout, on a
-# file system that all nodes share. infer.py is one process and wants as many devices as the run's
-# mesh has: before it answers prompts on one node, start train.py there once, with
+# file system that all nodes share. infer.py is one process and wants as many devices as the experts
+# are split over, 16 here: before it answers prompts on one node, start train.py there once, with
 # --config.mesh.node=1 (a run goes on on any mesh, and its config.json says on which).
 #
 # Run: the flags (tests/examples), and two processes that are told their numbers by hand

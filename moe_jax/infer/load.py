@@ -113,6 +113,20 @@ def find(
     return Source(config, folder, contents, plan, text_lib.of_run(root, config))
 
 
+def on_devices(config: Config, num_devices: int) -> Config:
+    """The config on so many devices: without its data-parallel axes where all are not there.
+
+    They split batches and the storage of weights; what experts are split over is the plan's.
+    """
+    if config.mesh.num_devices <= num_devices:
+        return config
+    mesh = dataclasses.replace(config.mesh, data=1, fsdp=1)
+    if mesh.num_devices > num_devices:
+        return config  # `check_devices` says what is missing
+    metrics.say(f"{num_devices} devices, where the run had {config.mesh.num_devices}: {mesh}")
+    return dataclasses.replace(config, mesh=mesh)
+
+
 def _here(stored: plan_lib.Plan, config: Config) -> plan_lib.Plan:
     """The stored order of experts on the devices that the config has now.
 

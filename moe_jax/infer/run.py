@@ -96,7 +96,9 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
     check_prompts(prompts, _new_tokens(request), config.model.max_seq_len)
 
     mesh_lib.initialize(config.platform, source.virtual_devices, "off")
+    config = load.on_devices(config, mesh_lib.num_devices())
     config_lib.check_devices(config, mesh_lib.num_devices())
+    source = dataclasses.replace(source, config=config)
     if note:
         metrics.say(note)
     mesh = mesh_lib.of_config(config.mesh)
@@ -129,7 +131,9 @@ def _serve(source: load.Source | published.Source, request: Request, note: str) 
         if request.serve.replan_tokens:
             placing.check(config)
     mesh_lib.initialize(config.platform, source.virtual_devices, "off")
+    config = load.on_devices(config, mesh_lib.num_devices())
     config_lib.check_devices(config, mesh_lib.num_devices())
+    source = dataclasses.replace(source, config=config)
     if note:
         metrics.say(note)
     if request.serve:

@@ -193,6 +193,14 @@ def test_a_run_started_on_another_mesh_is_read_before_it_saves(whole, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_answers_come_from_the_devices_of_the_experts_where_there_are_no_more():
+    config = tiny.config(mesh={"data": 2, "fsdp": 2, "expert": 2})
+    assert load.on_devices(config, 8) is config
+    fewer = load.on_devices(config, 4)
+    assert (fewer.mesh.data, fewer.mesh.fsdp, fewer.mesh.expert) == (1, 1, 2)
+    assert load.on_devices(config, 1) is config  # refused by who looks at devices
+
+
 def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, tmp_path, capsys):
     _copy_until(whole, tmp_path / "run", 3)
     _copy_until(whole, tmp_path / "run6", 6)
