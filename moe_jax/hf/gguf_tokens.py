@@ -63,11 +63,25 @@ def write(file: gguf.File, out: pathlib.Path, vocab_size: int) -> None:
     )
     made.add_tokens([AddedToken(word, normalized=False) for word in of_kind[USER_DEFINED]])
     made.save(str(out / tokens.NAME), pretty=False)
-    said: dict[str, Any] = {}
+    said = _around(file, words)
     if isinstance(template := file.keys.get("tokenizer.chat_template"), str):
         said["chat_template"] = template
     with files.atomic_write(out / tokens.CONFIG, "w") as text:
         json.dump(said, text, indent=1)
+
+
+def _around(file: gguf.File, words: list[str]) -> dict[str, Any]:
+    """What stands around a text, as tokenizer_config.json says it; nothing where nothing does."""
+    said: dict[str, Any] = {}
+    for end in ("bos", "eos"):
+        if file.keys.get(f"{_KEY}add_{end}_token") is not True:
+            continue
+        number = file.keys.get(f"{_KEY}{end}_token_id")
+        if type(number) is not int or not 0 <= number < len(words):
+            rule = f"must be a token, as {_KEY}add_{end}_token asks for it"
+            gguf.refuse(file.path, f"{_KEY}{end}_token_id", number, rule)
+        said |= {f"add_{end}_token": True, f"{end}_token": words[number]}
+    return said
 
 
 def _list(file: gguf.File, name: str, of: type) -> list[Any]:

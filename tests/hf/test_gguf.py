@@ -72,9 +72,28 @@ def test_the_tokenizer_merges_and_keeps_digits_apart(tmp_path):
     assert [words[token] for token in ids] == ["12"]
 
 
+def test_tokens_that_stand_around_a_text(tmp_path):
+    words = tiny_gguf.keys()["tokenizer.ggml.tokens"]
+    asked = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1}
+    gguf_llama.convert(
+        tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.keys(**asked)), tmp_path / "a"
+    )
+    ids = Tokenizer(tmp_path / "a", 264).encode("in")
+    assert [words[token] for token in ids] == [words[1], "in"]
+    asked["tokenizer.ggml.add_bos_token"] = False
+    gguf_llama.convert(
+        tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.keys(**asked)), tmp_path / "b"
+    )
+    assert [words[token] for token in Tokenizer(tmp_path / "b", 264).encode("in")] == ["in"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 10**6},
+            "must be a token, as tokenizer.ggml.add_bos_token",
+        ),
         ({"general.architecture": "mamba"}, "must be 'llama'"),
         ({"llama.attention.sliding_window": 8}, "would be ignored"),
         ({"llama.block_count": 1000}, "number of layers with weights"),
