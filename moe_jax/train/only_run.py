@@ -31,38 +31,42 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       Refused: another run is in it, or it cannot be made; in all processes.
     """
-    handle, rule, fix = None, "", ""
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            rule, fix = f"could not be made ({error.strerror})", "free space, or name another place"
-        else:
-            handle, free = _waited_for(workdir / NAME)
-            if not free:
-                rule = "another run is going on in it"
-                fix = "wait for its end, stop it, or use another --workdir"
+    first = jax.process_index() == 0
+    _made(workdir)
+    handle, end, told = None, time.monotonic() + WAIT, False
     try:
-        if mesh_lib.in_any_process(bool(rule)):
-            rule, fix = rule or "process 0 could not take it", fix or "see what process 0 says"
-            raise Refused("--workdir", str(workdir), rule, fix)
+        while True:
+            free = True
+            if first:
+                handle, free = _lock(workdir / NAME)
+            if not mesh_lib.in_any_process(not free):
+                break
+            # All processes wait in turns of a second: an exchange that takes long is given up.
+            if mesh_lib.in_any_process(first and time.monotonic() >= end):
+                fix = "wait for its end, stop it, or use another --workdir"
+                raise Refused("--workdir", str(workdir), "another run is going on in it", fix)
+            if not told:
+                metrics.say(
+                    f"{workdir}: another run is in it; waiting up to {WAIT:g} s for its end"
+                )
+                told = True
+            time.sleep(_AGAIN)
         yield
     finally:
         if handle is not None:
             os.close(handle)
 
 
-def _waited_for(path: pathlib.Path) -> tuple[int | None, bool]:
-    """(what holds the lock until it is closed, whether no other process does)."""
-    end, told = time.monotonic() + WAIT, False
-    while True:
-        handle, free = _lock(path)
-        if free or time.monotonic() >= end:
-            return handle, free
-        if not told:
-            metrics.fail(f"{path.parent}: another run is in it; waiting up to {WAIT:g} s for it")
-            told = True
-        time.sleep(_AGAIN)
+def _made(workdir: pathlib.Path) -> None:
+    why = ""
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"could not be made ({error.strerror})"
+    if mesh_lib.in_any_process(bool(why)):
+        rule = why or "could not be made by process 0"
+        raise Refused("--workdir", str(workdir), rule, "free space, or name another place")
 
 
 def _lock(path: pathlib.Path) -> tuple[int | None, bool]:
