@@ -32,6 +32,6 @@ def compute(x_TD: Float[Array, "T D"], weights: SharedExpert) -> Float[Array, "T
     if weights.share_D is None:
         return y_TD
     # Not a product with a vector: on CPU a row's bits would depend on its place (above 8 rows).
-    logit_T = (x_TD * weights.share_D[...][None]).astype(jnp.float32).sum(axis=1)
-    share_T = jax.nn.sigmoid(logit_T)
+    share_D = weights.share_D[...].astype(jnp.float32)
+    share_T = jax.nn.sigmoid((x_TD.astype(jnp.float32) * share_D[None]).sum(axis=1))
     return y_TD * share_T.astype(y_TD.dtype)[:, None]
