@@ -1,11 +1,9 @@
 """A run from start to end: what it leaves behind, and that stopping in between changes nothing."""
 
-import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-import threading
 
 import jax
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 from moe_jax import checkpoint, metrics
 from moe_jax import config as config_lib
 from moe_jax import data as data_lib
-from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.infer import load
@@ -138,36 +135,6 @@ def test_processes_with_other_texts_are_refused(same, monkeypatch):
             resume.check_text(corpus)
 
 
-def test_a_run_waits_for_the_one_before_it(tmp_path, monkeypatch, capsys):
-    """That was told to end, and is still saving."""
-    monkeypatch.setattr(only_run, "_AGAIN", 0.01)
-    held = contextlib.ExitStack()
-    held.enter_context(only_run.only_run(tmp_path))
-    threading.Timer(0.3, held.close).start()
-    with only_run.only_run(tmp_path):
-        assert "another run is in it; waiting" in capsys.readouterr().out
-
-
-def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(Refused, match=r"--workdir = .*could not be made \(Not a directory\)"),
-        only_run.only_run(tmp_path / "file" / "run"),
-    ):
-        raise AssertionError("it was made")
-
-
-def test_all_processes_are_refused_where_one_cannot_begin(tmp_path, monkeypatch):
-    """This is process 1: it has no lock of its own, and is told by what is gathered."""
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(mesh_lib, "in_any_process", lambda flag: True)
-    with (
-        pytest.raises(Refused, match="could not be made by process 0"),
-        only_run.only_run(tmp_path),
-    ):
-        raise AssertionError("it went on")
-
-
 def test_two_runs_do_not_share_a_work_directory(whole, tmp_path, monkeypatch):
     """Whoever holds the lock: here this process, for one that is starting."""
     monkeypatch.setattr(only_run, "WAIT", 0.0)
@@ -191,14 +158,6 @@ def test_a_run_started_on_another_mesh_is_read_before_it_saves(whole, tmp_path):
     expected = load.parameters(load.find(str(whole), None), tiny.mesh(tiny.config()))
     for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_answers_come_from_the_devices_of_the_experts_where_there_are_no_more():
-    config = tiny.config(mesh={"data": 2, "fsdp": 2, "expert": 2})
-    assert load.on_devices(config, 8) is config
-    fewer = load.on_devices(config, 4)
-    assert (fewer.mesh.data, fewer.mesh.fsdp, fewer.mesh.expert) == (1, 1, 2)
-    assert load.on_devices(config, 1) is config  # refused by who looks at devices
 
 
 def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, tmp_path, capsys):
