@@ -181,6 +181,32 @@ def test_random_arrivals_change_no_bit(alone, engine):
     assert all(pool.num_held == 0 for pool in engine.scheduler.blocks)
 
 
+def test_a_request_of_nan_changes_no_other():
+    """Token 255 has no numbers: beside its request and in its blocks after it, bits stay."""
+    config = tiny.config(mesh=TWO, model__tied_output=False)
+    model = on_mesh(config)
+    model.embedding_VD[...] = model.embedding_VD[...].at[255].set(np.nan)
+    engine = make(model=model, model__tied_output=False)
+    options, prompt, broken = Options(max_tokens=12), list(range(20)), [255] * 50
+
+    def asked(*prompts):
+        served = Served(engine)
+        for one in prompts:
+            served.submit(one, options)
+        served.run()
+        for pool in engine.scheduler.blocks:
+            pool.forget()
+        return served.tokens(0), np.asarray(served.logits[0]), served
+
+    tokens, logits_TV, _ = asked(prompt)
+    assert np.isfinite(logits_TV).all()
+    beside = asked(prompt, broken, broken)
+    assert np.isnan(beside[2].logits[1]).any()
+    for found_tokens, found_TV, _ in (beside, asked(prompt), asked(prompt, prompt)):
+        assert found_tokens == tokens
+        np.testing.assert_array_equal(found_TV, logits_TV)
+
+
 def test_alone_equals_the_static_engine(alone, static):
     requests, served = alone
     for number, (_, prompt, options) in enumerate(requests[:6]):
