@@ -80,13 +80,13 @@ def read(
         return Read(theta, {})
     fields = {_FIELDS[key]: value for key, value in group.items() if key in _FIELDS}
     fields = {name: value for name, value in fields.items() if value is not None}
-    read = rope_rules.reads(_KINDS[kind])
-    if fields.get(_LOGITS) and _LOGITS not in read:
+    meant = rope_rules.reads(_KINDS[kind])
+    if fields.get(_LOGITS) and _LOGITS not in meant:
         rule = f"is not supported where positions are stretched as {kind!r} says"
         field = f"{path}: {_name(plain)}.{_LOGITS}"
         raise Refused(field, fields[_LOGITS], rule, "use another model")
     # Of numbers that belong to other kinds the reference makes nothing either.
-    fields = {name: value for name, value in fields.items() if name in read}
+    fields = {name: value for name, value in fields.items() if name in meant}
     if kind != "linear":
         _complete(path, fields, plain)
     if kind == "longrope":

@@ -17,7 +17,8 @@ class Options:
 
     Attributes:
       max_tokens: of the answer.
-      temperature: 0, or less than 1e-6 (sampling.py), = greedy; otherwise logits are divided by it.
+      temperature: 0, or less than `sampling.LEAST_TEMPERATURE`, = greedy; otherwise logits are
+        divided by it.
       top_p: mass of the nucleus (arXiv 1904.09751); 1 = everything.
       top_k: so many of the most likely tokens; 0 = all.
       seed: of the draws; the same seed, prompt and choice give the same answer, whatever else runs.
