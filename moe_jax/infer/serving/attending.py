@@ -28,7 +28,10 @@ LEAST_TURNED = 4  # rows that keep their bits among others against a turned matr
 
 
 def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]:
-    """`attend(normed_T1D, weights, at_T1, pages, layer, fields, window) -> (mixed_T1D, pages)`."""
+    """`attend(normed_T1D, weights, where, pages, layer, fields, window) -> (mixed_T1D, pages)`.
+
+    `where` are positions [T, 1], and the last ones of their texts or None (see `rope.rotate`).
+    """
     is_latent = config.latent.kv_rank > 0
     setting: Any = latent.setting_of(config) if is_latent else attention.setting_of(config)
     divisor = setting.divisor or math.sqrt(config.d_head)
@@ -44,12 +47,14 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]
         out_specs=(_HEADS, in_place),
     )
 
-    def grouped(normed_T1D, weights, at_T1, pages, layer, fields, window):
+    def grouped(normed_T1D, weights, where, pages, layer, fields, window):
+        at_T1, reached_T1 = where
         num_rows = normed_T1D.shape[0]
         if all(map(parameter.is_turned, attention.matrices(weights))):  # few rows keep their bits
             few = max(LEAST_TURNED, layout.num_tokens)
             normed_T1D, at_T1 = first_rows(normed_T1D, few), first_rows(at_T1, few)
-        heads = attention.project(normed_T1D, weights, at_T1, setting)
+            reached_T1 = None if reached_T1 is None else first_rows(reached_T1, few)
+        heads = attention.project(normed_T1D, weights, at_T1, setting, reached_T1)
         sink_H = None if weights.sink_H is None else weights.sink_H[...]
         query_THQ, key_TGQ, value_TGQ = (rows_T1HQ[:, 0] for rows_T1HQ in heads)
         mixed_THQ, pages = on_shard(
@@ -69,10 +74,11 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]
             num_rows, *y_T1D.shape[1:]
         )
 
-    def absorbed(normed_T1D, weights, at_T1, pages, layer, fields, window):
-        query_T1HX = latent.queries(normed_T1D, weights, at_T1, setting)
+    def absorbed(normed_T1D, weights, where, pages, layer, fields, window):
+        at_T1, reached_T1 = where
+        query_T1HX = latent.queries(normed_T1D, weights, at_T1, setting, reached_T1)
         query_THZ = latent.absorbed(query_T1HX, weights, setting)[:, 0]
-        row_T1Z = latent.rows(normed_T1D, weights, at_T1, setting)
+        row_T1Z = latent.rows(normed_T1D, weights, at_T1, setting, reached_T1)
         found_THZ, pages = on_shard(query_THZ, row_T1Z, None, pages, layer, fields, window, None)
         found_T1HR = found_THZ[:, None, :, : config.latent.kv_rank]
         mixed_T1HW = latent.values(found_T1HR, weights, setting)

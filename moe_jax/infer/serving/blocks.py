@@ -18,17 +18,23 @@ import numpy as np
 NO_KEY = b""
 
 
-def keys_of(tokens: Sequence[int], block_size: int, before: Sequence[bytes] = ()) -> list[bytes]:
+def keys_of(
+    tokens: Sequence[int],
+    block_size: int,
+    before: Sequence[bytes] = (),
+    first: bytes = NO_KEY,
+) -> list[bytes]:
     """The keys of all full blocks of a text.
 
     Args:
       tokens: the whole text.
       before: keys of its first blocks that are known already.
+      first: what the keys of a text depend on besides its tokens.
     """
     keys = list(before)
     for block in range(len(keys), len(tokens) // block_size):
         here = np.asarray(tokens[block * block_size : (block + 1) * block_size], np.int32)
-        last = keys[-1] if keys else NO_KEY
+        last = keys[-1] if keys else first
         keys.append(hashlib.blake2b(last + here.tobytes(), digest_size=16).digest())
     return keys
 

@@ -253,6 +253,8 @@ class Engine:
             fields["position"][at] = position
             fields["sample"][at] = rows[job]
             fields["table"][at][: len(job.blocks)] = job.blocks
+            if job.is_long:
+                fields["long"][at] = 1
             if recorder:
                 self._meet(recorder, job, position)
                 fields["record"][at] = recorder.place(job, position, 1)[0]
@@ -263,6 +265,8 @@ class Engine:
             fields["token"][shard, tokens] = job.tokens[chunk.start : end]
             fields["position"][shard, tokens] = np.arange(chunk.start, end)
             fields["row"][shard, chunk.row] = row
+            if job.is_long:
+                pass
             fields["table"][shard, row, : len(job.blocks)] = job.blocks
             if end == len(job.tokens):
                 fields["sample"][shard, row] = first + chunk.length - 1

@@ -44,6 +44,7 @@ class Layout:
         """The fields, of one shard, in order.
 
         token_F, position_F: -1 as a position: there is no token.
+        long_F: 1 = of a text with the long factors of LongRoPE; not of models without.
         record_F: where in the recorder's buffer its experts go; -1 = nowhere.
         table_RW: blocks of the request in each row; 0 where there is none.
         row_P: of the request that each chunk is from.
@@ -56,6 +57,7 @@ class Layout:
             "token": tokens,
             "position": tokens,
             "record": tokens,
+            **({} if self.limits.long_from is None else {"long": tokens}),
             "table": (self.rows, self.width),
             "row": (self.chunk_rows,),
             **dict.fromkeys(("sample", "draw", "choice", "seed", "top_k", "logprobs"), rows),

@@ -100,10 +100,13 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         real_T1 = position_T1 >= 0
         at_T1 = jnp.maximum(position_T1, 0)
         turn_T1 = rule_position(at_T1)
+        reached_T1 = None
+        if (long_from := layout.limits.long_from) is not None:
+            reached_T1 = jnp.where(rows_of(fields["long"], 0) > 0, long_from, 0)
 
         def attend_over(pages, number, window):
             return lambda normed_T1D, weights: attend(
-                normed_T1D, weights, at_T1, pages, number, fields, window
+                normed_T1D, weights, (at_T1, reached_T1), pages, number, fields, window
             )
 
         def dense_layer(carry, inputs):

@@ -20,6 +20,10 @@ most free blocks, so that what can be found elsewhere stays. A request never wai
 where homes are known, the first of the `PASSERS` oldest that wait whose home has room goes before
 older ones whose home has none: so homes are found, too, where a seat is free now and then. A
 request is passed `PATIENCE` times at most, and then nobody passes it.
+
+LongRoPE turns the keys of a text another way once it is longer than those of pre-training. A
+request that grows so long gives its blocks back and is computed again from its first token, as a
+preempted one is, the oldest of a shard too. Blocks of long texts and of short ones have other keys.
 """
 
 import bisect
@@ -28,7 +32,9 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from moe_jax.errors import Refused
-from moe_jax.infer.serving.blocks import Blocks, keys_of
+from moe_jax.infer.serving.blocks import NO_KEY, Blocks, keys_of
+
+LONG = b"long"  # stands before the first block of a text with the long factors of LongRoPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Limits:
       chunk_rows: such rows on one shard in a step.
       budget: tokens in a step, over all shards; tokens after prompts come first and always fit.
       max_len: tokens of prompt and answer together.
+      long_from: texts that reach this position have the long factors of LongRoPE; None = the model
+        has none.
     """
 
     shards: int
@@ -54,11 +62,12 @@ class Limits:
     chunk_rows: int
     budget: int
     max_len: int
+    long_from: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise Refused(field.name, value, "must be at least 1", "give a larger one")
         if self.budget <= self.shards * self.seats:
             raise Refused(
@@ -94,6 +103,7 @@ class Job:
       reused: positions that were found at its last admission.
       preempted: how often.
       passed: how often a younger one was admitted before it.
+      is_long: its keys are turned by the long factors of LongRoPE.
     """
 
     arrival: int
@@ -107,6 +117,7 @@ class Job:
     reused: int = 0
     preempted: int = 0
     passed: int = 0
+    is_long: bool = False
     prompt_len: int = 0
 
     def __post_init__(self):
@@ -189,6 +200,7 @@ class Scheduler:
         """A request arrives."""
         self.check(len(tokens), max_tokens)
         job = Job(self._arrivals, list(tokens), max_tokens)
+        job.is_long = self._reaches(job)
         self._arrivals += 1
         self.waiting.append(job)
         return job
@@ -202,6 +214,7 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """The next step, or None where nothing is to be done. It must be run: it is counted so."""
+        self._turn()
         preempted = self._make_room()
         if not preempted:
             self._admit()
@@ -219,13 +232,29 @@ class Scheduler:
         for job in dict.fromkeys([*step.decodes, *(chunk.job for chunk in step.chunks)]):
             full = job.computed // self.limits.block_size
             if full > job.named:
-                job.keys = keys_of(job.tokens[: job.computed], self.limits.block_size, job.keys)
+                self._extend_keys(job, job.computed)
                 for block in range(job.named, full):
                     held = job.blocks[block]
                     self.blocks[job.shard].name(held, job.keys[block])
                 job.named = full
         for job, token in zip(step.ends, tokens, strict=True):
             job.tokens.append(token)
+
+    def _extend_keys(self, job: Job, length: int) -> None:
+        first = LONG if job.is_long else NO_KEY
+        job.keys = keys_of(job.tokens[:length], self.limits.block_size, job.keys, first)
+
+    def _reaches(self, job: Job) -> bool:
+        """Are its tokens at hand a text with the long factors of LongRoPE?"""
+        long_from = self.limits.long_from
+        return long_from is not None and len(job.tokens) > long_from
+
+    def _turn(self) -> None:
+        """Those that have grown long leave their keys behind, and wait to be computed again."""
+        for job in list(self.running):
+            if not job.is_long and self._reaches(job):
+                self._wait_again(job)
+                job.keys, job.is_long = [], True
 
     def _make_room(self) -> list[Job]:
         """A block for the next token of everyone past the prompt, the oldest first."""
@@ -247,8 +276,12 @@ class Scheduler:
         return preempted
 
     def _preempt(self, job: Job) -> None:
-        self._leave(job)
+        self._wait_again(job)
         job.preempted += 1
+
+    def _wait_again(self, job: Job) -> None:
+        """At its old place in the order."""
+        self._leave(job)
         bisect.insort(self.waiting, job, key=lambda s: s.arrival)
 
     def _leave(self, job: Job) -> None:
@@ -295,7 +328,7 @@ class Scheduler:
     def _seating(self, job: Job) -> tuple[Job, int, list[int], bool] | None:
         """The best shard with room for a request."""
         limits = self.limits
-        job.keys = keys_of(job.tokens, limits.block_size, job.keys)
+        self._extend_keys(job, len(job.tokens))
         # The last token always runs: its logits are wanted.
         findable = job.keys[: (len(job.tokens) - 1) // limits.block_size]
         fits = []  # shards with room: what is found there, and the room beyond what is missing

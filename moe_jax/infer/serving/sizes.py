@@ -52,4 +52,10 @@ def limits(
         chunk_rows=chunk_rows,
         budget=all_rows if budget is None else budget,
         max_len=context,
+        long_from=long_from(model),
     )
+
+
+def long_from(model: ModelConfig) -> int | None:
+    """The first position of a text that has the long factors of LongRoPE; None: it has none."""
+    return model.rope.original_seq_len if model.rope.long_factor else None

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config, ModelConfig
 from moe_jax.errors import Refused
-from moe_jax.infer.serving import paged
+from moe_jax.infer.serving import paged, sizes
 from moe_jax.infer.serving.scheduler import Limits
 
 DISPATCHES = ("local", "gathered", "exchange", "hierarchical")
@@ -45,13 +45,6 @@ def check_model(config: Config) -> None:
             "must be 0: what is dropped would depend on who else is in the batch",
             "serve a run with capacity_factor = 0",
         )
-    if model.rope.kind == "longrope":
-        raise Refused(
-            "model.rope.kind",
-            model.rope.kind,
-            "is not served: where a text grows long, all its keys would have to be computed anew",
-            "answer with infer.py --prompt instead",
-        )
     for field in dataclasses.fields(ModelConfig):
         value = getattr(model, field.name)
         if field.name not in KNOWN and field.name != "capacity_factor" and value != field.default:
@@ -72,6 +65,9 @@ def check(config: Config, mesh: Mesh, limits: Limits) -> None:
     if limits.max_len > model.max_seq_len:
         rule = f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range"
         raise Refused("--context", limits.max_len, rule, f"use {model.max_seq_len}")
+    if limits.long_from != (known := sizes.long_from(model)):
+        rule = f"must be {known}, where the model's long factors begin"
+        raise Refused("long_from", limits.long_from, rule, "see sizes.py")
     if limits.shards != mesh_lib.size(mesh, mesh_lib.BATCH):
         raise Refused("shards", limits.shards, "must be the devices of tokens", "see sizes.py")
     if limits.block_size < paged.LEAST_BLOCK or paged.TILE % limits.block_size:

@@ -12,7 +12,7 @@ from moe_jax import migrate, permute
 from moe_jax.errors import Refused
 from moe_jax.infer import record, sampling
 from moe_jax.infer.engine import Engine as StaticEngine
-from moe_jax.infer.serving import packing, supported
+from moe_jax.infer.serving import packing, sizes, supported
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
@@ -38,7 +38,10 @@ def make(limits=TIGHT, recorder=None, placement=None, model=None, **overrides):
     placement = placement or tiny.contiguous(devices)
     mesh = tiny.mesh(config)
     limits = dataclasses.replace(
-        limits, shards=config.mesh.token_devices, budget=limits.budget * config.mesh.token_devices
+        limits,
+        shards=config.mesh.token_devices,
+        budget=limits.budget * config.mesh.token_devices,
+        long_from=sizes.long_from(config.model),
     )
     model = permute.apply(model or on_mesh(config), tiny.contiguous(devices), placement)
     return Engine(config, mesh, model, tiny.table(placement), limits, Bytes(), recorder)
@@ -306,29 +309,40 @@ SCALED = {
 }
 
 
+LONG = {
+    "model__rope": {
+        **{"kind": "longrope", "factor": 8.0, "original_seq_len": 40},
+        **{"short_factor": (1.0, 1.5), "long_factor": (9.0, 30.0)},
+    }
+}
+
+
 @pytest.mark.parametrize(
     "parts",
     [
         PARTS,
+        LONG,
+        pytest.param(LATENT | LONG, marks=pytest.mark.slow),
         pytest.param(LATENT, marks=pytest.mark.slow),
         pytest.param(SCALED, marks=pytest.mark.slow),
     ],
-    ids=["windows_sinks_biases", "latent_dense", "scales_layer_norm"],
+    ids=["windows_sinks_biases", "long", "latent_long", "latent_dense", "scales_layer_norm"],
 )
 def test_parts_of_published_families_equal_the_static_engine(parts):
-    """Texts longer than the window, in chunks."""
+    """Texts longer than the window, in chunks; some grow beyond the positions of pre-training."""
     config = tiny.config(mesh={"data": 1, "expert": 1}, model__dispatch="local", **parts)
     model, table = shaken(on_mesh(config)), tiny.table(tiny.contiguous(1))
     static = StaticEngine(config, tiny.mesh(config), model, table)
     served = Served(make(model=model, mesh={"data": 1, "expert": 1}, **parts))
     prompts = tiny.tokens(3, 30).tolist()
+    prompts += [prompts[0] + prompts[1][:12], prompts[0][:25]]  # one is long, one stays short
     for prompt in prompts:
         served.submit(prompt, Options(max_tokens=20))
     served.run()
     expected = static.generate(prompts, 20, sampling.Sampling())
-    for number in range(3):
+    for number, prompt in enumerate(prompts):
         assert served.tokens(number) == expected.tokens[number]
-        logits_V = np.asarray(expected.logits_BSV)[number, 29]
+        logits_V = np.asarray(expected.logits_BSV)[number, len(prompt) - 1]
         np.testing.assert_allclose(served.logits[number][0], logits_V, rtol=0, atol=1e-5)
 
 

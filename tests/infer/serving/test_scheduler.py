@@ -1,6 +1,7 @@
 """The scheduler by itself: blocks never leak, nobody writes to a shared one, everyone ends."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ class World:
 
     def __init__(self, limits=LIMITS):
         self.limits, self.scheduler = limits, Scheduler(limits)
-        self.cells = {}  # (shard, block, offset) -> the tokens up to and with its position
+        self.cells = {}  # (shard, block, offset) -> is it long; tokens up to and with its position
         self.alone = {}
         self.ended = {}
         self.preempted = 0
@@ -43,7 +44,12 @@ class World:
         cell = (job.shard, block, position % self.limits.block_size)
         assert cell not in written, "two tokens of one step are written to one place"
         written.add(cell)
-        self.cells[cell] = tuple(job.tokens[: position + 1])
+        self.cells[cell] = self.cell(job, position)
+
+    def cell(self, job, position):
+        from_ = self.limits.long_from
+        is_long = from_ is not None and len(job.tokens) > from_
+        return is_long, *job.tokens[: position + 1]
 
     def step(self):
         step = self.scheduler.plan()
@@ -68,7 +74,7 @@ class World:
             for position in range(job.computed):  # all that attention reads is its own text
                 block = job.blocks[position // self.limits.block_size]
                 cell = (job.shard, block, position % self.limits.block_size)
-                assert self.cells[cell] == tuple(job.tokens[: position + 1])
+                assert self.cells[cell] == self.cell(job, position)
         self.scheduler.accept(step, [answer(job.tokens) for job in step.ends])
         for job in step.ends:
             prompt, max_tokens = self.alone[job]
@@ -116,10 +122,12 @@ EVENT = st.tuples(
 )
 
 
+@pytest.mark.parametrize("long_from", [None, 13])
 @settings(max_examples=200, deadline=None)
-@given(st.lists(EVENT, max_size=60))
-def test_any_traffic(events):
-    world = World()
+@given(events=st.lists(EVENT, max_size=60))
+def test_any_traffic(long_from, events):
+    """With LongRoPE, too: what a text reads was written when it was as long, or as short."""
+    world = World(dataclasses.replace(LIMITS, long_from=long_from))
     cancelled = 0
     for kind, first, second, text in events:
         if kind == "add":
@@ -172,6 +180,28 @@ def test_a_prefix_is_used_again_by_whole_blocks():
     third = world.add(list(range(8)), 2)  # its last token runs, though its block is there
     world.step()
     assert third.reused == 4
+    world.run()
+
+
+def test_a_text_that_grows_long_is_computed_again_at_once():
+    """Nothing that was written for a short text is found by it; another long one finds its blocks.
+    It counts as no preemption, and happens once."""
+    world = World(dataclasses.replace(LIMITS, long_from=10))
+    first = world.add([1] * 9, 6)
+    while len(first.tokens) < 11:
+        world.step()
+    assert not first.is_long
+    world.step()
+    assert (first.is_long, first.reused, first.computed, first.preempted) == (True, 0, 11, 0)
+    assert world.step()
+    assert first.computed == 12
+    second = world.add([*first.tokens[:9], 4, 4, 4], 2)
+    world.step()
+    assert second.reused == 8
+    short = world.add(first.tokens[:9], 2)
+    world.step()
+    assert short.reused == 8
+    assert set(short.blocks).isdisjoint(second.blocks)
     world.run()
 
 
