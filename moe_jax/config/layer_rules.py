@@ -22,10 +22,8 @@ def validate(model: ModelConfig) -> None:
     if (model.d_ff_dense > 0) != (model.num_dense_layers > 0) or model.d_ff_dense < 0:
         rule = f"is the width of model.num_dense_layers = {model.num_dense_layers} dense layers"
         raise Refused("model.d_ff_dense", model.d_ff_dense, rule, "set both, or none")
-    if model.num_dense_layers and model.dispatch == "shuffled":
-        _refuse_shuffled("model.num_dense_layers", model.num_dense_layers)
-    if not model.num_moe_layers and model.dispatch == "coherent":
-        rule = "has tokens stay with their experts, and no layer has any (model.num_dense_layers)"
+    if not model.num_moe_layers and model.dispatch in ("shuffled", "coherent"):
+        rule = "puts tokens where their experts are, and no layer has any (model.num_dense_layers)"
         raise Refused("model.dispatch", model.dispatch, rule, "use 'local' or 'gathered'")
     for name in ("embedding_scale", "residual_scale", "logits_divisor"):
         if not (value := getattr(model, name)) > 0:
@@ -66,10 +64,3 @@ def _validate_latent(model: ModelConfig) -> None:
         if value := getattr(model, name):
             rule = "is not there in latent attention (model.latent.kv_rank > 0)"
             raise Refused(f"model.{name}", value, rule, "leave it out")
-    if model.dispatch == "shuffled":
-        _refuse_shuffled("model.latent.kv_rank", latent.kv_rank)
-
-
-def _refuse_shuffled(field: str, value: object) -> None:
-    rule = "is not made for model.dispatch = 'shuffled', which splits all attention by heads"
-    raise Refused(field, value, rule, "use 'exchange', 'hierarchical', 'coherent' or 'gathered'")

@@ -96,9 +96,29 @@ class LatentAttention(nnx.Module):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Projections as plain arrays: of a `LatentAttention`, or of some of its heads."""
+
+    latent_down_DZ: jax.Array
+    latent_norm_R: jax.Array
+    expand_RHY: jax.Array
+    output_HWD: jax.Array
+    query_DHX: jax.Array | None = None
+    query_down_DU: jax.Array | None = None
+    query_norm_U: jax.Array | None = None
+    query_up_UHX: jax.Array | None = None
+
+
+def parameters(weights: LatentAttention) -> dict[str, nnx.Param]:
+    """Those that are there, by their names in `Heads`."""
+    named = {field.name: getattr(weights, field.name) for field in dataclasses.fields(Heads)}
+    return {name: param for name, param in named.items() if param is not None}
+
+
 def attend(
     x_BSD: Float[Array, "B S D"],
-    weights: LatentAttention,
+    weights: LatentAttention | Heads,
     position_BS: Int[Array, "B S"],
     setting: Setting,
     cache: LatentCache | cache_lib.InStack | None,
@@ -122,7 +142,7 @@ def attend(
 
 def queries(
     x_BSD: Float[Array, "B S D"],
-    weights: LatentAttention,
+    weights: LatentAttention | Heads,
     position_BS: Int[Array, "B S"],
     setting: Setting,
     reached_BS: Int[Array, "B S"] | None = None,
@@ -145,7 +165,7 @@ def queries(
 
 def rows(
     x_BSD: Float[Array, "B S D"],
-    weights: LatentAttention,
+    weights: LatentAttention | Heads,
     position_BS: Int[Array, "B S"],
     setting: Setting,
     reached_BS: Int[Array, "B S"] | None = None,
@@ -163,7 +183,7 @@ def rows(
 def mix_expanded(
     query_BSHX: Float[Array, "B S H X"],
     row_BCZ: Float[Array, "B C Z"],
-    weights: LatentAttention,
+    weights: LatentAttention | Heads,
     setting: Setting,
     seen_BSC: Bool[Array, "#B S C"],
 ) -> Float[Array, "B S H W"]:
@@ -183,7 +203,7 @@ def mix_expanded(
 def mix_absorbed(
     query_BSHX: Float[Array, "B S H X"],
     row_BCZ: Float[Array, "B C Z"],
-    weights: LatentAttention,
+    weights: LatentAttention | Heads,
     setting: Setting,
     seen_BSC: Bool[Array, "#B S C"],
 ) -> Float[Array, "B S H W"]:
@@ -198,7 +218,7 @@ def mix_absorbed(
 
 
 def absorbed(
-    query_BSHX: Float[Array, "B S H X"], weights: LatentAttention, setting: Setting
+    query_BSHX: Float[Array, "B S H X"], weights: LatentAttention | Heads, setting: Setting
 ) -> Float[Array, "B S H Z"]:
     """Queries that meet rows as they are."""
     to_key_RHQ = weights.expand_RHY[...].astype(query_BSHX.dtype)[..., : setting.d_head]
@@ -208,7 +228,7 @@ def absorbed(
 
 
 def values(
-    found_BSHR: Float[Array, "B S H R"], weights: LatentAttention, setting: Setting
+    found_BSHR: Float[Array, "B S H R"], weights: LatentAttention | Heads, setting: Setting
 ) -> Float[Array, "B S H W"]:
     """The values of what heads found among latents."""
     to_value_RHW = weights.expand_RHY[...].astype(found_BSHR.dtype)[..., setting.d_head :]
@@ -216,14 +236,14 @@ def values(
 
 
 def project_out(
-    mixed_BSHW: Float[Array, "B S H W"], weights: LatentAttention
+    mixed_BSHW: Float[Array, "B S H W"], weights: LatentAttention | Heads
 ) -> Float[Array, "B S D"]:
     """What the heads found, as one row a token."""
     output_HWD = weights.output_HWD[...].astype(mixed_BSHW.dtype)
     return jnp.einsum("bshw,hwd->bsd", mixed_BSHW, output_HWD)
 
 
-def _norm(x_BSR: jax.Array, scale_R: nnx.Param | None) -> jax.Array:
+def _norm(x_BSR: jax.Array, scale_R: nnx.Param | jax.Array | None) -> jax.Array:
     """x / rms(x) * scale in float32."""
     assert scale_R is not None
     x32_BSR = x_BSR.astype(jnp.float32)

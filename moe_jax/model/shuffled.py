@@ -10,6 +10,10 @@ the same rows whatever the placement, as split attention always does; they are n
 Axes: B sequences and S positions of one group (the devices that share experts), X = B * S its
 tokens, M its devices, T = X / M rows here, N rows of all groups, D d_model, K top_k, H query
 heads, G key/value heads, C cached positions.
+
+Latent attention is split by its query heads; every device makes the latents of all tokens of its
+group, which are few numbers, and keeps them. Dense layers in front have attention that is split
+over sequences, as in the other dispatches: rows are at home there.
 """
 
 import dataclasses
@@ -23,9 +27,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.model import attention, parameter
+from moe_jax.model import attention, latent, parameter
 from moe_jax.model import layers as layers_lib
-from moe_jax.model.attention import Heads, LayerCache
+from moe_jax.model.attention import LayerCache
 from moe_jax.model.dispatch import homes as homes_lib
 from moe_jax.model.dispatch.table import Table
 from moe_jax.model.moe import LayerRecord, MoELayer
@@ -33,8 +37,29 @@ from moe_jax.pytree import Leaf
 
 _GROUP = mesh_lib.REPLICAS  # axes over which groups differ
 _ROWS, _SEQUENCES = PartitionSpec(mesh_lib.BATCH), PartitionSpec(_GROUP)
-# of a layer's cache: its heads of all sequences of the group on each device
-CACHE = PartitionSpec(_GROUP, None, mesh_lib.EXPERT)
+
+
+def abstract_cache(
+    config: ModelConfig, num_layers: int, batch: int, capacity: int, mesh: Mesh
+) -> LayerCache | latent.LatentCache:
+    """Shapes, dtypes and shardings for `capacity` positions of `batch` sequences in all layers.
+
+    Each device has its heads of all sequences of the group. Of latent attention it has all their
+    rows: the array has as many copies of each sequence as devices share it.
+    """
+    devices, dtype = mesh_lib.size(mesh, mesh_lib.EXPERT), jnp.dtype(config.dtype)
+    placed = NamedSharding(mesh, PartitionSpec(None, *_spec_of_cache(config)))
+    if config.latent.kv_rank:
+        width = config.latent.kv_rank + config.latent.d_rope
+        shape: tuple[int, ...] = (num_layers, batch * devices, capacity, width)
+        return latent.LatentCache(jax.ShapeDtypeStruct(shape, dtype, sharding=placed))
+    shape = (num_layers, batch, capacity, max(config.num_kv_heads, devices), config.d_head)
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    return LayerCache(array, array)
+
+
+def _spec_of_cache(config: ModelConfig) -> PartitionSpec:
+    return _ROWS if config.latent.kv_rank else PartitionSpec(_GROUP, None, mesh_lib.EXPERT)
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +91,7 @@ def layers(
     turn_BS: Int[Array, "B S"],
     real_BS: Bool[Array, "B S"],
     again: Callable[[Any], Any],
-) -> tuple[jax.Array, LayerCache | None, LayerRecord]:
+) -> tuple[jax.Array, LayerCache | latent.LatentCache | None, LayerRecord]:
     """All layers of a model, by one `lax.scan`.
 
     Args:
@@ -111,12 +136,16 @@ def layers(
 class Steps:
     """The parts of a layer, built once for a mesh."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, moe: MoELayer, setting: attention.Setting):
+    def __init__(self, config: ModelConfig, mesh: Mesh, moe: MoELayer):
         self._mesh, self._groups = mesh, mesh_lib.size(mesh, _GROUP)
         self._devices = mesh_lib.size(mesh, mesh_lib.EXPERT)
         self._num_kv_heads, self._top_k = config.num_kv_heads, config.top_k
         self._norm_eps, self._residual_scale = config.norm_eps, config.residual_scale
-        self._setting = dataclasses.replace(setting, heads_over=mesh_lib.EXPERT)
+        self._cache = _spec_of_cache(config)
+        self._attention: Any = latent if config.latent.kv_rank else attention
+        self._setting = self._attention.setting_of(config)
+        if not config.latent.kv_rank:
+            self._setting = dataclasses.replace(self._setting, heads_over=mesh_lib.EXPERT)
         self.moe = moe
 
     def norm(self, scale_D: Any, bias_D: Any) -> Norm:
@@ -150,12 +179,12 @@ class Steps:
         self,
         rows: Rows,
         norm: Norm,
-        weights: attention.Attention,
+        weights: attention.Attention | latent.LatentAttention,
         position_BS: Int[Array, "B S"],
         real_BS: Bool[Array, "B S"],
-        cache: LayerCache | None,
+        cache: LayerCache | latent.LatentCache | None,
         window: Int[Array, ""] | None,
-    ) -> tuple[Rows, LayerCache | None]:
+    ) -> tuple[Rows, LayerCache | latent.LatentCache | None]:
         """Attention and its residual; each row then lies where its experts were.
 
         Args:
@@ -163,7 +192,7 @@ class Steps:
           window: of the layer, see `attention.seen`.
         """
         num_local_kv = max(1, self._num_kv_heads // self._devices)
-        params = attention.parameters(weights)
+        params = self._attention.parameters(weights)
         axes = {name: param.get_metadata()["axes"] for name, param in params.items()}
 
         def of_device(name, part):
@@ -179,14 +208,15 @@ class Steps:
 
         def on_device(rows, norm, parts, position_BS, real_BS, cache, window):
             size = jax.lax.axis_size(mesh_lib.EXPERT)
-            heads = Heads(**{name: of_device(name, part) for name, part in parts.items()})
+            mine = {name: of_device(name, part) for name, part in parts.items()}
+            heads = self._attention.Heads(**mine)
             x_XD, token_X, device_XK = _gathered((rows.x_ND, rows.token_N, rows.device_NK))
             position_X = _inverse(token_X)
             x_XD = _permuted(x_XD, position_X, token_X)
             x_BSD = x_XD.reshape(*position_BS.shape, -1)
             position_BS = _vary_over_devices(position_BS)
             normed_BSD = self.normed(x_BSD, jax.tree.map(_vary, norm))
-            mixed_BSD, cache = attention.attend(
+            mixed_BSD, cache = self._attention.attend(
                 *(normed_BSD, heads, position_BS, self._setting, cache, window)
             )
 
@@ -206,8 +236,8 @@ class Steps:
         step = jax.shard_map(
             on_device,
             mesh=self._mesh,
-            in_specs=(_ROWS, everywhere, heads, _SEQUENCES, _SEQUENCES, CACHE, everywhere),
-            out_specs=(_ROWS, CACHE),
+            in_specs=(_ROWS, everywhere, heads, _SEQUENCES, _SEQUENCES, self._cache, everywhere),
+            out_specs=(_ROWS, self._cache),
         )
         cast = {name: param[...].astype(rows.x_ND.dtype) for name, param in params.items()}
         return step(rows, norm, cast, position_BS, real_BS, cache, window)

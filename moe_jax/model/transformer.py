@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax import mesh as mesh_lib
@@ -184,7 +184,7 @@ def build_forward(
     dense_window_L, window_L = windows_of_stacks(config)
     steps = None
     if config.dispatch == "shuffled":
-        steps = shuffled.Steps(config, mesh, layers.moe_layer, attention.setting_of(config))
+        steps = shuffled.Steps(config, mesh, layers.moe_layer)
 
     def forward(
         model: Transformer,
@@ -323,17 +323,22 @@ def abstract_cache(
     Shapes, dtypes and shardings: `cache.empty` makes the arrays.
 
     Split over the batch as attention is (see `build_forward`) and over key/value heads; rows of
-    latent attention over the batch alone. Where attention is split by heads (`shuffled`), each
-    device has its heads of all sequences.
+    latent attention over the batch alone. Where attention is split by heads (layers with experts in
+    `shuffled`), see `shuffled.abstract_cache`.
     """
 
-    def of_layers(num_layers: int) -> LayerCache:
+    def plain(num_layers: int) -> LayerCache:
         return _empty_layers(config, num_layers, (batch, capacity), mesh, attention_batch)
 
+    def of_moe(num_layers: int) -> Any:
+        if config.dispatch == "shuffled":
+            return shuffled.abstract_cache(config, num_layers, batch, capacity, mesh)
+        return plain(num_layers)
+
     if config.num_dense_layers:
-        of_moe = of_layers(config.num_moe_layers) if config.num_moe_layers else None
-        return StackedCache(of_layers(config.num_dense_layers), of_moe)
-    return of_layers(config.num_layers)
+        with_experts = of_moe(config.num_moe_layers) if config.num_moe_layers else None
+        return StackedCache(plain(config.num_dense_layers), with_experts)
+    return of_moe(config.num_layers)
 
 
 def _empty_layers(
@@ -345,12 +350,8 @@ def _empty_layers(
         shape = (num_layers, *size, config.latent.kv_rank + config.latent.d_rope)
         placed = mesh_lib.sharding(mesh, None, attention_batch, None, None)
         return latent.LatentCache(jax.ShapeDtypeStruct(shape, dtype, sharding=placed))
-    num_kv_heads = config.num_kv_heads
     placed = mesh_lib.sharding(mesh, None, attention_batch, None, "head", None)
-    if config.dispatch == "shuffled":
-        num_kv_heads = max(num_kv_heads, mesh_lib.size(mesh, mesh_lib.EXPERT))
-        placed = NamedSharding(mesh, PartitionSpec(None, *shuffled.CACHE))
-    shape = (num_layers, *size, num_kv_heads, config.d_head)
+    shape = (num_layers, *size, config.num_kv_heads, config.d_head)
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     return attention.LayerCache(array, array)
 

@@ -17,18 +17,17 @@ from moe_jax.infer.sampling import Sampling
 from moe_jax.placement.plan import Placement
 
 ROOT = pathlib.Path(__file__).parents[1] / "golden" / "hf"
-LATENT = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3")
+
 FAMILIES = (
     "mixtral",
     "olmoe",
     "qwen3_moe",
     "qwen2_moe",
     "gpt_oss",
-    *LATENT,
+    *("deepseek_v2_lite", "deepseek_v2", "deepseek_v3"),
     "granitemoe",
     "phimoe",
 )
-NOT_SHUFFLED = LATENT  # refused by name in shuffled dispatch
 WINDOWS = ("mixtral_window", "qwen3_moe_window", "qwen2_moe_window")  # families again, with windows
 GREEDY = Sampling()
 _NONE = np.zeros((0, 0, 0))  # of a model without experts

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint
+from moe_jax import checkpoint, permute
 from moe_jax import config as config_lib
 from moe_jax.errors import Refused
+from moe_jax.infer import sampling
+from moe_jax.infer.engine import Engine
 from moe_jax.model import latent, transformer
 from moe_jax.train import step as step_lib
 from tests import tiny
 from tests.model.test_parts import shaken
+from tests.model.test_shuffled import assert_planned
 from tests.model.whole import TOKEN_BS, WEIGHT_BSV, Whole
 
 pytestmark = pytest.mark.compiled_quickly
@@ -164,6 +167,8 @@ MESHES = [
     pytest.param("exchange", {"data": 2, "expert": 4}, marks=pytest.mark.slow),
     pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=pytest.mark.slow),
     pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ("shuffled", {"data": 2, "expert": 4}),
+    pytest.param("shuffled", {"fsdp": 2, "node": 2, "expert": 2}, marks=pytest.mark.slow),
 ]
 # Serves only. Its decoding steps: test_coherent.py.
 COHERENT = pytest.param("coherent", {"data": 2, "expert": 4}, marks=pytest.mark.slow)
@@ -188,6 +193,39 @@ def test_gradients_equal_those_of_one_device(dispatch, mesh):
         gradients(whole_config(dispatch, **mesh)),
         on_one_device(gradients),
     )
+
+
+def test_shuffled_rows_follow_placements_and_keep_their_bits():
+    """Heads are split, latents are not; rows are at home in the dense layers. Rows are counted."""
+    config = whole_config("shuffled", data=2, expert=4)
+    mesh, single = tiny.mesh(config), tiny.contiguous()
+    forward = jax.jit(transformer.build_forward(config.model, mesh))
+    token_BS, real_BS = tiny.tokens(8, 6), np.arange(6)[None] < np.array([[6, 4] * 4]).T
+
+    def placed(placement):
+        model = jax.tree.map(np.asarray, permute.apply(trained(), single, placement))
+        output = forward(model, token_BS, tiny.table(placement), real_BS=real_BS)
+        assert_planned(output.record, placement, 2, "exact")
+        return np.asarray(output.logits_BSV)[real_BS], np.asarray(output.record.home_BS)
+
+    expected_XV, home_LBS = placed(single)
+    others = [placed(tiny.random_placement(seed)) for seed in range(2)]
+    for logits_XV, _ in others:
+        np.testing.assert_array_equal(logits_XV, expected_XV)
+    assert (others[0][1][1] != home_LBS[1]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 2, "expert": 4}, {"node": 2, "expert": 2}])
+def test_shuffled_serves(mesh):
+    """Prefill, and absorbed decoding over rows that every device of a group has."""
+    said = []
+    for config in (whole_config(), whole_config("shuffled", **mesh)):
+        table = tiny.table(tiny.contiguous(config.mesh.expert_devices))
+        engine = Engine(config, tiny.mesh(config), trained(), table)
+        prompts = [list(range(5)), [7] * 11, [3, 1]]
+        said.append(engine.generate(prompts, 12, sampling.Sampling()).tokens)
+    assert said[0] == said[1]
 
 
 def test_gradients_are_those_of_a_model_without_dispatch_and_cache():
@@ -318,7 +356,6 @@ def test_counts_of_parameters_and_flops():
         ({"latent": {**LATENT, "query_rank": -1}}, "use 0 for none"),
         ({"num_kv_heads": 2}, "set it to 4"),
         ({"qk_norm": "head"}, "not there in latent attention"),
-        ({"dispatch": "shuffled"}, "latent.kv_rank = 6: is not made for .*'shuffled'"),
         ({"num_dense_layers": 3}, "choose 0 to 2"),
         ({"num_dense_layers": 2}, "must be 1 where all layers are dense"),
         ({"num_dense_layers": 1}, "d_ff_dense = 0: is the width"),
@@ -347,14 +384,12 @@ def test_ranks_are_split_over_fsdp():
     assert not whole  # what is large is held in parts
 
 
-def test_dense_layers_are_refused_where_attention_is_split_or_no_expert_is_left():
-    dense = {"model__num_dense_layers": 1, "model__d_ff_dense": 8}
-    with pytest.raises(Refused, match=r"num_dense_layers = 1: is not made for .*'shuffled'"):
-        tiny.config(**dense, model__dispatch="shuffled")
+@pytest.mark.parametrize("dispatch", ["shuffled", "coherent"])
+def test_tokens_cannot_follow_experts_where_there_is_none(dispatch):
     alone = {"num_experts": 1, "top_k": 1, "num_dense_layers": 2, "d_ff_dense": 8, "d_ff": 8}
     alone = {f"model__{name}": value for name, value in alone.items()}
-    with pytest.raises(Refused, match=r"dispatch = 'coherent': .* no layer has any"):
-        tiny.config(**alone, model__dispatch="coherent", mesh={"data": 1, "expert": 1})
+    with pytest.raises(Refused, match=rf"dispatch = '{dispatch}': .* no layer has any"):
+        tiny.config(**alone, model__dispatch=dispatch, mesh={"data": 1, "expert": 1})
 
 
 def test_fields_read_back():
