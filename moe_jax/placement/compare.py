@@ -161,7 +161,13 @@ def _judged(
         seconds,
         plan.value_of(placement),
         judge.value_of(placement),
-        evidence.judge(judge.trace, placement, judge.topology, step_tokens=judge.work.batch_tokens),
+        evidence.judge(
+            judge.trace,
+            placement,
+            judge.topology,
+            step_tokens=judge.work.batch_tokens,
+            dispatch=judge.dispatch,
+        ),
         method_costs.costs(judge, placement),
         0 if plan.pins is None else plan.pins.broken(holds_LEM(placement)),
     )

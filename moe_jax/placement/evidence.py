@@ -9,8 +9,8 @@ with homes drawn uniformly, per token and layer; `coherent` and `shuffled` also 
 them. Resampled sequences keep the homes that shuffled dispatch gave them in the steps of the trace.
 
 With replicas the copy rule needs a home, so everything is the mean over all homes, each followed
-through the layers. Locality is then counted where tokens stay (coherent dispatch), everything else
-where they return.
+through the layers. Locality is then counted where tokens stay (coherent dispatch), loads where the
+dispatch that is asked for has them, everything else where they return.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from moe_jax.placement import cost
+from moe_jax.placement import cost, ways
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
@@ -76,8 +76,8 @@ class Evidence:
       imbalance_ratio: (max - mean) / mean, mean over layers (TensorRT-LLM).
       load_cv: standard deviation / mean of the device loads, mean over layers.
 
-    With replicas loads depend on where tokens are: at home, or under the copy rule `stay`, which is
-    made for it, where they stay.
+    With replicas loads depend on where tokens are: where the dispatch has them, or under the copy
+    rule `stay`, which is made for it, where they stay.
     """
 
     rows: dict[str, Figure]
@@ -107,14 +107,16 @@ def judge(
     topology: Topology,
     seed: int = 0,
     step_tokens: int | None = None,
+    dispatch: str = "exchange",
 ) -> Evidence:
     """All figures of one placement on one trace.
 
     Args:
       seed: of the resamples.
       step_tokens: for shuffled dispatch, see row_homes.py; None: the trace is one step.
+      dispatch: whose loads are meant, where there are replicas.
     """
-    tally = count(trace, placement, topology, step_tokens)
+    tally = count(trace, placement, topology, step_tokens, dispatch)
     weight_BS = resamples(trace.num_sequences, seed)
     devices = topology.num_devices
     tokens_SL = tally.token_layers_SL
@@ -131,18 +133,22 @@ def judge(
     over_BL = over_mean(np.tensordot(weight_BS, tally.load_SLM, axes=1), speed_M)
     over_L = over_mean(load_LM, speed_M)
     layers = max(placement.num_layers - 1, 1)
+    least = _least_rows(placement, topology)
     moves_per_token = _ratio(tally.moves_S - tally.stays_S, tally.moves_S, weight_BS)
     return Evidence(
         rows={name: _ratio(r_SL.sum(axis=1), *per_token) for name, r_SL in rows_SL.items()},
-        rows_worst={name: _worst(r_SL, tokens_SL, weight_BS) for name, r_SL in rows_SL.items()},
+        rows_worst={
+            name: _worst(r_SL, tokens_SL, weight_BS, least.get(name, 0.0))
+            for name, r_SL in rows_SL.items()
+        },
         top1=_ratio(tally.stays_S, tally.moves_S, weight_BS),
         hops=Figure(*(layers * v for v in dataclasses.astuple(moves_per_token))),
         all_pairs=_ratio(tally.pair_stays_S, tally.pairs_S, weight_BS),
         distinct_devices=_ratio(tally.distinct_SL.sum(axis=1), *per_token),
-        distinct_devices_worst=_worst(tally.distinct_SL, tokens_SL, weight_BS),
+        distinct_devices_worst=_worst(tally.distinct_SL, tokens_SL, weight_BS, 1.0),
         distinct_nodes=_ratio(tally.nodes_S, *per_token),
-        load_mean=_largest(over_L.mean(), over_BL.mean(axis=1)),
-        load_worst=_largest(over_L.max(), over_BL.max(axis=1)),
+        load_mean=_largest(over_L.mean(), over_BL.mean(axis=1), 1.0),
+        load_worst=_largest(over_L.max(), over_BL.max(axis=1), 1.0),
         balancedness=float((1 / over_L).mean()),
         imbalance_ratio=float((over_L - 1).mean()),
         load_cv=float(variation(load_LM, speed_M).mean()),
@@ -150,27 +156,37 @@ def judge(
 
 
 def count(
-    trace: Trace, placement: Placement, topology: Topology, step_tokens: int | None = None
+    trace: Trace,
+    placement: Placement,
+    topology: Topology,
+    step_tokens: int | None = None,
+    dispatch: str = "exchange",
 ) -> Tally:
-    """The sums per sequence; `step_tokens` as of `judge`."""
-    shuffled_SL = _shuffled(trace, placement, topology, step_tokens)
+    """The sums per sequence; `step_tokens` and `dispatch` as of `judge`."""
+    shuffled_SL, shuffled_SLM = _shuffled(trace, placement, topology, step_tokens)
     homes = cost.homes(placement, trace.num_tokens)
-    each = [_count(trace, placement, topology, home_T, shuffled_SL) for home_T in homes]
+    each = [_count(trace, placement, topology, home_T, shuffled_SL, dispatch) for home_T in homes]
     if len(each) == 1:
         return each[0]
     names = [field.name for field in dataclasses.fields(Tally)]
-    return Tally(**{n: np.mean([getattr(one, n) for one in each], axis=0) for n in names})
+    mean = Tally(**{n: np.mean([getattr(one, n) for one in each], axis=0) for n in names})
+    return dataclasses.replace(mean, load_SLM=shuffled_SLM) if dispatch == "shuffled" else mean
 
 
-def _shuffled(trace: Trace, placement: Placement, topology: Topology, step_tokens) -> np.ndarray:
-    """float64 [S, L]: rows of shuffled dispatch, both ways."""
-    rows_LS, dispatch, devices = [], "shuffled", placement.num_devices
+def _shuffled(
+    trace: Trace, placement: Placement, topology: Topology, step_tokens
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of shuffled dispatch: float64 [S, L], rows both ways; int64 [S, L, M], rows computed."""
+    rows_LS, load_LSM, dispatch, devices = [], [], "shuffled", placement.num_devices
+    sequence_T = np.repeat(np.arange(trace.num_sequences), trace.seq_len)
     (home_T,) = cost.homes(placement, trace.num_tokens, None, dispatch, step_tokens)
     where = (topology.devices_per_node, None, step_tokens)
     for step in cost.walk(trace.expert_ids_TLK, placement, dispatch, home_T, *where):
         away_T = _away(step.device_TK, cost.first_of(step.device_TK), step.home_T, devices)
         rows_LS.append(np.add.reduceat(2 * away_T, _starts(trace)))
-    return np.stack(rows_LS, axis=1)
+        shape = (trace.num_sequences, devices)
+        load_LSM.append(per_sequence(step.device_TK, sequence_T, shape))
+    return np.stack(rows_LS, axis=1), np.stack(load_LSM, axis=1)
 
 
 def _starts(trace: Trace) -> np.ndarray:
@@ -184,6 +200,7 @@ def _count(
     topology: Topology,
     home_T: Int[np.ndarray, " T"],
     shuffled_SL: Float[np.ndarray, "S L"],
+    dispatch: str,
 ) -> Tally:
     start_S = _starts(trace)
     per_token = {name: np.zeros(trace.num_tokens, np.int64) for name in _PER_TOKEN}
@@ -204,7 +221,8 @@ def _count(
         layer_T["token_layers"] += (device_TK >= 0).any(axis=1)
         layer_T["distinct"] += first_TK.sum(axis=1)
         per_token["nodes"] += first_node_TK.sum(axis=1)
-        served_TK = device_TK if placement.share_LNP is None else stay.device_TK
+        stays = dispatch == "coherent" or placement.share_LNP is not None
+        served_TK = stay.device_TK if stays else device_TK
         load_SLM[:, layer] = per_sequence(
             served_TK, sequence_T, (trace.num_sequences, placement.num_devices)
         )
@@ -290,23 +308,33 @@ def _ratio(above_S, below_S, weight_BS) -> Figure:
     return _figure(above_S.sum() / total, (weight_BS @ above_S) / np.maximum(below_B, 1e-300))
 
 
-def _worst(above_SL, below_SL, weight_BS) -> Figure:
+def _least_rows(placement: Placement, topology: Topology) -> dict[str, float]:
+    """Rows of a token whose experts are together; with replicas they may all be at home."""
+    if placement.has_replicas:
+        return {}
+    alone_MM = np.eye(topology.num_devices)
+    where = (alone_MM, topology.nodes.sums(alone_MM), 1.0)
+    return {n: float(ways.rows(topology, n, *where).min()) for n in ("exchange", "hierarchical")}
+
+
+def _worst(above_SL, below_SL, weight_BS, least: float) -> Figure:
     """The ratio of the layer where it is largest; each resample has its own worst layer."""
     value_L = above_SL.sum(axis=0) / np.maximum(below_SL.sum(axis=0), 1e-300)
     value_BL = (weight_BS @ above_SL) / np.maximum(weight_BS @ below_SL, 1e-300)
-    return _largest(value_L.max(), value_BL.max(axis=1))
+    return _largest(value_L.max(), value_BL.max(axis=1), least)
 
 
-def _largest(value, samples_B) -> Figure:
+def _largest(value, samples_B, least: float) -> Figure:
     """Of a maximum: that of a resample is too large, as the trace's own is.
 
-    The interval reaches as far below as resamples are above, twice: once for each (paired.py). That
-    is no promise of coverage: on few sequences it lies above the figure of many too often (README).
+    The interval reaches as far below as resamples are above, twice: once for each (paired.py), and
+    not below `least`, which nothing can be. That is no promise of coverage: on few sequences it
+    lies above the figure of many too often (README).
     """
     found = _figure(value, samples_B)
     unbiased = 2 * (found.value - float(samples_B.mean()))
     low, high = min(found.low, found.low + unbiased), max(found.high, found.high + unbiased)
-    return Figure(found.value, low, high)
+    return Figure(found.value, max(low, min(least, found.value)), high)
 
 
 def _figure(value, samples_B) -> Figure:

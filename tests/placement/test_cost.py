@@ -291,6 +291,22 @@ def test_the_worst_layer_of_distinct_devices_and_its_interval():
     assert (figure.low, figure.high) == pytest.approx((low + unbiased, high))
 
 
+def test_no_interval_reaches_what_cannot_be():
+    """A sequence a device; in each of three layers another sequence has tokens on two devices."""
+    ids = np.repeat(np.arange(0, 8, 2, dtype=np.uint8), 3)[:, None, None] + np.zeros((12, 3, 2))
+    ids[:, :, 1] += 1
+    ids[[0, 4, 8], [0, 1, 2], 1] = 7
+    trace, machine = Trace(ids.astype(np.uint8), 8, np.full(4, 3)), topology.nodes_by_devices(2, 4)
+    found = evidence.judge(trace, Placement.contiguous(3, 8, 4), machine)
+    rows = [found.rows_worst[name] for name in ("exchange", "hierarchical")]
+    for figure, least in zip(
+        [found.load_mean, found.load_worst, found.distinct_devices_worst, *rows],
+        [1.0, 1.0, 1.0, 2 * 3 / 4, 2 * (2 / 4 + 2 / 4)],
+        strict=True,
+    ):
+        assert figure.value > figure.low == pytest.approx(least)
+
+
 @pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "coherent", "shuffled"])
 def test_the_worst_layer_with_copies(dispatch):
     trace, machine = holey_trace(6), TOPOLOGIES[1]

@@ -323,8 +323,10 @@ def test_evidence_equals_the_counts(machine):
         rows = cost.rows(trace.expert_ids_TLK, placement, dispatch, devices_per_node=each)
         expected = rows.total_LMM.sum() / tokens
         assert found.rows[dispatch].value == pytest.approx(expected, rel=1e-12)
-    load_LM = cost.computed_LM(trace.expert_ids_TLK, placement, devices_per_node=each)
-    assert found.load_worst.value == pytest.approx((load_LM.max(1) / load_LM.mean(1)).max())
+    for dispatch in cost.DISPATCHES:
+        judged = evidence.judge(trace, placement, machine, dispatch=dispatch)
+        load_LM = cost.computed_LM(trace.expert_ids_TLK, placement, dispatch, None, each)
+        assert judged.load_worst.value == pytest.approx((load_LM.max(1) / load_LM.mean(1)).max())
     stays = moves = 0
     for home in range(4):
         for position, token in enumerate(trace.expert_ids_TLK.tolist()):

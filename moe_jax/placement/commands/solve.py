@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> str:
                 placement,
                 problem.topology,
                 step_tokens=problem.work.batch_tokens,
+                dispatch=problem.dispatch,
             )
     if options.report:
         with interrupt.leaving(f"wrote {options.out}, not {options.report}"):

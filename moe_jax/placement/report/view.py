@@ -79,7 +79,9 @@ def view(name: str, judge: Problem, placement: Placement) -> View:
         clock=clock_lib.clock(rows, load_LM, judge.topology, judge.work, judge.dispatch, tokens),
         flow_JMM=flow_JMM(judge, placement),
         order_LE=order_LE(placement),
-        figures=evidence.judge(judge.trace, placement, judge.topology, step_tokens=step),
+        figures=evidence.judge(
+            judge.trace, placement, judge.topology, step_tokens=step, dispatch=judge.dispatch
+        ),
     )
 
 
