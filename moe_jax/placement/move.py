@@ -4,7 +4,7 @@ Axes: L MoE layers, E experts, M devices.
 
 Numbers of devices are free where no home is tied to them: `relabelled` gives the groups of the new
 placement other numbers so that most experts stay where they are (an exact assignment problem), and
-changes neither rows nor seconds:
+changes neither rows nor seconds, whatever the objective is:
 - exchange, hierarchical, gathered: homes are uniform and a layer's rows depend on that layer alone,
   so each layer is numbered by itself. (What it gives up is the numbering along the chain that
   `solve` adds for free: it pays nothing in these dispatches.)
@@ -12,7 +12,7 @@ changes neither rows nor seconds:
   so there is one numbering for all of them.
 - shuffled dispatch: devices keep their numbers, which decide between homes of equal worth.
 Devices of a node stay together in either case, and only devices and nodes that are alike change
-places; on a torus, for `seconds`, none do. Of two numberings the placement keeps the one it
+places; on a torus, and for `hops`, none do. Of two numberings the placement keeps the one it
 has unless the other moves less. With replicas this holds but for the order of copies, which the
 copy rule takes them in; shares of copies (shares.py) go with them, and those of a node with it.
 
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from moe_jax.placement import chain
+from moe_jax.placement import chain, cost
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.limits.previous import arrivals_L, holds_LEM, placement_of, shares_moved
 from moe_jax.placement.plan import Placement
@@ -74,8 +74,11 @@ def move(before: Placement, after: Placement, topology: Topology, expert_bytes: 
 
 def relabelled(problem: Problem, before: Placement, after: Placement) -> Placement:
     """`after` with the device numbers that move least; see the head of this file."""
+    if problem.dispatch == "shuffled" or problem.topology.torus is not None:
+        return after
     new_LEM = holds_LEM(after)
-    device_LM = _devices_LM(problem, holds_LEM(before), new_LEM)
+    by_layer = problem.separable and problem.dispatch not in cost.TIED
+    device_LM = _devices_LM(problem, holds_LEM(before), new_LEM, by_layer)
     found = placement_of(_renumbered(new_LEM, device_LM))
     if after.share_LNP is None:
         return found
@@ -98,16 +101,18 @@ def numbered(
       worth_LEM: what it is worth to have this expert on this device, 0 to 1.
       new_LEM: who holds what so far.
     """
-    return _renumbered(new_LEM, _devices_LM(problem, worth_LEM, new_LEM))
+    return _renumbered(new_LEM, _devices_LM(problem, worth_LEM, new_LEM, problem.separable))
 
 
-def _devices_LM(problem: Problem, worth_LEM: np.ndarray, new_LEM: np.ndarray) -> np.ndarray:
-    """int64 [L, M]: the number that every device gets; arguments as of `numbered`."""
+def _devices_LM(
+    problem: Problem, worth_LEM: np.ndarray, new_LEM: np.ndarray, by_layer: bool
+) -> np.ndarray:
+    """int64 [L, M]: the number that every device gets, in each layer or in all; see `numbered`."""
     worth_LEM = worth_LEM.astype(float)
     if problem.pins is not None:  # a pin outweighs all else
         worth_LEM = worth_LEM + (worth_LEM.size + 1) * problem.pins.held_LEM
     worth_LMM = worth_LEM.transpose(0, 2, 1) @ new_LEM.astype(float)
-    if not problem.separable:
+    if not by_layer:
         worth_LMM = np.tile(worth_LMM.sum(axis=0), (len(new_LEM), 1, 1))
     return np.stack([numbering(problem, worth_MM) for worth_MM in worth_LMM])
 

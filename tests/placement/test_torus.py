@@ -179,7 +179,9 @@ def test_seconds_reported_are_those_of_the_plan_and_labels_stay_put():
     found = solve.solve_problem(problem, 0, 3.0)
     assert found.report.objective == pytest.approx(problem.value_of(found.placement), rel=1e-12)
     before = Placement.contiguous(2, 12, 6)
-    assert move.relabelled(problem, before, found.placement).digest == found.placement.digest
+    for objective in ("seconds", "rows", "load"):  # a verdict looks at seconds in any case
+        planned = dataclasses.replace(problem, objective=objective)
+        assert move.relabelled(planned, before, found.placement) == found.placement
 
 
 @pytest.mark.parametrize(

@@ -338,13 +338,15 @@ def test_copies_are_sent_from_the_node_and_from_who_sent_least_by_hand():
 
 
 @pytest.mark.parametrize("dispatch", cost.DISPATCHES)
+@pytest.mark.parametrize("objective", ["seconds", "load"])
 @pytest.mark.parametrize("machine", [FLAT, NODES], ids=["flat", "nodes"])
-def test_new_device_numbers_change_nothing_but_the_move(dispatch, machine):
+def test_new_device_numbers_change_nothing_but_the_move(dispatch, objective, machine):
     trace = realistic()
     problem, each = Problem(trace, machine, "seconds", dispatch), machine.devices_per_node
+    planned = dataclasses.replace(problem, objective=objective)
     for seed in range(6):
         before, after = at_random(trace, 4, seed), at_random(trace, 4, 100 + seed)
-        found = move_lib.relabelled(problem, before, after)
+        found = move_lib.relabelled(planned, before, after)
         rows, again = (
             cost.rows(trace.expert_ids_TLK, plan, dispatch, None, "partial", each).total_LMM.sum()
             for plan in (after, found)
