@@ -107,16 +107,14 @@ def ours(
 def box_seconds(
     trace: Trace, plan: Placement, box: Box, model: ModelConfig, dispatch: str, mbit: float
 ) -> float:
-    """Seconds of all layers for the trace: the busiest way between two hosts, the fullest device.
+    """Seconds of all layers for the trace: the busiest end of a host's link, the fullest device.
 
     One row per device back; homes drawn uniformly.
     """
     rows = cost.rows(trace.expert_ids_TLK, plan, dispatch, devices_per_node=box.devices_per_host)
-    link = sum(
-        between_hosts(way_MM, box).max()
-        for way_LMM in (rows.dispatch_LMM, rows.combine_LMM)
-        for way_MM in way_LMM
-    )
+    each = (rows.dispatch_LMM, rows.combine_LMM)
+    between = [between_hosts(way_MM, box) for way_LMM in each for way_MM in way_LMM]
+    link = sum(max(rows_HH.sum(axis=0).max(), rows_HH.sum(axis=1).max()) for rows_HH in between)
     slowest_L = cost.computed_LM(trace.expert_ids_TLK, plan).max(axis=1)
     compute = slowest_L.sum() * work(model, 1).row_flops / DEVICE_FLOPS
     return float(link * row_bytes(model) * 8 / (mbit * 1e6) + compute)

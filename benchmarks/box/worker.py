@@ -31,7 +31,6 @@ from moe_jax.infer import load
 from moe_jax.infer.engine import Engine, fetch, homes
 from moe_jax.infer.prepared import prepared
 from moe_jax.model import transformer
-from moe_jax.model.dispatch import wire
 from moe_jax.placement.plan import Placement
 
 ROWS = ("dispatch_MM", "combine_MM", "padding_MM")
@@ -162,10 +161,9 @@ class Worker:
         return {"expert_LBSK": expert_LBSK.tolist(), "home_B": home_B.tolist()}
 
     def calibrate(self, kib: int, times: int) -> dict[str, Any]:
-        """Every device sends `kib` KiB half the machine away, `times` times."""
+        """Every device sends `kib` KiB to the next host, `times` times."""
         size = self._mesh.size
-        turn = wire.turns(size)[max(1, size // 4 * 2)]  # no two send to each other, if it can be
-        pairs = list(enumerate(turn))
+        pairs = to_the_next_host(jax.process_count(), size // jax.process_count())
         send = jax.jit(
             jax.shard_map(
                 lambda x_N: jax.lax.ppermute(x_N, mesh_lib.EXPERT, pairs),
@@ -201,6 +199,16 @@ def spread(run: str, hosts: int, devices_per_host: int) -> tuple[Config, load.So
     assert found is not None, f"{run} has no checkpoint"
     folder, contents = found
     return config, load.Source(config, folder, contents, contents.plan)
+
+
+def to_the_next_host(hosts: int, devices_per_host: int) -> list[tuple[int, int]]:
+    """(source, destination) of every device; no two send to each other, if it can be."""
+    pairs = []
+    for device in range(hosts * devices_per_host):
+        host, place = divmod(device, devices_per_host)
+        place = (place + (host == hosts - 1)) % devices_per_host
+        pairs.append((device, (host + 1) % hosts * devices_per_host + place))
+    return pairs
 
 
 def _barrier() -> None:

@@ -19,6 +19,7 @@ from moe_jax.errors import Refused
 from moe_jax.infer import text as text_lib
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.routing.synthetic import realistic
+from moe_jax.routing.trace import Trace
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +131,24 @@ def test_every_plan_is_a_placement_of_the_box():
         for name in ("contiguous", "ours")
     ]
     assert rows[1] <= rows[0]
+
+
+def test_seconds_of_the_box_are_those_of_a_link_that_a_host_has_to_all_others():
+    """Experts 0 to 3 on hosts 0 to 3; homes are uniform, so a quarter of 8 tokens is on each."""
+    ids = np.array([[[0, 1]]] * 4 + [[[0, 2]]] * 4, np.uint8)
+    trace, plan = Trace(ids, 4, np.array([8])), Placement.contiguous(1, 4, 4)
+    model = tiny.config().model
+    mbit = 8e-6 * plans.row_bytes(model)  # a row a second
+    seconds = plans.box_seconds(trace, plan, Box(4, 1), model, "exchange", mbit)
+    assert seconds == pytest.approx(3 * 2 + 3 * 2, rel=1e-3)  # to host 0, and back from it
+
+
+@pytest.mark.parametrize(("hosts", "devices"), [(2, 2), (2, 3), (3, 2), (2, 5)])
+def test_all_that_calibrates_a_link_leaves_its_host(hosts, devices):
+    pairs = worker.to_the_next_host(hosts, devices)
+    assert all(source // devices != to // devices for source, to in pairs)
+    assert sorted(to for _, to in pairs) == [source for source, _ in pairs]
+    assert not {(to, source) for source, to in pairs} & set(pairs)
 
 
 def test_speed_ups_are_paired_by_round():
