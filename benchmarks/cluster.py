@@ -15,7 +15,7 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.box import command, links, measure, subject, table
+from benchmarks.box import command, links, measure, subject, table, ways, worker
 from benchmarks.box.plans import Box
 from moe_jax.errors import Refused
 
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def request_of(flags: argparse.Namespace) -> measure.Request:
-    """The flags as a checked request; trains the model if none is named."""
+    """The flags as a checked request; then trains the model if none is named."""
     names = [field.name for field in dataclasses.fields(subject.Sizes)]
     numbers = {name: getattr(flags, name) for name in names}
     counts = {"hosts": flags.hosts, "devices_per_host": flags.devices_per_host, **numbers}
@@ -50,8 +50,11 @@ def request_of(flags: argparse.Namespace) -> measure.Request:
         if counts[name] < least:
             flag = "--" + name.replace("_", "-")
             raise Refused(flag, counts[name], f"must be at least {least}", f"use {least}")
+    links.check_hosts(flags.hosts)
     if flags.rounds < 1:
         raise Refused("--rounds", flags.rounds, "must be at least 1", "use 5")
+    if not 0 <= flags.plan_seconds < float("inf"):
+        raise Refused("--plan-seconds", flags.plan_seconds, "seconds, at least 0", "use 20")
     try:
         mbits = tuple(float(word) for word in flags.mbit.split(","))
     except ValueError:
@@ -64,10 +67,13 @@ def request_of(flags: argparse.Namespace) -> measure.Request:
             flag, more = "--" + name.replace("_", "-"), -(-numbers[name] // devices) * devices
             rule = f"must be a multiple of the {devices} devices, which share the sequences"
             raise Refused(flag, numbers[name], rule, f"use {more}")
-    run = subject.trained(flags.model)
     box, sizes = Box(flags.hosts, flags.devices_per_host), subject.Sizes(**numbers)
-    ways = tuple(word for word in flags.dispatch.split(",") if word)
-    return measure.Request(run, box, mbits, ways, flags.rounds, flags.plan_seconds, sizes)
+    words = tuple(word for word in flags.dispatch.split(",") if word)
+    config = subject.config_of(flags.model)
+    subject.check_prompts(config, sizes)
+    ways.chosen(list(words), worker.on_box(config, box.hosts, box.devices_per_host))
+    run = subject.trained(flags.model)
+    return measure.Request(run, box, mbits, words, flags.rounds, flags.plan_seconds, sizes)
 
 
 def work() -> None:

@@ -24,6 +24,7 @@ from moe_jax.errors import Refused
 PREFIX = "moejax"
 MTU = "9000"  # jumbo frames, as between machines of a cluster: headers are below 1 %
 NETWORK = ipaddress.ip_network("10.77.0.0/24")
+MOST_HOSTS = NETWORK.num_addresses - 2  # the others name the network and its broadcast
 NETNS_FILES = pathlib.Path("/etc/netns")  # files here replace those of /etc inside a namespace
 # Programs and the Debian package they come in.
 PROGRAMS = {
@@ -68,6 +69,13 @@ def check_machine() -> None:
         )
 
 
+def check_hosts(num_hosts: int) -> None:
+    """Refuses more hosts than there are addresses."""
+    if num_hosts > MOST_HOSTS:
+        rule = f"{NETWORK} has {MOST_HOSTS} addresses for hosts"
+        raise Refused("--hosts", num_hosts, rule, "use fewer")
+
+
 @dataclasses.dataclass(frozen=True)
 class Host:
     """One host of the box.
@@ -94,6 +102,7 @@ class Network:
 
     def __init__(self, num_hosts: int):
         check_machine()
+        check_hosts(num_hosts)
         remove_leftovers()
         mine = f"{PREFIX}-{os.getpid()}"
         addresses = [str(address) for address in NETWORK.hosts()][:num_hosts]

@@ -7,6 +7,7 @@ are planned on, the next ones are judged: disjoint text.
 import dataclasses
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from moe_jax import config as config_lib
 from moe_jax import data
+from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer import text as text_lib
 from moe_jax.routing import trace as trace_lib
@@ -35,16 +37,36 @@ class Sizes:
     decode_steps: int = 8
 
 
+def config_of(run: str | None) -> Config:
+    """The config of a run; None: of the one that would be trained."""
+    if run is None:
+        return config_lib.from_config_dict(runpy.run_path(str(ROOT / CONFIG))["get_config"]())
+    path = pathlib.Path(run) / "config.json"
+    if not path.is_file():
+        raise Refused(
+            "--model",
+            run,
+            "must be the work directory of a training run (it has no config.json)",
+            "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
+        )
+    return config_lib.from_json(path.read_text(encoding="utf-8"))
+
+
+def check_prompts(config: Config, sizes: Sizes) -> None:
+    """Refuses prompts that are longer than held-out windows."""
+    longest = max(sizes.prefill_tokens, sizes.decode_start + sizes.decode_steps)
+    if longest > config.data.seq_len:
+        raise Refused(
+            "prompt tokens",
+            longest,
+            f"held-out windows of this run have data.seq_len = {config.data.seq_len} tokens",
+            "ask for shorter prompts",
+        )
+
+
 def trained(run: str | None) -> str:
     """The work directory to measure; the model is trained there if none was named."""
     if run is not None:
-        if not (pathlib.Path(run) / "config.json").is_file():
-            raise Refused(
-                "--model",
-                run,
-                "must be the work directory of a training run (it has no config.json)",
-                "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
-            )
         return str(pathlib.Path(run).resolve())  # for processes that start elsewhere
     # A run that is complete ends at once; one that was cut short goes on.
     _python("train.py", f"--config={CONFIG}", f"--workdir={RUN}")
@@ -60,16 +82,7 @@ def planning_trace(run: str, folder: pathlib.Path) -> Trace:
 
 def write_inputs(run: str, sizes: Sizes, path: pathlib.Path) -> None:
     """The judged prompts as `prefill_BS` and `decode_BS`."""
-    config = config_lib.from_json((pathlib.Path(run) / "config.json").read_text(encoding="utf-8"))
-    length = sizes.decode_start + sizes.decode_steps
-    longest = max(sizes.prefill_tokens, length)
-    if longest > config.data.seq_len:
-        raise Refused(
-            "prompt tokens",
-            longest,
-            f"held-out windows of this run have data.seq_len = {config.data.seq_len} tokens",
-            "ask for shorter prompts",
-        )
+    config, length = config_of(run), sizes.decode_start + sizes.decode_steps
     corpus = data.load_corpus(config.data)
     text = text_lib.of_run(pathlib.Path(run), config)
     corpus = dataclasses.replace(corpus, held_out=text.corpus(corpus.held_out))

@@ -22,9 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
-from benchmarks.box import counters, ways
+from benchmarks.box import counters, subject, ways
 from moe_jax import checkpoint, permute
-from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config, MeshConfig
 from moe_jax.infer import load
@@ -189,16 +188,20 @@ class Worker:
 def spread(run: str, hosts: int, devices_per_host: int) -> tuple[Config, load.Source]:
     """The run's config on a mesh of hosts x devices, and its newest checkpoint as it is stored."""
     root = pathlib.Path(run)
-    config = config_lib.from_json((root / "config.json").read_text(encoding="utf-8"))
-    mesh = MeshConfig(node=hosts, expert=devices_per_host)
-    # Batches of training have to suit its mesh; here only prompts are split over devices.
-    data = dataclasses.replace(config.data, global_batch=mesh.token_devices)
-    train = dataclasses.replace(config.train, eval_sequences=mesh.token_devices)
-    config = dataclasses.replace(config, mesh=mesh, virtual_devices=0, data=data, train=train)
+    config = on_box(subject.config_of(run), hosts, devices_per_host)
     found = checkpoint.newest_good(root / "checkpoints", warn=print)
     assert found is not None, f"{run} has no checkpoint"
     folder, contents = found
     return config, load.Source(config, folder, contents, contents.plan)
+
+
+def on_box(config: Config, hosts: int, devices_per_host: int) -> Config:
+    """The config on a mesh of hosts x devices."""
+    mesh = MeshConfig(node=hosts, expert=devices_per_host)
+    # Batches of training have to suit its mesh; here only prompts are split over devices.
+    data = dataclasses.replace(config.data, global_batch=mesh.token_devices)
+    train = dataclasses.replace(config.train, eval_sequences=mesh.token_devices)
+    return dataclasses.replace(config, mesh=mesh, virtual_devices=0, data=data, train=train)
 
 
 def to_the_next_host(hosts: int, devices_per_host: int) -> list[tuple[int, int]]:

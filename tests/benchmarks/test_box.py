@@ -185,6 +185,26 @@ def test_sequences_are_shared_by_all_devices(flag):
         cluster.request_of(flags)
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--plan-seconds=-1",
+        "--plan-seconds=nan",
+        "--dispatch=exchagne",
+        "--dispatch=exchange:exakt",
+        "--prefill-tokens=129",
+        "--decode-steps=105",
+        "--hosts=255",
+        "--devices-per-host=17",
+    ],
+)
+def test_flags_are_refused_before_a_model_is_trained(word, monkeypatch):
+    monkeypatch.setattr(subject, "trained", lambda run: pytest.fail("trained"))
+    sequences = ["--prefill-sequences=16320", "--decode-sequences=16320"]  # of 2 to 255 hosts
+    with pytest.raises(Refused):
+        cluster.request_of(cluster.parser().parse_args([*sequences, word]))
+
+
 def test_prompts_are_tokens_of_the_run(tmp_path, monkeypatch):
     class Text:
         @staticmethod
