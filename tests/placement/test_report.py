@@ -12,9 +12,11 @@ import pytest
 
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import baselines, cost, seconds, topology
+from moe_jax.placement.evidence import Figure
+from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
-from moe_jax.placement.report import clock, dots, markup, page, parts, png, svg, view
+from moe_jax.placement.report import clock, dots, headline, markup, page, parts, png, svg, view
 from moe_jax.placement.report.markup import element
 from moe_jax.routing import affinity, synthetic
 from moe_jax.routing import trace as trace_lib
@@ -232,6 +234,45 @@ def test_dots_are_the_transitions_in_the_order_of_the_devices():
     first, second = seen.order_LE[1][:2], seen.order_LE[2][-2:]
     assert dots_PP[0, -1] == transition_EE[np.ix_(first, second)].sum()
     assert set(device[1][first]) == {0}
+
+
+def drawn_borders(placement, **changes) -> list[set[str]]:
+    """Of the dots of both layers, down and across: where lines stand."""
+    trace, devices = made_trace(num_layers=2, top_k=2, **changes), placement.num_devices
+    seen = view.view("after", Problem(trace, topology.flat(devices), "rows"), placement)
+    pair = dots.Pair(0, ("0", "1"), affinity.transitions_top1_LEE(trace)[0])
+    text = str(dots.figure(seen, seen, pair, parts.Groups.of(devices)))
+    lines = [dict(re.findall(r'(\w+)="(\S+)"', line)) for line in re.findall("<line[^>]*>", text)]
+    down = {line["y1"] for line in lines if line["y1"] == line["y2"]}
+    return [down, {line["x1"] for line in lines if line["x1"] == line["x2"]}]
+
+
+def test_lines_stand_where_the_experts_of_a_device_end():
+    def at(begin, dots_of, borders):
+        return {markup.number(begin + dots.SIDE * border / dots_of) for border in borders}
+
+    copies_LP = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 3], [0, 1, 2, 0, 1, 3, 3, 4, 5]])
+    down, across = drawn_borders(Placement(copies_LP, 6, 3), num_experts=6)
+    assert down == at(dots.TOP, 6, [0, 3, 6])  # none of the third device's is a first copy
+    assert across == at(dots.LEFT, 6, [0, 3, 4, 6])
+    down, across = drawn_borders(Placement.contiguous(2, 129, 3), num_experts=129)
+    assert down == at(dots.TOP, 65, [0, 21.5, 43, 65])  # two experts a dot, one in the last
+    assert across == at(dots.LEFT, 65, [0, 21.5, 43, 65])
+
+
+def test_from_nothing_to_something_is_no_standstill():
+    ids_TLK = np.repeat(np.arange(80) % 8, 2).reshape(80, 2, 1).astype(np.uint8)
+    trace = trace_lib.Trace(ids_TLK, 8, np.full(8, 10))  # a token's experts are the same one
+    judge = Problem(trace, MACHINES["flat"], "exflow", "coherent")
+    spread_LE = np.stack([np.arange(8) // 2, np.arange(8) % 4])
+    plans = (Placement.contiguous(2, 8, 4), Placement.from_device_LE(spread_LE, 4))
+    before, after = (view.view("one", judge, plan) for plan in plans)
+    result = headline.Result(before, after, "exflow", "coherent", {}, True)
+    assert headline.headline(result).startswith("From 0 to 0.75 hops per token on sequences")
+    gain = Gain(0.0, 0.5, Figure(-0.5, -0.6, -0.4))
+    rows = dataclasses.replace(result, objective="rows", gains={"rows": gain})
+    assert not headline.answer(rows)[0].startswith("No difference")
+    assert headline.headline(dataclasses.replace(result, after=before)).startswith("Nothing")
 
 
 def test_the_picture_is_a_png_that_others_read():

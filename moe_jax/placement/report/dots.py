@@ -6,7 +6,8 @@ dot. The same counts on both sides, in the order of the devices before and after
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,9 +42,23 @@ class Pair:
     def dots(self, one: View) -> Float[np.ndarray, "P P"]:
         """Tokens of every dot, experts in the order of the devices."""
         from_E, to_E = one.order_LE[self.index], one.order_LE[self.index + 1]
-        edges = np.arange(0, len(from_E), self.each)
+        edges = self._edges[:-1]
         sorted_EE = self.transition_EE[from_E][:, to_E].astype(float)
         return np.add.reduceat(np.add.reduceat(sorted_EE, edges, axis=0), edges, axis=1)
+
+    def borders(self, one: View, groups: Groups) -> Float[np.ndarray, "2 B"]:
+        """Where the experts of a group begin, and the last ones end: in both layers, in dots."""
+        count = groups.devices // groups.size
+        number_2E = one.first_LE[self.index : self.index + 2] // groups.size
+        count_2G = np.stack([np.bincount(row_E, minlength=count) for row_E in number_2E])
+        end_2G = np.pad(count_2G.cumsum(axis=1), ((0, 0), (1, 0)))
+        return np.interp(end_2G, self._edges, np.arange(len(self._edges)))
+
+    @property
+    def _edges(self) -> Int[np.ndarray, " X"]:
+        """The first expert of every dot, and how many there are."""
+        experts = len(self.transition_EE)
+        return np.append(np.arange(0, experts, self.each), experts)
 
     @property
     def each(self) -> int:
@@ -94,28 +109,35 @@ def _picture(one: View, share_PP, pair: Pair, groups: Groups) -> tuple[str, Mark
     count, names = groups.devices // groups.size, groups.names
     url = png.data_url(png.opacity_png(np.sqrt(share_PP), COLOUR))
     shapes = [svg.picture(LEFT, TOP, SIDE, SIDE, raw(url), class_="dots")]
-    kind, wide = "fine" if count > FINE else "grid", SIDE / count
-    for border in range(count + 1):
-        at = wide * border
-        shapes.append(svg.line(LEFT + at, TOP, LEFT + at, TOP + SIDE, kind))
-        shapes.append(svg.line(LEFT, TOP + at, LEFT + SIDE, TOP + at, kind))
+    kind = "fine" if count > FINE else "grid"
+    down, across = pair.borders(one, groups) * (SIDE / len(share_PP))
+    for y, x in zip(down, across, strict=True):
+        shapes.append(svg.line(LEFT + x, TOP, LEFT + x, TOP + SIDE, kind))
+        shapes.append(svg.line(LEFT, TOP + y, LEFT + SIDE, TOP + y, kind))
     block_GG = groups.sums(one.flow_JMM[pair.index])
     for r, c in np.ndindex(count, count):
         share = parts.percent(float(block_GG[r, c]))
         tip = f"from device {names[r]} to {names[c]}: {share} of the tokens"
-        shapes.append(svg.box(LEFT + wide * c, TOP + wide * r, wide, wide, tip, class_="blank"))
+        corner, wide, high = (LEFT + across[c], TOP + down[r]), np.diff(across)[c], np.diff(down)[r]
+        shapes.append(svg.box(*corner, wide, high, tip, class_="blank"))
     texts = [
         svg.words(0, 11, f"layer {pair.names[0]} ↓"),
         svg.words(svg.WIDTH - 4, 11, f"layer {pair.names[1]}, experts by device →", "end"),
     ]
-    for group in range(0, count, _label_step(count, names)):
-        middle = wide * (group + 0.5)
-        texts.append(svg.words(LEFT - 5, TOP + middle + 4, names[group], "end"))
-        texts.append(svg.words(LEFT + middle, TOP - 7, names[group], "middle"))
+    for middle, name in _labels(down, names):
+        texts.append(svg.words(LEFT - 5, TOP + middle + 4, name, "end"))
+    for middle, name in _labels(across, names):
+        texts.append(svg.words(LEFT + middle, TOP - 7, name, "middle"))
     share = parts.percent(float(one.stays_J[pair.index]))
     heading = f"{one.name}: {share} of the tokens stay on their device"
     return heading, svg.canvas(TOP + SIDE + 4, heading, *shapes, *texts)
 
 
-def _label_step(count: int, names: Sequence[str]) -> int:
-    return svg.every(count, SIDE, svg.CHARACTER * len(names[-1]) + 5)
+def _labels(borders: np.ndarray, names: Sequence[str]) -> Iterator[tuple[float, str]]:
+    """The middles of groups that have experts and room for a name beside the last one's."""
+    room, last = svg.CHARACTER * len(names[-1]) + 5, -math.inf
+    for name, low, high in zip(names, borders[:-1], borders[1:], strict=True):
+        middle = float(low + high) / 2
+        if low < high and middle >= last + room * (1 - 1e-9):
+            yield middle, name
+            last = middle

@@ -10,6 +10,7 @@ import math
 
 from moe_jax.placement.evidence import Figure
 from moe_jax.placement.paired import Gain
+from moe_jax.placement.problem import UNITS
 from moe_jax.placement.report import parts
 from moe_jax.placement.report.markup import Markup, element, joined, text
 from moe_jax.placement.report.parts import Section, percent
@@ -68,8 +69,10 @@ class Result:
 
 
 def headline(result: Result) -> str:
-    share = result.share
-    if abs(share) < 5e-4:
+    share, reached = result.share, result.after.objective
+    if result.before.objective == 0 < reached:  # of nothing there is no share
+        what = f"From 0 to {parts.quantity(reached, UNITS[result.objective])}"
+    elif abs(share) < 5e-4:
         what = "Nothing changes"
     else:
         less = ("fewer" if result.objective in FEWER else "less") if share > 0 else "more"
@@ -85,7 +88,7 @@ def answer(result: Result) -> tuple[str, str]:
     if not result.held_out:
         return "Nothing was held out, so nothing is shown about other text.", "open"
     alike = ", everything counted alike," if result.weighted else ""
-    if (gain := result.gain) is not None:
+    if (gain := result.gain) is not None and gain.before > 0:
         share = gain.share
         interval = f"between {percent(share.low)} and {percent(share.high)} (95 % interval)"
         if share.low > 0:
@@ -141,7 +144,8 @@ def section(result: Result, nodes: int) -> Section:
         paired = result.gains.get({"rows": "rows", "load_mean": "load"}.get(key, ""))
         difference = both[0].value - both[1].value
         if paired is not None:
-            saved = _cell(paired.difference, percent(paired.share.value))
+            share = percent(paired.share.value) if paired.before > 0 else ""
+            saved = _cell(paired.difference, share)
         else:
             saved = text(f"{difference if low_is_good else -difference:.4g}")
         rows.append([_name(name, note), *(_cell(figure) for figure in both), saved])

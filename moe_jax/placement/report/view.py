@@ -34,7 +34,7 @@ class View:
       flow_JMM: share of the tokens whose best expert lies on device s in one layer and on device d
         in the next, for each of the L - 1 pairs of adjacent layers; with replicas in coherent
         dispatch.
-      order_LE: experts sorted by device (with replicas: by the device of their first copy).
+      first_LE: the device of every expert (with replicas: of its first copy).
       figures: locality, rows, load, with intervals.
     """
 
@@ -46,7 +46,7 @@ class View:
     speed_M: Float[np.ndarray, " M"]
     clock: Clock
     flow_JMM: Float[np.ndarray, "J M M"]
-    order_LE: Int[np.ndarray, "L E"]
+    first_LE: Int[np.ndarray, "L E"]
     figures: Evidence
 
     @property
@@ -55,6 +55,11 @@ class View:
         mean_L1 = self.load_LM.mean(axis=1, keepdims=True)
         over_LM = self.load_LM / self.speed_M / np.maximum(mean_L1, 1e-300)
         return np.where(mean_L1 > 0, over_LM, 1.0)
+
+    @property
+    def order_LE(self) -> Int[np.ndarray, "L E"]:
+        """Experts by device, then by id."""
+        return np.argsort(self.first_LE, axis=1, kind="stable").astype(np.int64)
 
     @property
     def stays_J(self) -> Float[np.ndarray, " J"]:
@@ -78,7 +83,7 @@ def view(name: str, judge: Problem, placement: Placement) -> View:
         speed_M=judge.topology.speed_M,
         clock=clock_lib.clock(rows, load_LM, judge.topology, judge.work, judge.dispatch, tokens),
         flow_JMM=flow_JMM(judge, placement),
-        order_LE=order_LE(placement),
+        first_LE=first_LE(placement),
         figures=evidence.judge(
             judge.trace, placement, judge.topology, step_tokens=step, dispatch=judge.dispatch
         ),
@@ -102,13 +107,11 @@ def flow_JMM(judge: Problem, placement: Placement) -> Float[np.ndarray, "J M M"]
     return flow_JMM / np.maximum(flow_JMM.sum(axis=(1, 2), keepdims=True), 1.0)
 
 
-def order_LE(placement: Placement) -> Int[np.ndarray, "L E"]:
-    """Experts by device, then by id."""
+def first_LE(placement: Placement) -> Int[np.ndarray, "L E"]:
+    """See View."""
     if placement.has_replicas:
-        first_LE = placement.logical_to_physical_LER[:, :, 0] // placement.slots_per_device
-    else:
-        first_LE = placement.device_LE  # of groups that are uneven, too
-    return np.argsort(first_LE, axis=1, kind="stable").astype(np.int64)
+        return placement.logical_to_physical_LER[:, :, 0] // placement.slots_per_device
+    return placement.device_LE  # of groups that are uneven, too
 
 
 def typical_pair(after: View) -> int:
