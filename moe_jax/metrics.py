@@ -67,20 +67,34 @@ class NoWriter:
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows of a metrics.jsonl; a last line that a kill cut off is left out."""
+    """Header and rows of a metrics.jsonl, without a last line that a kill cut off.
+
+    Lines before it that are no rows are left out, too, and named on stderr.
+    """
     header: dict[str, Any] = {}
     rows = []
-    if pathlib.Path(path).exists():
-        for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if row.get("header"):
-                header = row
-            else:
-                rows.append(row)
+    path = pathlib.Path(path)
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None:
+            if line.strip() and number < len(lines):  # the last one has no line end
+                fail(f"{path}: line {number} is no row of metrics, and is left out")
+        elif row.get("header"):
+            header = row
+        else:
+            rows.append(row)
     return header, rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The header, or an object with a step."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(row, dict) and (row.get("header") or type(row.get("step")) is int)
+    return row if good else None
 
 
 class Progress:
@@ -138,9 +152,10 @@ def measured_matmul_rate(mesh: Mesh, size: int = 1024, dtype: str = "float32") -
 
 
 def load_imbalance(computed_LP: np.ndarray, num_devices: int) -> float:
-    """Largest over mean rows per device, averaged over layers."""
+    """Largest over mean rows per device, averaged over layers; 1 in a layer without rows."""
     per_device_LM = computed_LP.reshape(computed_LP.shape[0], num_devices, -1).sum(-1)
-    return float((per_device_LM.max(1) / np.maximum(per_device_LM.mean(1), 1)).mean())
+    full_L, mean_L = per_device_LM.max(1), per_device_LM.mean(1)
+    return float(np.where(mean_L > 0, full_L / np.where(mean_L > 0, mean_L, 1), 1.0).mean())
 
 
 def fail(message: object) -> None:
