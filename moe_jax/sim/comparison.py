@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe_jax.errors import Refused
+from moe_jax.errors import Refused, plain
 
 _NAMES = ("name", "method", "solver", "placement")
 
@@ -74,13 +74,14 @@ def _aim(printed: Any) -> tuple[str, ...]:
     }
     if not isinstance(aim["objective_name"], str):
         return ()
-    text = f"Planned for the objective '{aim['objective_name']}'"
+    text = f"Planned for the objective '{plain(aim['objective_name'])}'"
     for key, before, after in (
         ("unit", " (", ")"),
         ("dispatch", ", dispatch ", ""),
         ("planned_on", ", on ", ""),
     ):
-        text += f"{before}{aim[key]}{after}" if isinstance(aim[key], str) else ""
+        if isinstance(value := aim[key], str):
+            text += f"{before}{plain(value)}{after}"
     return (text + "; other columns may get worse where that one gets better.",)
 
 
@@ -121,7 +122,7 @@ def _with_rows(entry: Any) -> dict | None:
 
 def _name(key: str, entry: dict) -> str:
     named = [entry[k] for k in _NAMES if isinstance(entry.get(k), str)]
-    return named[0] if named else key
+    return plain(named[0] if named else key)
 
 
 def _at(figures: dict, places: tuple[tuple[str, ...], ...]) -> Any:
@@ -140,7 +141,10 @@ def _number(figure: Any) -> float | None:
     if isinstance(figure, dict):
         figure = figure.get("value", figure.get("mean"))
     is_number = isinstance(figure, int | float) and not isinstance(figure, bool)
-    return float(figure) if is_number else None
+    try:
+        return float(figure) if is_number else None
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def _text(figure: Any) -> str:

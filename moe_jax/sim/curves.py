@@ -36,7 +36,7 @@ def read(path: str | os.PathLike) -> Curves:
         if _is_number(row.get("unigram_loss")):
             unigram = float(row["unigram_loss"])
         step = row.get("step")
-        if row.get("header") or not isinstance(step, int):
+        if row.get("header") or not isinstance(step, int) or not _is_number(step):
             continue
         for curve, key in ((train, "loss"), (heldout, "heldout_loss")):
             if _is_number(row.get(key)):
@@ -71,5 +71,10 @@ def _rows(path: str) -> list[dict]:
 
 
 def _is_number(value: object) -> bool:
-    """True for a finite number; a NaN or null is a gap in the curve."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a finite number; a NaN or null is a gap in the curve, as is what is no float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.errors import Refused
+from moe_jax.errors import Refused, plain
 from moe_jax.routing import npz
 
 FORMAT = "moe_jax.measurement"
@@ -142,7 +142,7 @@ def _read_meta(path: str, entry: np.ndarray) -> Meta:
         if not (whole if field.type is int else isinstance(value, str)):
             rule = "must be a whole number of at least 1" if field.type is int else "must be text"
             raise Refused(f"{path}: meta.{field.name}", value, rule, _REMEASURE)
-        values[field.name] = value
+        values[field.name] = plain(value) if isinstance(value, str) else value
     meta = Meta(**values)
     for name, known in (("dispatch", DISPATCHES), ("combine", COMBINES)):
         if getattr(meta, name) not in known:

@@ -9,6 +9,7 @@ import base64
 import dataclasses
 from html import escape
 
+from moe_jax.errors import plain
 from moe_jax.sim import summary as words
 from moe_jax.sim.comparison import Table
 from moe_jax.sim.figures import change_text
@@ -126,7 +127,8 @@ def _provenance(summary: Summary) -> str:
         "plan after": after.meta.plan_digest,
         **{f"plan: {key}": value for key, value in plan.provenance.items()},
     }
-    items = (f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in entries.items())
+    texts = ((escape(plain(k)), escape(plain(str(v)))) for k, v in entries.items())
+    items = (f"<dt>{name}</dt><dd>{value}</dd>" for name, value in texts)
     return f"<dl>{''.join(items)}</dl>"
 
 

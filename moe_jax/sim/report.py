@@ -106,14 +106,14 @@ def write(summary: Summary, out: pathlib.Path) -> dict[str, str]:
         name: page.Picture(title, alt, paint("wide"), paint("narrow"))
         for name, (title, alt, paint) in draw.items()
     }
-    html = page.render(summary, list(pictures.values()))
+    html = page.render(summary, list(pictures.values())).encode()  # before anything is written
     paths = {name: out / "plots" / f"{name}.png" for name in pictures}
     try:
         for name, picture in pictures.items():
             with files.atomic_write(paths[name]) as file:
                 file.write(picture.wide_png)
         paths["page"] = out / "report.html"
-        with files.atomic_write(paths["page"], "w") as file:
+        with files.atomic_write(paths["page"]) as file:
             file.write(html)
     except OSError as error:
         raise Refused(

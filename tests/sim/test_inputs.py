@@ -33,6 +33,15 @@ def test_curves_keep_the_last_of_a_repeated_step_and_order_by_step(tmp_path):
     assert read.unigram == 3.5
 
 
+def test_whole_numbers_that_are_no_floats_are_gaps(tmp_path):
+    digits = "9" * 500
+    lines = ['{"step": 1, "loss": 4.0}', f'{{"step": 2, "loss": {digits}}}']
+    assert read_curves(tmp_path, *lines, f'{{"step": {digits}, "loss": 3.0}}').train == {1: 4.0}
+    printed = {"methods": [{"name": "a", "rows": {"exchange": 10**500}}]}
+    (tmp_path / "compare.json").write_text(json.dumps(printed))
+    assert comparison.read(tmp_path / "compare.json").rows == [("a", "-", "-", "-", "-", "-")]
+
+
 def test_curves_without_header_or_heldout(tmp_path):
     read = read_curves(tmp_path, '{"step": 1, "loss": 4.0}', "")
     assert read.unigram is None

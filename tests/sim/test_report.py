@@ -209,6 +209,22 @@ def test_refused_with_one_line(case, capsys, name):
     assert not (case.folder / "out").is_dir()
 
 
+def test_text_of_files_stays_text(case, capsys):
+    """Lone surrogates, which JSON may hold, and what would colour a terminal."""
+    bad = "bad \ud800 \x1b[31m\n"
+    for side in (case.before, case.after):
+        side["meta"].update(model=bad, machine=bad)
+    case.plan = Plan(case.plan.placement, provenance={bad: {"x": bad}})
+    method = {"name": bad, "rows": {"exchange": 2}}
+    compared = {"objective_name": bad, "unit": bad, "methods": [method]}
+    (case.folder / "compare.json").write_text(json.dumps(compared))
+    assert case.run(f"--compare={case.folder}/compare.json") == 0
+    printed = capsys.readouterr().out
+    assert r"bad \ud800 \x1b[31m\n" in printed
+    for text in (printed, (case.folder / "out" / "report.html").read_text(encoding="utf-8")):
+        assert all(c.isprintable() or c == "\n" for c in text)
+
+
 def test_missing_flags_are_a_usage_error():
     from moe_jax.sim import report
 
