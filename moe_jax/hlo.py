@@ -40,10 +40,9 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             match = _OPERATION.match(line)
             kind = match[2].removesuffix("-start") if match else ""
             if match and kind in KINDS:
-                # An all-reduce may sum several arrays; the others' starts list operand and result.
-                sizes = _sizes(match[1])
+                # An all-reduce's start has results alone, that of others operands and results.
                 alone = match[2] in (kind, "all-reduce-start")
-                size = sum(sizes) if alone else max(sizes)
+                size = sum(_sizes(match[1] if alone else _elements(match[1])[1]))
                 operations, total = found.get(kind, (0, 0))
                 found[kind] = (operations + times, total + times * size)
     return found
@@ -74,7 +73,8 @@ def _count_runs(
         condition = _CONDITION.search(line)
         inner = times * (_trips(bodies[condition[1]]) if condition else 1)
         for role, callee in _CALLS.findall(line):
-            if role in ("body", "condition", "calls") and callee in bodies:
+            follows = role != "to_apply" or " call(" in line  # others apply sums and the like
+            if follows and callee in bodies:
                 _count_runs(bodies, callee, inner, runs)
         for branches in _BRANCHES.findall(line):
             for callee in re.findall(r"%([\w.-]+)", branches):
@@ -86,6 +86,18 @@ def _trips(condition: list[str]) -> int:
     limits = [int(found[1]) for line in condition if (found := _CONSTANT.search(line))]
     counts = len(limits) == 1 and any("direction=LT" in line for line in condition)
     return limits[0] if counts else 1
+
+
+def _elements(shape: str) -> list[str]:
+    """Of a tuple, which may hold tuples."""
+    found, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
 
 
 def _sizes(shapes: str) -> list[int]:

@@ -49,6 +49,42 @@ def test_loops_multiply_and_every_form_counts_once():
     }
 
 
+BRANCHES = """
+HloModule jit_step
+
+%yes (p: f32[4]) -> f32[4] {
+  ROOT %r = f32[4]{0} all-reduce(%p), to_apply=%add
+}
+
+%no (p: f32[4]) -> f32[4] {
+  %s = (f32[64]{0:T(8,128)(2,1)}, f32[16]{0}, u32[]) reduce-scatter-start(%p), to_apply=%add
+  ROOT %t = f32[16]{0} reduce-scatter-done(%s)
+}
+
+%called (p: f32[4]) -> f32[4] {
+  %g = ((f32[4]{0}, f32[8]{0}), (f32[16]{0}, f32[32]{0})) all-gather-start(%p, %q), channel_id=1
+  %h = (f32[16]{0}, f32[32]{0}) all-gather-done(%g)
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %wrong = f32[] all-to-all(%a, %b)
+}
+
+ENTRY %main (a: pred[], p: f32[4]) -> f32[4] {
+  %c = f32[4] call(%p), to_apply=%called
+  ROOT %b = f32[4] conditional(%a, %p, %p), true_computation=%yes, false_computation=%no
+}
+"""
+
+
+def test_branches_and_calls_are_followed_and_starts_count_what_arrives():
+    assert hlo.collectives(BRANCHES) == {
+        "all-reduce": (1, 16),
+        "reduce-scatter": (1, 64),
+        "all-gather": (1, 64 + 128),
+    }
+
+
 def test_a_loop_whose_turns_are_not_in_the_text_counts_once():
     unknown = TEXT.replace("s32[] constant(3)", "s32[] parameter(0)")
     assert hlo.collectives(unknown)["ragged-all-to-all"] == (1, 16 * 8 * 2)
