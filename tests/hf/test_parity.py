@@ -13,6 +13,10 @@ from moe_jax import mesh as mesh_lib
 from moe_jax import permute
 from moe_jax.infer import engine as engine_lib
 from moe_jax.infer import record
+from moe_jax.infer.serving import sizes
+from moe_jax.infer.serving.engine import Engine as Serving
+from moe_jax.infer.serving.request import Options
+from moe_jax.infer.text import Bytes
 from moe_jax.model import transformer
 from tests.hf import golden
 
@@ -100,6 +104,29 @@ def test_padding_is_no_part_of_the_length_of_a_text():
     alone = forward(golden.model(family, placement, mesh), token_BS, permute.table(placement))
     deviation = golden.deviation(np.asarray(padded)[0, : len(prompt)], alone.logits_BSV[0])
     assert deviation <= BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*golden.FAMILIES, *golden.WINDOWS])
+def test_served_tokens_are_those_of_the_reference(family):
+    """Requests that come and go, over a cache in blocks. Few seats: they wait, and are cut."""
+    made = golden.config(family, 2)
+    mesh, placement = mesh_lib.of_config(made.mesh), golden.random_placement(family, 0, 2)
+    sized = sizes.limits(made.model, mesh, seats=4, budget=40)
+    served = Serving(
+        *(made, mesh, golden.model(family, placement, mesh), permute.table(placement), sized),
+        Bytes(),
+    )
+    texts = (*golden.texts(family), *golden.padded_on_the_left(family))
+    said = [[] for _ in texts]
+    for text, parts in zip(texts, said, strict=True):
+        options = Options(max_tokens=len(text.tokens), ignore_end=True)
+        served.submit(text.prompt, options, parts.append)
+        served.step()
+    while served.step():
+        pass
+    for text, parts in zip(texts, said, strict=True):
+        assert [part.token for part in parts] == text.tokens
 
 
 @pytest.mark.slow
