@@ -54,10 +54,12 @@ def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
     if problem.objective == "load":
         return 1.0, "bound: the fullest device has at least the mean load"
     if problem.objective == "seconds":
-        args = problem.topology, problem.work, problem.trace.num_tokens
-        each_LM = seconds_lib.compute_seconds(mean_L[:, None] * problem.topology.speed_M, *args)
-        bound = SAFETY * float(each_LM.max(axis=1).mean())
-        return bound, "bound: the fullest device computes at least the mean load"
+        # slow devices may get fewer rows for the shared experts that they have as well
+        row_seconds = problem.rows_per_step * problem.work.row_flops / problem.topology.mean_flops
+        shared = float(seconds_lib.shared_seconds(problem.topology, problem.work).max())
+        each_L = np.maximum((mean_L + problem.shared_load) * row_seconds, shared)
+        note = "bound: the fullest device computes at least the mean load"
+        return SAFETY * float(each_L.mean()), note
     if problem.objective == "exflow":
         note = "bound: what devices hold of adjacent layers, counted or by a relaxation"
         return max(SAFETY * problem.hops(_most_kept(problem, deadline)), 0.0), note

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax.placement import copies_homes, copies_relax, topology, with_copies
+from moe_jax.placement import copies_homes, copies_relax, replication, topology, with_copies
 from moe_jax.placement.contact_bound import TokenSets
 from moe_jax.placement.copies_relax import Gain, Relaxation
 from moe_jax.placement.layout import Layout
 from moe_jax.placement.problem import Problem
+from moe_jax.routing.trace import Trace
 from tests.placement import instances
 
 
@@ -122,6 +123,21 @@ def test_no_plan_keeps_more_transitions_under_any_copy_rule(layers, experts, dev
     most = max(most_kept(best_TL, list(held)) for held in plans)
     bound, _ = with_copies.lower_bound(problem, math.inf)
     assert 0 <= bound <= problem.hops(most) + 1e-9
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 4.0])
+def test_transitions_where_links_between_nodes_are_faster_or_slower(ratio):
+    """All pairs once, so that devices keep few of them, and nodes more."""
+    ids_TL = np.array(list(itertools.product(range(8), repeat=2)), np.uint8)
+    trace = Trace(ids_TL[:, :, None], 8, np.array([64]))
+    fast, slow = topology.Tier(ratio * 1e11, 1e-6), topology.Tier(1e11, 1e-6)
+    problem = Problem(trace, topology.Topology("n", 2, 2, fast, slow), "exflow", num_slots=12)
+    rng, plans = np.random.default_rng(0), []
+    for _ in range(40):
+        load_LE = rng.random((2, 8))
+        plans.append(replication.balanced_slots(load_LE, 12, 4))
+    best = min(problem.value_of(plan) for plan in plans)
+    assert 0 < with_copies.lower_bound(problem, 0.0)[0] <= best
 
 
 def test_homes_by_hand():

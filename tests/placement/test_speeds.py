@@ -1,5 +1,6 @@
 """Devices of different speed: seconds by hand, bounds and searches against brute force."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -25,6 +26,7 @@ from moe_jax.placement import (
     replication,
     solve,
     topology,
+    with_copies,
 )
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.__main__ import main
@@ -375,6 +377,43 @@ def test_replicas_for_balance_count_speeds():
         gaps.append(found / best)
     assert better >= 10
     assert np.mean(gaps) < 1.25
+
+
+@pytest.mark.parametrize("shared", [0, 1, 4])
+@pytest.mark.parametrize("dispatch", ["exchange", "coherent"])
+@pytest.mark.parametrize(("flops", "nodes"), [((1e12, 4e12), 1), ((1e12, 2e12, 1e12, 5e11), 2)])
+def test_no_plan_with_copies_is_below_its_bound(flops, nodes, dispatch, shared):
+    """As it is proven, before the plan's own value caps it."""
+    work = Work(d_ff=8192, num_shared_experts=shared, batch_tokens=64)
+    every = every_layer_with_copies(4, len(flops), 2 * len(flops) + 2 * (nodes == 1))
+    for seed in range(3):
+        trace = made(seed, num_tokens=12, num_layers=1, num_experts=4, top_k=1)
+        slots = len(every[0])
+        problem = Problem(trace, machine_of(flops, nodes), "seconds", dispatch, work, None, slots)
+        plans = [Placement(row_P[None], 4, len(flops)) for row_P in every]
+        best = min(problem.value_of(plan) for plan in plans[:: max(len(plans) // 60, 1)])
+        assert 0 < with_copies.lower_bound(problem, 0.0)[0] <= best
+
+
+def test_slow_devices_need_not_compute_the_mean_of_routed_rows():
+    """Shared experts fill the slow device; rows may all be on the fast one."""
+    ids_TLK = np.repeat(np.arange(4), [10, 2, 1, 1]).astype(np.uint8)[:, None, None]
+    work = Work(d_model=64, d_ff=64, num_shared_experts=1, batch_tokens=1400)
+    far = topology.Tier(1e15, 0.0)
+    machine = topology.Topology("two", 1, 2, far, far, (1e12, 2e12))
+    trace = Trace(ids_TLK, 4, np.array([14]))
+    problem = Problem(trace, machine, "seconds", work=work, num_slots=6)
+    plans = [Placement(row_P[None], 4, 2) for row_P in every_layer_with_copies(4, 2, 6)]
+    best = min(problem.value_of(plan) for plan in plans)
+    # 1400 routed rows on both together, and 700 shared ones on each
+    mean = (1400 + 2 * 700) * work.row_flops / 3e12
+    assert with_copies.lower_bound(problem, 0.0)[0] == pytest.approx(mean, rel=1e-6)
+    assert mean <= best
+    slower = dataclasses.replace(
+        problem, topology=dataclasses.replace(machine, device_flops=(1e11, 2e12))
+    )
+    alone = 700 * work.row_flops / 1e11
+    assert with_copies.lower_bound(slower, 0.0)[0] == pytest.approx(alone, rel=1e-6)
 
 
 def test_the_objective_load_with_replicas_counts_speeds():
