@@ -82,8 +82,8 @@ def solve(
     """
     started = time.monotonic()
     experts = load_LE.shape[1]
-    check_divides(experts, devices)
     if num_slots is None or num_slots == experts:
+        check_divides(experts, devices)
         placement = Placement.from_device_LE(_evened(load_LE, devices, time_limit), devices)
     else:
         copies.check_slots(num_slots, experts, devices)
@@ -102,11 +102,13 @@ def others(
 ) -> dict[str, Placement]:
     """What a plan is compared with, by name."""
     layers, experts = load_LE.shape
-    found = {
-        "contiguous": baselines.contiguous(layers, experts, devices),
-        "round-robin": baselines.round_robin(layers, experts, devices),
-        "EPLB-style packing": baselines.lpt(load_LE, devices),
-    }
+    found = {}
+    if experts % devices == 0:
+        found = {
+            "contiguous": baselines.contiguous(layers, experts, devices),
+            "round-robin": baselines.round_robin(layers, experts, devices),
+            "EPLB-style packing": baselines.lpt(load_LE, devices),
+        }
     made = {name: Placement.from_device_LE(one_LE, devices) for name, one_LE in found.items()}
     if num_slots is not None and num_slots > experts:
         maps = eplb.rebalance_experts(load_LE, num_slots, 1, 1, devices)

@@ -123,7 +123,7 @@ def methods(
         made.append(
             _judged(baseline.key, baseline.name, one, time.monotonic() - started, plan, judge)
         )
-    if keys is None or "greedy" in keys:
+    if "greedy" in keys if keys is not None else not plan.needs_copies:
         started = time.monotonic()
         greedy = Made(_greedy(plan, seed))
         made.append(_judged("greedy", "greedy", greedy, time.monotonic() - started, plan, judge))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.placement import baselines, cost, evidence, move
+from moe_jax.placement import cost, evidence, move
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.uneven import Uneven
@@ -93,7 +93,8 @@ def arrivals(problem: Problem, after: Placement) -> int:
     Equal groups are numbered so that least moves; copies and uneven groups are taken as numbered.
     """
     sizes = (problem.trace.num_layers, problem.trace.num_experts, problem.num_devices)
-    before_LE = baselines.contiguous(*sizes)
+    each = -(-sizes[1] // sizes[2])  # with copies the devices need not divide the experts
+    before_LE = np.tile(np.arange(sizes[1]) // each, (sizes[0], 1))
     if not after.has_replicas and not isinstance(after, Uneven):
         after = move.relabelled(problem, Placement.from_device_LE(before_LE, sizes[2]), after)
     held_LMS = after.physical_to_logical_LP.reshape(sizes[0], sizes[2], -1)

@@ -96,8 +96,9 @@ class Problem:
                 raise Refused(
                     field, getattr(self, field), "not known", f"Use one of {', '.join(allowed)}"
                 )
-        check_divides(self.trace.num_experts, self.topology.num_devices)
-        if self.num_slots is not None:
+        if self.num_slots is None:
+            check_divides(self.trace.num_experts, self.num_devices)
+        else:
             copies.check_slots(self.num_slots, self.trace.num_experts, self.num_devices)
         if self.objective == "rows" and self.dispatch == "gathered":
             raise Refused(
@@ -146,6 +147,11 @@ class Problem:
     @property
     def has_replicas(self) -> bool:
         return self.num_slots is not None and self.num_slots > self.trace.num_experts
+
+    @property
+    def needs_copies(self) -> bool:
+        """The devices do not divide the experts: without copies there is no plan."""
+        return self.trace.num_experts % self.num_devices != 0
 
     @property
     def separable(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import with_copies
+from moe_jax.placement import spare, with_copies
 from moe_jax.placement.limits import slots
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
@@ -94,11 +94,13 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     try:
         left = deadline - time.monotonic() - run.count_seconds
         quick = run.count_seconds < QUICK
-        if run.base is not None and (left > 0 or quick):
-            share = max(min(run.base_share * time_limit, FREE_SHARE * left), 0.0)
-            without = inner(run.base, seed, share, best.telling())
-            ended = without.report.finished
-            device_LE = without.placement.device_LE.astype(np.int64)
+        if problem.objective != "load" and (left > 0 or quick):
+            device_LE = spare.first_copies(first.placement)
+            if run.base is not None:
+                share = max(min(run.base_share * time_limit, FREE_SHARE * left), 0.0)
+                without = inner(run.base, seed, share, best.telling())
+                ended = without.report.finished
+                device_LE = without.placement.device_LE.astype(np.int64)
             left = deadline - time.monotonic() - run.count_seconds
             for found in run.filled(device_LE, seed, deadline) if left > 0 or quick else ():
                 best.take(found.placement, found.value)
@@ -106,7 +108,7 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
             best.take(found.placement, found.value)
     except KeyboardInterrupt as stop:
         stopped = stop
-    in_time = run.base is None or time.monotonic() < deadline
+    in_time = problem.objective == "load" or time.monotonic() < deadline
     return best.solution(ended and in_time and not run.cut, stopped)
 
 

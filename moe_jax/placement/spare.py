@@ -77,6 +77,12 @@ def without(problem: Problem) -> Problem:
     return same
 
 
+def first_copies(placement: Placement) -> Int[np.ndarray, "L E"]:
+    """The device of every expert's first copy."""
+    slot_LE = placement.logical_to_physical_LER[:, :, 0].astype(np.int64)
+    return slot_LE // placement.slots_per_device
+
+
 def balanced(problem: Problem) -> Placement:
     """The plan for balance alone; where copies that share a node balance better, those."""
     load_LE, devices, nodes = problem.load_LE, problem.num_devices, problem.topology.num_nodes

@@ -40,6 +40,10 @@ def resolved(problem: Problem, constructed: Callable[[Problem], np.ndarray]) -> 
     if problem.trace.num_sequences < 2:
         rule = "one sequence does not tell how others differ from it"
         raise Refused("load_cap", str(cap), rule, "Use 1.1x, or a trace of more sequences")
+    if problem.needs_copies:
+        rule = "what others add is told on plans without copies, and the devices do not divide the"
+        rule = f"{rule} {problem.trace.num_experts} experts"
+        raise Refused("load_cap", str(cap), rule, "Use 1.1x")
     sketch = dataclasses.replace(problem.unrestricted, num_slots=None, load_cap=SKETCH)
     added = expected(sketch, constructed(sketch))
     if cap.factor < 1 + added:

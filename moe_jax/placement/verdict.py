@@ -197,7 +197,8 @@ def verdict(
     found = windows_lib.windows(trace, settings.split, settings.seed)
     for window in found:
         here = solve.resolved(dataclasses.replace(problem, trace=window.plan))
-        _ = here.cap_L  # refuses caps out of reach
+        if not here.needs_copies:
+            _ = here.cap_L  # refuses caps out of reach
     if say is not None:
         say(estimate(settings, found))
     judge = _Judge(problem, before, found, settings, progress)
@@ -247,6 +248,9 @@ def verdict(
 def contiguous(problem: Problem) -> Placement:
     """What is in use where nobody says."""
     trace = problem.trace
+    if problem.needs_copies:
+        rule = f"{problem.num_devices} devices do not divide {trace.num_experts} experts"
+        raise Refused("before", "contiguous", rule, "Give the plan in use")
     return Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
 
 

@@ -1,10 +1,11 @@
 """The search with replicas, whatever the objective: a base without copies, filled, then counted.
 
 A plan made for balance alone comes first; it says how even loads can be, and it is the answer for
-`load`. Other objectives solve the plan without copies and fill its spare slots: one by one by what
-they save, and by exchanges of copies (spare.py, exchanges.py, the rule `local`), for `exflow` slots
-and shares together by integer programs (staying.py, the rule `stay`). What is kept is decided by
-true counts under the copy rule.
+`load`. Other objectives solve the plan without copies (where the devices do not divide the experts
+there is none: they keep one copy each of the first plan) and fill its spare slots: one by one by
+what they save, and by exchanges of copies (spare.py, exchanges.py, the rule `local`), for `exflow`
+slots and shares together by integer programs (staying.py, the rule `stay`). What is kept is decided
+by true counts under the copy rule.
 """
 
 import dataclasses
@@ -97,7 +98,7 @@ class Run:
       problem: with its replicas.
       best: by true counts.
       cap_L: largest load of each layer, over the device's speed.
-      base: the problem without replicas whose plan is filled; None: there is no need.
+      base: the problem without replicas whose plan is filled; None: there is no need, or no plan.
       base_share: of the time, for it.
       bound_share: of the time, at most, for the bound.
       count_seconds: that it takes to count a plan, which the search leaves for the end.
@@ -190,7 +191,8 @@ def begin(problem: Problem) -> Run:
     problem = problem.unrestricted
     balanced = spare.balanced(problem)
     if problem.objective != "exflow":
-        base = None if problem.objective == "load" else spare.without(problem)
+        none = problem.objective == "load" or problem.needs_copies
+        base = None if none else spare.without(problem)
         cap_L = np.full(problem.trace.num_layers, np.inf)
         started = time.monotonic()
         if problem.load_cap is not None:
@@ -205,8 +207,8 @@ def begin(problem: Problem) -> Run:
     counted = staying.counted(problem, even)
     count_seconds = time.monotonic() - started
     cap_L = spare.caps(problem, counted.largest_L)
-    base = spare.without(problem)
-    if base.load_cap is not None:
+    base = None if problem.needs_copies else spare.without(problem)
+    if base is not None and base.load_cap is not None:
         base = spare.without(dataclasses.replace(problem, load_cap=_of_base(base)))
     best, share = Valued(even, np.array([counted.hops])), staying.BASE_SHARE
     return Run(problem, best, cap_L, base, share, staying.BOUND_SHARE, count_seconds)

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import balance, replication
 from moe_jax.placement.baselines import eplb
@@ -208,6 +209,14 @@ def test_replicas_are_as_even_as_eplbs_on_every_layer(seed):
             for row_P in (mine_P, their_P)
         )
         assert mine <= their * (1 + 1e-9)
+
+
+def test_slots_where_devices_do_not_divide_the_experts():
+    load_LE = np.random.default_rng(0).lognormal(0, 1, (2, 60))
+    assert balance.solve(load_LE, 8, 64).placement.num_slots == 64
+    assert list(balance.others(load_LE, 8, 64)) == ["EPLB global"]
+    with pytest.raises(Refused, match="must divide the 60"):
+        balance.solve(load_LE, 8)
 
 
 def test_layers_without_counts_in_the_half_planned_on():

@@ -501,6 +501,51 @@ def test_compare_with_slots_adds_eplb_and_its_doubled_slots(trace_path, tmp_path
     assert "bound: what devices and homes hold" in text
 
 
+@pytest.fixture
+def uneven_path(tmp_path):
+    """14 experts, which 4 devices do not divide."""
+    path = tmp_path / "u.npz"
+    sizes = {"num_tokens": 300, "num_layers": 2, "num_experts": 14, "top_k": 2}
+    trace_lib.save(synthetic.realistic(**sizes, seed=0, num_sequences=6), path)
+    return path
+
+
+@pytest.mark.parametrize("objective", ["load", "rows", "hops", "exflow"])
+def test_slots_where_devices_do_not_divide_the_experts(objective, uneven_path):
+    trace = trace_lib.load(uneven_path)
+    problem = Problem(trace, topology.nodes_by_devices(2, 4), objective, num_slots=20)
+    placement, report = solve_lib.solve_problem(problem, 0, 1.0)
+    assert placement.num_slots == 20
+    assert report.bound <= report.objective == pytest.approx(problem.value_of(placement))
+    if objective != "load":  # where there is a choice, balance alone is not the best
+        assert report.objective < 0.8 * report.greedy
+    with pytest.raises(Refused, match="must divide the 14 expert slots"):
+        Problem(trace, topology.flat(4), objective)
+
+
+def test_commands_where_devices_do_not_divide_the_experts(uneven_path, tmp_path, capsys):
+    words = (uneven_path, "--devices=4", "--slots=16", "--time-limit=0.2")
+    out = tmp_path / "p.json"
+    assert run("solve", *words, f"--out={out}") == 0
+    assert "ms planned" in capsys.readouterr().out  # there is no contiguous plan beside it
+    assert run("compare", *words, "--json") == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert {method["slots"] for method in methods} == {16}
+    keys = ["eplb-hierarchical", "eplb-global", "balanced-slots", "planner"]
+    assert [method["key"] for method in methods] == keys
+    verdict = ("verdict", *words, "--load-cap=1.5x")
+    assert run(*verdict, f"--before={out}") == 0
+    capsys.readouterr()
+    for refused, why in (
+        (("compare", *words, "--methods=lpt"), "needs devices that divide the experts"),
+        (("solve", *words, f"--out={out}", "--report=r.html"), "do not divide 14 experts"),
+        (("solve", *words, f"--out={out}", "--load-cap=1.1held"), "do not divide the 14 experts"),
+        (verdict, "4 devices do not divide 14 experts"),
+    ):
+        assert run(*refused) == 1
+        assert why in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -66,6 +66,8 @@ class Baseline:
 
     def applies(self, problem: Problem) -> bool:
         """Is it another method than those above it, on this machine with these slots?"""
+        if problem.needs_copies and self.needs not in ("nodes", "replicas"):
+            return False
         return {
             "": True,
             "nodes": _equal_nodes(problem) > 1 or problem.has_replicas,
@@ -95,7 +97,10 @@ def chosen(
             raise Refused("methods", key, "not known", f"Use some of {','.join(known)}")
     for one in ALL:
         if one.key in keys and not one.applies(problem):
-            rule = f"needs {_NEEDS[one.needs]}"
+            needs = "devices that divide the experts"
+            if one.needs and not problem.needs_copies:
+                needs = _NEEDS[one.needs]
+            rule = f"needs {needs}"
             raise Refused("methods", one.key, rule, "Leave it out, or give what it needs")
     return [one for one in ALL if one.key in keys and one.applies(problem)]
 

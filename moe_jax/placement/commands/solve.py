@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 
+from moe_jax.errors import Refused
 from moe_jax.placement import compare, evidence, tables
 from moe_jax.placement import solve as solve_lib
 from moe_jax.placement.commands import counts, inputs, interrupt, limits, words
@@ -46,6 +47,9 @@ def run(options: argparse.Namespace) -> str:
     halves = options_lib.split(trace, options.seed, options.split)
     problem = options_lib.problem_of(options, halves.plan_half if halves else trace)
     problem = solve_lib.resolved(limits.limited(options, problem))
+    if options.report and problem.previous is None and problem.needs_copies:
+        rule = f"drawn from contiguous, and the devices do not divide {trace.num_experts} experts"
+        raise Refused("report", options.report, rule, "Leave --report out, or give --previous")
     placement, report = _best_found(options, problem)
     plan = Plan(
         placement,
@@ -158,9 +162,10 @@ def _text(options, trace, problem, placement, report, halves, held_out) -> str:
 
 def _write_page(options, trace, problem, placement, report, halves) -> None:
     judge = compare.halves_of(halves, problem)[1] if halves else problem
-    before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
     if problem.previous is not None:
         before = problem.previous.placement
+    else:
+        before = Placement.contiguous(trace.num_layers, trace.num_experts, problem.num_devices)
     done = build.Done(
         trace=trace,
         judge=judge,

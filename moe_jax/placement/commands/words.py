@@ -88,14 +88,18 @@ def step(problem: Problem, placement: Placement, judge: Trace | None) -> str:
         judged = dataclasses.replace(judged, trace=judge, load_cap=None)
     layers, work = judged.trace.num_layers, judged.work
     sizes = (layers, judged.trace.num_experts, judged.num_devices)
-    before, after = (
-        seconds.step_seconds(judged.value_of(one), layers, judged.topology, work)
-        for one in (Placement.contiguous(*sizes), placement)
-    )
+
+    def spent(one: Placement) -> float:
+        return seconds.step_seconds(judged.value_of(one), layers, judged.topology, work)
+
     where = "" if judge is None else ", on the other half"
+    head = f"  a step of {layers} MoE and {work.num_dense_layers} dense layers without attention"
+    after = spent(placement)
+    if judged.needs_copies:
+        return f"{head}{where}: {1e3 * after:.4g} ms planned"
+    before = spent(Placement.contiguous(*sizes))
     return (
-        f"  a step of {layers} MoE and {work.num_dense_layers} dense layers without attention"
-        f"{where}: {1e3 * before:.4g} ms contiguous, {1e3 * after:.4g} ms planned "
+        f"{head}{where}: {1e3 * before:.4g} ms contiguous, {1e3 * after:.4g} ms planned "
         f"({100 * (1 - after / before):.1f} % less)"
     )
 
