@@ -191,6 +191,17 @@ def test_a_device_that_nobody_wants_is_as_full_as_the_others():
     assert assign.equal(cost_SM).value == 200
 
 
+def test_a_device_that_nobody_wants_is_as_full_beyond_exact_assignments(monkeypatch):
+    cost_SM = np.random.default_rng(0).random((97, 8))
+    cost_SM[:, 0] += 100.0
+    exact = assign.equal(cost_SM)
+    monkeypatch.setattr(assign, "ASSIGNED", 10)
+    found = assign.equal(cost_SM)
+    assert sorted(np.bincount(found.home_S)) == [12] * 7 + [13]
+    assert found.bound <= exact.value <= found.value < exact.value * 1.01
+    assert found.value == pytest.approx(cost_SM[np.arange(97), found.home_S].sum())
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_equal_tokens_lies_between_its_bound_and_brute_force(seed):
     rng = np.random.default_rng(seed)

@@ -51,7 +51,9 @@ def equal(cost_SM: Float[np.ndarray, "S M"]) -> Seated:
     """Equal numbers of sequences; exact up to ASSIGNED of them."""
     sequences, devices = cost_SM.shape
     if sequences > ASSIGNED:
-        return _capped(cost_SM, np.ones(sequences), -(-sequences // devices))
+        capped = _capped(cost_SM, np.ones(sequences), -(-sequences // devices))
+        home_S = _with_least(cost_SM, capped.home_S, sequences // devices)
+        return Seated(home_S, _value(cost_SM, home_S), capped.bound)
     places = -(-sequences // devices)
     empty = places * devices - sequences
     # empty places are sequences without cost, at most one on a device: its last place
@@ -247,6 +249,19 @@ def _improved(cost_SM, len_S, cap: float, home_S: np.ndarray) -> np.ndarray:
                 held_M[home_S[who]] -= len_S[who]
                 held_M[to] += len_S[who]
                 home_S[who] = to
+    return home_S
+
+
+def _with_least(cost_SM: np.ndarray, home_S: np.ndarray, least: int) -> np.ndarray:
+    """Who costs least to move goes from devices with more to those with fewer."""
+    home_S, all_S = home_S.copy(), np.arange(len(home_S))
+    held_M = np.bincount(home_S, minlength=cost_SM.shape[1])
+    while held_M.min() < least:
+        m = int(held_M.argmin())
+        change_S = cost_SM[:, m] - cost_SM[all_S, home_S]
+        s = int(np.where(held_M[home_S] > least, change_S, np.inf).argmin())
+        held_M[[home_S[s], m]] += [-1, 1]
+        home_S[s] = m
     return home_S
 
 
