@@ -57,7 +57,7 @@ def rebalance_experts(
     num_gpus: int,
 ) -> Maps:
     """The maps for these loads; see the head of this file."""
-    weight_LE = weight_LE.astype(np.float32)  # as published: it decides ties
+    weight_LE = weight_LE.astype(np.float32)  # as published: rounding decides ties
     layers, experts = weight_LE.shape
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
@@ -77,7 +77,7 @@ def rebalance_experts(
     load_BE = weight_LE[layer_L1, expert_at_LE].reshape(layers * num_nodes, -1)
     owner_BR, rank_BR, count_BE = replicate(load_BE, num_replicas // num_nodes)
     row_B1 = np.arange(len(load_BE))[:, None]
-    device_BR, place_BR = pack((load_BE / count_BE)[row_B1, owner_BR], num_gpus // num_nodes)
+    device_BR, place_BR = pack(_shares(load_BE, count_BE)[row_B1, owner_BR], num_gpus // num_nodes)
     slot_BR = device_BR * (num_replicas // num_gpus) + place_BR
     made_BR = np.argsort(slot_BR, axis=1)
 
@@ -102,7 +102,10 @@ def duplicates(physical_to_logical_LR: np.ndarray, num_gpus: int) -> int:
 def pack(
     weight_BR: Num[np.ndarray, "B R"], packs: int
 ) -> tuple[Int[np.ndarray, "B R"], Int[np.ndarray, "B R"]]:
-    """The pack of every item and its place there, packs holding equally many items."""
+    """The pack of every item and its place there, packs holding equally many items.
+
+    Sums are of the type of the weights.
+    """
     rows, items = weight_BR.shape
     room = items // packs
     if room == 1:
@@ -110,7 +113,7 @@ def pack(
         return pack_BR, np.zeros_like(pack_BR)
     row_B = np.arange(rows)
     order_BR = np.argsort(-weight_BR, axis=1, kind="stable")
-    load_BM = np.zeros((rows, packs), np.float64)
+    load_BM = np.zeros((rows, packs), weight_BR.dtype)
     size_BM = np.zeros((rows, packs), np.int64)
     pack_BR, place_BR = np.empty((rows, items), np.int64), np.empty((rows, items), np.int64)
     for item_B in order_BR.T:
@@ -132,11 +135,16 @@ def replicate(
     rank_BR = np.zeros((rows, num_slots), np.int64)
     count_BE = np.ones((rows, experts), np.int64)
     for slot in range(experts, num_slots):
-        expert_B = (load_BE / count_BE).argmax(axis=1)
+        expert_B = _shares(load_BE, count_BE).argmax(axis=1)
         owner_BR[:, slot] = expert_B
         rank_BR[:, slot] = count_BE[row_B, expert_B]
         count_BE[row_B, expert_B] += 1
     return owner_BR, rank_BR, count_BE
+
+
+def _shares(load_BE: np.ndarray, count_BE: np.ndarray) -> np.ndarray:
+    """Loads per copy, of the type of the loads."""
+    return load_BE / count_BE.astype(load_BE.dtype)
 
 
 def _check(experts: int, slots: int, groups: int, nodes: int, devices: int) -> None:
