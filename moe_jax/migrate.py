@@ -3,10 +3,11 @@ have to.
 
 `permute.apply` says what a move means: a gather along the dimension named "expert". Compiled as it
 stands, it would bring every expert of a layer to every device. Here an expert is a row (its
-parameters and moments end to end), and rows travel as tokens do, over `Wire`: what crosses a link
-is what changes device, nothing else. The program is compiled once for a model on a mesh; placements
-and layers are arguments. The arrays are donated and written layer by layer, so that what is needed
-besides them is one layer's experts, sent and received.
+parameters and moments end to end, but for those that lie over other mesh axes, such as biases), and
+rows travel as tokens do, over `Wire`: what crosses a link is what changes device, nothing else. The
+program is compiled once for a model on a mesh; placements and layers are arguments. The arrays are
+donated and written layer by layer, so that what is needed besides them is one layer's experts, sent
+and received.
 
 A model between two calls is whole: its table has the new rows of the layers that have moved, and
   the old ones of the others (`between`).
@@ -147,8 +148,7 @@ class Mover:
             for value in (way.send_LMN, way.count_LMM, way.take_LMS, 0, 0)
         ]
         specs = tuple(shape.sharding.spec for shape in self._shapes)
-        dtypes = tuple(shape.dtype for shape in self._shapes)
-        return _program(self._mesh, specs, dtypes).lower(self._shapes, *indices)
+        return _program(self._mesh, specs).lower(self._shapes, *indices)
 
     def __call__(self, tree: Any, way: Route, first: int = 0, last: int | None = None) -> Any:
         """The tree with layers `first` to `last` (not included; None = all) moved.
@@ -170,11 +170,13 @@ class Mover:
 
 
 @functools.cache
-def _program(mesh: Mesh, specs: Sequence[PartitionSpec], dtypes: Sequence[np.dtype]) -> Any:
+def _program(mesh: Mesh, specs: Sequence[PartitionSpec]) -> Any:
     transport = wire_lib.transport_of(mesh)
-    groups = [[i for i, of in enumerate(dtypes) if of == dtype] for dtype in dict.fromkeys(dtypes)]
 
     def on_device(arrays, send_LMN, count_LMM, take_LMS, first, last):
+        # A row varies over all mesh axes that any of its parts varies over.
+        kinds = [(a.dtype, jax.typeof(a).manual_axis_type.varying) for a in arrays]
+        groups = [[i for i, of in enumerate(kinds) if of == kind] for kind in dict.fromkeys(kinds)]
         me = jax.lax.axis_index(mesh_lib.EXPERT)
         # near = 1: in turns within a process, too. Blocks could be as large as all experts there.
         wire = wire_lib.Wire(mesh_lib.EXPERT, transport, chunk=1, digits=2, near=1)

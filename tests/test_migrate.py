@@ -21,18 +21,16 @@ MESHES = (
 )
 
 
-def state_of(mesh_sizes, dtype=np.float32):
+def state_of(mesh_sizes, **overrides):
     """A training state in which all values of all experts differ."""
-    config = tiny.config(mesh=mesh_sizes)
-    state = step_lib.initial_state(config, tiny.mesh(config))
+    config = tiny.config(mesh=mesh_sizes, **overrides)
     rng = np.random.default_rng(0)
 
     def filled(leaf):
-        if leaf.dtype != np.float32:
-            return leaf
-        return jax.device_put(rng.normal(size=leaf.shape).astype(dtype), leaf.sharding)
+        values = rng.normal(size=leaf.shape).astype(leaf.dtype)
+        return jax.device_put(values, leaf.sharding)
 
-    return config, jax.tree.map(filled, state)
+    return config, jax.tree.map(filled, step_lib.abstract_state(config, tiny.mesh(config)))
 
 
 def copied(tree):
@@ -54,6 +52,30 @@ def test_as_the_gather_says(mesh_sizes):
             assert found.sharding == wanted.sharding
         old = new
     assert len(mover._programs) == 1  # placements are arguments
+
+
+@pytest.mark.parametrize(
+    "mesh_sizes",
+    [
+        {"data": 2, "expert": 4},
+        {"fsdp": 2, "expert": 4},
+        {"expert": 4, "tensor": 2},
+        {"fsdp": 2, "node": 2, "expert": 2},
+    ],
+    ids=str,
+)
+def test_biases_move_with_their_experts(mesh_sizes):
+    """They do not lie over all the mesh axes that the matrices lie over."""
+    config, state = state_of(mesh_sizes, model__expert_bias=True)
+    devices = config.mesh.expert_devices
+    old, new = tiny.contiguous(devices), tiny.random_placement(1, devices)
+    expected = permute.apply(state.model, old, new)
+    mover = migrate.Mover(tiny.mesh(config), state.model)
+    moved = mover(copied(state.model), migrate.route(old, new))
+    jax.tree.map(np.testing.assert_array_equal, moved, expected)
+    assert {leaf.sharding for leaf in jax.tree.leaves(moved)} == {
+        leaf.sharding for leaf in jax.tree.leaves(expected)
+    }
 
 
 def test_copies_come_from_any_holder():

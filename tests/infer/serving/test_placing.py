@@ -16,6 +16,7 @@ from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Plan
 from tests import tiny
 from tests.infer.serving import test_engine
+from tests.model.test_parts import shaken
 
 HERE = tiny.contiguous(4)
 ROOMY = Limits(
@@ -28,11 +29,11 @@ RULES = placing.Rules(
 
 @pytest.fixture(scope="module")
 def shared():
+    """Its experts have biases, as gpt-oss's do."""
+    sizes = {"mesh": {"data": 1, "expert": 4}, "model__expert_bias": True}
+    model = shaken(test_engine.on_mesh(tiny.config(**sizes)))
     return test_engine.make(
-        ROOMY,
-        Recorder(4, 64, 64),
-        mesh={"data": 1, "expert": 4},
-        model__combine="reproducible",
+        ROOMY, Recorder(4, 64, 64), model=model, model__combine="reproducible", **sizes
     )
 
 
