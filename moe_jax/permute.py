@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_jax import checkpoint
 from moe_jax import config as config_lib
+from moe_jax.checkpoint.folders import is_step
 from moe_jax.errors import Refused
 from moe_jax.model import parameter
 from moe_jax.model.dispatch.table import Table
@@ -120,14 +121,15 @@ def apply_to_checkpoint(
       plan_path: the plan to apply.
       checkpoint_in: a step directory, or a work directory (its newest step is taken).
       checkpoint_out: what to make: a step directory, or a work directory if the input was one. A
-        run goes on there: it has the config and the tokenizer of the old one.
+        run goes on there: it has the config and the tokenizer of the old one. A step that is named
+        by a number has its own.
 
     Returns:
       A sentence for people: what was moved.
 
     Raises:
-      Refused: a plan of another model, an output that is there, a damaged step, a run whose config
-        or tokenizer cannot come along; nothing is written.
+      Refused: a plan of another model, an output that is there or cannot be written, a damaged
+        step, a run whose config or tokenizer cannot come along; nothing is left of the output.
     """
     plan = plan_lib.Plan.read(plan_path)
     source, workdir = _step_folder(pathlib.Path(checkpoint_in))
@@ -136,6 +138,10 @@ def apply_to_checkpoint(
         raise Refused("CHECKPOINT_OUT", str(target), "exists already", "name a new directory")
     beside = _beside(workdir, target) if workdir else []
     contents = checkpoint.read_contents(source)
+    if not workdir and is_step(target.name) and target.name != str(contents.step):
+        rule = f"is named like step {target.name}, and {source} is step {contents.step}"
+        fix = f"name {target.with_name(str(contents.step))}"
+        raise Refused("CHECKPOINT_OUT", str(target), rule, fix)
     old = contents.plan.placement
     plan_lib.check_fits(
         plan,
@@ -147,23 +153,52 @@ def apply_to_checkpoint(
     moved = apply_to_arrays(arrays, contents.arrays, old, plan.placement)
     infos = checkpoint.describe(moved, {name: info.axes for name, info in contents.arrays.items()})
     new_contents = checkpoint.Contents(contents.step, infos, plan, contents.extra)
-    if workdir:
-        written = checkpoint.save(target / "checkpoints", moved, new_contents)
-        for path in beside:
-            copied = target / path.relative_to(workdir)
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copied)
-    else:
-        written = checkpoint.save(target.parent / f".{target.name}.step", moved, new_contents)
-        written.rename(target)
-        written.parent.rmdir()
-        written = target
+    try:
+        if workdir:
+            written = _write_run(target, moved, new_contents, workdir, beside)
+        else:
+            written = _write_step(target, moved, new_contents)
+    except OSError as error:
+        rule, fix = f"could not be written ({error})", "make room or name another place"
+        raise Refused("CHECKPOINT_OUT", str(target), rule, fix) from None
     changed = int((source_slots(old, plan.placement) != np.arange(plan.placement.num_slots)).sum())
     return (
         f"{written}: {changed} of {plan.placement.num_layers * plan.placement.num_slots} expert "
         f"slots changed, in {sum('expert' in i.axes for i in infos.values())} arrays; "
         f"plan {old.digest[:12]} -> {plan.digest[:12]}"
     )
+
+
+def _write_step(
+    target: pathlib.Path, arrays: Mapping[str, np.ndarray], contents: checkpoint.Contents
+) -> pathlib.Path:
+    """A step of any name, whole or absent."""
+    half = target.with_name(f".{target.name}.step")
+    shutil.rmtree(half, ignore_errors=True)  # what a kill left
+    try:
+        return checkpoint.save(half, arrays, contents).rename(target)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _write_run(
+    target: pathlib.Path,
+    arrays: Mapping[str, np.ndarray],
+    contents: checkpoint.Contents,
+    workdir: pathlib.Path,
+    beside: list[pathlib.Path],
+) -> pathlib.Path:
+    """A work directory of one step, with files of the one that it was read from. The step."""
+    try:
+        written = checkpoint.save(target / "checkpoints", arrays, contents)
+        for path in beside:
+            copied = target / path.relative_to(workdir)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    return written
 
 
 def _beside(workdir: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:

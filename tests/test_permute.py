@@ -1,5 +1,6 @@
 """Moving experts: values are copied, never changed; there and back restores every bit."""
 
+import errno
 import json
 import shutil
 
@@ -167,6 +168,41 @@ def test_a_run_without_a_config_is_refused_before_anything_is_written(workdir, t
     with pytest.raises(Refused, match=r"CHECKPOINT_IN = .*config\.json cannot be read"):
         permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def _full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [(shutil, "copyfile"), (checkpoint.contents, "write")], ids=["copy", "save"]
+)
+def test_of_a_run_that_finds_no_room_nothing_is_left(where, name, workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(where, name, _full)
+    with pytest.raises(Refused, match=r"could not be written.*No space left on device"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "out" / "new")
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_what_a_kill_left_does_not_stay(workdir, tmp_path, monkeypatch):
+    source, out = workdir / "checkpoints" / "3", tmp_path / "out"
+    (out / ".new.step" / ".2.tmp").mkdir(parents=True)
+    permute.apply_to_checkpoint(tmp_path / "plan.json", source, out / "new")
+    assert [path.name for path in out.iterdir()] == ["new"]
+    monkeypatch.setattr(checkpoint.contents, "write", _full)
+    with pytest.raises(Refused, match="No space left on device"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", source, out / "other")
+    assert [path.name for path in out.iterdir()] == ["new"]
+
+
+def test_a_step_is_not_named_like_another(workdir, tmp_path):
+    """Readers would call it damaged."""
+    source, four = workdir / "checkpoints" / "3", tmp_path / "out" / "4"
+    with pytest.raises(Refused, match=rf"like step 4, and .* is step 3\. name {four.parent}/3"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", source, four)
+    assert not four.parent.exists()
+    permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, four)  # a run may be
+    assert checkpoint.steps(four / "checkpoints") == [3]
 
 
 def test_refusals(state, tmp_path):
