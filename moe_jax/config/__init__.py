@@ -18,6 +18,7 @@ from moe_jax.config.building import (
     from_config_dict,
     from_json,
     identity,
+    read,
     to_json,
     unknown_field,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "from_config_dict",
     "from_json",
     "identity",
+    "read",
     "to_json",
     "unknown_field",
     "validate",

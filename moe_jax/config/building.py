@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import json
 import math
+import pathlib
+import stat
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,6 +16,8 @@ from typing import Any
 from moe_jax.config.fields import PARTS, Config, ModelConfig
 from moe_jax.config.rules import validate
 from moe_jax.errors import Refused
+
+_MAX_BYTES = 2**24  # of a config.json, before it is read into memory
 
 
 def from_config_dict(config_dict: Any) -> Config:
@@ -47,9 +51,23 @@ def from_json(text: str) -> Config:
     """Inverse of `to_json`."""
     try:
         plain = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("config.json", text[:40], f"must be JSON ({error})", "restore it") from None
     return from_config_dict(plain)
+
+
+def read(path: pathlib.Path) -> Config:
+    """The config in a run's config.json. Raises `Refused`."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
+            rule = f"must be a file of at most {_MAX_BYTES} bytes"
+            raise Refused("config.json", str(path), rule, "restore it")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror})"
+        raise Refused("config.json", str(path), rule, "restore it") from None
+    return from_json(text)
 
 
 def digest(config: Config) -> str:

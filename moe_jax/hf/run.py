@@ -18,7 +18,7 @@ def config(workdir: str | os.PathLike) -> Config:
     if not kept.is_file():
         rule = "must be the work directory of a run"
         raise Refused("WORKDIR", str(workdir), rule, "train first")
-    return config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
+    return config_lib.read(kept)
 
 
 def check_same(ours: Config, theirs: Config, field: str, like: str) -> None:

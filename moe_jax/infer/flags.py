@@ -79,8 +79,8 @@ def digests_ahead() -> integrity.Digests | None:
     if not WORKDIR.value or not (root / "config.json").is_file():
         return None
     try:
-        config = config_lib.from_json((root / "config.json").read_text("utf-8", "replace"))
-    except (OSError, Refused):
+        config = config_lib.read(root / "config.json")
+    except Refused:
         return None
     verified = config.train.checkpoints_verified
     return checkpoint.digests_ahead(root / "checkpoints") if verified else None

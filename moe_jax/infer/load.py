@@ -89,7 +89,7 @@ def find(
             "must be the work directory of a training run (it has no config.json)",
             "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
         )
-    config = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
+    config = config_lib.read(kept)
     if dispatch is not None:
         config = config_lib.with_dispatch(config, dispatch)
     verify = config.train.checkpoints_verified

@@ -26,7 +26,7 @@ def choose_dispatch(config: Config, workdir: pathlib.Path) -> tuple[Config, str]
     A run that goes on keeps the one that it was started with. Raises `Refused`; writes nothing.
     """
     kept = workdir / "config.json"
-    started = config_lib.from_json(kept.read_text("utf-8", "replace")) if kept.is_file() else None
+    started = config_lib.read(kept) if kept.exists() else None
     return auto.resolve(
         config,
         load_plan(config).placement,
@@ -54,20 +54,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
     """All checks that need files but no devices. Raises `Refused`; writes nothing."""
     config_lib.check_trainable(config)
     plan = load_plan(config)
-    kept = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise Refused("--workdir", str(workdir), "is not a directory", "name another one")
-    if kept.exists():
-        old = config_lib.from_json(kept.read_text(encoding="utf-8", errors="replace"))
-        if checkpoint.steps(workdir / "checkpoints") == [0]:  # no step was trained
-            old = _with_settings(old, config)
-        if config_lib.digest(old) != config_lib.digest(config):
-            raise Refused(
-                "--workdir",
-                str(workdir),
-                f"holds a run of another config ({_first_difference(old, config)})",
-                "use another --workdir, or the config in its config.json",
-            )
+    check_same_run(config, workdir)
     corpus = data.load_corpus(config.data)
     if config.data.tokenizer:
         tokenizer = Tokenizer(workdir / config.data.tokenizer, config.model.vocab_size)
@@ -76,6 +65,23 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
         data.check_windows(corpus, config.data)
     data.held_out_windows(corpus, config.data.seq_len, config.train.eval_sequences)
     return corpus, plan
+
+
+def check_same_run(config: Config, workdir: pathlib.Path) -> None:
+    """Refuses a work directory that holds a run of another config."""
+    kept = workdir / "config.json"
+    if not kept.exists():
+        return
+    old = config_lib.read(kept)
+    if checkpoint.steps(workdir / "checkpoints") == [0]:  # no step was trained
+        old = _with_settings(old, config)
+    if config_lib.digest(old) != config_lib.digest(config):
+        raise Refused(
+            "--workdir",
+            str(workdir),
+            f"holds a run of another config ({_first_difference(old, config)})",
+            "use another --workdir, or the config in its config.json",
+        )
 
 
 def bad_batch(config: Config, path: pathlib.Path) -> BadBatch:

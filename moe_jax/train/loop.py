@@ -26,7 +26,7 @@ from moe_jax.errors import Refused
 from moe_jax.model import transformer
 from moe_jax.model.dispatch.table import Table
 from moe_jax.placement import plan as plan_lib
-from moe_jax.train import preemption, resume, watchdog
+from moe_jax.train import inputs, preemption, resume, watchdog
 from moe_jax.train import step as step_lib
 from moe_jax.train.only_run import only_run
 from moe_jax.train.replanner import Replanner
@@ -58,6 +58,7 @@ def train(
         notice = stack.enter_context(preemption.Notice())
         mesh = mesh_lib.of_config(config.mesh)
         stack.enter_context(only_run(workdir))
+        _check_same_run(config, workdir)
         resume.check_text(corpus)
         train_step = step_lib.build_step(config, mesh)
         run, plan = resume.start_or_resume(config, mesh, workdir, corpus, plan, ahead=ahead)
@@ -113,6 +114,19 @@ def train(
             checkpoints.save_last(run, pending[2] if pending else None)
         if run.step < train_config.num_steps:
             metrics.say(f"stopped by SIGTERM after step {run.step}: the same command goes on there")
+
+
+def _check_same_run(config: Config, workdir: pathlib.Path) -> None:
+    """Again: a run that this one has waited for may have begun here since `prepare` looked."""
+    refused = None
+    if jax.process_index() == 0:
+        try:
+            inputs.check_same_run(config, workdir)
+        except Refused as error:
+            refused = error
+    if mesh_lib.in_any_process(refused is not None):
+        rule = "holds a run of another config"
+        raise refused or Refused("--workdir", str(workdir), rule, "see what process 0 says")
 
 
 def _keep(config: Config, workdir: pathlib.Path) -> None:

@@ -98,7 +98,7 @@ def start_or_resume(
     state = _placed(config, mesh, found.value, contents.plan.placement, plan.placement)
     if ONLY in contents.extra:
         return Run(state, batches, 0, corpus.digest), plan
-    _tell_config(config, workdir, contents)
+    _tell_config(config, contents)
     if contents.extra.get(TEXT, corpus.digest) != corpus.digest:
         metrics.fail(
             f"step {contents.step}: trained on another text than there is now (files of data.path "
@@ -136,17 +136,17 @@ def check_text(corpus: data.Corpus) -> None:
         )
 
 
-def _tell_config(config: Config, workdir: pathlib.Path, contents: checkpoint.Contents) -> None:
-    """Says that a step is of another config, where no config.json is there to refuse it by.
+def _tell_config(config: Config, contents: checkpoint.Contents) -> None:
+    """Says that a step is of another config, where config.json is gone or is not the step's.
 
     A digest does not say in what they differ, and whoever copies steps may want another one.
     """
     said = contents.extra.get("config_digest")
-    if said is None or (workdir / "config.json").exists() or said == config_lib.digest(config):
+    if said is None or said == config_lib.digest(config):
         return
     metrics.fail(
-        f"step {contents.step}: of a run with another config (there is no config.json to say "
-        "where they differ): the run goes on with this one"
+        f"step {contents.step}: of a run with another config (there is no config.json of it to "
+        "say where they differ): the run goes on with this one"
     )
 
 

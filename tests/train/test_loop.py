@@ -12,6 +12,7 @@ import pytest
 from moe_jax import checkpoint, metrics
 from moe_jax import config as config_lib
 from moe_jax import data as data_lib
+from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.infer import load
@@ -115,6 +116,11 @@ def test_steps_of_another_config_are_said_where_no_config_refuses_them(whole, tm
     (tmp_path / "other" / "config.json").unlink()
     train(tiny.config(optimizer__learning_rate=0.5, train__num_steps=4), tmp_path / "other")
     assert "step 3: of a run with another config" in capsys.readouterr().err
+    _copy_until(whole, tmp_path / "copied", 3)  # of another run than config.json is
+    config = tiny.config(optimizer__learning_rate=0.5, train__num_steps=4)
+    (tmp_path / "copied" / "config.json").write_text(config_lib.to_json(config))
+    train(config, tmp_path / "copied")
+    assert "step 3: of a run with another config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -145,6 +151,24 @@ def test_two_runs_do_not_share_a_work_directory(whole, tmp_path, monkeypatch):
     after = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     assert set(after) - set(before) == {pathlib.Path(".lock")}
     train(tiny.config(train__num_steps=4), tmp_path)
+
+
+def test_a_run_that_waited_for_one_of_another_config_is_refused(whole, tmp_path):
+    """Both began in an empty folder: what the first one wrote is looked at under the lock."""
+    config = tiny.config(optimizer__learning_rate=0.5)
+    corpus, plan = inputs.prepare(config, tmp_path)
+    _copy_until(whole, tmp_path, 3)
+    with pytest.raises(Refused, match=r"\(optimizer\.learning_rate = 0\.01 there, 0\.5 here\)"):
+        loop.train(config, tmp_path, corpus, plan)
+    assert config_lib.read(tmp_path / "config.json") == tiny.config()
+
+
+def test_all_processes_are_refused_a_run_of_another_config(tmp_path, monkeypatch):
+    """This is process 1, which has not looked: it is told by what is gathered."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(mesh_lib, "in_any_process", lambda flag: True)
+    with pytest.raises(Refused, match=r"another config.*see what process 0"):
+        loop._check_same_run(tiny.config(), tmp_path)
 
 
 def test_a_run_started_on_another_mesh_is_read_before_it_saves(whole, tmp_path):
