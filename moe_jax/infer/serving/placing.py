@@ -2,8 +2,9 @@
 
     recording  the engine's reservoir fills; a window ends every `rules.tokens` served tokens
     planning   two windows are there: a thread plans on the older, judges on the newer (replan.py)
-    moving     the plan is worth it: before every step a group of layers moves, as many as fit in
-               `rules.most_pause` by what the groups before took
+    moving     the plan is worth it: once a thread has compiled what its route needs, a group of
+               layers moves before every step, as many as fit in `rules.most_pause` by what the
+               groups before took
     proving    one more window under the new plan. Its rows are counted by the dispatch itself:
                if there are more than predicted by the margin, the experts move back
 
@@ -155,7 +156,7 @@ class Placing:
         self._decision: replan.Decision | None = None
         self._moved_layers, self._layer_seconds = 0, 0.0
         self._learned_from: list[tuple[Trace, np.ndarray]] = []
-        self._learner = concurrent.futures.ThreadPoolExecutor(1, "homes")
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "placing")
         self._homes: concurrent.futures.Future[homes_lib.Homes] | None = None
         self._why_anywhere = ""
         engine.mover.prepare(migrate.route(plan.placement, plan.placement))
@@ -177,7 +178,7 @@ class Placing:
     def close(self) -> None:
         """Ends a search that is running."""
         self._background.close()
-        self._learner.shutdown(wait=False, cancel_futures=True)
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _say(self, line: str) -> None:
         self.report.said = line
@@ -263,7 +264,7 @@ class Placing:
             token_T, device_LE = np.concatenate(tokens), placement.device_LE
             return homes_lib.learn(problem, token_T, device_LE, model.vocab_size, slack)
 
-        self._homes = self._learner.submit(work)
+        self._homes = self._worker.submit(work)
 
     def _take_homes(self) -> None:
         if self._homes is None or not self._homes.done():
@@ -314,10 +315,14 @@ class Placing:
         self._before, self.plan = self.plan, plan
         self._way = migrate.route(self._before.placement, plan.placement)
         self._moved_layers, self.report.state = 0, MOVING
+        # With copies a route may be longer than those before: another program.
+        self._prepared = self._worker.submit(self._engine.mover.prepare, self._way)
         self._learn(plan.placement)
 
     def _move(self) -> None:
         """The next layers, as many as fit in the pause by what the slowest took so far."""
+        if not self._prepared.done():
+            return
         report, layers = self.report, self.plan.placement.num_layers
         count = 1
         if self._layer_seconds:
@@ -325,7 +330,8 @@ class Placing:
         first, last = self._moved_layers, min(self._moved_layers + count, layers)
         here = migrate.between(self._before.placement, self.plan.placement, last)
         seconds = self._engine.adopt(self._way, first, last, here)
-        self._layer_seconds = max(self._layer_seconds, seconds / (last - first))
+        if first or self._layer_seconds:  # the very first group takes longer than others will
+            self._layer_seconds = max(self._layer_seconds, seconds / (last - first))
         moved = int(self._way.moved_L[first:last].sum())
         report.pause, report.total_pause = max(report.pause, seconds), report.total_pause + seconds
         report.moved_experts += moved

@@ -18,6 +18,7 @@ from tests import tiny
 from tests.infer.serving import test_engine
 from tests.model.test_parts import shaken
 
+compiled = test_engine.compiled  # a fixture
 HERE = tiny.contiguous(4)
 ROOMY = Limits(
     shards=4, seats=4, blocks=16, block_size=16, chunk=16, chunk_rows=2, budget=40, max_len=64
@@ -51,10 +52,10 @@ def _where(engine):
     return engine.placed.plan.placement
 
 
-def start(engine, rules=RULES, said=None):
+def start(engine, rules=RULES, said=None, here=HERE):
     placed = placing.Placing(
         engine,
-        Plan(HERE),
+        Plan(here),
         rules,
         topology=topology_lib.flat(4),
         say=(said if said is not None else []).append,
@@ -82,6 +83,8 @@ def serve(engine, count, placed=None, seed=0, until=lambda: False):
             placed.between_steps()
             if placed.report.state == placing.PLANNING:
                 placed._background._thread.join()
+            elif placed.report.state == placing.MOVING:
+                placed._prepared.result()
     return [[part.token for part in parts] for parts in answers]
 
 
@@ -102,10 +105,10 @@ def test_a_plan_is_made_adopted_and_proven(engine):
     assert any("is proven" in line for line in said)
 
 
-def planted(monkeypatch, rows_after, digest_seed=7):
+def planted(monkeypatch, rows_after, placement=None):
     """Every search finds one plan, and promises these rows."""
     decide = replan.decide
-    plan = Plan(tiny.random_placement(digest_seed, 4))
+    plan = Plan(placement or tiny.random_placement(7, 4))
 
     def found(setting, before, recorded, seed=0, progress=None):
         real = decide(setting, before, recorded, seed, progress)
@@ -177,15 +180,43 @@ def test_few_requests_make_no_plan(engine, monkeypatch):
     assert placed.report.plans == 0
 
 
-def test_copies_follow_too():
+COPIES = tiny.replicated_placement(0, slots=12, stay_on_nodes=1)
+
+
+@pytest.fixture(scope="module")
+def with_copies():
+    return test_engine.make(
+        ROOMY, Recorder(4, 64, 64), COPIES, mesh={"data": 1, "expert": 4}, model__combine="exact"
+    )
+
+
+def test_no_step_waits_for_a_compiler(with_copies, monkeypatch, compiled):
+    """A device that serves more copies than it has slots needs another program to send them."""
+    engine, new = with_copies, tiny.replicated_placement(11, slots=12)
+    assert placing.migrate.route(COPIES, new).send_LMN.shape[-1] > COPIES.slots_per_device
+    planted(monkeypatch, rows_after=99.0, placement=new)
+    adopt, within = engine.adopt, []
+
+    def watched(*args):
+        before = len(compiled)
+        seconds = adopt(*args)
+        within.extend(compiled[before:])
+        return seconds
+
+    monkeypatch.setattr(engine, "adopt", watched)
+    placed = start(engine, here=COPIES)
+    serve(engine, 100, placed)
+    assert placed.report.adopted == 1
+    assert not within
+    adopt(placing.migrate.route(new, COPIES), 0, tiny.LAYERS, COPIES)
+
+
+def test_copies_follow_too(with_copies):
     """Fewer copies of an expert, and shares of them or none; more than there is room for stay."""
-    old = tiny.replicated_placement(0, slots=12, stay_on_nodes=1)
+    engine, old = with_copies, COPIES
     fewer, same, more = (tiny.replicated_placement(seed, slots=12) for seed in (1, 6, 2))
     room, *others = (p.logical_to_physical_LER.shape[-1] for p in (old, fewer, same, more))
     assert (room, others) == (3, [2, 3, 4])
-    engine = test_engine.make(
-        ROOMY, Recorder(4, 64, 64), old, mesh={"data": 1, "expert": 4}, model__combine="exact"
-    )
     expected = serve(engine, 20)
     for before, new in ((old, fewer), (fewer, old), (old, same)):
         way = placing.migrate.route(before, new)
