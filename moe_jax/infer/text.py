@@ -135,7 +135,11 @@ class Tokens:
         """A character may take several tokens: it is written when it is whole, or at the end.
 
         What is new is decoded after the tokens written last, which may decide about a space in
-        front, and not after the whole text, which would take longer with every token.
+        front, and not after the whole text, which would take longer with every token. Of a
+        character that a prompt ends in, the first token that makes it whole writes all.
+
+        What is written stays: where a decoder shows none of a run of bytes that never ends as a
+        character, `join` has U+FFFD also for the characters before it in the run.
         """
         before, new, ended = self._last(prompt), [], False
         write(self._tokenizer.decode(prompt).encode())
@@ -150,8 +154,13 @@ class Tokens:
             text = self._tokenizer.decode([*before, *new])
             if text.endswith(_UNFINISHED) and token is not None:
                 return
-            write(text[len(self._tokenizer.decode(before)) :].encode())
-            before, new = new, []
+            known = self._tokenizer.decode(before)
+            if text.startswith(known):
+                start, before = len(known), new
+            else:  # the last character of `before` was cut off
+                start, before = self._common(before, text), [*before, *new]
+            write(text[start:].encode())
+            new = []
 
         return follow
 
@@ -162,6 +171,14 @@ class Tokens:
         while length < len(prompt) and decode(prompt[-length:]).startswith(_UNFINISHED):
             length *= 2
         return list(prompt[-length:])
+
+    def _common(self, before: Sequence[int], text: str) -> int:
+        """Characters that a text has in common with what tokens, or all but up to three, show.
+
+        A character is cut off in so many, and some decoders hide those before it.
+        """
+        shown = [self._tokenizer.decode(before[: max(len(before) - n, 0)]) for n in range(4)]
+        return max(len(os.path.commonprefix([text, one])) for one in shown)
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
         return self._tokenizer.corpus(text, data.SEPARATOR, self._ends_in_order)

@@ -164,6 +164,41 @@ def test_a_text_begins_after_many_bytes(before, tmp_path):
     assert b"".join(written[1:]).decode() == "字 a"
 
 
+def byte_level(folder):
+    """A tokenizer of bytes, and of a space with the first byte of a longer character behind it."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {character: number for number, character in enumerate([*alphabet, "\u0120\xe2"])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(words, [("\u0120", "\xe2")]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.save(str(folder / "tokenizer.json"))
+    return Tokens(Tokenizer(folder, 257))
+
+
+@pytest.mark.parametrize("of_bytes", [False, True])
+def test_an_answer_begins_with_the_character_that_a_prompt_is_cut_off_in(of_bytes, tmp_path):
+    said = "\xe9\xe9\u20ac5 \u20ac!"
+    if of_bytes:
+        tokens, ids, another = fallback(tmp_path), list(said.encode()), (256, " a")
+    else:
+        tokens = byte_level(tmp_path)
+        ids = tokens.encode(said)
+        another = ids[-1], "!"
+    pieces = [tokens.piece(token) for token in ids]
+    assert b"".join(pieces).decode() == said
+    for cut in range(1, len(ids)):
+        whole = b"".join(pieces[:cut]).decode(errors="ignore")
+        answer = Answer(tokens, ids[:cut], Options(max_tokens=len(ids) - cut))
+        assert "".join(answer.add(token)[0] for token in ids[cut:]) == said[len(whole) :]
+        # what no token makes whole is the prompt's
+        answer = Answer(tokens, ids[:cut], Options(max_tokens=1))
+        assert answer.add(another[0]) == (another[1], "length")
+    answer = Answer(tokens, ids[:5], Options(max_tokens=9, stop=("\u20ac",)))
+    assert [answer.add(token) for token in ids[5:7]] == [("", None), ("", "stop")]
+
+
 def test_pieces_are_bytes(tmp_path):
     plain = Tokens(Tokenizer(golden.ROOT / "mixtral", 264))
     said = "a né → \n\x7f漢\xad"
