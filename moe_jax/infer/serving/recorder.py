@@ -38,6 +38,7 @@ class Recorder:
         self._regions: list[list[_Region]] = [[] for _ in range(shards)]
         self._seen = [0] * shards
         self._of_job: dict[Job, tuple[int, int]] = {}
+        self._met: set[Job] = set()
         self._random = random.Random(seed)
 
     @property
@@ -54,6 +55,9 @@ class Recorder:
                 return
             del self._of_job[job]
             return
+        if job in self._met:  # it had its chance
+            return
+        self._met.add(job)
         shard = job.shard
         self._seen[shard] += 1
         regions = self._regions[shard]
@@ -82,6 +86,7 @@ class Recorder:
     def end(self, job: Job) -> None:
         """A request runs no more; its tokens stay."""
         self._of_job.pop(job, None)
+        self._met.discard(job)
 
     @property
     def num_sequences(self) -> int:

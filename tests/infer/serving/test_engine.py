@@ -418,6 +418,23 @@ def test_what_lies_before_a_region_is_not_recorded():
     assert len(recorder.tokens()) == 6 + 4
 
 
+def test_a_preempted_request_has_one_chance_of_a_region():
+    recorder, jobs = Recorder(1, 1, 8), [Job(n, [1] * 8, 4, shard=0) for n in range(2)]
+    for _ in range(50):
+        for job in jobs:
+            recorder.admit(job, 0)
+            recorder.place(job, 0, 4)
+    assert recorder._seen == [2]
+    others = Recorder(2, 4, 8)
+    for shard in (0, 1, 0):  # where it holds a region, elsewhere, and back again
+        jobs[0].shard = shard
+        others.admit(jobs[0], 0)
+        others.place(jobs[0], 0, 4)
+    assert others.num_sequences == 1
+    others.end(jobs[0])
+    assert not others._met
+
+
 def test_cancelled_requests_leave_their_blocks(engine):
     served = Served(engine)
     requests = [served.submit([n] * 20, Options(max_tokens=20)) for n in range(8)]
