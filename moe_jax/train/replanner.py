@@ -84,13 +84,16 @@ class Replanner:
 
     def _begin(self, step: int) -> None:
         recorded, self._recorded = self._recorded, []
-        if jax.process_index() or self._background.running or len(recorded) < replan.LEAST_STEPS:
-            return  # others plan; the last plan is not ready yet; the run has just begun
+        busy = self._background.running or self._decision  # being made, or waiting to be adopted
+        if jax.process_index() or busy or len(recorded) < replan.LEAST_STEPS:
+            return  # others plan; the last plan is not in use yet; the run has just begun
         traces = [replan.trace_of(expert_LBSK, self._config) for expert_LBSK in recorded]
         self._background.start(self._setting, self.plan.placement, traces, seed=step)
 
     def found(self) -> bool:
         """True once for every plan that is worth its move."""
+        if self._decision:  # several processes agree on it a step later
+            return False
         found = self._background.take()
         if isinstance(found, Exception):
             metrics.fail(f"no new plan ({found}); training goes on under the one in use")

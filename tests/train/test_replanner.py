@@ -6,8 +6,10 @@ import pytest
 
 from moe_jax import checkpoint, metrics, permute, replan
 from moe_jax.errors import Refused
+from moe_jax.placement import move as move_lib
+from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Placement, Plan
-from moe_jax.train import replanner
+from moe_jax.train import replanner, resume
 from tests import tiny
 from tests.train import test_loop
 
@@ -191,6 +193,27 @@ def test_plans_are_made_from_what_the_model_chose(tmp_path, monkeypatch, capsys)
         )
         imbalance = float((load_LM.max(1) / load_LM.mean(1)).mean())
         assert rows[step - 1]["load_imbalance"] == pytest.approx(imbalance, rel=1e-6)
+
+
+def test_a_plan_that_waits_to_be_adopted_is_not_replaced(tmp_path, monkeypatch):
+    """Several processes adopt it a step after the first has found it."""
+    nothing = move_lib.move(HERE, HERE, topology_lib.flat(DEVICES), 0)
+    first, second = (
+        replan.Decision(adopt, "", Plan(HERE), 1, 1, 1, 1, 0, nothing, 0) for adopt in (True, False)
+    )
+    ready, begun = [first], []
+    monkeypatch.setattr(replan.Background, "take", lambda self: ready.pop(0) if ready else None)
+    monkeypatch.setattr(replan.Background, "start", lambda self, *_, **__: begun.append(self))
+    run = object.__new__(resume.Run)  # nothing of it is read
+    planner = replanner.Replanner(config(), tiny.mesh(config()), tmp_path, run, Plan(HERE))
+    planner._setting = None
+    expert_LBSK = np.broadcast_to(np.arange(2, dtype=np.int16), (tiny.LAYERS, 8, 16, 2))
+    planner._recorded = [expert_LBSK] * replan.LEAST_STEPS
+    assert planner.found()
+    ready.append(second)
+    planner._begin(9)
+    assert not planner.found()
+    assert (planner._decision, ready, begun) == (first, [second], [])
 
 
 @pytest.mark.slow
