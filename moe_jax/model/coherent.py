@@ -54,7 +54,8 @@ class Apart:
     Attributes:
       shared_LMM: rows of keys and values, or latent ones (`ModelConfig.kv_values` values each),
         and beside each its slots and weights (2 K values).
-      shared_padding_LMM: those without a token.
+      shared_padding_LMM: those without a token; with `shared_LMM` all that are sent (by itself it
+        may be below 0: `stay.shared_padding_M`).
       home_MM: rows of the last layer back to the devices that hold the sequences.
     """
 

@@ -121,7 +121,11 @@ def share(
 
 
 def shared_padding_M(residence: Residence, num_tokens: int) -> jax.Array:
-    """Rows without a token that `share` sends from here to each device, int32 [M]."""
+    """Rows without a token that `share` sends from here to each device, int32 [M].
+
+    With `shared_M` all that is sent. Where that is a sum, 2 T rows to each device whoever has the
+    tokens, it is below 0 on a device of more tokens.
+    """
     capacities = _capacities(num_tokens, residence.at_X.size)
     sent = jnp.array([*capacities, 2 * num_tokens], jnp.int32)[_step(residence, capacities)]
     return jnp.full_like(residence.count_M, sent - residence.count)
