@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.model.dispatch import capacity
 from moe_jax.placement.plan import Placement
 from tests.model.test_dispatch import E, assert_close, count_traffic, problem, run, run_oracle
 
@@ -28,6 +29,15 @@ def drop(expert_TK, factor):
                 elif expert >= 0:
                     taken_E[expert] += 1
     return kept_TK, dropped_ME
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [(1.1, 110), (-1.1, 110), (1.101, 111), (1e-300, 1), (8.0, 800), (1e7, 800), (1e300, 800)],
+)
+def test_rounds_up_what_is_written(factor, expected):
+    assert capacity.of_factor(factor, num_assignments=800, num_experts=8) == expected
+    assert capacity.of_factor(0.0, num_assignments=800, num_experts=8) is None
 
 
 @pytest.mark.parametrize(

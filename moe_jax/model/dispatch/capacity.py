@@ -12,6 +12,7 @@ built and saves memory; f < 0 for whatever the router may do, as without a capac
 Axes: T tokens here, K top_k, E logical experts, M devices that share one set of experts.
 """
 
+import fractions
 import math
 
 import jax
@@ -28,7 +29,11 @@ def of_factor(factor: float, *, num_assignments: int, num_experts: int) -> int |
       num_assignments: K times the tokens of all devices that share one set of experts, padding
         included: a number that the program is built for.
     """
-    return math.ceil(abs(factor) * num_assignments / num_experts) if factor else None
+    if not factor:
+        return None
+    # as it is written: 1.1 * 800 / 8 is 110, and a little more in floats
+    rows = math.ceil(abs(fractions.Fraction(str(factor))) * num_assignments / num_experts)
+    return min(rows, num_assignments)
 
 
 def keep_within(
