@@ -12,11 +12,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import checkpoint
 from moe_jax import mesh as mesh_lib
-from moe_jax.checkpoint import integrity, preservation, saver
+from moe_jax.checkpoint import integrity, newest, preservation, saver
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Plan
 from tests import tiny
@@ -482,6 +483,26 @@ def test_all_damaged_or_none_at_all(three, tmp_path):
     assert checkpoint.restore_newest(directory, read, [].append, before=4) is None
     assert checkpoint.steps(directory) == [4, 5, 6]
     assert not asked
+
+
+def test_a_search_that_fails_ends_in_every_process(three, monkeypatch):
+    """Of two processes, one after the other: the second is told, and waits for nothing."""
+    directory, read, _ = three
+    told: list[np.int32] = []
+
+    def unreadable(_):
+        raise PermissionError("planted")
+
+    monkeypatch.setattr(newest.Search, "next", unreadable)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    tell = lambda step: told.append(step) or step  # noqa: E731
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", tell)
+    with pytest.raises(PermissionError, match="planted"):
+        checkpoint.restore_newest(directory, read, [].append)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: told.pop())
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(Refused, match="see what process 0 says"):
+        checkpoint.restore_newest(directory, read, [].append)
 
 
 def test_shares_of_digests_cover_every_file_once(saved, monkeypatch):

@@ -23,7 +23,7 @@ from moe_jax.checkpoint.newest import Search
 from moe_jax.errors import Refused
 
 T = TypeVar("T")
-NONE, ALL_DAMAGED = -1, -2  # in place of a step's number
+NONE, FAILURE = -1, -2  # in place of a step's number
 READ, DAMAGED, FAILED = range(3)  # what came of reading, in one process
 
 
@@ -103,17 +103,18 @@ def _next(
     directory: pathlib.Path, search: Search | None
 ) -> tuple[pathlib.Path, Contents | None] | None:
     """The step that the first process finds next, for all; its contents in the first alone."""
-    step, found, refused = NONE, None, None
+    step, found, failure = NONE, None, None
     if search:
         try:
             found = search.next()
             step = int(found[0].name) if found else NONE
-        except Refused as error:
-            step, refused = ALL_DAMAGED, error
+        except Exception as error:  # of any kind: the others wait for the answer
+            step, failure = FAILURE, error
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-    if step == ALL_DAMAGED:
-        raise refused or Refused("checkpoints", str(directory), "are damaged", "see process 0")
+    if step == FAILURE:
+        rule = "have no step that can be read"
+        raise failure or Refused("checkpoints", str(directory), rule, "see what process 0 says")
     if step == NONE:
         return None
     return found or (directory / str(step), None)
