@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -19,10 +20,10 @@ from moe_jax import checkpoint
 from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity, newest, preservation, saver
 from moe_jax.errors import Refused
-from moe_jax.placement.plan import Plan
+from moe_jax.placement.plan import Placement, Plan
 from tests import tiny
 
-AXES = {"a.w": ("layer", "expert"), "a.b": ("",), "n": ()}
+AXES = {"a.w": ("layer", "expert"), "a.r": ("layer", "router"), "a.b": ("",), "n": ()}
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def saved(tmp_path):
             NamedSharding(mesh, PartitionSpec(None, "expert")),
         ),
         "a.b": jnp.asarray(rng.normal(size=5), jnp.bfloat16),
+        "a.r": jnp.ones((2, 8), jnp.float32),
         "n": jnp.asarray(7, jnp.int32),
     }
     contents = checkpoint.Contents(
@@ -107,19 +109,21 @@ def test_arrays_that_the_model_does_not_have_are_refused(saved):
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"shape": [2, 9]}, r"holds a\.w as float32\[2, 8\], but meta.json says float32\[2, 9\]"),
-        ({"shape": [2**40, 2**40]}, "but meta.json says"),
-        ({"shape": [-1, 8]}, "is not a checkpoint's"),
-        ({"shape": [2.5, 8]}, "is not a checkpoint's"),
+        ({"shape": [9]}, r"holds a\.b as bfloat16\[5\], but meta.json says bfloat16\[9\]"),
+        ({"shape": [2**40]}, "but meta.json says"),
+        ({"shape": [-1]}, "is not a checkpoint's"),
+        ({"shape": [2.5]}, "is not a checkpoint's"),
         ({"dtype": "float16"}, "but meta.json says float16"),
         ({"dtype": "object at"}, "is not a checkpoint's"),
+        ({"dtype": "(1,f4"}, "is not a checkpoint's"),
+        ({"axes": [[]]}, "is not a checkpoint's"),
     ],
 )
 def test_claims_that_the_data_does_not_hold_are_refused(change, rule, saved):
     """A manifest that was made to fit: what would be allocated or cast is checked all the same."""
     folder, _ = saved
     meta = json.loads((folder / "meta.json").read_text())
-    meta["arrays"]["a.w"] |= change
+    meta["arrays"]["a.b"] |= change
     (folder / "meta.json").write_text(json.dumps(meta))
     integrity.write(folder)
     with pytest.raises(Refused, match=rule):
@@ -136,6 +140,60 @@ def test_a_chunk_larger_than_its_array_is_refused_before_it_is_allocated(saved):
     integrity.write(folder)
     with pytest.raises(integrity.Damaged, match=r"of shape \[5\], in chunks of \[268435456\]"):
         checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("_METADATA", {"skip_deserialize": True}),
+        ("_METADATA", {"value_type": "string"}),
+        ("_CHECKPOINT_METADATA", None),
+    ],
+)
+def test_what_orbax_takes_for_something_else_is_damaged(name, change, saved):
+    folder, _ = saved
+    text = "[" * 100_000
+    if change:
+        fields = json.loads((folder / "state" / name).read_text())
+        next(iter(fields["tree_metadata"].values()))["value_metadata"] |= change
+        text = json.dumps(fields)
+    (folder / "state" / name).write_text(text)
+    integrity.write(folder)
+    with pytest.raises(integrity.Damaged, match="is no data of Orbax"):
+        checkpoint.restore_numpy(folder, checkpoint.read_contents(folder))
+
+
+def test_a_chunk_that_cannot_be_decoded_makes_a_bad_step(three):
+    directory, read, asked = three
+    store = {"driver": "ocdbt", "base": f"file://{directory / '6' / 'state'}/"}
+    ts.KvStore.open(store).result().write("a.b/0", b"x").result()
+    integrity.write(directory / "6")
+    said: list[str] = []
+    assert checkpoint.restore_newest(directory, read, said.append).contents.step == 5
+    assert asked == [6, 5]
+    assert "cannot be read (FAILED_PRECONDITION" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("placement", "rule"),
+    [
+        (Placement(np.array([[0, 1, 2, 3] * 2] * 2), 4, 4), "has 4 experts, and a.r of .* 8"),
+        (Placement(np.array([[*range(8)] * 2] * 2), 8, 4), "has 16 slots, and a.w of .* 8"),
+        (Placement.contiguous(3, 8, 4), "has 3 layers, and a.[rw] of .* 2"),
+    ],
+)
+def test_a_plan_of_another_model_makes_a_bad_step(placement, rule, three):
+    """Its own digests hold, and those of the step."""
+    directory, read, _ = three
+    meta = json.loads((directory / "6" / "meta.json").read_text())
+    meta["plan_digest"] = placement.digest
+    (directory / "6" / "meta.json").write_text(json.dumps(meta))
+    Plan(placement).write(directory / "6" / "plan.json")
+    integrity.write(directory / "6")
+    said: list[str] = []
+    assert checkpoint.restore_newest(directory, read, said.append).contents.step == 5
+    assert checkpoint.newest_good(directory, said.append)[0].name == "5"
+    assert all(re.search(rule, line) for line in said)
 
 
 @pytest.mark.parametrize("name", ["/tmp/w", "../w", "a/w", "", "..", "a\\w", "a\0w", "ä", "-a"])
@@ -403,13 +461,13 @@ def test_a_step_that_does_not_hold_what_it_says_is_a_bad_one(three):
     """Its digests are right: made by somebody, or by a program that was wrong."""
     directory, read, asked = three
     meta = json.loads((directory / "6" / "meta.json").read_text())
-    meta["arrays"]["a.w"]["shape"] = [2, 9]
+    meta["arrays"]["a.b"]["shape"] = [9]
     (directory / "6" / "meta.json").write_text(json.dumps(meta))
     integrity.write(directory / "6")
     said: list[str] = []
     found = checkpoint.restore_newest(directory, read, said.append)
     assert found.contents.step == 5
-    assert "float32[2, 8], but meta.json says float32[2, 9]" in said[0]
+    assert "bfloat16[5], but meta.json says bfloat16[9]" in said[0]
     assert asked == [6, 5]
 
 

@@ -3,10 +3,11 @@
 Orbax casts dtypes and allocates what it is told to; what its files hold is checked first.
 """
 
+import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import plan as plan_lib
 
 STORE = "manifest.ocdbt"  # of the store that holds all arrays of a step
+_UNDECODED = ("FAILED_PRECONDITION", "DATA_LOSS", "INVALID_ARGUMENT")  # as tensorstore says it
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def restore(
         )
     _check_arrays(contents, target)
     _check_stored(folder, contents)
-    with _reader() as checkpointer:
+    with _reader() as checkpointer, _decoded(folder):
         restored = checkpointer.restore(
             pathlib.Path(folder).absolute() / "state",
             args=ocp.args.PyTreeRestore(
@@ -95,7 +97,7 @@ def restore_numpy(folder: str | os.PathLike, contents: Contents) -> dict[str, np
         )
     names = dict.fromkeys(contents.arrays, 0)
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-    with _reader() as checkpointer:
+    with _reader() as checkpointer, _decoded(folder):
         return checkpointer.restore(
             pathlib.Path(folder).absolute() / "state",
             args=ocp.args.PyTreeRestore(item=names, restore_args=restore_args),
@@ -110,6 +112,19 @@ def _reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options)
 
 
+@contextlib.contextmanager
+def _decoded(folder: str | os.PathLike) -> Iterator[None]:
+    """Chunks that tensorstore cannot decode are damage, whatever their digests say."""
+    try:
+        yield
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        if not why.startswith(_UNDECODED):
+            raise
+        rule = f"cannot be read ({why[:200]})"
+        raise integrity.damaged(pathlib.Path(folder) / "state", rule) from None
+
+
 def _check_stored(folder: str | os.PathLike, contents: Contents) -> None:
     """What Orbax's files hold is what meta.json says: Orbax would cast, or allocate, silently."""
     path = pathlib.Path(folder).absolute() / "state"
@@ -120,9 +135,11 @@ def _check_stored(folder: str | os.PathLike, contents: Contents) -> None:
     with _reader() as checkpointer:
         try:
             tree = checkpointer.metadata(path).item_metadata.tree
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            stored = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in tree.items()}
+        except MemoryError:
+            raise
+        except Exception as error:  # of every kind, by what is written there
             raise integrity.damaged(path, f"is no data of Orbax ({error})") from None
-    stored = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in tree.items()}
     claimed = {name: (info.shape, info.dtype) for name, info in contents.arrays.items()}
     for name in sorted(claimed.keys() | stored.keys()):
         if claimed.get(name) != stored.get(name):

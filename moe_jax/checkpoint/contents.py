@@ -118,7 +118,27 @@ def read_contents(folder: str | os.PathLike, *, verify: bool = True) -> Contents
     if digest not in (None, plan.digest):
         rule = "is not the plan that the arrays were saved under"
         raise integrity.damaged(folder / "plan.json", rule)
+    _check_plan(folder / "plan.json", plan.placement, arrays)
     return Contents(step, arrays, plan, extra)
+
+
+def _check_plan(
+    path: pathlib.Path, placement: plan_lib.Placement, arrays: Mapping[str, ArrayInfo]
+) -> None:
+    """Its sizes are those of the arrays, which are compared with the model's when they are read."""
+    sizes = {
+        "layer": (placement.num_layers, "layers"),
+        "expert": (placement.num_slots, "slots"),
+        "router": (placement.num_experts, "experts"),
+    }
+    for name, info in arrays.items():
+        if not {"expert", "router"} & set(info.axes):
+            continue  # dense layers have no place in a plan
+        for axis, size in zip(info.axes, info.shape, strict=True):
+            planned, what = sizes.get(axis, (size, ""))
+            if size != planned:
+                rule = f"has {planned} {what}, and {name} of meta.json {size}"
+                raise integrity.damaged(path, rule)
 
 
 def _named(name: str) -> str:
@@ -131,5 +151,10 @@ def _array_info(info: Any) -> ArrayInfo:
     shape, dtype = tuple(info["shape"]), info["dtype"]
     if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or len(shape) > 32:
         raise ValueError(f"shape {shape}")
+    if not (isinstance(dtype, str) and dtype.isidentifier()):  # NumPy parses more than names
+        raise ValueError(f"dtype {dtype!r}")
     np.dtype(dtype)  # TypeError: none
-    return ArrayInfo(shape, dtype, tuple(info["axes"]))
+    axes = tuple(info["axes"])
+    if not all(isinstance(axis, str) for axis in axes) or len(axes) not in (0, len(shape)):
+        raise ValueError(f"axes {axes}")
+    return ArrayInfo(shape, dtype, axes)
