@@ -183,7 +183,8 @@ def batches(corpus: Corpus, config: DataConfig) -> "grain.DatasetIterator":
 
     windows: Any = _Windows(corpus.train, config.seq_len)
     dataset = grain.MapDataset.source(windows).seed(config.seed).shuffle().repeat()
-    options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=4)
+    threads = config.read_threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
     return iter(dataset.to_iter_dataset(options).batch(config.global_batch, drop_remainder=True))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 
+import grain
 import numpy as np
 import pytest
 
@@ -111,10 +112,21 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
         data.load_corpus(config)
 
 
-def test_no_thread_is_refused():
+@pytest.mark.parametrize("threads", [0, 257])
+def test_no_thread_or_too_many_are_refused(threads):
     with pytest.raises(Refused) as refused:
-        tiny.config(data={"seq_len": 16, "global_batch": 8, "read_threads": 0})
+        tiny.config(data={"seq_len": 16, "global_batch": 8, "read_threads": threads})
     assert refused.value.field == "data.read_threads"
+
+
+def test_every_thread_has_a_window_to_read(corpus, monkeypatch):
+    """No more are read at once than may wait to be taken."""
+    made, options = [], grain.ReadOptions
+    monkeypatch.setattr(grain, "ReadOptions", lambda **kw: made.append(kw) or options(**kw))
+    text, config = corpus
+    for threads, waiting in ((1, 4), (16, 16)):
+        data.batches(text, dataclasses.replace(config, read_threads=threads))
+        assert made.pop()["prefetch_buffer_size"] == waiting
 
 
 def test_a_run_is_the_same_with_another_number_of_threads():

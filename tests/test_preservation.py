@@ -46,6 +46,16 @@ def test_a_step_0_that_cannot_be_read_stays(tmp_path):
     assert preservation.Kept(1).surplus(infos) == [2]
 
 
+def test_a_loss_that_is_not_finite_is_none(tmp_path):
+    """NaN, beside which no loss is the lowest; a number too large for one; a word."""
+    for text in ("NaN", "Infinity", "1" + "0" * 400, '"2.5"', "2.5"):
+        (tmp_path / "2").mkdir(exist_ok=True)
+        extra = f'{{"{preservation.LOSS}": {text}}}'
+        (tmp_path / "2" / "meta.json").write_text(f'{{"extra": {extra}}}')
+        metrics = preservation._Info.of(tmp_path, 2).metrics
+        assert metrics == ({preservation.LOSS: 2.5} if text == "2.5" else None)
+
+
 def test_all_together_is_the_union():
     for newest, every, best in itertools.product((1, 2), (0, 4, 6), (0, 1, 3)):
         together = set(stay(newest=newest, every=every, best=best))

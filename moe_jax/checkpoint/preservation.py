@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import math
 import pathlib
 from typing import Any
 
@@ -75,4 +76,5 @@ class _Info:
             loss, only = extra.get(LOSS), ONLY in extra
         except (Refused, KeyError, TypeError, AttributeError):
             loss, only = None, step == 0  # which a run does not make itself
-        return cls(step, None if loss is None else {LOSS: loss}, written, only)
+        compares = isinstance(loss, float) and math.isfinite(loss)
+        return cls(step, {LOSS: loss} if compares else None, written, only)

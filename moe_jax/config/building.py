@@ -202,4 +202,4 @@ def _typed(hint: Any, value: Any, field: str) -> Any:
         )
     if hint is float and not math.isfinite(value):
         raise Refused(field, value, "must be finite", "give a number")
-    return value
+    return value + 0.0 if hint is float else value  # -0.0 is 0.0, in the digest as well

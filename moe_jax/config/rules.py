@@ -52,6 +52,14 @@ def _positive(group: Any, prefix: str, names: tuple[str, ...]) -> None:
             raise Refused(f"{prefix}.{name}", value, "must be above 0", "give a positive number")
 
 
+def _at_most(group: Any, prefix: str, limits: dict[str, float]) -> None:
+    for name, limit in limits.items():
+        value = getattr(group, name)
+        if value > limit:
+            rule = f"must be at most {limit:,}"
+            raise Refused(f"{prefix}.{name}", value, rule, "give a smaller number")
+
+
 def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         near = difflib.get_close_matches(value, known, n=1)
@@ -323,6 +331,7 @@ def check_devices(config: Config, num_devices: int) -> None:
 def _validate_data(config: Config) -> None:
     data, model, mesh = config.data, config.model, config.mesh
     _positive(data, "data", ("seq_len", "global_batch", "max_bytes", "read_threads"))
+    _at_most(data, "data", {"read_threads": 256})
     if data.seq_len > model.max_seq_len:
         raise Refused(
             "data.seq_len",
@@ -365,6 +374,7 @@ def _validate_training(config: Config) -> None:
             *("checkpoint_every", "checkpoints_kept", "max_bad_steps", "spike_window"),
         ),
     )
+    _at_most(train, "train", {"num_steps": 2**31 - 1, "spike_window": 1_000_000})
     for name in (
         *("checkpoints_kept_every", "checkpoints_kept_best", "spike_sigma", "hang_seconds"),
         "probe_every",
@@ -381,6 +391,8 @@ def _validate_training(config: Config) -> None:
     for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
         check_seed(field, seed)
     _positive(optimizer, "optimizer", ("learning_rate", "clip_norm"))
+    # Beyond, parameters may stop to be finite in a step whose loss and gradients are.
+    _at_most(optimizer, "optimizer", {"learning_rate": 1_000, "weight_decay": 1_000})
     for name in ("b1", "b2"):
         if not 0 <= getattr(optimizer, name) < 1:
             raise Refused(
