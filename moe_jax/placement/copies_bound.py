@@ -37,6 +37,7 @@ from moe_jax.placement.contacts import Sets
 from moe_jax.placement.problem import Problem
 
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
+ROUNDING = 1e-12  # rows of a token, of differences that may be 0
 
 
 def fewest_rows(problem: Problem, deadline: float = -math.inf) -> float:
@@ -51,7 +52,8 @@ def fewest_rows(problem: Problem, deadline: float = -math.inf) -> float:
         if not homes:  # one of the devices is where the token waits, and one where it goes on
             fewest_L = fewest_L - [sets.count_Q.sum() for sets in problem.sets]
         counted_L = np.maximum(counted_L, _least_row(problem) * fewest_L)
-    return SAFETY * 2 * float(counted_L.sum()) / problem.token_layers
+    fewest = 2 * float(counted_L.sum()) / problem.token_layers
+    return max(SAFETY * fewest - ROUNDING, 0.0)
 
 
 def _least_row(problem: Problem) -> float:

@@ -125,3 +125,12 @@ def test_more_slots_never_raise_it():
         ]
         assert found == sorted(found, reverse=True)
         assert found[-1] == pytest.approx(0.0, abs=1e-9)  # every expert on every device
+
+
+@pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "coherent", "shuffled"])
+def test_where_no_row_is_needed_nothing_is_proven(dispatch):
+    """Not even what rounding leaves of differences."""
+    for seed in range(3):
+        trace = instances.tiny_trace(seed, top_k=3)
+        problem = Problem(trace, topology.nodes_by_devices(2, 2), "rows", dispatch, num_slots=12)
+        assert copies_bound.fewest_rows(problem) == 0
