@@ -22,13 +22,18 @@
 
 # %%
 import importlib.util
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
 REPOSITORY = "https://github.com/OWNER/moe_jax"  # where this notebook comes from
-EXTRA = "[cuda12]" if shutil.which("nvidia-smi") else ""  # "[tpu]" on a TPU
+DEVICES = pathlib.Path("/dev")
+ON_TPU = any(DEVICES.glob("accel[0-9]*")) or any(DEVICES.glob("vfio/[0-9]*"))
+ON_TPU = ON_TPU or any(name.startswith(("TPU_", "COLAB_TPU_")) for name in os.environ)
+# On a TPU pip has to bring the libtpu of the JAX that it brings.
+EXTRA = "[cuda12]" if shutil.which("nvidia-smi") else "[tpu]" if ON_TPU else ""
 
 # In a checkout there is nothing to install.
 sys.path[:0] = [str(p) for p in (pathlib.Path(".."), pathlib.Path(".")) if (p / "moe_jax").is_dir()]

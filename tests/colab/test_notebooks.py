@@ -3,7 +3,10 @@
 import ast
 import importlib
 import json
+import os
+import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -11,6 +14,7 @@ pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
 from colab import run
+from moe_jax.placement import cost
 
 NAMES = ("kernels", "placement", "quickstart")
 
@@ -84,6 +88,40 @@ def test_outputs_are_small_and_name_no_place(name):
     sources = (run.FOLDER / f"{name}.py").read_text("utf-8")
     for where in (sources, text):
         assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|usr|Users|content)/", where)
+
+
+def test_every_dispatch_is_explained_and_counted():
+    """Its outputs are those of a run that had all of them."""
+    cells = stored("placement")["cells"]
+    prose = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    outputs = json.dumps([cell["outputs"] for cell in cells if cell["cell_type"] == "code"])
+    for dispatch in cost.DISPATCHES:
+        assert f"| `{dispatch}` |" in prose
+        assert f"`{dispatch}`: **" in outputs
+
+
+@pytest.mark.parametrize(
+    ("driver", "variable", "extra"),
+    [
+        (None, None, ""),
+        (None, "TPU_WORKER_ID", "[tpu]"),
+        (None, "COLAB_TPU_ADDR", "[tpu]"),
+        ("nvidia-smi", None, "[cuda12]"),
+    ],
+)
+def test_an_accelerator_brings_its_own_jax(driver, variable, extra, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("TPU_", "COLAB_TPU_")):
+            monkeypatch.delenv(name)
+    if variable is not None:
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.setattr(shutil, "which", lambda program: driver)
+    monkeypatch.setattr(pathlib.Path, "glob", lambda self, pattern: iter(()))  # no device files
+    cells = [cell.source for cell in run.from_text("kernels").cells]
+    install = next(source for source in cells if "EXTRA" in source)
+    names: dict[str, object] = {}
+    exec(install.split("# In a checkout")[0], names)
+    assert names["EXTRA"] == extra
 
 
 @pytest.mark.parametrize("name", NAMES)
