@@ -61,6 +61,7 @@ def tiny(seed: int, experts: int, top_k: int, gaps: bool) -> Trace:
     [
         (topology.flat(2), 4, 6, "exchange"),
         (topology.flat(3), 3, 6, "exchange"),
+        (topology.flat(3), 4, 6, "exchange"),
         (topology.flat(4), 4, 8, "exchange"),
         (topology.nodes_by_devices(2, 4), 4, 8, "hierarchical"),
         (topology.uneven((2, 1)), 3, 6, "hierarchical"),

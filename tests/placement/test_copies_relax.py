@@ -107,7 +107,7 @@ def most_kept(best_TL: np.ndarray, held: list[np.ndarray]) -> int:
     return total
 
 
-@pytest.mark.parametrize(("experts", "devices", "slots"), [(4, 2, 3), (3, 3, 2)])
+@pytest.mark.parametrize(("experts", "devices", "slots"), [(4, 2, 3), (3, 3, 2), (4, 3, 2)])
 @pytest.mark.parametrize("layers", [2, 3])
 def test_no_plan_keeps_more_transitions_under_any_copy_rule(layers, experts, devices, slots):
     trace = instances.tiny_trace(
