@@ -107,9 +107,25 @@ def config(file: gguf.File) -> dict[str, Any]:
         gguf.refuse(path, "token_embd.weight", None, "is missing")
     plain.setdefault("vocab_size", embedding.shape[0])
     plain["tie_word_embeddings"] = "output.weight" not in file.tensors
-    for key, ours in (("eos", "eos_token_id"), ("bos", "bos_token_id")):
-        plain[ours] = keys.get(f"tokenizer.ggml.{key}_token_id")
+    plain["bos_token_id"] = keys.get("tokenizer.ggml.bos_token_id")
+    ends = _ends(file, plain["vocab_size"])
+    plain["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     return plain
+
+
+def _ends(file: gguf.File, vocab_size: int) -> list[int]:
+    """Tokens that end a text, a turn, or a message: the first ends documents to learn from."""
+    found = {}
+    for end in ("eos", "eot", "eom"):
+        name = f"tokenizer.ggml.{end}_token_id"
+        number = file.keys.get(name)
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < vocab_size:
+            rule = f"must be a token of the vocabulary, 0 to {vocab_size - 1}"
+            gguf.refuse(file.path, name, number, rule)
+        found[number] = end
+    return list(found)
 
 
 def _write_tensors(file: gguf.File, plain: dict[str, Any], out: pathlib.Path) -> None:

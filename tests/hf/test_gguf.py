@@ -9,7 +9,7 @@ import pytest
 from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf import folder as folder_lib
-from moe_jax.hf import gguf, gguf_llama, gguf_types
+from moe_jax.hf import config_json, gguf, gguf_llama, gguf_types
 from moe_jax.hf.tokens import Tokenizer
 from tests.hf import tiny_gguf
 
@@ -57,6 +57,24 @@ def test_a_file_becomes_the_published_folder(tied, tmp_path, capsys):
     assert hf_main.main(["check", str(tmp_path / "out")]) == 0
     with pytest.raises(Refused, match="exists already"):
         gguf_llama.convert(path, tmp_path / "out")
+
+
+def test_the_end_of_a_turn_ends_a_text(tmp_path):
+    """Chat models name it beside the end of a text, which documents to learn from end with."""
+
+    def ends_of(name, **ends):
+        named = {f"tokenizer.ggml.{end}_token_id": token for end, token in ends.items()}
+        path = tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.keys(**named))
+        gguf_llama.convert(path, tmp_path / name)
+        return config_json.read(tmp_path / name).ends
+
+    assert ends_of("three", eos=0, eot=2, eom=1) == (0, 2, 1)
+    assert ends_of("one", eos=2, eot=2) == (2,)
+    assert ends_of("no eos", eos=None, eot=2) == (2,)
+    assert ends_of("none", eos=None) == ()
+    for token in (264, [2], 2.0):
+        with pytest.raises(Refused, match=r"eot_token_id = .* 0 to 263"):
+            ends_of("bad", eot=token)
 
 
 def test_the_tokenizer_merges_and_keeps_digits_apart(tmp_path):
