@@ -8,8 +8,8 @@ import pytest
 
 from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
-from moe_jax.hf import folder as folder_lib
 from moe_jax.hf import config_json, gguf, gguf_llama, gguf_types
+from moe_jax.hf import folder as folder_lib
 from moe_jax.hf.tokens import Tokenizer
 from tests.hf import tiny_gguf
 
