@@ -60,7 +60,7 @@ class Piece:
         target, wanted = out.transpose(back), tuple(inner[axis] for axis in back)
         if self.code is None:
             stored = self.parts[0].reshape(self.sizes)[wanted]
-            for rows in _blocks(len(stored), stored.strides[0]):
+            for rows in blocks(len(stored), stored.strides[0]):
                 yield functools.partial(self._plain, stored[rows], target[rows])
             return
         count = len(self.parts[0])
@@ -69,7 +69,7 @@ class Piece:
             yield lambda: self._copy(self._values(target.dtype)[wanted], target)
             return
         multiple = self.code.ROWS
-        for rows in _blocks(count, 4 * target.size // count, multiple):
+        for rows in blocks(count, 4 * target.size // count, multiple):
             scales = slice(rows.start // multiple, -(-rows.stop // multiple))
             yield functools.partial(self._decode, of_rows, rows, scales)
 
@@ -164,7 +164,7 @@ def merged(array: np.ndarray, rows: int) -> np.ndarray | None:
     return view if np.shares_memory(view, array) else None
 
 
-def _blocks(count: int, bytes_of_row: int, multiple: int = 1) -> Iterator[slice]:
+def blocks(count: int, bytes_of_row: int, multiple: int = 1) -> Iterator[slice]:
     """Rows of each block: so many as are in `BLOCK` bytes, or `multiple`."""
     step = max(BLOCK // max(bytes_of_row, 1) // multiple, 1) * multiple
     for start in range(0, count, step):

@@ -60,7 +60,8 @@ def export(
       The safetensors files.
 
     Raises:
-      Refused: `out` is there and not empty, or `like` is not of the layout's quantised weights.
+      Refused: `out` is there and not empty, `like` is not of the layout's quantised weights, or a
+        value is NaN, infinite, or beyond its tensor's dtype: nothing would read it back.
     """
     out, like = folder_lib.check_new(out), pathlib.Path(like)
     named = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in layout.shapes}
@@ -75,7 +76,9 @@ def export(
         if codes and name in layout.codes:
             return codes.array(name, source)
         stored = np.empty(layout.shapes[name], safetensors.WEIGHTS[named[name]])
-        source.fill(stored, name)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            source.fill(stored, name)
+        _check_finite(stored, name, named[name])
         return stored
 
     written = []
@@ -188,9 +191,19 @@ class _Codes:
                 for name, view in mapped.items()
             ]
             values = source.values(base, code.shape(before[0].shape), expert)
+            _check_finite(values, base, str(values.dtype))
             for name, codes in zip(made, code.encode(values, *before), strict=True):
                 made[name][rows] = codes
         return made
+
+
+def _check_finite(values: np.ndarray, name: str, dtype: str) -> None:
+    """A block at a time: what tells which are finite takes memory, too."""
+    for rows in pieces.blocks(len(values), values.nbytes // max(len(values), 1)):
+        if not pieces.finite(values[rows]):
+            rule = f"would hold NaN or infinity in {dtype}, which no folder is read with"
+            fix = "write a step before it, or like a folder of a wider dtype"
+            raise Refused(name, "NaN or inf", rule, fix)
 
 
 def _bytes(layout: Layout, dtypes: Mapping[str, str], name: str) -> int:

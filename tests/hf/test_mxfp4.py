@@ -144,6 +144,10 @@ def test_only_groups_that_changed_have_other_codes(models, tmp_path):
     blocks, scales = (written.codes(EXPERTS.format(1) + f"gate_up_proj_{part}") for part in PARTS)
     assert scales[3, 14, 0] == 127 + 4  # 100 lies from 4 x 16 on
     assert mxfp4.decode(blocks, scales)[3, 14, 5] == 96
+    changed[1, 3, 5, 7] = np.nan
+    again = tmp_path / "again"
+    with pytest.raises(Refused, match="gate_up_proj = 'NaN or inf'"):
+        save.export(arrays | {name: changed}, way, placement, again, dtypes="BF16", like=models[0])
 
 
 def test_values_are_rounded_to_the_nearest_by_the_standard():

@@ -238,3 +238,15 @@ def test_a_run_is_exported_like_a_published_model(workdir, tmp_path, capsys):
         assert hf_main.main(["export", str(run), str(to), f"--like={other}"]) == 1
         assert says in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "F16"), (3.4e38, "BF16"), (np.nan, "F32")])
+def test_what_could_not_be_read_back_is_not_written(value, dtype, tmp_path):
+    placement, found = golden.contiguous("mixtral", 1), golden.found_layout("mixtral")
+    model = golden.model("mixtral", placement, mesh())
+    arrays = {name: np.array(array) for name, array in checkpoint.flatten(model).items()}
+    arrays["final_norm_D"][-1] = value
+    like = golden.ROOT / "mixtral"
+    with pytest.raises(Refused, match=rf"model\.norm\.weight = 'NaN or inf': .* in {dtype}"):
+        save.export(arrays, found, placement, tmp_path / "out", dtypes=dtype, like=like)
+    assert not list(tmp_path.iterdir())
