@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax import auto, data, metrics, permute
 from moe_jax import mesh as mesh_lib
+from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
 from moe_jax.infer import engine as static_lib
 from moe_jax.infer import load, published, sampling
@@ -30,14 +32,15 @@ from moe_jax.infer.serving import homes, sizes
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options, Part
+from moe_jax.infer.serving.scheduler import Limits
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.placement.problem import Problem
 
 REQUESTS, ROUNDS = 128, 3
-_PROMPT, _ANSWER = (16, 128), (8, 120)  # tokens, uniformly
+_PROMPT, _ANSWER = (16, 128), (8, 120)  # tokens, uniformly; less in a shorter context
 _CONTEXT = 256
 _AT_ONCE = 16
-_STEPS = 60
+_STEP_PROMPT, _STEP_ANSWER = 24, 68  # where single steps are measured
 _RECORDER_ROUNDS = 5
 
 
@@ -68,18 +71,31 @@ class Outcome:
     first: np.ndarray
 
 
-def make_load(text: np.ndarray, per_second: float, seed: int) -> Load:
+def lengths(context: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Least and most tokens of prompts, and of answers: those above, where both fit."""
+    if context >= _PROMPT[1] + _ANSWER[1]:
+        return _PROMPT, _ANSWER
+
+    def part(tokens: int) -> int:
+        return max(tokens * context // _CONTEXT, 1)
+
+    return (part(_PROMPT[0]), part(_PROMPT[1])), (part(_ANSWER[0]), part(_ANSWER[1]))
+
+
+def make_load(text: np.ndarray, per_second: float, seed: int, *, context: int = _CONTEXT) -> Load:
     """Args:
     text: tokens to cut prompts from.
     per_second: requests, on average.
+    context: tokens that a prompt and its answer may have together.
     """
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(*_PROMPT, REQUESTS, endpoint=True)
-    starts = rng.integers(0, len(text) - _PROMPT[1], REQUESTS)
+    of_prompt, of_answer = lengths(context)
+    length_R = rng.integers(*of_prompt, REQUESTS, endpoint=True)
+    starts = rng.integers(0, len(text) - of_prompt[1], REQUESTS)
     return Load(
         np.cumsum(rng.exponential(1 / per_second, REQUESTS)),
-        [text[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)],
-        rng.integers(*_ANSWER, REQUESTS, endpoint=True).tolist(),
+        [text[s : s + n].tolist() for s, n in zip(starts, length_R, strict=True)],
+        rng.integers(*of_answer, REQUESTS, endpoint=True).tolist(),
     )
 
 
@@ -134,16 +150,16 @@ def static(answer: AnswerBatch, traffic: Load, batch: int) -> Outcome:
     return Outcome(time.perf_counter() - start, first)
 
 
-def in_one_shape(engine: static_lib.Engine, batch: int) -> AnswerBatch:
+def in_one_shape(engine: static_lib.Engine, batch: int, context: int) -> AnswerBatch:
     """By engine.py: prompts padded on the right, sequences that have ended fed nothing."""
-    greedy = sampling.Sampling()
+    greedy, (_, width), _ = sampling.Sampling(), *lengths(context)
 
     def answer(prompts: list[list[int]], answers: list[int]) -> float:
         start, first = time.perf_counter(), 0.0
-        token_BS, length_B = np.zeros((batch, _PROMPT[1]), np.int32), np.zeros(batch, np.int32)
+        token_BS, length_B = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
         for row, prompt in enumerate(prompts):
             token_BS[row, : len(prompt)], length_B[row] = prompt, len(prompt)
-        cache = engine.empty_cache(batch, _CONTEXT)
+        cache = engine.empty_cache(batch, context)
         _, logits_BV, cache, _ = engine.prefill(token_BS, length_B, cache)
         for i in range(max(answers)):
             position_B = (length_B + i).astype(np.int32)
@@ -179,19 +195,26 @@ def run(source: load.Source | published.Source, peer_python: str | None = None) 
         _run(source, peer)
 
 
+def sizes_of(model: ModelConfig, mesh: Mesh) -> tuple[Limits, int]:
+    """Those of the engine, and how many sequences of full length its cache has room for: as many
+    on each shard."""
+    context = min(_CONTEXT, model.max_seq_len)
+    limits = sizes.limits(model, mesh, context=context)
+    return limits, limits.blocks * limits.block_size // context * limits.shards
+
+
 def _run(source: load.Source | published.Source, peer: asked.Peer | None) -> None:
     config = source.config
     mesh = mesh_lib.of_config(config.mesh)
     model, table = load.model(source, mesh), permute.table(source.plan.placement)
-    context = min(_CONTEXT, config.model.max_seq_len)
-    limits = sizes.limits(config.model, mesh, context=context)
-    positions = limits.shards * limits.blocks * limits.block_size
-    batch = positions // context
+    limits, batch = sizes_of(config.model, mesh)
+    context, positions = limits.max_len, limits.shards * limits.blocks * limits.block_size
     engine = Engine(config, mesh, model, table, limits, source.text)
-    ways = {"static": in_one_shape(static_lib.Engine(config, mesh, model, table), batch)}
+    ways = {"static": in_one_shape(static_lib.Engine(config, mesh, model, table), batch, context)}
     corpus = source.text.corpus(data.load_corpus(config.data).held_out)
 
-    flood = make_load(corpus, 1e6, seed=0)  # all at once: compiles, and says what rate is high
+    # all at once: compiles, and says what rate is high
+    flood = make_load(corpus, 1e6, seed=0, context=context)
     continuous(engine, flood)
     static(ways["static"], flood, batch)
     if peer:
@@ -233,10 +256,11 @@ def _compare(
     per_second: float,
     name: str,
 ) -> None:
+    context = engine.limits.max_len
     rates: dict[str, list[float]] = {way: [] for way in ("continuous", *ways)}
     firsts: dict[str, list[np.ndarray]] = {way: [] for way in rates}
     for round_ in range(ROUNDS):
-        traffic = make_load(corpus, per_second, seed=round_ + 1)
+        traffic = make_load(corpus, per_second, seed=round_ + 1, context=context)
         for way in rates:
             outcome = (
                 static(ways[way], traffic, batch) if way in ways else continuous(engine, traffic)
@@ -259,9 +283,11 @@ def _compare(
 def _submit(engine: Engine, corpus: np.ndarray, count: int) -> None:
     for pool in engine.scheduler.blocks:
         pool.forget()
-    options = Options(max_tokens=_STEPS + 8, ignore_end=True)
+    length = min(_STEP_PROMPT, max(engine.limits.max_len // 4, 1))
+    answer = min(_STEP_ANSWER, engine.limits.max_len - length)
+    options = Options(max_tokens=answer, ignore_end=True)
     for n in range(count):
-        engine.submit(corpus[n * 32 : n * 32 + 24].tolist(), options, lambda part: None)
+        engine.submit(corpus[n * 32 : n * 32 + length].tolist(), options, lambda part: None)
 
 
 def _host_share(engine: Engine, corpus: np.ndarray, count: int) -> None:
@@ -308,7 +334,8 @@ def _worth_of_homes(
 ) -> None:
     """Learned from the requests of one load, worth what the dispatch counts in others."""
     config, placement = source.config, source.plan.placement
-    continuous(engine, make_load(corpus, 1e6, seed=0))
+    context = engine.limits.max_len
+    continuous(engine, make_load(corpus, 1e6, seed=0, context=context))
     trace = engine.trace()
     assert trace is not None
     try:
@@ -329,7 +356,7 @@ def _worth_of_homes(
         engine.read_counters()
         engine.stats = Stats()
         for seed in range(1, ROUNDS + 1):
-            continuous(engine, make_load(corpus, 1e6, seed))
+            continuous(engine, make_load(corpus, 1e6, seed, context=context))
         engine.read_counters()
         rows[way] = engine.stats.moved / (engine.stats.tokens * placement.num_layers)
     metrics.say(

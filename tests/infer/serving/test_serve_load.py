@@ -27,6 +27,28 @@ def test_batches_are_whole_and_in_order():
     assert {len(p) for p in traffic.prompts} <= set(range(16, 129))
 
 
+@pytest.mark.parametrize("context", [2, 7, 64, 247, 248, 256])
+def test_requests_fit_in_a_short_context(context):
+    text = np.arange(1000) % 256
+    traffic = serve_load.make_load(text, 1e9, seed=1, context=context)
+    pairs = list(zip(traffic.prompts, traffic.answers, strict=True))
+    assert all(prompt and answer for prompt, answer in pairs)
+    assert max(len(prompt) + answer for prompt, answer in pairs) <= context
+    assert max(map(len, traffic.prompts)) > context // 3
+    if context >= 248:  # that of published figures
+        published = serve_load.make_load(text, 1e9, seed=1)
+        assert (traffic.prompts, traffic.answers) == (published.prompts, published.answers)
+
+
+def test_batches_are_the_same_on_every_shard():
+    for max_seq_len in (16, 100, 256, 4096):
+        config = tiny.config(mesh={"data": 2, "expert": 4}, model__max_seq_len=max_seq_len)
+        limits, batch = serve_load.sizes_of(config.model, tiny.mesh(config))
+        assert limits.max_len == min(max_seq_len, 256)
+        assert batch % limits.shards == 0 < batch
+        assert batch * limits.max_len <= limits.shards * limits.blocks * limits.block_size
+
+
 def test_the_own_way_answers_as_the_engine_does(monkeypatch):
     """Each as long as it was asked for, and then nothing."""
     monkeypatch.setattr(serve_load, "_PROMPT", (2, 8))
@@ -42,7 +64,7 @@ def test_the_own_way_answers_as_the_engine_does(monkeypatch):
         return decode(token_B, position_B, cache)
 
     monkeypatch.setattr(engine, "decode", watched)
-    seconds = serve_load.in_one_shape(engine, 8)(prompts, answers)
+    seconds = serve_load.in_one_shape(engine, 8, 16)(prompts, answers)
     assert seconds > 0
     fed_SB = np.stack(fed)
     monkeypatch.setattr(engine, "decode", decode)
