@@ -131,14 +131,23 @@ def _here(stored: plan_lib.Plan, config: Config) -> plan_lib.Plan:
     """The stored order of experts on the devices that the config has now.
 
     A run that was started on another mesh has config.json of that one before it saves a step.
+    Shares of copies are a node's, so they go with its number of nodes.
     """
-    slots, devices = stored.placement.physical_to_logical_LP, config.mesh.expert_devices
-    if stored.placement.num_devices == devices:
+    old, devices = stored.placement, config.mesh.expert_devices
+    if old.num_devices == devices:
         return stored
+    share_LNP = old.share_LNP
+    nodes = config.mesh.node if share_LNP is None else share_LNP.shape[1] - 1
+    if nodes != config.mesh.node:
+        share_LNP = None
+    slots_LP = old.physical_to_logical_LP
     try:
-        placement = plan_lib.Placement(slots, stored.placement.num_experts, devices)
+        placement = plan_lib.Placement(slots_LP, old.num_experts, devices, share_LNP)
     except Refused:  # its slots do not divide, or two copies would meet: `find` says so
         return stored
+    if nodes != config.mesh.node:
+        rule = f"not {config.mesh.node}: the copy rule is `local` here"
+        _warn(f"the step's plan shares copies between {nodes} node(s), {rule}")
     return plan_lib.Plan(placement, stored.layer_ids)
 
 
