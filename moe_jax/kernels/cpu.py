@@ -31,7 +31,8 @@ from moe_jax.kernels.scaled import Scaled
 class _Linear(NamedTuple):
     """x @ w for weights stored [D, F] or, transposed, [F, D]; hashable, fixed while tracing."""
 
-    transposed: bool = False
+    transposed: bool
+    precision: lax.Precision | None
 
     def width(self, w_GDF: Array | Scaled) -> int:
         """F"""
@@ -39,15 +40,25 @@ class _Linear(NamedTuple):
 
     def y(self, x_TD: Array, w_DF: Array | Scaled, bias_F: Array | None = None) -> Array:
         values_DF, scale_F = w_DF if isinstance(w_DF, Scaled) else (w_DF, None)
-        y_TF = (_dot_wt if self.transposed else _dot)(x_TD, values_DF)
+        y_TF = self._dot(x_TD, values_DF, 1, 1 if self.transposed else 0)
         y_TF = y_TF if scale_F is None else y_TF * scale_F[None]
         return y_TF if bias_F is None else y_TF + bias_F[None]
 
     def dx(self, dy_TF: Array, w_DF: Array) -> Array:
-        return (_dot if self.transposed else _dot_wt)(dy_TF, w_DF)
+        return self._dot(dy_TF, w_DF, 1, 0 if self.transposed else 1)
 
     def dw(self, x_TD: Array, dy_TF: Array) -> Array:
-        return _dot_xt(dy_TF, x_TD) if self.transposed else _dot_xt(x_TD, dy_TF)
+        return self._dot(*((dy_TF, x_TD) if self.transposed else (x_TD, dy_TF)), 0, 0)
+
+    def _dot(self, a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+        """Summed over these axes."""
+        return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=self.precision)
+
+
+def _linear(x_ND: Array, transposed: bool) -> _Linear:
+    # GPUs round float32 to 10 bits by default, TPUs to 7: more than x in bfloat16 has
+    exact = x_ND.dtype != jnp.bfloat16
+    return _Linear(transposed, lax.Precision.HIGHEST if exact else None)
 
 
 _SMALL, _LARGE = Sizes(128, (64, 128)), Sizes(256, (64, 96, 128, 192, 256, 320))
@@ -89,20 +100,6 @@ def _as_cotangents(grads: tuple[Any, ...], weights: Sequence[Array | None]) -> t
     return dx_ND, *jax.tree.map(lambda w, g: g.astype(w.dtype), list(weights), dw), None
 
 
-def _dot(x_TD: Array, w_DF: Array) -> Array:
-    return lax.dot(x_TD, w_DF)
-
-
-def _dot_wt(y_TF: Array, w_DF: Array) -> Array:
-    """y @ w^T"""
-    return lax.dot_general(y_TF, w_DF, (((1,), (1,)), ((), ())))
-
-
-def _dot_xt(x_TD: Array, y_TF: Array) -> Array:
-    """x^T @ y"""
-    return lax.dot_general(x_TD, y_TF, (((0,), (0,)), ((), ())))
-
-
 def _with_room(x_ND: Array, w_GDF: Array | Scaled) -> Array:
     """A buffer shorter than the largest tile it may be cut into is filled up to it."""
     num_rows, choices = x_ND.shape[0], _sizes_of_any(w_GDF).first
@@ -131,7 +128,7 @@ def matmul(
     transposed: bool = False,
     first_group: Array | None = None,
 ) -> Array:
-    how = _Linear(transposed), jnp.dtype(out_dtype)
+    how = _linear(x_ND, transposed), jnp.dtype(out_dtype)
     groups = _groups(group_sizes_G, first_group)
     return _matmul(*how, _with_room(x_ND, w_GDF), w_GDF, groups)[: x_ND.shape[0]]
 
@@ -184,7 +181,7 @@ def swiglu(
     transposed: bool = False,
     first_group: Array | None = None,
 ) -> Array:
-    how = _Linear(transposed), activation
+    how = _linear(x_ND, transposed), activation
     weights = w_gate_GDF, w_up_GDF, bias_gate_GF, bias_up_GF
     groups = _groups(group_sizes_G, first_group)
     return _swiglu(*how, _with_room(x_ND, w_gate_GDF), *weights, groups)[: x_ND.shape[0]]
@@ -253,7 +250,7 @@ def ffn(
     transposed: bool = False,
     first_group: Array | None = None,
 ) -> Array:
-    how = _Linear(transposed), activation
+    how = _linear(x_ND, transposed), activation
     groups = _groups(group_sizes_G, first_group)
     weight_N1 = None if row_weight_N is None else _with_room(row_weight_N[:, None], w_gate_GDF)
     weights = w_gate_GDF, w_up_GDF, w_down_GFD, bias_gate_GF, bias_up_GF, bias_down_GD

@@ -19,6 +19,7 @@ from tests.kernels.oracle import (
     assert_close,
     make,
     numpy_answer,
+    program,
     value_and_grads,
 )
 
@@ -128,6 +129,16 @@ def test_preferred_element_type():
         assert [a.dtype.name for a in got] == ["float32", "bfloat16", "bfloat16"]
         want = numpy_answer("matmul", x_ND, weights, sizes_G, dy)
         assert_close(got[:1], want[:1], BOUNDS["float32"])
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", 1), ("float16", 1), ("bfloat16", 0)])
+def test_products_of_cpu_are_exact_on_every_backend(dtype, exact):
+    """GPUs and TPUs round float32 unless they are told not to."""
+    x_ND, weights, sizes_G, dy = make("ffn", 100, [60, 30], dtype)
+    text = program("ffn", implementation="cpu").lower(x_ND, weights, sizes_G, dy).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert dots
+    assert all(line.count("HIGHEST, HIGHEST") == exact for line in dots)
 
 
 # --- transformations -------------------------------------------------------------------------
