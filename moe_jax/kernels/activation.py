@@ -47,11 +47,11 @@ def _above(value: Array) -> Array:
 
 
 def _clamped_swiglu_gradient(gate: Array, up: Array, dh: Array) -> tuple[Array, Array]:
-    free_gate, free_up = gate <= LIMIT, jnp.abs(up) <= LIMIT
+    cut_gate, cut_up = gate > LIMIT, jnp.abs(up) > LIMIT  # a NaN is not cut off
     gate, up = _above(gate), _above(-_above(-up))
     sigmoid = lax.logistic(ALPHA * gate)
     dgate = dh * (up + 1.0) * sigmoid * (1.0 + ALPHA * gate * (1.0 - sigmoid))
-    return jnp.where(free_gate, dgate, 0.0), jnp.where(free_up, dh * gate * sigmoid, 0.0)
+    return jnp.where(cut_gate, 0.0, dgate), jnp.where(cut_up, 0.0, dh * gate * sigmoid)
 
 
 ACTIVATIONS = {

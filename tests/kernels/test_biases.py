@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.kernels import activation
 from moe_jax.kernels import grouped_matmul as gm
 from tests.kernels.oracle import BOUNDS, IMPLEMENTATIONS, OPS, SLOW, VARIANTS, assert_close, make
 
@@ -185,3 +186,12 @@ def test_bits_of_biased_rows_depend_on_no_other_row(d_model, d_ff, count):
     for before, after, num_rows in ((17, 0, 640), (130, 200, 640), (5, 3, count + 8)):
         for a, b in zip(run(before, after, num_rows), alone, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", activation.ACTIVATIONS)
+def test_a_gradient_at_nan_is_nan(name):
+    """It is not taken for a value that is cut off."""
+    act, nan, one = activation.ACTIVATIONS[name], jnp.float32(jnp.nan), jnp.float32(1)
+    for gate, up in ((nan, one), (one, nan)):
+        by_jax = jax.grad(act.value, (0, 1))(gate, up)
+        assert np.array_equal(np.isnan(act.gradient(gate, up, one)), np.isnan(by_jax))
