@@ -60,6 +60,34 @@ def test_types_the_hardware_has_not_are_refused():
         gm.grouped_matmul(x_ND, w_GDF, jnp.array([8], jnp.int32), implementation="pallas_tpu")
 
 
+def test_the_hardware_meets_no_float16_beside_the_rows():
+    """Biases, weights of rows, scales and results in it are cast before and after the kernels."""
+    half, g, d, f = jnp.float16, 2, 128, 256
+    x_ND, w_GDF, w_GFD = jnp.ones((8, d)), jnp.ones((g, d, f)), jnp.ones((g, f, d))
+    sizes_G = jnp.array([5, 3], jnp.int32)
+    bias_GF, bias_GD = jnp.ones((g, f), half), jnp.ones((g, d), half)
+    biases = {"bias_gate_GF": bias_GF, "bias_up_GF": bias_GF, "bias_down_GD": bias_GD}
+
+    def ffn(x_ND, biases, row_weight_N):
+        how = {"row_weight_N": row_weight_N, "implementation": "pallas_tpu", **biases}
+        return gm.grouped_ffn(x_ND, w_GDF, w_GDF, w_GFD, sizes_G, **how)
+
+    def matmul(x_ND, w_GDF, scale_GF):
+        how = {"w_scale_GF": scale_GF, "preferred_element_type": half}
+        return gm.grouped_matmul(x_ND, w_GDF, sizes_G, implementation="pallas_tpu", **how)
+
+    def both(x_ND, biases, row_weight_N):
+        y_ND, vjp = jax.vjp(ffn, x_ND, biases, row_weight_N)
+        narrow = matmul(x_ND, w_GDF.astype(jnp.int8), bias_GF)
+        return vjp(y_ND), narrow, matmul(x_ND, w_GDF, None)
+
+    traced = jax.jit(both).trace(x_ND, biases, jnp.ones(8, half))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    assert len(calls) > 6
+    assert not any("f16>" in line.replace("bf16>", "") for line in calls)
+
+
 def test_other_platforms_are_refused_and_told_what_runs_there():
     x_ND, w_GDF = jnp.zeros((8, 128)), jnp.zeros((1, 128, 128))
     with pytest.raises(Refused, match=r"'pallas_tpu': runs on TPUs, and x_ND lies on cpu. Pass im"):

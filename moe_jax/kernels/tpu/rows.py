@@ -36,6 +36,12 @@ def grouped_rows(
     interpret: bool,
 ) -> list[Array]:
     """Results [N, B], or [N] for sums of rows; `kind` names the operation in the table of tiles."""
+    # float16, which the chips do not know, stays outside of the kernel
+    asked, results = results, [_on_chip(result) for result in results]
+    operands = operands._replace(
+        by_group=[a.astype(jnp.float32) for a in operands.by_group],
+        by_row=[a.astype(jnp.float32) for a in operands.by_row],
+    )
     lhs, weights, products, by_group, by_row, by_both = operands
     num_rows, num_sum = lhs[0].shape
     num_groups, num_out = weights[0].array.shape[0], cost.width(operands)
@@ -200,9 +206,14 @@ def grouped_rows(
         name=f"grouped_{kind}",
     )(*work, *arrays)
     return [
-        jnp.sum(a, axis=(0, 1)) if result.row_sum else a
-        for a, result in zip(found, results, strict=True)
+        jnp.sum(a, axis=(0, 1)) if result.row_sum else a.astype(result.dtype)
+        for a, result in zip(found, asked, strict=True)
     ]
+
+
+def _on_chip(result: Result) -> Result:
+    half = jnp.dtype(result.dtype) == jnp.float16
+    return result._replace(dtype=jnp.float32) if half else result
 
 
 def _repeat(
