@@ -319,6 +319,7 @@ def measure(
                 "roofline": {
                     who: _roofline(shape, pattern, direction, 1e3 * float(wall))
                     for who, (wall, _) in best.items()
+                    if who in ratio
                 },
                 "left_out": left_out,
             }
@@ -328,8 +329,7 @@ def measure(
                     who: flops * float(np.median(of_square[:, 0] / t[:, 0]))
                     for who, t in times.items()
                 }
-                for figures in ("milliseconds", "roofline"):
-                    del row[figures]["square"]
+                del row["milliseconds"]["square"]
                 row["square_tflops"] = 2.0 * _SQUARE**3 / float(best["square"][0]) / 1e12
             said = ", ".join(f"{who} {x:.2f}" for who, x in row["ratio"].items())
             print(f"  {name} {pattern} {direction}, of dense: {said}", file=sys.stderr)
@@ -396,6 +396,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Refused("--patterns", args.patterns, rule, "Leave it out to see those that are")
         passes = named("--passes", args.passes, PASSES)
         implementation = args.implementation or gm.default_implementation()
+        gm.check_platform(implementation, jax.default_backend(), "--implementation")
         opponents = named("--opponents", args.opponents, NAMES) if args.opponents else []
         rows = list(measure(cases, implementation, args.seconds, opponents, passes))
         if not rows:

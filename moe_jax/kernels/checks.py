@@ -1,6 +1,6 @@
 """What the grouped operations refuse while they are traced, in words that name the fix."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ class Stored(NamedTuple):
     """How weights lie in memory."""
 
     transposed: bool
-    first_group: Array | int | None
+    first_group: Any  # an integer or None, once it is checked
 
     def width(self, w_GDF: Array) -> int:
         """F of [G, D, F]."""
@@ -25,9 +25,9 @@ class Stored(NamedTuple):
 
 
 def arrays(
-    x_ND: Array,
-    weights: dict[str, tuple[Array, str]],
-    group_sizes_G: Array,
+    x_ND: Any,
+    weights: dict[str, tuple[Any, str]],
+    group_sizes_G: Any,
     stored: Stored,
     scales: dict[str, Array | None],
 ) -> None:
@@ -86,7 +86,7 @@ def _scale(name: str, w: Array, scale: Array | None, stored: Stored) -> None:
         raise Refused(f"{label}.shape", scale.shape, rule, f"Pass {label} of that shape")
 
 
-def _first_group(value: Array | int | None, stored: int, num_groups: int) -> None:
+def _first_group(value: Any, stored: int, num_groups: int) -> None:
     if value is None:
         return
     if num_groups > stored:
@@ -96,14 +96,18 @@ def _first_group(value: Array | int | None, stored: int, num_groups: int) -> Non
             f"must be at most {stored}, the groups of the weights",
             "Pass the sizes of some of them",
         )
+    if np.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise Refused("first_group", value, "must be one integer", "Pass a layer's first group")
     if not isinstance(value, jax.core.Tracer) and not 0 <= int(value) <= stored - num_groups:
         rule = f"must lie in 0 .. {stored - num_groups}: {num_groups} of {stored} groups from it on"
         raise Refused("first_group", int(value), rule, "Pass the index of a layer's first group")
 
 
-def _rank(name: str, array: Array, rank: int) -> None:
+def _rank(name: str, array: Any, rank: int) -> None:
+    axes = ", ".join(name.rsplit("_", 1)[1])
+    if not hasattr(array, "ndim"):
+        raise Refused(name, array, "must be an array", f"Pass an array [{axes}]")
     if array.ndim != rank:
-        axes = ", ".join(name.rsplit("_", 1)[1])
         raise Refused(
             f"{name}.shape", array.shape, f"must have {rank} axes", f"Pass an array [{axes}]"
         )
@@ -117,6 +121,17 @@ def dtype(name: str, dtype: np.dtype) -> None:
             f"must be one of {', '.join(_DTYPES)}",
             "Cast it first",
         )
+
+
+def result_dtype(value: Any) -> np.dtype:
+    """Of `preferred_element_type`."""
+    try:
+        found = jnp.dtype(value)
+    except TypeError:
+        rule = f"must be one of {', '.join(_DTYPES)}"
+        raise Refused("preferred_element_type", value, rule, "Pass one of these") from None
+    dtype("preferred_element_type", found)
+    return found
 
 
 def biases(biases: dict[str, Array | None], sizes: dict[str, int], num_groups: int) -> None:

@@ -72,12 +72,11 @@ def grouped_matmul(
     stored = checks.Stored(transpose_w, first_group)
     scales = {"w_GDF": w_scale_GF}
     checks.arrays(x_ND, {"w_GDF": (w_GDF, "D")}, group_sizes_G, stored, scales)
-    group_sizes_G = group_sizes_G.astype(jnp.int32)  # ends are sums: a narrow type overflows
-    out_dtype = jnp.dtype(preferred_element_type or x_ND.dtype)
-    checks.dtype("preferred_element_type", out_dtype)
-    module = _choose(implementation)
+    group_sizes_G = _summable(group_sizes_G, x_ND.shape[0])
+    out_dtype = checks.result_dtype(preferred_element_type or x_ND.dtype)
+    module = _choose(implementation, x_ND, group_sizes_G)
     (w_GDF,), how = _as_read(module, stored, group_sizes_G, *_scaled([w_GDF], scales))
-    arrays = _aligned(x_ND, w_GDF, group_sizes_G)
+    arrays, how = _aligned(how, x_ND, w_GDF, group_sizes_G)
     return _run(lambda *a: module.matmul(*a, out_dtype, **how), scales, *arrays)
 
 
@@ -112,20 +111,20 @@ def grouped_swiglu(
     stored = checks.Stored(transpose_w, first_group)
     scales = {"w_gate_GDF": w_gate_scale_GF, "w_up_GDF": w_up_scale_GF}
     checks.arrays(x_ND, weights, group_sizes_G, stored, scales)
-    group_sizes_G = group_sizes_G.astype(jnp.int32)  # ends are sums: a narrow type overflows
+    group_sizes_G = _summable(group_sizes_G, x_ND.shape[0])
     biases = {"bias_gate_GF": bias_gate_GF, "bias_up_GF": bias_up_GF}
     checks.biases(biases, {"F": stored.width(w_gate_GDF)}, w_gate_GDF.shape[0])
-    module = _choose(implementation)
+    module = _choose(implementation, x_ND, group_sizes_G)
     matrices = _scaled([w_gate_GDF, w_up_GDF], scales)
     args, how = _as_read(module, stored, group_sizes_G, *matrices, *biases.values())
-    how |= _store(pre_activations, implementation)
-    x_ND, group_sizes_G, w_gate_GDF, w_up_GDF, *aligned = _aligned(x_ND, group_sizes_G, *args)
-    arrays, act = (x_ND, w_gate_GDF, w_up_GDF, group_sizes_G), _activation(activation)
+    how |= _store(pre_activations, module)
+    (x_ND, group_sizes_G, *args), how = _aligned(how, x_ND, group_sizes_G, *args)
+    arrays, act = (x_ND, *args[:2], group_sizes_G), _activation(activation)
 
     def run(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, *biases):
         return module.swiglu(x_ND, w_gate_GDF, w_up_GDF, group_sizes_G, act, *biases, **how)
 
-    return _run(run, scales, *arrays, *aligned)
+    return _run(run, scales, *arrays, *args[2:])
 
 
 @no_type_check  # `checks` refuses the same in words that name the fix
@@ -171,7 +170,7 @@ def grouped_ffn(
         "w_down_GFD": w_down_scale_GD,
     }
     checks.arrays(x_ND, weights, group_sizes_G, stored, scales)
-    group_sizes_G = group_sizes_G.astype(jnp.int32)  # ends are sums: a narrow type overflows
+    group_sizes_G = _summable(group_sizes_G, x_ND.shape[0])
     biases = {
         "bias_gate_GF": bias_gate_GF,
         "bias_up_GF": bias_up_GF,
@@ -181,17 +180,18 @@ def grouped_ffn(
     checks.biases(biases, sizes, w_gate_GDF.shape[0])
     if row_weight_N is not None:
         checks.row_weight(row_weight_N, x_ND.shape[0])
-    module = _choose(implementation)
+    module = _choose(implementation, x_ND, group_sizes_G)
     matrices = _scaled([w_gate_GDF, w_up_GDF, w_down_GFD], scales)
     args, how = _as_read(module, stored, group_sizes_G, *matrices, *biases.values())
-    how |= _store(pre_activations, implementation)
-    x_ND, group_sizes_G, *args, row_weight_N = _aligned(x_ND, group_sizes_G, *args, row_weight_N)
+    how |= _store(pre_activations, module)
+    args = x_ND, group_sizes_G, *args, row_weight_N
+    (x_ND, group_sizes_G, *args), how = _aligned(how, *args)
     arrays, act = (x_ND, *args[:3], group_sizes_G), _activation(activation)
 
     def run(*a):
         return module.ffn(*a[:5], act, *a[5:], **how)
 
-    return _run(run, scales, *arrays, *args[3:], row_weight_N)
+    return _run(run, scales, *arrays, *args[3:])
 
 
 def default_implementation(device: Any = None) -> str:
@@ -214,7 +214,7 @@ def default_implementation(device: Any = None) -> str:
     return _BY_PLATFORM[device.platform]
 
 
-def check_platform(implementation: str, platform: str) -> None:
+def check_platform(implementation: str, platform: str, field: str = "model.kernels") -> None:
     """Raises `Refused` where a program would be built that its devices cannot run."""
     needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "hopper": "gpu"}.get(
         implementation, platform
@@ -222,10 +222,12 @@ def check_platform(implementation: str, platform: str) -> None:
     if needed != platform:
         rule = f"runs on platform {needed!r}, and the devices are of {platform!r}"
         fix = "set model.kernels = '', which chooses by platform (for infer.py in config.json)"
-        raise Refused("model.kernels", implementation, rule, fix)
+        if field != "model.kernels":
+            fix = f"Leave out {field}, which chooses by platform"
+        raise Refused(field, implementation, rule, fix)
 
 
-def _choose(implementation: str | None) -> ModuleType:
+def _choose(implementation: str | None, x_ND: Any, group_sizes_G: Array) -> ModuleType:
     name = default_implementation() if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise Refused(
@@ -234,7 +236,18 @@ def _choose(implementation: str | None) -> ModuleType:
             f"must be one of {', '.join(IMPLEMENTATIONS)}",
             "Pass one of these, or None to choose by platform",
         )
+    if not x_ND.shape[0] or not group_sizes_G.shape[0]:
+        name = "reference"  # zeros at no cost; others have no tile to begin with
     return importlib.import_module(f"moe_jax.kernels.{name}")
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rsplit(".", 1)[1]
+
+
+def _summable(group_sizes_G: Array, num_rows: int) -> Array:
+    """Ends of groups are sums, which neither a narrow type nor sizes beyond the buffer may wrap."""
+    return jnp.clip(group_sizes_G.astype(jnp.int32), 0, num_rows)
 
 
 def _as_read(
@@ -242,7 +255,7 @@ def _as_read(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Weights as an implementation reads them, and what it is told about them."""
     transposed, first = stored
-    name = module.__name__.rsplit(".", 1)[1]
+    name = _name(module)
     how: dict[str, Any] = {}
     if name in _TRANSPOSED_IN_PLACE:
         transposed, how["transposed"] = False, transposed
@@ -281,12 +294,12 @@ def _run(f: Callable[..., Array], scales: dict[str, Array | None], *args: Any) -
     return forward_only(*args)
 
 
-def _store(pre_activations: str, implementation: str | None) -> dict[str, bool]:
+def _store(pre_activations: str, module: ModuleType) -> dict[str, bool]:
     """What an implementation is told of it: nothing where it is not to store them."""
     if pre_activations not in ("recompute", "store"):
         rule = "must be one of recompute, store"
         raise Refused("pre_activations", pre_activations, rule, "Pass one of these")
-    name = implementation or default_implementation()
+    name = _name(module)
     if pre_activations == "recompute" or name == "reference":  # JAX decides what that keeps
         return {}
     check_storing(name, "pre_activations")
@@ -301,24 +314,26 @@ def check_storing(implementation: str, field: str) -> None:
         raise Refused(field, "store", rule, fix)
 
 
-def _activation(name: str) -> Activation:
-    if name not in ACTIVATIONS:
+def _activation(name: Any) -> Activation:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         rule = f"must be one of {', '.join(ACTIVATIONS)}"
         raise Refused("activation", name, rule, "Pass one of these")
     return ACTIVATIONS[name]
 
 
-def _aligned(*arrays: Array | Scaled | None) -> list[Any]:
-    """All arrays varying over the union of their mesh axes; None stays None.
+def _aligned(how: dict[str, Any], *arrays: Any) -> tuple[list[Any], dict[str, Any]]:
+    """All arrays varying over the union of their mesh axes, that in `how` too; None stays None.
 
     Done outside the custom derivatives, so that JAX sums the gradient of a weight that was the
     same on several devices by itself.
     """
     of = lambda a: jax.typeof(a).manual_axis_type.varying  # noqa: E731
-    union = frozenset().union(*(of(a) for a in jax.tree.leaves(arrays)))
+    given = list(arrays), {"first_group": how["first_group"]} if "first_group" in how else {}
+    union = frozenset().union(*(of(a) for a in jax.tree.leaves(given)))
 
-    def varying(a: Array) -> Array:
+    def varying(a: Any) -> Array:
         missing = tuple(union - of(a))
-        return lax.pcast(a, missing, to="varying") if missing else a
+        return lax.pcast(a, missing, to="varying") if missing else jnp.asarray(a)
 
-    return jax.tree.map(varying, list(arrays))
+    aligned, of_how = jax.tree.map(varying, given)
+    return aligned, how | of_how

@@ -54,6 +54,7 @@ def test_group_sizes_sum_to_the_rows(pattern):
             ["--shapes=decode", "--patterns=zipf"],
             "--patterns = 'zipf': none is measured for decode",
         ),
+        ([*OPTIONS, "--implementation=hopper"], "--implementation = 'hopper': runs on platform"),
         ([*OPTIONS, "--passes=dx"], "--passes = 'dx': decode have none of these"),
     ],
 )
@@ -70,7 +71,7 @@ def test_opponents_that_cannot_run_are_named_and_left_out(capsys):
     assert "decode: megablox left out: runs on TPUs, and this is a cpu" in err
     assert set(row["ratio"]) == {"cpu", "cpu, transposed", "ragged_dot"}
     assert row["left_out"] == {"megablox": "runs on TPUs, and this is a cpu"}
-    assert row["roofline"] == dict.fromkeys(["dense", *row["ratio"]])  # no peaks are known
+    assert row["roofline"] == dict.fromkeys(row["ratio"])  # no peaks are known
     with pytest.raises(Refused, match=r"'megablox': takes multiples of 128 rows, and the buffer h"):
         opponents.opponent("megablox", "tpu", 130)
     with pytest.raises(Refused, match=r"--opponents = 'cutlass': must be among ragged_dot, batche"):

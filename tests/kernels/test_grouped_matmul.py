@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.errors import Refused
 from moe_jax.kernels import grouped_matmul as gm
 from tests.kernels.oracle import (
     BOUNDS,
     IMPLEMENTATIONS,
+    OPS,
     VARIANTS,
     assert_close,
     make,
@@ -184,6 +186,28 @@ def test_gradients_of_shared_weights_are_summed_in_shard_map(implementation):
     assert_close([np.asarray(a) for a in (dx, *dw)], [want_dx, *want_dw], BOUNDS["float32"])
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_devices_may_differ_in_their_first_group_alone(implementation, op):
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    x_ND, weights, _, _ = make(op, 20, [0] * 4)
+    sizes_G = jnp.array([8, 9], jnp.int32)
+
+    def run(x_ND, weights, first):
+        how = {"first_group": first, "implementation": implementation}
+        return OPS[op](x_ND, *weights, sizes_G, **how)
+
+    def local(x_ND, weights):
+        return run(x_ND, weights, jax.lax.axis_index("expert") * 2)[None]
+
+    f = jax.shard_map(local, mesh=mesh, in_specs=(P(), P()), out_specs=P("expert"))
+    got, vjp = jax.vjp(jax.jit(f), x_ND, weights)
+    want, vjp_alone = jax.vjp(lambda *a: jnp.stack([run(*a, 0), run(*a, 2)]), x_ND, weights)
+    for a, b in zip(*map(jax.tree.leaves, (vjp(got), vjp_alone(want))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_under_checkpoint_and_scan_over_layers():
     x_ND, weights, sizes_G, _ = make("ffn", 90, [30, 0, 41])
     stacked = [jnp.stack([w, w * 0.5, w * 0.25]) for w in weights]
@@ -208,8 +232,11 @@ def test_under_checkpoint_and_scan_over_layers():
 def test_sizes_past_the_buffer_are_cut_off_when_traced():
     x_ND, weights, _, _ = make("matmul", 50, [0, 0, 0])
     run = jax.jit(lambda sizes_G: gm.grouped_matmul(x_ND, *weights, sizes_G))
-    got = run(jnp.array([20, 60, 9], jnp.int32))
-    np.testing.assert_array_equal(got, run(jnp.array([20, 30, 0], jnp.int32)))
+    for sizes in ([20, 60, 9], [20, 2**31 - 1, 2**31 - 1]):
+        got = run(jnp.array(sizes, jnp.int32))
+        np.testing.assert_array_equal(got, run(jnp.array([20, 30, 0], jnp.int32)))
+    got = run(jnp.array([20, -7, 9], jnp.int32))
+    np.testing.assert_array_equal(got, run(jnp.array([20, 0, 9], jnp.int32)))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
@@ -222,8 +249,19 @@ def test_sizes_of_a_narrow_type_are_whole_numbers(implementation, dtype):
     np.testing.assert_array_equal(y_NF[:, 0], np.repeat([4.0, 8.0, 12.0], 100))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "cpu"])
-def test_no_group_makes_zeros(implementation):
-    no_GDF, none_G = jnp.zeros((0, 4, 6)), jnp.zeros(0, jnp.int32)
-    y_NF = gm.grouped_matmul(jnp.ones((5, 4)), no_GDF, none_G, implementation=implementation)
-    np.testing.assert_array_equal(y_NF, np.zeros((5, 6)))
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "pallas_gpu_interpret"])
+@pytest.mark.parametrize(("num_rows", "num_groups"), [(5, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("op", OPS)
+def test_no_row_or_no_group_makes_zeros(op, num_rows, num_groups, implementation):
+    x_ND, weights, sizes_G, dy = make(op, num_rows, [0] * num_groups, "bfloat16")
+    got = value_and_grads(op, x_ND, weights, sizes_G, dy, implementation=implementation)
+    for found, like in zip(got, [dy, x_ND, *weights], strict=True):
+        assert (found.shape, found.dtype) == (like.shape, like.dtype)
+        assert not found.any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_in_numpy_are_told_what_runs_here(op):
+    x_ND, weights, sizes_G, _ = make(op, 8, [5, 3])
+    with pytest.raises(Refused, match=r"'pallas_tpu': runs on TPUs, and x_ND lies on cpu"):
+        OPS[op](np.asarray(x_ND), *weights, sizes_G, implementation="pallas_tpu")

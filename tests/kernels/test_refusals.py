@@ -74,11 +74,28 @@ def test_wrong_biases_are_refused(name, bias, message):
         gm.grouped_ffn(x_ND, w_GDF, w_GDF, w_GFD, jnp.asarray(SIZES), **{name: bias})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_sizes_G": [1, 3]}, r"group_sizes_G = \[1, 3\]: must be an array. Pass an ar"),
+        ({"first_group": 1.5}, r"first_group = 1.5: must be one integer. Pass a layer's first gro"),
+        ({"first_group": jnp.array([0])}, r"first_group = .*\[0\].*: must be one integer"),
+        ({"preferred_element_type": "foo"}, r"preferred_element_type = 'foo': must be one of floa"),
+    ],
+)
+def test_what_is_no_array_or_type_is_refused(change, message):
+    args = {"x_ND": jnp.ones(X), "w_GDF": jnp.ones(W), "group_sizes_G": jnp.asarray(SIZES)}
+    with pytest.raises(Refused, match=message):
+        gm.grouped_matmul(**(args | change))
+
+
 def test_wrong_choices_are_refused_while_tracing():
     x_ND, weights, sizes_G, _ = make("matmul", 4, [4])
     with pytest.raises(Refused, match=r"implementation = 'cuda': must be one of reference, cpu"):
         jax.jit(lambda x: gm.grouped_matmul(x, *weights, sizes_G, implementation="cuda"))(x_ND)
     with pytest.raises(Refused, match=r"activation = 'gelu': must be one of swiglu, clamped_swig"):
         gm.grouped_swiglu(x_ND, *weights, *weights, sizes_G, activation="gelu")
+    with pytest.raises(Refused, match=r"activation = \['swiglu'\]: must be one of swiglu, clamped"):
+        gm.grouped_swiglu(x_ND, *weights, *weights, sizes_G, activation=["swiglu"])
     with pytest.raises(Refused, match=r"preferred_element_type = 'int8': must be one of float32"):
         gm.grouped_matmul(x_ND, *weights, sizes_G, preferred_element_type=jnp.int8)
