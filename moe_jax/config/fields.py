@@ -240,7 +240,8 @@ class TrainConfig:
     checkpoint_every: int = 100
     checkpoints_kept: int = 3  # the newest so many
     checkpoints_kept_every: int = 0  # and every so many steps; 0 = none for this
-    checkpoints_kept_best: int = 0  # and so many of the lowest held-out loss; 0 = none for this
+    # And so many of the lowest held-out loss, for which each step that is saved is evaluated, too;
+    checkpoints_kept_best: int = 0  # 0 = none for this
     checkpoints_verified: bool = True  # False: digests are not compared at a start; it says so
     failed_save: str = "stop"  # or "go_on": train until the next save, the last one excepted
     max_bad_steps: int = 5  # bad steps in a row before the run stops

@@ -69,13 +69,14 @@ def train(
             _keep(config, workdir)
         windows = data.held_out_windows(corpus, config.data.seq_len, train_config.eval_sequences)
         held_out_loss = _HeldOut(config, mesh, windows)
-        checkpoints = stack.enter_context(resume.Checkpoints(config, workdir, run, plan))
-        reporter = Reporter(config, mesh, workdir, run.step, corpus, windows)
-        stack.callback(reporter.close)
         hang = watchdog.Watchdog(
             train_config.hang_seconds, workdir, exit_after=train_config.hang_exit
         )
         stack.enter_context(hang)
+        checkpoints = stack.enter_context(resume.Checkpoints(config, workdir, run, plan))
+        stack.callback(hang.waits_for_saves)
+        reporter = Reporter(config, mesh, workdir, run.step, corpus, windows)
+        stack.callback(reporter.close)
         stragglers = Stragglers(config, mesh)
         agree = preemption.Agreement(mesh, ("stop", "save_failed", "new_plan"))
         pending: tuple[int, Any, jax.Array | None, np.ndarray] | None = None
@@ -98,12 +99,14 @@ def train(
             replanning.record(run.step, step_metrics)
             reporter.beside(run.step, stragglers.look(run.step, run.state))
             at_end = run.step == train_config.num_steps
+            save = run.step % train_config.checkpoint_every == 0 and not at_end
             evaluate = run.step % train_config.eval_every == 0 or at_end
+            evaluate |= save and train_config.checkpoints_kept_best > 0  # by their held-out loss
             loss = held_out_loss(run.state.model, table) if evaluate else None
             if pending:
                 hang.beat(reporter.report(*pending))
             pending = (run.step, step_metrics, loss, window_BS1)
-            if run.step % train_config.checkpoint_every == 0 and not at_end:
+            if save:
                 hang.beat(reporter.report(*pending))
                 pending = None
                 with hang.saving():

@@ -76,7 +76,7 @@ def start_or_resume(
         checkpoint.clean(workdir / "checkpoints")
     found = checkpoint.restore_newest(
         workdir / "checkpoints",
-        lambda folder, contents: _read(config, mesh, folder, contents, devices),
+        lambda folder, contents: _read(config, mesh, folder, contents, devices, batches),
         metrics.fail,
         verify=config.train.checkpoints_verified,
         move_bad=before is None,
@@ -91,13 +91,14 @@ def start_or_resume(
         if plan.digest != logical.digest:
             state = permute.apply(state, logical, plan.placement)
         return Run(state, batches, 0, corpus.digest), plan
-    folder, contents = found.folder, found.contents
+    contents = found.contents
     metrics.say(_told(found, config.train.checkpoints_verified))
     if not config.placement or config.replan.every:
         plan = _in_order(contents.plan, plan, config.mesh.node)
     state = _placed(config, mesh, found.value, contents.plan.placement, plan.placement)
     if ONLY in contents.extra:
-        return Run(state, batches, 0, corpus.digest), plan
+        fresh = data.batches(corpus, config.data)  # a step that was damaged may have moved others
+        return Run(state, fresh, 0, corpus.digest), plan
     _tell_config(config, contents)
     if contents.extra.get(TEXT, corpus.digest) != corpus.digest:
         metrics.fail(
@@ -105,14 +106,6 @@ def start_or_resume(
             "were added, changed or removed, or it is another Python's standard library): the run "
             "goes on at its place in the new text, and its curve is not that of one run"
         )
-    try:
-        position = contents.extra["data_state"]
-        if not _alike(position, batches.get_state()):
-            raise ValueError(f"{position!r}")
-        batches.set_state(position)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        rule = f"holds no position in this data ({error!r})"
-        raise integrity.damaged(folder / "meta.json", rule) from None
     return Run(state, batches, contents.step, corpus.digest), plan
 
 
@@ -148,6 +141,27 @@ def _tell_config(config: Config, contents: checkpoint.Contents) -> None:
         f"step {contents.step}: of a run with another config (there is no config.json of it to "
         "say where they differ): the run goes on with this one"
     )
+
+
+def _go_to(
+    batches: grain.DatasetIterator,
+    config: Config,
+    folder: pathlib.Path,
+    contents: checkpoint.Contents,
+) -> None:
+    """Puts `batches` where the step was. Raises `Damaged` if that is no position of it."""
+    try:
+        position = contents.extra["data_state"]
+        if not _alike(position, batches.get_state()):
+            raise ValueError(f"{position!r}")
+        # Of a run with another config, windows a batch may have been others.
+        same = contents.extra.get("config_digest") == config_lib.digest(config)
+        if same and position != {"next_index": contents.step * config.data.global_batch}:
+            raise ValueError(f"{position!r} after step {contents.step}")
+        batches.set_state(position)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        rule = f"holds no position in this data ({error!r})"
+        raise integrity.damaged(folder / "meta.json", rule) from None
 
 
 def _alike(state: Any, fresh: Any) -> bool:
@@ -188,8 +202,12 @@ def _read(
     folder: pathlib.Path,
     contents: checkpoint.Contents,
     devices: int,
+    batches: grain.DatasetIterator,
 ) -> step_lib.TrainState:
-    """The state as it is stored; whole on each device where it cannot be split over `devices`."""
+    """The state as it is stored; whole on each device where it cannot be split over `devices`.
+
+    `batches` are put where the step was.
+    """
     stored = contents.plan.placement
     there = step_lib.abstract_state(config, mesh, stored.num_slots)
     if stored.num_slots % devices:
@@ -200,6 +218,7 @@ def _read(
         wanted = {name: leaf for name, leaf in wanted.items() if name.startswith("model.")}
     arrays = checkpoint.restore(folder, contents, wanted, stored)
     if ONLY not in contents.extra:
+        _go_to(batches, config, folder, contents)
         return checkpoint.unflatten(there, arrays)
     named = {name.removeprefix("model."): array for name, array in arrays.items()}
     model = checkpoint.unflatten(there.model, named)

@@ -51,11 +51,15 @@ class Watchdog:
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """The body may take `SAVE` times as long as a step."""
-        self._wait(SAVE * self._seconds, "save")
+        self.waits_for_saves()
         try:
             yield
         finally:
             self._wait(self._seconds, "step")
+
+    def waits_for_saves(self) -> None:
+        """From now on: what is being written may take `SAVE` times as long as a step."""
+        self._wait(SAVE * self._seconds, "save")
 
     def _wait(self, seconds: float, what: str) -> None:
         self._limit, self._what = seconds, what

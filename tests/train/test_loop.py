@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ def test_resumed_curve_is_bit_identical(whole, tmp_path):
 def test_steps_that_stay(tmp_path):
     """The newest, every so many, and the best by held-out loss, each for its own reason."""
     kept = {"checkpoints_kept": 1, "checkpoints_kept_every": 4, "checkpoints_kept_best": 1}
-    often = {"checkpoint_every": 1, "eval_every": 1, "num_steps": 7}
+    often = {"checkpoint_every": 1, "eval_every": 5, "num_steps": 7}  # all that is saved is
     rates = {"optimizer__learning_rate": 1.0}  # the loss falls, then doubles
     config = tiny.config(**{f"train__{k}": v for k, v in (kept | often).items()}, **rates)
     train(config, tmp_path / "run")
@@ -113,13 +114,9 @@ def test_steps_of_another_config_are_said_where_no_config_refuses_them(whole, tm
     assert "another config" not in capsys.readouterr().err
     assert curve(tmp_path / "same")[-1] == curve(whole)[-1]
     _copy_until(whole, tmp_path / "other", 3)
-    (tmp_path / "other" / "config.json").unlink()
-    train(tiny.config(optimizer__learning_rate=0.5, train__num_steps=4), tmp_path / "other")
-    assert "step 3: of a run with another config" in capsys.readouterr().err
-    _copy_until(whole, tmp_path / "copied", 3)  # of another run than config.json is
     config = tiny.config(optimizer__learning_rate=0.5, train__num_steps=4)
-    (tmp_path / "copied" / "config.json").write_text(config_lib.to_json(config))
-    train(config, tmp_path / "copied")
+    (tmp_path / "other" / "config.json").write_text(config_lib.to_json(config))  # not the steps'
+    train(config, tmp_path / "other")
     assert "step 3: of a run with another config" in capsys.readouterr().err
 
 
@@ -198,9 +195,10 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(whole, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "position", [-5, 10**26, float("inf"), 2.5, True, "3", None, [3], {}, {"next_index": 3, "x": 1}]
+    "position",
+    [-5, 10**26, float("inf"), 2.5, True, "3", None, [3], {}, {"next_index": 3, "x": 1}, 16],
 )
-def test_a_position_that_the_data_does_not_have_is_refused(position, whole, tmp_path):
+def test_a_position_that_is_not_that_of_the_step_is_damage(position, whole, tmp_path, capsys):
     """Digests that were made to fit it: Grain takes any of them, or fails as it likes."""
     _copy_until(whole, tmp_path, 3)
     folder = tmp_path / "checkpoints" / "3"
@@ -209,8 +207,18 @@ def test_a_position_that_the_data_does_not_have_is_refused(position, whole, tmp_
     meta["extra"]["data_state"] = named
     (folder / "meta.json").write_text(json.dumps(meta))
     integrity.write(folder)
-    with pytest.raises(integrity.Damaged, match="holds no position in this data"):
+    with pytest.raises(Refused, match="every step is damaged"):
         train(tiny.config(), tmp_path)
+    assert "skipping checkpoint 3: " in (said := capsys.readouterr().err)
+    assert "holds no position in this data" in said
+
+
+def test_a_zero_below_zero_is_zero(tmp_path):
+    text = config_lib.to_json(tiny.config(optimizer__weight_decay=0.0))
+    changed = text.replace('"weight_decay": 0.0', '"weight_decay": -0.0')
+    assert changed != text
+    (tmp_path / "config.json").write_text(changed)
+    inputs.prepare(tiny.config(optimizer__weight_decay=0.0), tmp_path)
 
 
 def test_what_another_run_is_told_by_may_not_differ(tmp_path):
@@ -237,12 +245,22 @@ def test_a_run_stops_after_bad_steps_in_a_row(tmp_path, monkeypatch):
 
         return run
 
+    watched = []
+    leave = resume.Checkpoints.__exit__
+
+    def left(checkpoints, *error):
+        """A save that never ends has somebody who says so."""
+        watched.extend(thread.name for thread in threading.enumerate())
+        leave(checkpoints, *error)
+
+    monkeypatch.setattr(resume.Checkpoints, "__exit__", left)
     monkeypatch.setattr(step, "build_step", poisoned)
     with pytest.raises(Refused, match="2 steps in a row were not finite"):
         train(tiny.config(train__max_bad_steps=2), tmp_path)
     rows = metrics.read(tmp_path / "metrics.jsonl")[1]
     assert [row["loss"] for row in rows] == [None, None]
     assert rows[-1]["bad_steps"] == 2
+    assert "watchdog" in watched
     assert not checkpoint.steps(tmp_path / "checkpoints")
 
 

@@ -50,7 +50,7 @@ def test_a_save_that_never_ends_is_said(tmp_path):
 
 
 def test_saves_have_longer(tmp_path, monkeypatch):
-    """Both that a run makes on its way, and its last one."""
+    """Both that a run makes on its way, and its last one, and what is still written at its end."""
     made, left = [], []
     enter = watchdog.Watchdog.__enter__
     monkeypatch.setattr(
@@ -74,7 +74,10 @@ def test_saves_have_longer(tmp_path, monkeypatch):
     )
     test_loop.train(config, tmp_path / "run")
     assert [round(seconds, -3) for seconds in left] == [10_000, 10_000]
-    assert made[0]._deadline - time.monotonic() < 1001
+    assert round(made[0]._deadline - time.monotonic(), -3) == 10_000
+    with made[0].saving():
+        pass
+    assert made[0]._deadline - time.monotonic() < 1001  # steps come again
 
 
 def test_none_is_asked_for(tmp_path):
