@@ -149,7 +149,7 @@ def rows_of(engine, placed, seed):
 
 def learned(placed):
     """Waits for the homes that are being learned."""
-    placed._learner.submit(lambda: None).result()
+    placed._worker.submit(lambda: None).result()
     placed.between_steps()
 
 
