@@ -266,7 +266,7 @@ class Engine:
             fields["position"][shard, tokens] = np.arange(chunk.start, end)
             fields["row"][shard, chunk.row] = row
             if job.is_long:
-                pass
+                fields["long"][shard, tokens] = 1
             fields["table"][shard, row, : len(job.blocks)] = job.blocks
             if end == len(job.tokens):
                 fields["sample"][shard, row] = first + chunk.length - 1
