@@ -16,10 +16,10 @@ accepts; the penalty rises, so that the end is within the caps or close to them.
 """
 
 import dataclasses
-import time
 
 import numpy as np
 
+from moe_jax.placement import clock
 from moe_jax.placement.chain import Chain
 
 SHIFTS = (-1, 1, 0)  # where what a layer keeps with its neighbours, and itself, stands in `near`
@@ -59,7 +59,7 @@ def anneal(
     state = _State.of(chain, start_BLE, own_LEE)
     scale = state.typical(rng)
     for sweep in range(sweeps):
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             break
         done = sweep / max(sweeps - 1, 1)
         temperature = scale * hot * (COLD / hot) ** done

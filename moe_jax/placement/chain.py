@@ -15,12 +15,11 @@ of nodes (each to one of its size) whose weights are assignments of devices, sti
 
 import dataclasses
 import functools
-import time
 
 import numpy as np
 from scipy import optimize
 
-from moe_jax.placement import ilp, priced
+from moe_jax.placement import clock, ilp, priced
 from moe_jax.placement import nodes as nodes_lib
 from moe_jax.placement.nodes import DevicesPerNode, Nodes
 
@@ -129,7 +128,7 @@ def alternate(chain: Chain, device_LE: np.ndarray, deadline: float) -> np.ndarra
         for layer in layers:
             if not todo[layer]:
                 continue
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 return device_LE
             todo[layer] = False
             benefit_EM = chain.benefit_EM(device_LE, layer, before=True, after=True)
@@ -176,7 +175,7 @@ class Pool:
         own_C = [np.array([self._own[number] for number in pool]) for pool in pools]
         value_C, edges = own_C[0], []
         for layer in range(1, len(pools)):
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 return None
             weight_CC = self._edge(pools[layer - 1], pools[layer])
             total_CC = value_C[:, None] + weight_CC
@@ -255,12 +254,11 @@ def _reassigned(chain: Chain, benefit_EM, layer: int, now_E: np.ndarray, deadlin
     cap_M = chain.cap_LM[layer]
     if not np.isfinite(cap_M).any():
         return ilp.assign(benefit_EM)
-    left = deadline - time.monotonic()
-    if left <= 0:
+    if not (left := clock.left(deadline)):
         return now_E
     if benefit_EM.size > LARGE:
         new_E = priced.assign(benefit_EM, chain.load_LE[layer], cap_M)
-    else:  # ends at the deadline alone, which a report tells: never by a time of its own
+    else:
         new_E = ilp.assign_capped(benefit_EM, chain.load_LE[layer], cap_M, left)
     return now_E if new_E is None else new_E
 

@@ -8,12 +8,11 @@ nodes come first, then the devices inside each.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import anneal, clusters, ilp, priced
+from moe_jax.placement import anneal, clock, clusters, ilp, priced
 from moe_jax.placement import chain as chain_lib
 from moe_jax.placement.problem import Problem
 
@@ -36,8 +35,7 @@ def transitions(
     chain = problem.chain(problem.top1_LEE)
     capped = problem.load_cap is not None
     if problem.topology.num_nodes > 1 and problem.topology.nodes.equal and not capped:
-        now = time.monotonic()
-        nested_LE = _nested(chain, rng, now + NESTED_SHARE * (deadline - now))
+        nested_LE = _nested(chain, rng, clock.share(deadline, NESTED_SHARE))
         yield nested_LE
         device_LE = max(device_LE, nested_LE, key=chain.value)
     size = problem.trace.num_experts * problem.num_devices
@@ -50,8 +48,7 @@ def _nested(chain: chain_lib.Chain, rng: np.random.Generator, deadline: float) -
     """Nodes first, as if each were one device; then the devices inside each node, by themselves."""
     layers, experts, nodes = chain.num_layers, chain.keep_LEE.shape[1], chain.nodes.count
     each = chain.num_devices // nodes
-    now = time.monotonic()
-    node_LE = _best_of(chain.keep_LEE, nodes, rng, now + (deadline - now) / 2)
+    node_LE = _best_of(chain.keep_LEE, nodes, rng, clock.share(deadline, 1 / 2))
     device_LE = np.empty((layers, experts), np.int64)
     row_L1 = np.arange(layers)[:, None]
     for node in range(nodes):
@@ -59,8 +56,7 @@ def _nested(chain: chain_lib.Chain, rng: np.random.Generator, deadline: float) -
         keep_LSS = chain.keep_LEE[
             row_L1[:-1, :, None], inside_LS[:-1, :, None], inside_LS[1:, None]
         ]
-        now = time.monotonic()
-        share = now + (deadline - now) / (nodes - node)
+        share = clock.share(deadline, 1 / (nodes - node))
         device_LE[row_L1, inside_LS] = node * each + _best_of(keep_LSS, each, rng, share)
     return device_LE
 
@@ -103,23 +99,22 @@ class Search:
         pool.add(best_LE)
         yield best_LE
         for number in range(ROUNDS):
+            # even few sweeps of large copies take a while
+            if idle >= PATIENCE or clock.late(deadline):
+                return
             before = best
             for new_LE in self.round(pool, best_LE, number, deadline):
                 if self.chain.value(new_LE) > best + 1e-12 * abs(best):
                     best_LE, best = new_LE, self.chain.value(new_LE)
                     yield best_LE
             idle = 0 if best > before + 1e-6 * abs(before) else idle + 1
-            if idle >= PATIENCE or time.monotonic() >= deadline:
-                return
 
     def round(
         self, pool: chain_lib.Pool, best_LE: np.ndarray, number: int, deadline: float
     ) -> Iterator[np.ndarray]:
         """Many labels into the pool; then the best chain through it."""
-        if time.monotonic() >= deadline:
-            return  # even few sweeps of large copies take a while
         for labels_LE in [*self.copies(best_LE, number, deadline), None]:
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 return
             if labels_LE is None:
                 labels_LE = pool.best_chain(deadline)
@@ -186,9 +181,10 @@ def whole(problem: Problem, deadline: float) -> ilp.Solved | None:
     """All layers as one integer program, with proof; None where that is too large."""
     keep_LEE, devices = problem.top1_LEE, problem.num_devices
     size = devices * (problem.load_LE.size + np.count_nonzero(keep_LEE))
-    left = deadline - time.monotonic()
     flat = problem.topology.num_nodes == 1 and problem.load_cap is None
-    if problem.objective != "exflow" or not flat or size > WHOLE or left <= 0:
+    if problem.objective != "exflow" or not flat or size > WHOLE:
+        return None
+    if not (left := clock.left(deadline)):
         return None
     return ilp.whole_chain(keep_LEE, devices, left)
 

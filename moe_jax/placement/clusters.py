@@ -11,9 +11,10 @@ start, descend, keep what is better.
 """
 
 import dataclasses
-import time
 
 import numpy as np
+
+from moe_jax.placement import clock
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ def descend(layer: Layer, device_BE: np.ndarray, deadline: float) -> np.ndarray:
     flat = np.array_equal(layer.likeness_MM, np.eye(len(layer.likeness_MM)))
     at_once = max(1, len(layer.likeness_MM) // 2) if flat else 1
     least = 1e-9 * (1.0 + layer.affinity_EE.sum())
-    while active_B.size and time.monotonic() < deadline:
+    while active_B.size and not clock.late(deadline):
         moved_BE = device_BE[active_B]
         gained_B = _swap(moved_BE, _deltas(layer, moved_BE), at_once, least)
         device_BE[active_B] = moved_BE
@@ -105,7 +106,7 @@ def improve(
     found_BE = descend(layer, start_BE, deadline)
     best_E, best = _best(layer, found_BE)
     for _ in range(rounds):
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             break
         found_BE = descend(layer, _shaken(best_E, len(start_BE), rng), deadline)
         next_E, value = _best(layer, found_BE)

@@ -26,13 +26,12 @@ What is kept in the end is decided by the true objective in any case.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moe_jax.placement import chain as chain_lib
-from moe_jax.placement import chainwise, contacts, layerwise
+from moe_jax.placement import chainwise, clock, contacts, layerwise
 from moe_jax.placement.problem import Problem
 
 OWN = (0.25, 0.35, 0.5)  # of a co-activation, turn by turn
@@ -156,7 +155,7 @@ def descended(chain: CoherentChain, device_LE: np.ndarray, deadline: float) -> n
     todo = np.ones(chain.num_layers, bool)
     while todo.any():
         for layer in np.flatnonzero(todo).tolist():
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 return device_LE
             todo[layer] = False
             new_E = _swapped(chain, device_LE, layer)
@@ -213,7 +212,7 @@ class _Search(chainwise.Search):
         assert self.own_LEE is not None
         own_LEE = OWN[number % len(OWN)] * self.own_LEE
         found = dataclasses.replace(self, own_LEE=own_LEE).annealed(best_LE, number, deadline)
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             return []  # it takes longer to value them
         return sorted(map(self.within, found), key=self.chain.value, reverse=True)[:DESCENDED]
 
@@ -234,13 +233,11 @@ def search(
     factors = (np.inf,) if problem.objective == "rows" else layerwise.LADDER
     chains = chains_of(problem, factors)
     yield chain_lib.align(chains[0], problem.balanced_LE)
-    now = time.monotonic()
-    first = now + (CLUSTERED * (deadline - now) if len(chains) == 1 else deadline - now)
+    first = clock.share(deadline, CLUSTERED) if len(chains) == 1 else deadline
     near_LE: Sequence[np.ndarray | None] = [None] * problem.trace.num_layers
     for rung, chain in enumerate(chains):
-        now = time.monotonic()
-        share = now + max(first - now, 0.0) / (len(chains) - rung)
-        part_LE = _clustered(problem, chain, near_LE, rng, now + DESCENT * (share - now))
+        share = clock.share(first, 1 / (len(chains) - rung))
+        part_LE = _clustered(problem, chain, near_LE, rng, clock.share(share, DESCENT))
         near_LE = part_LE
         # repaired where it is over the problem's cap: over a rung's by little may still be best
         start_LE = chain_lib.align(chain, problem.repaired(np.stack(part_LE)))
@@ -272,7 +269,6 @@ def _clustered(problem: Problem, chain, near_LE, rng, deadline: float) -> list[n
     """Every layer by itself, from the labels given."""
     found = []
     for layer, cap in enumerate(chain.cap_L):
-        now = time.monotonic()
-        share = now + max(deadline - now, 0.0) / (chain.num_layers - layer)
+        share = clock.share(deadline, 1 / (chain.num_layers - layer))
         found.append(layerwise.clustered(problem, layer, cap, near_LE[layer], rng, share))
     return found

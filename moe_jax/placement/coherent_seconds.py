@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 from scipy import sparse
 
-from moe_jax.placement import coherent
+from moe_jax.placement import clock, coherent
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.coherent import WaitingSets
 from moe_jax.placement.problem import Problem
@@ -124,6 +124,12 @@ class Model:
     @property
     def devices(self) -> int:
         return self.problem.num_devices
+
+    @property
+    def whole(self) -> bool:
+        """Every token has an expert in every layer: what descends here, the objective does."""
+        trace = self.problem.trace
+        return bool((trace.expert_ids_TLK[:, :, 0] != trace.no_expert).all())
 
     def total(self, device_LE: np.ndarray) -> float:
         """Seconds of all layers, but for the keys and values that are gathered."""
@@ -239,8 +245,8 @@ def in_time(problem: Problem, deadline: float) -> bool:
     """Counting the layers should end before the deadline, by what the first one takes."""
     before = time.monotonic()
     _layer(problem, 0)
-    now = time.monotonic()
-    return now + problem.trace.num_layers * (now - before) < deadline
+    needed = problem.trace.num_layers * (time.monotonic() - before)
+    return not clock.late(deadline - needed)
 
 
 def quick(problem: Problem) -> bool:
@@ -271,9 +277,9 @@ def search(
     for device_LE in descended(one, start_LE, deadline):
         ended = [device_LE]
         yield device_LE
-    now = time.monotonic()
     best_LE, best = None, np.inf
-    for device_LE in coherent.search(problem, start_LE, rng, now + LADDER_SHARE * (deadline - now)):
+    share = clock.share(deadline, LADDER_SHARE)
+    for device_LE in coherent.search(problem, start_LE, rng, share):
         if problem.all_allowed(device_LE) and (value := one.total(device_LE)) < best:
             best_LE, best = device_LE, value
     if best_LE is not None:
@@ -295,7 +301,7 @@ def shaken(
     """
     best, devices, layers = one.total(best_LE), one.devices, len(best_LE)
     for shake in range(SHAKES):
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             return
         device_LE, layer = best_LE.copy(), int(rng.integers(layers))
         if shake % 3:
@@ -328,7 +334,7 @@ def descended(
     """
     device_LE, told, changed = device_LE.copy(), time.monotonic(), False
     waiting = dict.fromkeys(range(len(one.layers)) if first is None else first)
-    while waiting and time.monotonic() < deadline:
+    while waiting and not clock.late(deadline):
         layer = next(iter(waiting))
         del waiting[layer]
         if _improved(one, device_LE, layer, deadline):
@@ -336,6 +342,8 @@ def descended(
             beside = (layer, layer - 1, layer + 1)
             waiting |= dict.fromkeys(n for n in beside if 0 <= n < len(one.layers))
         if changed and time.monotonic() > told + TELL:
+            if not one.whole:  # what is told at a moment may stay the best
+                clock.cut()
             yield device_LE.copy()
             told, changed = time.monotonic(), False
     yield device_LE.copy()
@@ -352,7 +360,7 @@ def _improved(one: Model, device_LE: np.ndarray, layer: int, deadline: float) ->
     for p in np.argsort(value_P, kind="stable")[:TRIED]:
         if one.exact and not value_P[p] < now * (1 - 1e-7) and not helped:
             return False
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             return helped
         e, f = e_P[p], f_P[p]
         own_E[e], own_E[f] = own_E[f], own_E[e]

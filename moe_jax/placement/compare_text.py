@@ -32,7 +32,7 @@ COSTS = (
     ("worst", "the same, worst layer"),
     ("moved", "experts, over all layers, that arrive on a device that contiguous keeps them off"),
     ("GB", "what these weigh"),
-    ("solve s", "seconds to make the plan; cut: the time limit ended it"),
+    ("solve s", "seconds to make the plan; cut: its time ended it, or a part of it"),
 )
 
 

@@ -25,12 +25,11 @@ exact method of its own.
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import coherent_seconds, evidence
+from moe_jax.placement import clock, coherent_seconds, evidence
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.contacts import Sets
 from moe_jax.placement.ilp import Solved
@@ -110,6 +109,7 @@ def solved(problem: Problem, time_limit: float, deadline: float) -> Solved | Non
     groups = [renumberings(problem, layer) for layer in range(trace.num_layers)]
     pairs = count * sum(max(count // len(number_GM), 1) for number_GM in groups)
     if numbers_alone(problem, count) + pairs * costs.each > time_limit * SPEED:
+        clock.cut()
         return None
     # a later layer's contain all of an earlier one's: as many are the same
     different = {len(number_GM): number_GM for number_GM in groups}
@@ -154,7 +154,7 @@ def _apart(
     """The best of every layer, and the sum of what they cost."""
     rows, total = [], 0.0
     for layer in range(problem.trace.num_layers):
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             return None
         first_FE = states[layer].first_FE
         value_F = alone(problem, costs, layer, first_FE)
@@ -175,7 +175,7 @@ def _chained(
         value_F = alone(problem, costs, layer, first_FE)
         next_F = np.zeros(len(value_F), np.int64)
         for place in np.flatnonzero(np.isfinite(value_F)) if layer < last else ():
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 return None
             pair_S = costs.pair(layer + 1, first_FE[place], device_SE) + rest_S
             next_F[place] = pair_S.argmin()

@@ -15,14 +15,13 @@ Where devices are many, a few of them at a time.
 
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.placement import sampled
+from moe_jax.placement import clock, sampled
 from moe_jax.placement.limits.previous import holds_LEM, placement_of
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
@@ -45,13 +44,13 @@ def exchanged(
     """
     held_LEM, rng = holds_LEM(plan), np.random.default_rng(seed)
     layers = _layers(problem, held_LEM, cap_L, seed)
-    now, phases = time.monotonic(), [(math.inf, 1.0)]
+    phases = [(math.inf, deadline)]
     if problem.objective == "seconds":
-        phases = [(SHARPNESS, SOFT_SHARE), *phases]
-    for sharpness, share in phases:
+        phases = [(SHARPNESS, clock.share(deadline, SOFT_SHARE)), *phases]
+    for sharpness, end in phases:
         for layer in layers:
             layer.sharpness = sharpness
-        _descended(problem, layers, rng, now + share * (deadline - now))
+        _descended(problem, layers, rng, end)
     return placement_of(np.stack([layer.holds_EM for layer in layers]))
 
 
@@ -62,12 +61,12 @@ def _descended(
     cap_L = np.array([layer.cap for layer in layers])
     ahead = problem.dispatch == "coherent"
     open_L = np.ones(len(layers), bool)
-    while open_L.any() and time.monotonic() < deadline:
+    while open_L.any() and not clock.late(deadline):
         speed_M = problem.topology.speed_M
         over_L = np.array([(layer.loads() / speed_M).max() for layer in layers]) / cap_L
         first_L = np.where(over_L > 1, -over_L, 0.0)  # what is above its cap, then all in order
         for layer in [n for n in np.argsort(first_L, kind="stable").tolist() if open_L[n]]:
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 break
             changed = _improved(problem, layers[layer], rng, deadline)
             open_L[layer] = changed
@@ -120,7 +119,7 @@ def _improved(problem: Problem, layer: sampled.Layer, rng, deadline: float) -> b
     changed = False
     for group in np.array_split(order_M, groups):
         among_M = np.isin(np.arange(devices), group)
-        while time.monotonic() < deadline:
+        while not clock.late(deadline):
             found = _alternatives(problem, layer, among_M)
             if found is None or not _tried(layer, found):
                 break

@@ -21,11 +21,10 @@ Dispatchers
 """
 
 import dataclasses
-import time
 
 import numpy as np
 
-from moe_jax.placement import ilp
+from moe_jax.placement import clock, ilp
 
 DISPATCHERS = ("uniform", "blocks")
 
@@ -125,7 +124,7 @@ def solved(
         load_M = np.bincount(free_E, weights=load_LE[layer], minlength=cost_EM.shape[1])
         if (load_M <= cap_LM[layer] * (1 + 1e-9)).all():
             device_LE[layer] = free_E
-        elif (left := deadline - time.monotonic()) > 0:
+        elif left := clock.left(deadline):
             left /= len(device_LE) - layer
             found = ilp.fewest_capped(cost_EM, load_LE[layer], cap_LM[layer], left)
             if found is None:

@@ -11,12 +11,10 @@ a load cap goes first. Small machines ask an integer program over all sets of de
 Not proven to be best; hops_bound.py says how far off it is.
 """
 
-import time
-
 import numpy as np
 from jaxtyping import Bool
 
-from moe_jax.placement import hops_counts, hops_sets
+from moe_jax.placement import clock, hops_counts, hops_sets
 from moe_jax.placement.problem import Problem
 
 FIRST = 1e6  # what an overload of 1 counts, in hops of all assignments
@@ -51,15 +49,15 @@ def filled_EM(
     one = _Slots(counts, holds_EM, cap_M)
     one.fill(problem.num_slots // devices)
     best = one.descended(deadline)
-    if hops_sets.small(experts, devices) and time.monotonic() < deadline:
+    if hops_sets.small(experts, devices) and not clock.late(deadline):
         sets = hops_sets.Sets(counts, devices, problem.num_slots // devices)
-        held_EM = sets.program(cap_M, deadline - time.monotonic())
+        held_EM = sets.program(cap_M, clock.left(deadline))
         if held_EM is not None:
             best = min(best, _Slots(counts, held_EM, cap_M).descended(deadline), key=_first)
         return best[1]
     rng = np.random.default_rng((seed, layer))
     for _ in range(KICKS):
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             break
         again = _Slots(counts, best[1], cap_M)
         again.kick(rng)
@@ -97,7 +95,7 @@ class _Slots:
 
     def descended(self, deadline: float) -> tuple[float, np.ndarray]:
         """The best change of all, until none helps or time is up: what it costs, and who holds."""
-        while time.monotonic() < deadline:
+        while not clock.late(deadline):
             found = min(self._replacement(), self._exchange(), key=lambda one: one[0])
             if found[0] > self._value - ENOUGH * max(abs(self._value), 1.0):
                 break

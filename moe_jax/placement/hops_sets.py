@@ -13,7 +13,7 @@ the best prices being duals of the linear relaxation; any others prove too. Caps
 import numpy as np
 from scipy import optimize, sparse
 
-from moe_jax.placement import hops_counts
+from moe_jax.placement import clock, hops_counts
 
 MOST = 2**17  # sets of all experts together
 GAP = 1e-4  # relative, at which the program may end
@@ -76,7 +76,7 @@ class Sets:
             integrality=np.ones(self.hops_ES.size),
             options={"time_limit": max(seconds, 1e-3), "mip_rel_gap": GAP},
         )
-        if found.x is None:
+        if clock.checked(found).x is None:
             return None
         holds_EM = self.holds_SM[found.x.reshape(self.hops_ES.shape).argmax(axis=1)]
         return holds_EM if (holds_EM.sum(axis=0) == self._slots).all() else None

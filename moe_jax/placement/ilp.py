@@ -19,6 +19,7 @@ import dataclasses
 import numpy as np
 from scipy import optimize, sparse
 
+from moe_jax.placement import clock
 from moe_jax.placement.bounds import whole_number_bound
 
 
@@ -196,13 +197,14 @@ def whole_layer(
 
 
 def _milp(cost, constraints, time_limit: float, gap: float, upper=None, whole=None):
-    return optimize.milp(
+    result = optimize.milp(
         cost,
         constraints=constraints,
         bounds=optimize.Bounds(0, 1 if upper is None else upper),
         integrality=np.ones(len(cost)) if whole is None else whole,
         options={"time_limit": max(time_limit, 1e-3), "mip_rel_gap": gap},
     )
+    return clock.checked(result)
 
 
 def _once(experts: int, devices: int, extra: int = 0) -> optimize.LinearConstraint:

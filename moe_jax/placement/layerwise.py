@@ -10,13 +10,12 @@ small enough by one integer program, with proof.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import optimize
 
-from moe_jax.placement import clusters, greedy, ilp, seating, swaps
+from moe_jax.placement import clock, clusters, greedy, ilp, seating, swaps
 from moe_jax.placement.problem import Problem
 
 LADDER: tuple[float, ...] = (
@@ -51,13 +50,11 @@ def search(
         factors = LADDER[:1]
     losses: list[np.ndarray] = []
     for layer in range(layers):
-        now = time.monotonic()
-        if now >= deadline:
+        if clock.late(deadline):
             return
         parts = max(layers - layer, 1) / (len(LADDER) if layer < PILOTS else 1)
-        found = best_of_layer(
-            problem, layer, device_LE[layer], factors, rng, now + (deadline - now) / max(parts, 1)
-        )
+        share = clock.share(deadline, 1 / max(parts, 1))
+        found = best_of_layer(problem, layer, device_LE[layer], factors, rng, share)
         if not np.array_equal(found.device_E, device_LE[layer]):
             device_LE[layer] = found.device_E
             yield device_LE.copy()
@@ -133,9 +130,8 @@ def _rungs(problem: Problem, layer: int, factors, rng, deadline: float) -> list[
     least = float(problem.relative_M(layer, problem.balanced_LE[layer]).max())
     found: list[np.ndarray] = []
     for rung, factor in enumerate(factors):
-        now = time.monotonic()
         # half of the time is for polishing
-        share = now + max(deadline - now, 0.0) / (len(factors) - rung + 1)
+        share = clock.share(deadline, 1 / (len(factors) - rung + 1))
         cap = capped(problem.cap_L[layer], least, factor)
         near_E = found[-1] if found else None
         found.append(clustered(problem, layer, cap, near_E, rng, share))
@@ -145,11 +141,11 @@ def _rungs(problem: Problem, layer: int, factors, rng, deadline: float) -> list[
 def _evened(problem: Problem, layer: int, deadline: float) -> np.ndarray:
     """Least largest load: the integer program, where packing and swaps leave something to gain."""
     balanced_E = problem.balanced_LE[layer]
-    left = deadline - time.monotonic()
     device_E = None
     speed_M = None if problem.even_speed else problem.topology.speed_M
     extra = 0.0 if speed_M is None else problem.shared_load
-    if left > 0 and (extra or problem.load_excess(layer, balanced_E) > 1e-4):
+    worth = extra or problem.load_excess(layer, balanced_E) > 1e-4
+    if worth and (left := clock.left(deadline)):
         limit = min(left, BALANCE_SECONDS)
         device_E = ilp.balance(problem.load_LE[layer], problem.num_devices, limit, speed_M, extra)
     return balanced_E if device_E is None else device_E
@@ -164,7 +160,7 @@ def _polished(problem: Problem, layer: int, device_E: np.ndarray, rng, deadline)
         device_E = _swapped(problem, layer, device_E, deadline)
     if problem.objective == "rows" and problem.node_likeness == 0:
         for _ in range(ROTATIONS):
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 break
             device_E = _rotated(problem, layer, device_E, rng)
         device_E = _swapped(problem, layer, device_E, deadline)
@@ -179,7 +175,7 @@ def _swapped(problem: Problem, layer: int, device_E: np.ndarray, deadline: float
     device_E, value = device_E.copy(), problem.layer_value(layer, device_E)
     first = problem.dispatch != "hierarchical"
     everywhere = first
-    while time.monotonic() < deadline:
+    while not clock.late(deadline):
         score, e, f = _best_swap(problem, layer, device_E, everywhere)
         if score < value * (1 - 1e-9):
             value, everywhere = score, first
@@ -228,10 +224,12 @@ def _rotated(problem: Problem, layer: int, device_E: np.ndarray, rng) -> np.ndar
 
 def whole_layer(problem: Problem, layer: int, deadline: float) -> ilp.Solved | None:
     """The layer with the fewest contacts and the proof; None where that is too large."""
-    sets, left = problem.sets[layer], deadline - time.monotonic()
+    sets = problem.sets[layer]
     flat = problem.node_likeness == 0 and not np.isfinite(problem.cap_L[layer])
     size = len(sets.count_Q) * problem.num_devices
-    if problem.objective != "rows" or not flat or size > WHOLE or left <= 0:
+    if problem.objective != "rows" or not flat or size > WHOLE:
+        return None
+    if not (left := clock.left(deadline)):
         return None
     return ilp.whole_layer(sets.member_QE, sets.count_Q, problem.num_devices, left)
 

@@ -8,12 +8,11 @@ layer after another (moetuner_moves.py), exactly, until nothing helps; then the 
 so far with a few experts of a few layers shaken.
 """
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import moetuner_moves
+from moe_jax.placement import clock, moetuner_moves
 from moe_jax.placement.baselines import moetuner as two_stages
 from moe_jax.placement.moetuner import Tuner
 
@@ -31,9 +30,11 @@ def search(
 ) -> Iterator[np.ndarray]:
     """Yields better and better placements within the caps."""
     starts = [start_LE, labelled(tuner, even_LE)]
-    share = STAGES_SHARE * (deadline - time.monotonic())
+    share = STAGES_SHARE * clock.left(deadline)
     if share > WORTH * tuner.num_layers:
         starts.append(two_stages.two_stages(tuner, True, share).device_LE)
+    else:
+        clock.cut()
     best_LE, best = start_LE, np.inf
     for one_LE in starts:
         if not tuner.allowed(one_LE):
@@ -46,7 +47,7 @@ def search(
             best_LE, best = done_LE, tuner.value(done_LE)
             yield best_LE
     idle = 0
-    while idle < PATIENCE and time.monotonic() < deadline:
+    while idle < PATIENCE and not clock.late(deadline):
         shaken_LE, layers = shaken(tuner, best_LE, rng)
         idle += 1
         if shaken_LE is None:
@@ -75,11 +76,11 @@ def descended(tuner: Tuner, device_LE: np.ndarray, layers, deadline: float) -> n
     """Best swaps and labels, beginning with `layers`; a change wakes the layers beside it."""
     device_LE = device_LE.copy()
     waiting = dict.fromkeys(layers)
-    while waiting and time.monotonic() < deadline:
+    while waiting and not clock.late(deadline):
         layer = next(iter(waiting))
         del waiting[layer]
         changed = moetuner_moves.relabel(tuner, device_LE, layer) > 0
-        while time.monotonic() < deadline and moetuner_moves.swap(tuner, device_LE, layer) > 0:
+        while not clock.late(deadline) and moetuner_moves.swap(tuner, device_LE, layer) > 0:
             changed = True
         if changed:
             beside = (layer - 1, layer, layer + 1)

@@ -37,6 +37,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import (
     bounds,
     chain,
+    clock,
     clusters,
     contacts,
     copies,
@@ -193,16 +194,26 @@ class Problem:
         speed_M = None if self.even_speed else self.topology.speed_M
         return greedy.balanced(self.load_LE, self.num_devices, speed_M)
 
-    @functools.cached_property
+    @property
     def balanced_LE(self) -> np.ndarray:
         """int64 [L, E]: the same, where that is above an absolute cap an exact program's."""
+        device_LE, was_cut = self._balanced
+        if was_cut:  # for every search that uses it, whoever made it
+            clock.cut()
+        return device_LE
+
+    @functools.cached_property
+    def _balanced(self) -> tuple[np.ndarray, bool]:
+        """`balanced_LE`, and whether time cut its programs short."""
         if self.load_cap is None or self.load_cap.relative:
-            return self.packed_LE
+            return self.packed_LE, False
         cap_L = self.load_cap.largest_L(self.mean_L, self.mean_L, self.rows_per_step)
         least_L = np.array([self.least_load(layer) for layer in range(len(cap_L))])
         if (least_L > cap_L * (1 + 1e-9)).any():
-            return self.packed_LE  # proven: nothing meets the cap
-        return caps.met(self.load_LE, self.packed_LE, cap_L, self.topology.speed_M)
+            return self.packed_LE, False  # proven: nothing meets the cap
+        with clock.watched() as watch:
+            device_LE = caps.met(self.load_LE, self.packed_LE, cap_L, self.topology.speed_M)
+        return device_LE, watch.cut
 
     @property
     def mean_L(self) -> np.ndarray:

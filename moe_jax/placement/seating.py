@@ -7,10 +7,9 @@ devices are slower, or on a torus, it does, and swaps of single experts rarely g
 here swaps the groups of the two devices that gain most by the exact objective.
 """
 
-import time
-
 import numpy as np
 
+from moe_jax.placement import clock
 from moe_jax.placement.problem import Problem
 
 
@@ -29,7 +28,7 @@ def seated(problem: Problem, layer: int, device_E: np.ndarray, deadline: float) 
     value = problem.scores(layer, touched_M[None], on_nodes.count(group_M)[None], load_M[None])[0]
     a_P, b_P = np.triu_indices(devices, 1)
     pair = np.arange(len(a_P))
-    while pair.size and time.monotonic() < deadline:
+    while pair.size and not clock.late(deadline):
         group_PM = np.tile(group_M, (len(pair), 1))
         group_PM[pair, a_P], group_PM[pair, b_P] = group_M[b_P], group_M[a_P]
         load_PM = load_M[group_PM]

@@ -11,13 +11,12 @@ in the order of what they are worth if tokens of the next layer follow their bes
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 
-from moe_jax.placement import coherent, coherent_seconds, cost, row_homes
+from moe_jax.placement import clock, coherent, coherent_seconds, cost, row_homes
 from moe_jax.placement.problem import Problem
 
 POLISHED = 0.4  # of the time, for swaps on true homes
@@ -124,11 +123,9 @@ def search(
     if not coherent_seconds.quick(problem):
         yield from coherent.search(problem, device_LE, rng, deadline)
         return
-    now = time.monotonic()
+    share = clock.share(deadline, 1 - POLISHED)
     best_LE, best = device_LE, problem.value(device_LE)
-    for found_LE in coherent.search(
-        problem, device_LE, rng, now + (1 - POLISHED) * (deadline - now)
-    ):
+    for found_LE in coherent.search(problem, device_LE, rng, share):
         if problem.all_allowed(found_LE) and (value := problem.value(found_LE)) < best:
             best_LE, best = found_LE, value
         yield found_LE

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 from moe_jax.placement.plan import Placement
 
 INTERRUPTED = "interrupted: the best so far"
-CUT = "the time limit ended the search"
+CUT = "the search or a part of it was cut short for lack of time"
 NO_TIME = "time limit 0: this is where the search would have begun"
 
 
 def cut_by(time_limit: float) -> str:
-    """Why a search that did not come to its end stopped; `time_limit` in seconds."""
+    """What a reader of a report that has not finished is told; `time_limit` in seconds."""
     return CUT if time_limit else NO_TIME
 
 
@@ -40,7 +40,9 @@ class Report:
       bound: proven; no placement has less.
       greedy: value of the greedy start; with replicas, of the plan made for balance alone.
       seconds: wall time.
-      finished: the search ended by itself, before the time limit.
+      finished: the search ended by itself: neither the time limit, nor a part's share of it, nor an
+        estimate of what would fit ended, shortened or left out anything that the plan depends on.
+        Then seed and problem give the same plan on any machine. The bound may depend on the time.
       history: (seconds, objective, bound) after every improvement of either.
       note: what a reader has to know, in words.
       interrupted: Ctrl-C ended the search.

@@ -6,7 +6,8 @@ Where a layer has few placements, all of them come in place of a search (enumera
 
 Anytime: greedy answers in milliseconds, everything after only replaces it by something better; but
 for the last step, which gives a little up where `Problem.steady` asks for it (steady.py).
-Seeded and deterministic, unless the time limit cuts the search short (`Report.finished` says so).
+Seeded and deterministic, unless the time limit cuts the search or a part of it short
+(`Report.finished` says so, clock.py remembers it).
 Ctrl-C ends the search with `Interrupted`, which carries the best placement so far.
 The bound is proven (bounds.py, or an integer program that ran to its end) and never above the
 objective.
@@ -28,6 +29,7 @@ from moe_jax.placement import (
     baselines,
     chain,
     chainwise,
+    clock,
     coherent,
     coherent_seconds,
     enumerated,
@@ -42,6 +44,7 @@ from moe_jax.placement import (
     steady,
     unseen,
 )
+from moe_jax.placement.clock import Watch
 from moe_jax.placement.limits import search as limits_search
 from moe_jax.placement.limits import whole as whole_lib
 from moe_jax.placement.limits.pins import Pins
@@ -49,7 +52,7 @@ from moe_jax.placement.limits.previous import Previous
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.seconds import Work
-from moe_jax.placement.solution import CUT, Interrupted, Progress, Report, Solution, cut_by
+from moe_jax.placement.solution import Interrupted, Progress, Report, Solution, cut_by
 from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
@@ -78,6 +81,8 @@ def solve(
     progress: Callable[[Progress], None] | None = None,
 ) -> Solution:
     """The best placement that was found for this trace and machine.
+
+    One seed gives one plan, as long as the report says `finished`.
 
     Args:
       trace: what to plan on; judge on another one (trace.split).
@@ -151,15 +156,16 @@ def _solved(
         if problem.pins is not None or problem.previous is not None:
             return solve_copies.within_limits(problem, seed, time_limit, progress, unproven)
         return solve_copies.free(problem, seed, time_limit, progress, unproven)
-    run = _Run(problem, started, time_limit, progress, bound_share)
-    try:
-        if problem.pins is not None or problem.previous is not None:
-            return _restricted(problem, run, seed, started, time_limit)
-        return _searched(problem, run, seed, started, time_limit)
-    except KeyboardInterrupt as stop:
-        if not np.isfinite(run.best):
-            raise
-        raise Interrupted(run.solution("")) from stop
+    with clock.watched() as watch:
+        run = _Run(problem, started, time_limit, progress, bound_share, watch)
+        try:
+            if problem.pins is not None or problem.previous is not None:
+                return _restricted(problem, run, seed, started, time_limit)
+            return _searched(problem, run, seed, started, time_limit)
+        except KeyboardInterrupt as stop:
+            if not np.isfinite(run.best):
+                raise
+            raise Interrupted(run.solution("")) from stop
 
 
 def resolved(problem: Problem) -> Problem:
@@ -173,22 +179,23 @@ def _searched(
     run.offer("greedy", constructed(problem))
     deadline = started + time_limit
     if time_limit == 0:
+        clock.cut()
         run.bounded(deadline, steps=1)
         return run.solution("time limit 0: this is the greedy placement")
     if not run.all_placements(deadline):
         for device_LE in starts.offered(problem, run.best_LE):
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 break  # counting one may take longer than all of a short limit
             run.offer("baselines", device_LE)
-        if (now := time.monotonic()) < deadline:
-            first = now + FIRST_SHARE * (deadline - now)
+        if not clock.late(deadline):
+            first = clock.share(deadline, FIRST_SHARE)
             for device_LE in coherent_seconds.begun(problem, run.best_LE, first):
                 run.offer("swaps", device_LE)
         run.bounded(deadline)
-        if time.monotonic() < deadline:
+        if not clock.late(deadline):
             run.search(seed, deadline)
     run.ended(seed, deadline)
-    return run.solution("" if run.finished else CUT)
+    return run.solution(run.note)
 
 
 def _restricted(
@@ -199,17 +206,18 @@ def _restricted(
     start_LE = limits_search.start(problem)
     run.offer("plan in use" if problem.previous else "greedy", start_LE)
     if problem.previous is None and run.all_placements(deadline):
-        run.finished = time.monotonic() < deadline
-        return run.solution("")
+        return run.solution(run.note)
     left = max(deadline - time.monotonic(), 0.0)
-    free = solve_problem(
-        problem.unrestricted, seed, FREE_SHARE * left, run.telling("without limits")
-    )
+    with clock.apart():
+        free = solve_problem(
+            problem.unrestricted, seed, FREE_SHARE * left, run.telling("without limits")
+        )
     run.prove("bound", free.report.bound)
     whole = None if problem.previous is None else run.all_within(deadline)
-    if whole is not None and whole.complete:
-        run.finished = time.monotonic() < deadline
-        return run.solution("", whole.value_B)
+    if whole is not None and whole.complete:  # the free plan gave a bound alone
+        return run.solution(run.note, whole.value_B)
+    if not free.report.finished:
+        clock.cut()
     free_LE, value_B = free.placement.device_LE.astype(np.int64), np.zeros(0)
     for step in limits_search.search(problem, start_LE, free_LE, deadline):
         run.offer("within limits", step.device_LE)
@@ -220,8 +228,7 @@ def _restricted(
     if problem.previous is not None and value_B.size:
         moves = problem.previous.moves - problem.previous.left(run.best_LE)
         value_B[moves:] = np.minimum(value_B[moves:], run.best)
-    run.finished = free.report.finished and time.monotonic() < deadline
-    return run.solution("" if run.finished else cut_by(time_limit), value_B)
+    return run.solution(run.note, value_B)
 
 
 def constructed(problem: Problem) -> np.ndarray:
@@ -249,15 +256,26 @@ class _Run:
     """The best placement and bound so far, and how they came about."""
 
     def __init__(
-        self, problem: Problem, started: float, time_limit: float, progress, bound_share: float
+        self,
+        problem: Problem,
+        started: float,
+        time_limit: float,
+        progress,
+        bound_share: float,
+        watch: Watch,
     ):
         self._problem, self._started, self._limit = problem, started, time_limit
-        self._progress, self._bound_share = progress, bound_share
+        self._progress, self._bound_share, self._watch = progress, bound_share, watch
         self._history: list[tuple[float, float, float]] = []
-        self.best, self.bound, self.greedy, self.finished = np.inf, 0.0, np.inf, False
+        self.best, self.bound, self.greedy = np.inf, 0.0, np.inf
         self.best_LE = baselines.contiguous(
             problem.trace.num_layers, problem.trace.num_experts, problem.num_devices
         )
+
+    @property
+    def note(self) -> str:
+        """What a reader has to know of how it ended."""
+        return cut_by(self._limit) if self._watch.cut else ""
 
     def offer(self, stage: str, device_LE: np.ndarray) -> None:
         if not self._problem.all_allowed(device_LE):
@@ -281,8 +299,7 @@ class _Run:
         if not self._bound_share:
             return
         self.tell("bound")
-        now = time.monotonic()
-        end = now + self._bound_share * (deadline - now)
+        end = clock.share(deadline, self._bound_share)
         self.prove("bound", relax.lower_bound(self._problem, end, steps))
 
     def all_placements(self, deadline: float) -> bool:
@@ -316,10 +333,10 @@ class _Run:
             return
         searched = deadline
         if problem.steady and problem.objective in steady.OBJECTIVES:
-            searched -= min(STEADY_SHARE * (deadline - time.monotonic()), STEADY_MOST)
+            searched -= min(STEADY_SHARE * clock.left(deadline), STEADY_MOST)
         for device_LE in _steps(problem, self.best_LE, rng, searched):
             self.offer("search", device_LE)
-            if time.monotonic() >= searched:
+            if clock.late(searched):
                 break  # counting the next one may take a time of its own
         self._whole(deadline)
 
@@ -333,7 +350,6 @@ class _Run:
             labelled_LE = _labelled(problem, self.best_LE)
             if not problem.labels_count or problem.value(labelled_LE) <= self.best:
                 self.best_LE = labelled_LE
-        self.finished = time.monotonic() < deadline
 
     def _steady(self, seed: int, deadline: float) -> None:
         """Gives up a share of the objective for loads that stay even (steady.py)."""
@@ -361,7 +377,7 @@ class _Run:
             bound=self.bound,
             greedy=self.greedy,
             seconds=time.monotonic() - self._started,
-            finished=self.finished,
+            finished=not self._watch.cut,
             history=tuple(self._history),
             note=note,
             tradeoff=tradeoff,
@@ -375,7 +391,6 @@ class _Run:
         found = hops.solved(problem.hop_costs, problem.load_LE, cap_LM, self.best_LE, deadline)
         self.offer("integer program", found.device_LE)
         self.prove("integer program", found.bound / problem.token_layers * relax.SAFETY)
-        self.finished = time.monotonic() < deadline
 
     def _whole(self, deadline: float) -> None:
         """Integer programs of the whole, where they are small enough to prove optimality."""

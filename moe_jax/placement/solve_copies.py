@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import spare, with_copies
+from moe_jax.placement import clock, spare, with_copies
+from moe_jax.placement.clock import Watch
 from moe_jax.placement.limits import slots
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
@@ -38,6 +39,7 @@ class _Best:
     note: str
     placement: Placement
     value: float
+    watch: Watch
 
     def __post_init__(self):
         self.first = self.value
@@ -57,9 +59,9 @@ class _Best:
             return None
         return lambda step: tell(dataclasses.replace(step, bound=min(self.bound, step.objective)))
 
-    def solution(self, finished: bool, stopped: KeyboardInterrupt | None) -> Solution:
+    def solution(self, stopped: KeyboardInterrupt | None) -> Solution:
         """As it stands; raises Interrupted after Ctrl-C."""
-        problem, placement = self.problem, self.placement
+        problem, placement, finished = self.problem, self.placement, not self.watch.cut
         if problem.previous is not None:
             placement = problem.previous.slotted(placement)
         report = Report(
@@ -87,29 +89,33 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
     """
     started = time.monotonic()
     deadline = started + time_limit
-    run, stopped = with_copies.begin(problem), None
-    bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
-    first, ended = run.best, run.base is None
-    best = _Best(problem, started, time_limit, progress, bound, note, first.placement, first.value)
-    try:
-        left = deadline - time.monotonic() - run.count_seconds
-        quick = run.count_seconds < QUICK
-        if problem.objective != "load" and (left > 0 or quick):
-            device_LE = spare.first_copies(first.placement)
-            if run.base is not None:
-                share = max(min(run.base_share * time_limit, FREE_SHARE * left), 0.0)
-                without = inner(run.base, seed, share, best.telling())
-                ended = without.report.finished
-                device_LE = without.placement.device_LE.astype(np.int64)
-            left = deadline - time.monotonic() - run.count_seconds
-            for found in run.filled(device_LE, seed, deadline) if left > 0 or quick else ():
+    with clock.watched() as watch:
+        run, stopped = with_copies.begin(problem), None
+        bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
+        first = run.best.placement, run.best.value
+        best = _Best(problem, started, time_limit, progress, bound, note, *first, watch)
+        try:
+            filled = problem.objective != "load"
+            if filled and (left := _to_count(run, deadline)) is not None:
+                device_LE = spare.first_copies(first[0])
+                if run.base is not None:
+                    share = min(run.base_share * time_limit, FREE_SHARE * left)
+                    without, _ = inner(run.base, seed, share, best.telling())
+                    device_LE = without.device_LE.astype(np.int64)
+                if _to_count(run, deadline) is not None:
+                    for found in run.filled(device_LE, seed, deadline):
+                        best.take(found.placement, found.value)
+            for found in run.exchanged(first[0], seed, deadline):
                 best.take(found.placement, found.value)
-        for found in run.exchanged(first.placement, seed, deadline):
-            best.take(found.placement, found.value)
-    except KeyboardInterrupt as stop:
-        stopped = stop
-    in_time = problem.objective == "load" or time.monotonic() < deadline
-    return best.solution(ended and in_time and not run.cut, stopped)
+        except KeyboardInterrupt as stop:
+            stopped = stop
+        return best.solution(stopped)
+
+
+def _to_count(run: with_copies.Run, deadline: float) -> float | None:
+    """Seconds that are left if a plan is counted after them; None where that takes too long."""
+    left = clock.left(deadline - run.count_seconds)
+    return left if left or run.count_seconds < QUICK else None
 
 
 def within_limits(
@@ -123,31 +129,30 @@ def within_limits(
     """
     started = time.monotonic()
     deadline = started + time_limit
-    run = with_copies.begin(problem)
-    cap_L = run.cap_L
-    bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
-    start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
-    value = problem.value_of(start)
-    best = _Best(problem, started, time_limit, progress, bound, note, start, value)
-    capped = not with_copies.over_L(problem, start, cap_L).any()
-    stopped, ended = None, False
-    try:
-        left = max(deadline - time.monotonic() - run.count_seconds, 0.0)
-        goal, report = inner(problem.unrestricted, seed, FREE_SHARE * left, progress)
-        for found in slots.search(problem, start, goal, cap_L, deadline):
-            late = time.monotonic() + run.count_seconds >= deadline
-            if late and capped and run.count_seconds >= QUICK:
-                break  # it would be counted after the limit
-            plan = with_copies.shared(problem, found, cap_L)
-            if with_copies.over_L(problem, plan, cap_L).any():
-                continue
-            if (new := problem.value_of(plan)) < best.value or not capped:
-                best.take(plan, new)
-                capped = True
-        ended = report.finished and time.monotonic() + run.count_seconds < deadline
-    except KeyboardInterrupt as stop:
-        stopped = stop
-    if not capped and stopped is None:
-        rule = "no plan within it was found that far from the plan in use"
-        raise Refused("load_cap", str(problem.load_cap), rule, "Allow more load, or more moves")
-    return best.solution(ended, stopped)
+    with clock.watched() as watch:
+        run, stopped = with_copies.begin(problem), None
+        cap_L = run.cap_L
+        bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
+        start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
+        first = start, problem.value_of(start)
+        best = _Best(problem, started, time_limit, progress, bound, note, *first, watch)
+        capped = not with_copies.over_L(problem, start, cap_L).any()
+        try:
+            left = clock.left(deadline - run.count_seconds)
+            goal, _ = inner(problem.unrestricted, seed, FREE_SHARE * left, progress)
+            for found in slots.search(problem, start, goal, cap_L, deadline):
+                slow = capped and run.count_seconds >= QUICK
+                if slow and clock.late(deadline - run.count_seconds):
+                    break  # it would be counted after the limit
+                plan = with_copies.shared(problem, found, cap_L)
+                if with_copies.over_L(problem, plan, cap_L).any():
+                    continue
+                if (new := problem.value_of(plan)) < best.value or not capped:
+                    best.take(plan, new)
+                    capped = True
+        except KeyboardInterrupt as stop:
+            stopped = stop
+        if not capped and stopped is None:
+            rule = "no plan within it was found that far from the plan in use"
+            raise Refused("load_cap", str(problem.load_cap), rule, "Allow more load, or more moves")
+        return best.solution(stopped)

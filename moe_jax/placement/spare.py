@@ -16,14 +16,13 @@ the whole trace. Nothing here is proven to be best.
 """
 
 import dataclasses
-import time
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from moe_jax.errors import Refused
-from moe_jax.placement import at_speeds, hops_copies, replication, sampled
+from moe_jax.placement import at_speeds, clock, hops_copies, replication, sampled
 from moe_jax.placement.limits.previous import placement_of
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
@@ -45,8 +44,7 @@ def filled(
     if problem.objective == "hops":
         held = []
         for layer, holds_EM in enumerate(device_LE[:, :, None] == np.arange(devices)):
-            now = time.monotonic()
-            end = now + (deadline - now) / (trace.num_layers - layer)
+            end = clock.share(deadline, 1 / (trace.num_layers - layer))
             cap = float(cap_L[layer])
             held.append(hops_copies.filled_EM(problem, layer, holds_EM, cap, seed, end))
         return placement_of(np.stack(held))
@@ -186,7 +184,7 @@ def _fill(layer: sampled.Layer, load_E: np.ndarray, slots: int, deadline: float)
     saving_EX = np.full((experts, devices + 1), -np.inf)
     stale = np.arange(experts)
     while (room_M := slots - holds_EM.sum(axis=0)).any():
-        if time.monotonic() > deadline:
+        if clock.late(deadline):
             _relieve(layer, load_E, int(room_M.argmax()))
             continue
         rows_2MM, load_M = layer.rows(), layer.loads()

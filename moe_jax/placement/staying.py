@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.placement import copies, shares, staying_program
+from moe_jax.placement import clock, copies, shares, staying_program
 from moe_jax.placement.limits.previous import holds_LEM
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
@@ -54,15 +54,10 @@ class Counted:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """A placement, what it does, and whether a faster machine would have found another.
-
-    Attributes:
-      cut: a program on the way was ended by its time.
-    """
+    """A placement, and what it does."""
 
     placement: Placement
     counted: Counted
-    cut: bool
 
 
 def counted(problem: Problem, placement: Placement) -> Counted:
@@ -133,17 +128,17 @@ def search(
     state = _State(problem, device_LE[:, :, None] == np.arange(problem.num_devices), cap_L)
     rng = np.random.default_rng(seed)
     for sweep in range(SWEEPS + 1):
+        if sweep and clock.late(deadline):
+            return
         for layer, given in state.walk():
             if not sweep:
                 state.fill(layer, given, deadline)
                 state.relieve(layer, given, rng, deadline)
-            elif time.monotonic() < deadline:
+            elif not clock.late(deadline):
                 state.improve(layer, given, rng, deadline)
             else:  # what came before it has changed
                 state.take(layer, state.flows(given, state.holds_LEM[layer]))
         yield state.settled(rng, end)
-        if time.monotonic() >= deadline:
-            return
 
 
 class _State:
@@ -152,7 +147,6 @@ class _State:
     Attributes:
       holds_LEM: bool, which device holds which expert.
       aim_L: what programs aim at, in caps.
-      cut: a program was ended by its time.
     """
 
     def __init__(self, problem: Problem, held_LEM: np.ndarray, cap_L: np.ndarray):
@@ -167,7 +161,6 @@ class _State:
         best = [np.bincount(best_T[best_T >= 0], minlength=experts) for best_T in self._best_TL.T]
         self._others_LE = problem.load_LE - np.stack(best)
         self.holds_LEM, self.aim_L = held_LEM.copy(), np.full(len(held_LEM), AIM)
-        self.cut = False
         self._expert_LP = [np.zeros(0, np.int64)] * len(held_LEM)
         self._share_LNP = [np.zeros((0, 0), np.int64)] * len(held_LEM)
 
@@ -183,11 +176,10 @@ class _State:
         started = time.monotonic()
         for passes in range(SETTLED):
             placement = self.placement()
-            found = Found(placement, counted(self._problem, placement), self.cut)
+            found = Found(placement, counted(self._problem, placement))
             over_L = found.counted.largest_L > self._cap_L * (1 + 1e-9)
-            now = time.monotonic()
-            another = (now - started) / max(passes, 1)  # what a pass took, on average
-            if not over_L.any() or now + another >= end:
+            another = (time.monotonic() - started) / max(passes, 1)  # what a pass took, on average
+            if not over_L.any() or clock.late(end - another):
                 break
             self.aim_L[over_L] -= LOWER
             for layer, given in self.walk():
@@ -243,8 +235,8 @@ class _State:
         holds_EM = self.holds_LEM[layer]
         ways = (_kept(given, holds_EM), _relieved(given, holds_EM))
         answers: list[Answer | None] = [self.flows(given, one_EM) for one_EM in ways]
-        share = (deadline - time.monotonic()) / (len(self.holds_LEM) - layer)
-        if holds_EM.size <= BINARIES and (limit := min(2 * SECONDS, share)) > 0:
+        if holds_EM.size <= BINARIES and (left := clock.left(deadline)):
+            limit = min(2 * SECONDS, left / (len(self.holds_LEM) - layer))
             answers.append(self._program(given, holds_EM, ~holds_EM, limit))
         found = [answer for answer in answers if answer is not None]
         self.take(layer, max(found, key=lambda answer: answer.value))
@@ -257,14 +249,15 @@ class _State:
 
     def _program(self, given: Given, holds_EM, free_EM, limit: float) -> Answer | None:
         answer = staying_program.solve(given, self._nodes, holds_EM, free_EM, limit)
-        self.cut |= answer is None or not answer.ended
+        if answer is None or not answer.ended:
+            clock.cut()
         return answer
 
     def relieve(self, layer: int, given: Given, rng: np.random.Generator, deadline: float) -> None:
         """A few experts anew, as long as loads are above the cap."""
         for _ in range(RELIEVED):
             now = self.flows(given, self.holds_LEM[layer])
-            if now.excess <= 1e-6 * given.mean or time.monotonic() >= deadline:
+            if now.excess <= 1e-6 * given.mean or clock.late(deadline):
                 return
             self.improve(layer, given, rng, deadline)
 
@@ -275,10 +268,9 @@ class _State:
         count = min(FREED, max(BINARIES // devices, 2), experts)
         free_EM = np.zeros((experts, devices), bool)
         free_EM[rng.choice(experts, count, replace=False)] = True
-        limit = min(SECONDS, deadline - time.monotonic())
         new = None
-        if limit > 0:
-            new = self._program(given, self.holds_LEM[layer], free_EM, limit)
+        if left := clock.left(deadline):
+            new = self._program(given, self.holds_LEM[layer], free_EM, min(SECONDS, left))
         self.take(layer, now if new is None or new.value <= now.value else new)
 
     def take(self, layer: int, answer: Answer) -> None:

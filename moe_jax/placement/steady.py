@@ -9,11 +9,9 @@ A layer may lose at most `Problem.steady` times the time (or load) of a device o
 is given up on the planning sequences is known and small; README.md has what that brings on others.
 """
 
-import time
-
 import numpy as np
 
-from moe_jax.placement import coherent_seconds, swaps
+from moe_jax.placement import clock, coherent_seconds, swaps
 from moe_jax.placement.problem import Problem
 
 RESAMPLES = 24
@@ -40,7 +38,7 @@ def steadied(
     for layer in range(problem.trace.num_layers):
         sample_BE = resampled(problem, layer, weight_BS.astype(float))
         one = _Layer(problem, model, device_LE, layer, sample_BE)
-        while time.monotonic() < deadline and one.improve():
+        while not clock.late(deadline) and one.improve():
             pass
     return device_LE
 

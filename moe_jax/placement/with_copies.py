@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_jax.placement import (
     bounds,
+    clock,
     copies_bound,
     copies_relax,
     exchanges,
@@ -50,8 +51,7 @@ def lower_bound(problem: Problem, deadline: float) -> tuple[float, str]:
         note = "bound: ways to the nearest copy, or prices of slots over all sets of devices"
         return hops_bound.fewest_hops(problem, deadline), note
     mean_L = problem.mean_L
-    now = time.monotonic()
-    deadline = now + RELAX_SHARE * (deadline - now)
+    deadline = clock.share(deadline, RELAX_SHARE)
     if problem.objective == "load":
         return 1.0, "bound: the fullest device has at least the mean load"
     if problem.objective == "seconds":
@@ -103,7 +103,6 @@ class Run:
       bound_share: of the time, at most, for the bound.
       count_seconds: that it takes to count a plan, which the search leaves for the end.
       last: the plan that was filled last, whether it keeps the caps or not.
-      cut: a step of the search was cut short by a time of its own.
     """
 
     problem: Problem
@@ -114,7 +113,6 @@ class Run:
     bound_share: float = BOUND_SHARE
     count_seconds: float = 0.0
     last: Placement | None = None
-    cut: bool = False
 
     def filled(self, device_LE: np.ndarray, seed: int, deadline: float) -> Iterator[Valued]:
         """The best so far after every plan with all slots filled, from one without copies."""
@@ -126,7 +124,6 @@ class Run:
             return
         sweeps = deadline - 5 * self.count_seconds
         for found in staying.search(self.problem, device_LE, self.cap_L, seed, sweeps, end):
-            self.cut = found.cut
             fits = (found.counted.largest_L <= self.cap_L * (1 + 1e-9)).all()
             if fits and found.counted.hops < self.best.value:
                 self.best = Valued(found.placement, np.array([found.counted.hops]))
@@ -156,11 +153,9 @@ class Run:
         plan = self.best.placement if self.last is None else self.last
         aim_L, others = self.aim_L, itertools.chain([even], _made_up(problem, seed))
         for draw in itertools.count(seed):
-            now, before = time.monotonic(), self.best.value
-            if now >= end:
-                self.cut = True
+            if clock.late(end):
                 return
-            share = now + ROUND_SHARE * (end - now)
+            before, share = self.best.value, clock.share(end, ROUND_SHARE)
             plan = exchanges.exchanged(problem, plan, aim_L, draw, share)
             over_L = np.ones(len(aim_L))
             if np.isfinite(self.cap_L).any():

@@ -12,6 +12,7 @@ from scipy import optimize
 from moe_jax.errors import Refused
 from moe_jax.placement import (
     bounds,
+    clock,
     copies,
     cost,
     evidence,
@@ -327,11 +328,13 @@ def test_a_search_whose_programs_were_cut_short_has_not_finished(found, monkeypa
     monkeypatch.setattr(staying, "SWEEPS", 2)
     device_LE = spare.without(some).balanced_LE
     run = with_copies.begin(some)
-    assert list(run.filled(device_LE, 0, time.monotonic() + 1e6))
-    assert not run.cut
+    with clock.watched() as watch:
+        assert list(run.filled(device_LE, 0, time.monotonic() + 1e6))
+    assert not watch.cut
     monkeypatch.setattr(staying_program, "solve", cut)
-    assert list(run.filled(device_LE, 0, time.monotonic() + 1e6))
-    assert run.cut
+    with clock.watched() as watch:
+        assert list(run.filled(device_LE, 0, time.monotonic() + 1e6))
+    assert watch.cut
     assert not solve.solve_problem(some, 0, 3.0).report.finished
 
 

@@ -17,6 +17,7 @@ import time
 import numpy as np
 from scipy import optimize, sparse
 
+from moe_jax.placement import clock
 from moe_jax.placement.moetuner import Tuner
 
 GAP = 0.025  # of the solver
@@ -78,7 +79,7 @@ def clusters(
         options={"time_limit": max(seconds, 1e-3), "mip_rel_gap": GAP},
     )
     packed_E = packed(work_E, devices, equal)
-    if result.x is None:
+    if clock.checked(result).x is None:
         return packed_E, False
     cluster_E = np.empty(experts, np.int64)
     cluster_E[order_E] = result.x[: experts * devices].reshape(experts, devices).argmax(axis=1)
@@ -113,11 +114,12 @@ def devices(tuner: Tuner, cluster_LE: np.ndarray, seconds: float) -> tuple[np.nd
     deadline = time.monotonic() + seconds
     onehot_LEM = np.eye(count)[cluster_LE]
     flow_lMM = onehot_LEM[:-1].transpose(0, 2, 1) @ tuner.flow_lEE @ onehot_LEM[1:]
+    done = True
     if count**4 * (layers - 1) <= WHOLE:
         device_LM, done = _together(flow_lMM, tuner.bandwidth_MM, seconds / 2)
         if device_LM is not None:
             return np.take_along_axis(device_LM, cluster_LE, axis=1), done
-    device_LM, done = np.tile(np.arange(count), (layers, 1)), True
+    device_LM = np.tile(np.arange(count), (layers, 1))
     for layer in range(1, layers):
         left = max((deadline - time.monotonic()) / (layers - layer), LEAST)
         device_LM[layer], ended = _next(
@@ -148,7 +150,7 @@ def _next(
         integrality=np.concatenate([np.ones(count**2), [0]]),
         options={"time_limit": max(seconds, 1e-3), "mip_rel_gap": GAP},
     )
-    if result.x is None:
+    if clock.checked(result).x is None:
         return np.arange(count), False
     return result.x[: count**2].reshape(count, count).argmax(axis=1), result.status == 0
 
@@ -190,7 +192,7 @@ def _together(
         integrality=(np.arange(size) < first).astype(int),
         options={"time_limit": max(seconds, 1e-3), "mip_rel_gap": GAP},
     )
-    if result.x is None:
+    if clock.checked(result).x is None:
         return None, False
     device_LM = result.x[:first].reshape(pairs + 1, count, count).argmax(axis=2)
     return device_LM, result.status == 0

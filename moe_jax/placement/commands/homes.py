@@ -182,6 +182,8 @@ def _planned(options: argparse.Namespace, problem: Problem, given: Plan | None) 
     stopped = solved is not None and solved.interrupted
     if (given is None or options.joint) and not stopped:
         both = joint.solve(problem, before_LE, options.seed, deadline, seat)
+        if solved is not None and not solved.finished:  # it began with a plan that was cut short
+            both = dataclasses.replace(both, finished=False)
         return _Planned(before_LE, both.device_LE, both.home_S, slack, both, solved, given)
     contacts = tally.count(problem.trace, before_LE, problem.topology)
     home_S = seat(tally.cost_SM(contacts, tally.prices_of(problem))).home_S
@@ -260,7 +262,7 @@ def _text(options, trace, problem, planned: _Planned, found: Found, judge: Trace
             f"  + the best homes for them        {both.seated:.5g}",
             f"  + devices of each layer renumbered {both.numbered:.5g}",
             f"  + single experts moved           {both.value:.5g}"
-            + ("" if both.finished else "  (the time limit ended it)"),
+            + ("" if both.finished else "  (cut short for lack of time)"),
             f"  proven gap of the homes, given the experts: {100 * both.homes_gap:.3f} % of rows",
         ]
     arrivals = f"{options.batch} together (equal numbers on devices), or one by one (a device at "

@@ -15,7 +15,6 @@ best by the exact objective with homes; rows as prices_of weighs them can only f
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import optimize
 
-from moe_jax.placement import layerwise
+from moe_jax.placement import clock, layerwise
 from moe_jax.placement import nodes as nodes_lib
 from moe_jax.placement.homes import assign, experts, tally
 from moe_jax.placement.homes.assign import Seated
@@ -52,7 +51,8 @@ class Joint:
       numbered: objective after steps 1 and 2.
       value: objective of this placement with these homes.
       homes_gap: proven, of the homes given these experts, in rows.
-      finished: nothing improved any more.
+      finished: nothing improved any more, and no deadline cut any of the search: a seed gives one
+        result.
       interrupted: by Ctrl-C; this is the best until then.
     """
 
@@ -88,15 +88,16 @@ def solve(
     contacts = tally.count(problem.trace, start_LE, problem.topology)
     first = seat(tally.cost_SM(contacts, price))
     seated = experts.with_homes(problem, first.home_S).exact(start_LE)
-    best = at = _At(start_LE, first, seated, False)  # `seconds` may rise where rows fall
+    best = at = _At(start_LE, first, seated)  # `seconds` may rise where rows fall
     relabelled, interrupted = seated, False
-    try:
-        rounds = _rounds(problem, contacts, price, at, seat, rng, deadline)
-        for number, at in enumerate(rounds):
-            relabelled = relabelled if number else at.value
-            best = min(best, at, key=lambda one: one.value)
-    except KeyboardInterrupt:
-        interrupted = True
+    with clock.watched() as watch:
+        try:
+            rounds = _rounds(problem, contacts, price, at, seat, rng, deadline)
+            for number, at in enumerate(rounds):
+                relabelled = relabelled if number else at.value
+                best = min(best, at, key=lambda one: one.value)
+        except KeyboardInterrupt:
+            interrupted = True
     return Joint(
         best.device_LE,
         best.seated.home_S,
@@ -105,7 +106,7 @@ def solve(
         relabelled,
         best.value,
         best.seated.gap,
-        at.finished and not interrupted,
+        not watch.cut and not interrupted,
         interrupted,
     )
 
@@ -116,7 +117,6 @@ class _At(NamedTuple):
     device_LE: np.ndarray
     seated: Seated
     value: float
-    finished: bool
 
 
 def _rounds(
@@ -133,19 +133,19 @@ def _rounds(
         problem, contacts, price, start.device_LE, start.seated, seat, rng, deadline
     )
     value = experts.with_homes(problem, best.home_S).exact(best_LE)
-    yield _At(best_LE, best, value, False)
+    yield _At(best_LE, best, value)
     for _ in range(ROUNDS):
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             return
         next_LE = _moved(experts.with_homes(problem, best.home_S), best_LE, rng, deadline)
         contacts = tally.count(problem.trace, next_LE, problem.topology)
         next_LE, found = _turns(problem, contacts, price, next_LE, best, seat)
         now = experts.with_homes(problem, found.home_S).exact(next_LE)
-        finished = not now < value * (1 - LEAST) and time.monotonic() < deadline
+        last = not now < value * (1 - LEAST)
         if now < value:
             best_LE, best, value = next_LE, found, now
-        yield _At(best_LE, best, value, finished)
-        if finished:
+        yield _At(best_LE, best, value)
+        if last:
             return
 
 
@@ -163,7 +163,7 @@ def numbered(
     best_LE, best = _turns(problem, contacts, price, start_LE, first, seat)
     sequences = problem.trace.num_sequences
     for _ in range(STARTS):
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             break
         drawn_SM = rng.random((sequences, problem.num_devices))
         start = dataclasses.replace(seat(drawn_SM), value=np.inf, bound=0.0)
@@ -267,10 +267,9 @@ def _moved(homed, device_LE: np.ndarray, rng, deadline: float) -> np.ndarray:
     device_LE, layers = device_LE.copy(), len(device_LE)
     factors = layerwise.LADDER[:1] if homed.objective == "rows" else RUNGS
     for layer in range(layers):
-        now = time.monotonic()
-        if now >= deadline:
+        if clock.late(deadline):
             break
-        share = now + (deadline - now) / (layers - layer)
+        share = clock.share(deadline, 1 / (layers - layer))
         start_E = device_LE[layer]
         next_E = layerwise.best_of_layer(homed, layer, start_E, factors, rng, share).device_E
         better = homed.exact_value(layer, next_E) < homed.exact_value(layer, start_E)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement import ilp
+from moe_jax.placement import clock, ilp
 
 SECONDS = 5.0  # of exact programs of all layers: to meet a cap, and again to say which can be met
 TRY = 0.5  # of what is left of it, for one cap
@@ -125,8 +125,7 @@ def met(
     over_L = largest_L(load_LE, device_LE, speed_M) / np.maximum(cap_L, 1e-300)
     device_LE, anywhere_EM = device_LE.copy(), np.zeros((load_LE.shape[1], len(speed_M)))
     for layer in np.argsort(-over_L, kind="stable"):
-        left = deadline - time.monotonic()
-        if over_L[layer] <= 1 + 1e-9 or left <= 0:
+        if over_L[layer] <= 1 + 1e-9 or not (left := clock.left(deadline)):
             break
         cap_M = cap_L[layer] * speed_M
         found_E = ilp.assign_capped(anywhere_EM, load_LE[layer], cap_M, left)

@@ -17,12 +17,12 @@ on all of the trace.
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moe_jax.placement import chain as chain_lib
+from moe_jax.placement import clock
 from moe_jax.placement.limits import paths
 from moe_jax.placement.limits.nearest import Within, best
 from moe_jax.placement.problem import Problem
@@ -55,14 +55,14 @@ def plans(
     """Plans for `exflow` from few moves to many; pins and caps are kept."""
     chain = problem.chain(problem.top1_LEE)
     yield from (start_LE, free_LE)
-    now = time.monotonic()
-    yield from paths.away(problem, chain, old_LE, start_LE, now + (deadline - now) / 3)
-    yield from paths.back(problem, chain, old_LE, free_LE, now + (deadline - now) / 2)
+    third, half = clock.share(deadline, 1 / 3), clock.share(deadline, 1 / 2)
+    yield from paths.away(problem, chain, old_LE, start_LE, third)
+    yield from paths.back(problem, chain, old_LE, free_LE, half)
     gained = max(chain.value(free_LE) - chain.value(start_LE), 0.0)
     mean = gained / max(int((free_LE != old_LE).sum() - (start_LE != old_LE).sum()), 1)
     for prices, device_LE in ((PRICES, start_LE), (PRICES[::-1], free_LE)):
         for price in prices:
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 return
             tolled = _tolled(problem, chain, old_LE, price * mean)
             device_LE = _settled(problem, tolled, device_LE, deadline)
@@ -78,8 +78,7 @@ def refined(
     while improved:
         improved = False
         for layer in range(chain.num_layers):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if not (left := clock.left(deadline)):
                 return device_LE
             benefit_EM = chain.benefit_EM(device_LE, layer, before=True, after=True)
             moved_L = (device_LE != old_LE).sum(axis=1)
@@ -139,7 +138,7 @@ def counted_edges(
         left_CE, right_DE = options_[layer - 1], options_[layer]
         edge_CD = np.empty((len(left_CE), len(right_DE)))
         for c, d in np.ndindex(*edge_CD.shape):
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 return None
             edge_CD[c, d] = scale * _values_2(pair, np.stack([left_CE[c], right_DE[d]]))[1]
         edges.append(edge_CD)
@@ -196,7 +195,7 @@ def _settled(problem: Problem, chain: Tolled, device_LE: np.ndarray, deadline: f
     if problem.load_cap is None:
         return chain_lib.alternate(chain, device_LE, deadline)
     device_LE, moved = device_LE.copy(), True
-    while moved and time.monotonic() < deadline:
+    while moved and not clock.late(deadline):
         moved = False
         for layer in range(chain.num_layers):
             new_E = _swapped(problem, chain, device_LE, layer)

@@ -8,11 +8,10 @@ every step also offers the best neighbour for each number of moves. All values a
 """
 
 import dataclasses
-import time
 
 import numpy as np
 
-from moe_jax.placement import swaps
+from moe_jax.placement import clock, swaps
 from moe_jax.placement.problem import Problem
 
 PRICES = (8.0, 4.0, 2.0, 1.4, 1.0, 0.7, 0.5, 0.25, 0.1, 0.0)  # in mean gains of a move
@@ -56,7 +55,7 @@ class Border:
         free_E = np.ones(len(device_E), bool)
         if problem.pins is not None:
             free_E = problem.pins.device_LE[layer] < 0
-        while time.monotonic() < deadline:
+        while not clock.late(deadline):
             apart_EE = device_E[:, None] != device_E[None, :]
             e_P, f_P = np.nonzero(np.triu(apart_EE & free_E[:, None] & free_E[None, :]))
             if not e_P.size:

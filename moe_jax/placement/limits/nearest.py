@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from scipy import optimize, sparse
 
-from moe_jax.placement import ilp
+from moe_jax.placement import clock, ilp
 
 STATUS_INFEASIBLE = 2  # of scipy.optimize.milp
 
@@ -86,7 +86,7 @@ def best(
         integrality=np.ones(experts * devices),
         options={"time_limit": max(time_limit, 1e-3), "mip_rel_gap": 1e-6},
     )
-    if result.x is None:
+    if clock.checked(result).x is None:
         return Nearest(None, result.status == STATUS_INFEASIBLE)
     device_E = result.x.reshape(experts, devices).argmax(axis=1)
     moved = int((device_E != old_E).sum())

@@ -8,11 +8,11 @@ per move saved; swaps that gain without a move come first. Both yield the plans 
 large models every so many.
 """
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
 
+from moe_jax.placement import clock
 from moe_jax.placement.chain import Chain
 from moe_jax.placement.problem import Problem
 
@@ -60,7 +60,7 @@ def _walk(
     layers = chain.num_layers
     rate_L, swap_LP = np.full(layers, -np.inf), np.zeros((layers, 2), np.int64)
     stale, steps, stride = range(layers), 0, max(1, device_LE.size // STEPS)
-    while time.monotonic() < deadline:
+    while not clock.late(deadline):
         for layer in stale:
             gain_EE = gains_EE(problem, chain, device_LE, layer)
             rate_EE = _rates(gain_EE, _more_EE(device_LE[layer], old_LE[layer]), forward)

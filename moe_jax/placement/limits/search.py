@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.errors import Refused
+from moe_jax.placement import clock
 from moe_jax.placement import move as move_lib
 from moe_jax.placement.limits import chained, knapsack
 from moe_jax.placement.limits.menu import Border, Menu, extended
@@ -98,8 +99,7 @@ def corners(value_B: np.ndarray) -> tuple[tuple[int, float], ...]:
 
 
 def _hops(problem: Problem, old_LE, start_LE, free_LE, deadline: float) -> Iterator[Step]:
-    now = time.monotonic()
-    half = now + (deadline - now) / 2
+    half = clock.share(deadline, 1 / 2)
     plans = list(chained.plans(problem, old_LE, start_LE, free_LE, half))
     table, options = _hop_table(problem, old_LE, plans)
     yield _hop_step(problem, table, options)
@@ -131,8 +131,7 @@ def _tied(problem: Problem, old_LE, start_LE, free_LE, deadline: float) -> Itera
     likely = "seconds" if problem.objective == "moetuner" else problem.objective
     near = dataclasses.replace(problem, objective=likely, dispatch="exchange")
     borders = [Border(near, layer, old_E) for layer, old_E in enumerate(old_LE)]
-    now = time.monotonic()
-    *_, menus = _menus(borders, start_LE, free_LE, now + (deadline - now) / 3)
+    *_, menus = _menus(borders, start_LE, free_LE, clock.share(deadline, 1 / 3))
     for most in chained.PAIRED:
         options = [_thinned(menu, most) for menu in menus]
         edges = chained.counted_edges(problem, options, deadline)
@@ -152,10 +151,9 @@ def _menus(borders: list[Border], start_LE, free_LE, deadline: float) -> Iterato
         border.add(free_E)
     yield [border.menu() for border in borders]
     for layer, border in enumerate(borders):
-        now = time.monotonic()
-        if now >= deadline:
+        if clock.late(deadline):
             break
-        share = now + (deadline - now) / (len(borders) - layer)
+        share = clock.share(deadline, 1 / (len(borders) - layer))
         extended(border, start_LE[layer], free_LE[layer], share)
         if layer % AGAIN == AGAIN - 1 and layer < len(borders) - 1:
             yield [one.menu() for one in borders]

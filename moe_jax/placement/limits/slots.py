@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from moe_jax.errors import Refused
-from moe_jax.placement import hops, hops_counts, spare
+from moe_jax.placement import clock, hops, hops_counts, spare
 from moe_jax.placement import move as move_lib
 from moe_jax.placement.limits import knapsack
 from moe_jax.placement.limits.previous import holds_LEM, placement_of
@@ -74,8 +74,7 @@ def search(
     options, moves, values = [], [], []
     for layer, held_EM in enumerate(held_LEM):
         ends = [_mended(problem, layer, holds_LEM(target)[layer]) for target in targets[1:3]]
-        now = time.monotonic()
-        share = now + (deadline - now) / (len(held_LEM) - layer)
+        share = clock.share(deadline, 1 / (len(held_LEM) - layer))
         one = _Layer(problem, layer, cap_L[layer])
         stops, worth = one.valued(held_EM, ends, share)
         options.append(stops)
@@ -158,11 +157,10 @@ class _Layer:
 
         At the deadline those that are not valued yet are left out, all but the layer itself.
         """
-        now = time.monotonic()
-        stops = self.stops(held_EM, ends, now + (deadline - now) / 2)
+        stops = self.stops(held_EM, ends, clock.share(deadline, 1 / 2))
         worth: list[float] = []
         for stop_EM in stops:
-            if worth and time.monotonic() >= deadline:
+            if worth and clock.late(deadline):
                 break
             worth.append(self.value(stop_EM))
         return stops[: len(worth)], worth
@@ -196,7 +194,7 @@ class _Layer:
         return hops_counts.Layer(ids_TK, problem.trace.num_experts, ways, problem.topology.nodes)
 
     def _best(self, stops: list[np.ndarray], deadline: float) -> int:
-        if time.monotonic() >= deadline:
+        if clock.late(deadline):
             return 0
         values = [self._choosing.counted_L(placement_of(stop[None]))[0] for stop in stops]
         return int(np.argmin(values))

@@ -10,13 +10,12 @@ cheapest placement of every number of moves is an option.
 """
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.placement import enumerated
+from moe_jax.placement import clock, enumerated
 from moe_jax.placement.limits import knapsack
 from moe_jax.placement.problem import Problem
 
@@ -63,13 +62,17 @@ def solved(problem: Problem, time_limit: float, deadline: float) -> Whole | None
     if count > enumerated.MOST_STATES or problem.num_devices > enumerated.MOST_DEVICES:
         return None
     costs, numbers = enumerated.costs_of(problem), time_limit * enumerated.SPEED
-    if costs is None or enumerated.numbers_alone(problem, count) > numbers:
+    if costs is None:
+        return None
+    if enumerated.numbers_alone(problem, count) > numbers:
+        clock.cut()
         return None
     options = _options(problem, costs, deadline)
     if options is None:
         return None
     full = most = int(sum(one.moves_C.max() for one in options))
     if _numbers(costs, options, most) > numbers:
+        clock.cut()
         most = min(budget, full)
         options = [one.chosen(one.moves_C <= most) for one in options]
     if _numbers(costs, options, most) > numbers or not all(len(one.own_C) for one in options):
@@ -101,7 +104,7 @@ def _options(
     for layer, old_E in enumerate(problem.previous.placement.device_LE):
         own_S = enumerated.alone(problem, costs, layer, every_SE)
         kept = np.flatnonzero(np.isfinite(own_S))
-        if time.monotonic() >= deadline or not kept.size:
+        if not kept.size or clock.late(deadline):
             return None
         one = _Options(every_SE, own_S, (every_SE != old_E).sum(axis=1)).chosen(kept)
         found.append(one if costs.tied else _cheapest(one))
@@ -131,7 +134,7 @@ def _edges(
         before, after = options[layer - 1], options[layer]
         edge_CD = np.empty((len(before.own_C), len(after.own_C)))
         for c, before_E in enumerate(before.device_CE):
-            if time.monotonic() >= deadline:
+            if clock.late(deadline):
                 raise TimeoutError
             edge_CD[c] = costs.pair(layer, before_E, after.device_CE) + after.own_C
         yield edge_CD
