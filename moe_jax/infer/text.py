@@ -1,6 +1,5 @@
 """Text to tokens and back: bytes, or the tokenizer of a published model."""
 
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -179,7 +178,7 @@ class Tokens:
         A character is cut off in so many, and some decoders hide those before it.
         """
         shown = [self._tokenizer.decode(before[: max(len(before) - n, 0)]) for n in range(4)]
-        return max(sum(itertools.accumulate(map(str.__eq__, text, one), min)) for one in shown)
+        return max(len(os.path.commonprefix([text, one])) for one in shown)  # noqa: RUF071
 
     def corpus(self, text: np.ndarray) -> np.ndarray:
         return self._tokenizer.corpus(text, data.SEPARATOR, self._ends_in_order)

@@ -114,12 +114,6 @@ class Heads:
     sink_H: jax.Array | None = None
 
 
-def parameters(weights: Attention) -> dict[str, nnx.Param]:
-    """Those that are there, by their names in `Heads`."""
-    named = {field.name: getattr(weights, field.name) for field in dataclasses.fields(Heads)}
-    return {name: param for name, param in named.items() if param is not None}
-
-
 def matrices(weights: Attention) -> tuple[nnx.Param, ...]:
     """Its projections."""
     return weights.query_DHQ, weights.key_DGQ, weights.value_DGQ, weights.output_HQD

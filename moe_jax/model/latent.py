@@ -110,12 +110,6 @@ class Heads:
     query_up_UHX: jax.Array | None = None
 
 
-def parameters(weights: LatentAttention) -> dict[str, nnx.Param]:
-    """Those that are there, by their names in `Heads`."""
-    named = {field.name: getattr(weights, field.name) for field in dataclasses.fields(Heads)}
-    return {name: param for name, param in named.items() if param is not None}
-
-
 def attend(
     x_BSD: Float[Array, "B S D"],
     weights: LatentAttention | Heads,

@@ -5,6 +5,7 @@ stacked by `jax.vmap` over the constructor of a block, so an array with one dime
 names has "layer" in front.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -29,6 +30,12 @@ def ones(axes: tuple[str, ...], shape: tuple[int, ...]) -> nnx.Param:
 def zeros(axes: tuple[str, ...], shape: tuple[int, ...]) -> nnx.Param:
     """Float32 zeros: a bias."""
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+
+def present(module: nnx.Module, kind: type) -> dict[str, nnx.Param]:
+    """The parameters of a module that are there, by the names of a dataclass's fields."""
+    named = {field.name: getattr(module, field.name) for field in dataclasses.fields(kind)}
+    return {name: param for name, param in named.items() if param is not None}
 
 
 def value(param: nnx.Param | None) -> Any:

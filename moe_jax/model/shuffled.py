@@ -192,7 +192,7 @@ class Steps:
           window: of the layer, see `attention.seen`.
         """
         num_local_kv = max(1, self._num_kv_heads // self._devices)
-        params = self._attention.parameters(weights)
+        params = parameter.present(weights, self._attention.Heads)
         axes = {name: param.get_metadata()["axes"] for name, param in params.items()}
 
         def of_device(name, part):

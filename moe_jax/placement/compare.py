@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import Refused
 from moe_jax.placement import baselines, evidence, method_costs, solve, spare
 from moe_jax.placement.baselines import registry
 from moe_jax.placement.baselines.registry import Made
@@ -110,6 +111,9 @@ def methods(
     Args:
       keys: of the baselines (registry.ALL) and `greedy`; all if None. The planner is always last.
     """
+    if plan.needs_copies and "greedy" in (keys or ()):
+        rule = "needs devices that divide the experts"
+        raise Refused("methods", "greedy", rule, "Leave it out")
     plan.prepare()
     made: list[Method] = []
     free = plan.unrestricted  # baselines know no pins
@@ -123,7 +127,7 @@ def methods(
         made.append(
             _judged(baseline.key, baseline.name, one, time.monotonic() - started, plan, judge)
         )
-    if "greedy" in keys if keys is not None else not plan.needs_copies:
+    if not plan.needs_copies and (keys is None or "greedy" in keys):
         started = time.monotonic()
         greedy = Made(_greedy(plan, seed))
         made.append(_judged("greedy", "greedy", greedy, time.monotonic() - started, plan, judge))

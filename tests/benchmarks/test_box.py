@@ -186,22 +186,22 @@ def test_sequences_are_shared_by_all_devices(flag):
 
 
 @pytest.mark.parametrize(
-    "word",
+    ("word", "rule"),
     [
-        "--plan-seconds=-1",
-        "--plan-seconds=nan",
-        "--dispatch=exchagne",
-        "--dispatch=exchange:exakt",
-        "--prefill-tokens=129",
-        "--decode-steps=105",
-        "--hosts=255",
-        "--devices-per-host=17",
+        ("--plan-seconds=-1", "--plan-seconds = -1.0: seconds, at least 0"),
+        ("--plan-seconds=nan", "--plan-seconds = nan: seconds, at least 0"),
+        ("--dispatch=exchagne", "exchagne"),
+        ("--dispatch=exchange:exakt", "exakt"),
+        ("--prefill-tokens=129", "prompt tokens = 129: held-out windows"),
+        ("--decode-steps=105", "prompt tokens = 129: held-out windows"),
+        ("--hosts=255", "--hosts = 255: .* has 254 addresses"),
+        ("--devices-per-host=17", "num_experts = 32: must be divisible"),
     ],
 )
-def test_flags_are_refused_before_a_model_is_trained(word, monkeypatch):
+def test_flags_are_refused_before_a_model_is_trained(word, rule, monkeypatch):
     monkeypatch.setattr(subject, "trained", lambda run: pytest.fail("trained"))
     sequences = ["--prefill-sequences=16320", "--decode-sequences=16320"]  # of 2 to 255 hosts
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match=rule):
         cluster.request_of(cluster.parser().parse_args([*sequences, word]))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.errors import Refused
-from moe_jax.model import attention, rope, router, shared, transformer
+from moe_jax.model import attention, parameter, rope, router, shared, transformer
 from tests import tiny
 from tests.model.test_transformer import numpy_attention
 from tests.model.whole import Whole
@@ -63,7 +63,10 @@ def test_projections_equal_numpy(qk_norm, axes):
     setting = attention.Setting(rope.plain(100.0, 4), norm_eps=1e-2)
     at_0 = jnp.zeros((2, 1), jnp.int32)  # where positions turn nothing
     actual = attention.project(jnp.asarray(x_BSD, jnp.float32), weights, at_0, setting)
-    values = {name: np.asarray(w, np.float64) for name, w in attention.parameters(weights).items()}
+    values = {
+        name: np.asarray(w, np.float64)
+        for name, w in parameter.present(weights, attention.Heads).items()
+    }
     query = np.einsum("bsd,dhq->bshq", x_BSD, values["query_DHQ"]) + values["query_bias_HQ"]
     key = np.einsum("bsd,dgq->bsgq", x_BSD, values["key_DGQ"]) + values["key_bias_GQ"]
     value = np.einsum("bsd,dgq->bsgq", x_BSD, values["value_DGQ"]) + values["value_bias_GQ"]
@@ -81,10 +84,10 @@ def test_no_part_is_there_by_default():
     weights = attention.Attention(
         jax.random.key(0), d_model=16, num_heads=2, num_kv_heads=1, d_head=4
     )
-    assert set(attention.parameters(weights)) == {
+    assert set(parameter.present(weights, attention.Heads)) == {
         "query_DHQ", "key_DGQ", "value_DGQ", "output_HQD"
     }  # fmt: skip
-    parts = tuple(w for w in attention.parameters(weights).values())
+    parts = tuple(w for w in parameter.present(weights, attention.Heads).values())
     x_BSD = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
     position_BS = jnp.arange(3)[None]
     actual_BSD, _ = attention.attend(

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax.kernels.activation import ACTIVATIONS
-from moe_jax.model import attention, rope, transformer
+from moe_jax.model import attention, parameter, rope, transformer
 from tests import tiny
 from tests.model.test_parts import shaken
 
@@ -53,7 +53,9 @@ def by_hand(window, has_sinks):
 
 
 def of(has_sinks):
-    parts = {name: param[...] for name, param in attention.parameters(weights()).items()}
+    parts = {
+        name: param[...] for name, param in parameter.present(weights(), attention.Heads).items()
+    }
     return attention.Heads(**{n: p for n, p in parts.items() if has_sinks or n != "sink_H"})
 
 

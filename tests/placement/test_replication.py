@@ -544,6 +544,7 @@ def test_commands_where_devices_do_not_divide_the_experts(uneven_path, tmp_path,
     capsys.readouterr()
     for refused, why in (
         (("compare", *words, "--methods=lpt"), "needs devices that divide the experts"),
+        (("compare", *words, "--methods=greedy"), "needs devices that divide the experts"),
         (("solve", *words, f"--out={out}", "--report=r.html"), "do not divide 14 experts"),
         (("solve", *words, f"--out={out}", "--load-cap=1.1held"), "do not divide the 14 experts"),
         (verdict, "4 devices do not divide 14 experts"),

@@ -347,8 +347,9 @@ def test_parts_of_published_families_equal_the_static_engine(parts):
 
 
 @pytest.mark.slow
-def test_latent_attention_changes_no_bit():
-    requests, engines = list(traffic(4, 16)), [make(**LATENT) for _ in range(2)]
+@pytest.mark.parametrize("parts", [LATENT, LONG], ids=["latent", "long"])
+def test_parts_of_published_families_change_no_bit(parts):
+    requests, engines = list(traffic(4, 16)), [make(**parts) for _ in range(2)]
     alone = Served(engines[0])
     for _, prompt, options in requests:
         alone.submit(prompt, options)
