@@ -10,12 +10,12 @@
 # --distributed=auto reads what srun puts into the environment (SLURM_JOB_ID, SLURM_NTASKS,
 # SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST). 2 nodes x 8 GPUs: mesh.node = 2 keeps the slow
 # network to one axis, mesh.expert = 8 to the links inside a node. Submit from this checkout, on a
-# file system that all nodes share. infer.py is one process and wants as many devices as the experts
-# are split over, 16 here: before it answers prompts on one node, start train.py there once, with
-# --config.mesh.node=1 (a run goes on on any mesh, and its config.json says on which).
+# file system that all nodes share. The second command, when the first has ended, answers requests
+# with the same processes: the first of them listens.
 #
 # Run: the flags (tests/examples), and two processes that are told their numbers by hand
-# (tests/train/test_processes.py). Not run: Slurm, and GPUs of several nodes.
+# (tests/train/test_processes.py, tests/infer/server/test_processes.py). Not run: Slurm, and GPUs
+# of several nodes.
 set -eu
 
 # srun does not take --cpus-per-task from sbatch (Slurm 22.05 and newer).
@@ -26,3 +26,8 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python train.py \
   --config.platform=gpu \
   --config.mesh.node=2 \
   --config.data.path=/shared/text
+
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/python infer.py \
+  --serve --host=0.0.0.0 --bearer_token_file=/shared/token \
+  --workdir=runs/moe_100m \
+  --distributed=auto

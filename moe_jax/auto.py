@@ -96,6 +96,7 @@ def resolve(
             *(dispatch, ids_TLK, placement, topology),
             work=work_of(config),
             combine=config.model.combine,
+            devices_per_node=config.mesh.expert,
         )
         options.append(option)
     best = min(options, key=lambda option: option.seconds)  # the first of equal ones
@@ -160,6 +161,7 @@ def judge(
     *,
     work: Work,
     combine: str,
+    devices_per_node: int | None = None,
 ) -> Option:
     """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform.
 
@@ -170,8 +172,9 @@ def judge(
       topology: links and device speed.
       work: sizes of a layer and a step.
       combine: where rows are summed.
+      devices_per_node: of the mesh, by which a program takes near copies; None = the topology's.
     """
-    nodes = topology.devices_per_node
+    nodes = devices_per_node or topology.devices_per_node
     where = (nodes, None, work.batch_tokens)
     rows = cost.rows(ids_TLK, placement, dispatch, None, combine, *where)
     computed_LM = cost.computed_LM(ids_TLK, placement, dispatch, None, *where)

@@ -116,6 +116,22 @@ def in_any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
+def fetch(array: jax.Array) -> np.ndarray:
+    """A global array on every host; every process calls this."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def first_other(digest: bytes) -> int | None:
+    """The first process whose digest is not that of process 0; every process calls this."""
+    if jax.process_count() == 1:
+        return None
+    all_NX = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    others = np.flatnonzero((all_NX != all_NX[0]).any(axis=1))
+    return int(others[0]) if len(others) else None
+
+
 def num_devices() -> int:
     """Devices of all processes."""
     try:

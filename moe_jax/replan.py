@@ -58,6 +58,7 @@ class Setting:
       time_limit: seconds of the search.
       min_gain: share of a layer's time that has to be saved at least.
       pins: experts that no plan moves away from their devices.
+      devices_per_node: of the mesh, see `auto.judge`.
     """
 
     topology: Topology
@@ -70,6 +71,7 @@ class Setting:
     time_limit: float
     min_gain: float = 0.0
     pins: Pins | None = None
+    devices_per_node: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,7 @@ def setting_of(
         time_limit=time_limit,
         min_gain=min_gain,
         pins=pins,
+        devices_per_node=config.mesh.expert,
     )
 
 
@@ -206,6 +209,7 @@ def decide(
                 *(setting.dispatch, trace.expert_ids_TLK, placement, setting.topology),
                 work=setting.work,
                 combine=setting.combine,
+                devices_per_node=setting.devices_per_node,
             )
             for trace in recorded[half:]
         ]

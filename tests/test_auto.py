@@ -158,3 +158,18 @@ def test_a_trace_of_another_model_is_refused(tmp_path):
     trace_lib.save(Trace(ids_TLK, 32, np.array([4], np.int32)), path)
     with pytest.raises(Refused, match="has 3 layers, 32 experts, top 2; the model has 2, 32, 2"):
         chosen(dataclasses.replace(config(), trace=str(path)))
+
+
+def test_copies_are_taken_by_the_nodes_of_the_mesh():
+    """A mesh of one node on a machine of two: only the links are of the machine."""
+    placement = tiny.replicated_placement(3)
+    ids_TLK = np.random.default_rng(0).integers(0, tiny.EXPERTS, (400, tiny.LAYERS, 2))
+
+    def judged(machine, **of_mesh):
+        how = {"work": auto.work_of(tiny.config()), "combine": "partial", **of_mesh}
+        return auto.judge("exchange", ids_TLK, placement, machine, **how)
+
+    two, flat = topology_lib.nodes_by_devices(2, 4), topology_lib.nodes_by_devices(1, 4)
+    here, as_two, as_one = judged(two, devices_per_node=4), judged(two), judged(flat)
+    assert (here.rows_out, here.rows_back) == (as_one.rows_out, as_one.rows_back)
+    assert here.slow > as_two.slow  # copies of the other node are taken, too

@@ -27,7 +27,7 @@ from moe_jax import checkpoint, permute
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config, MeshConfig
 from moe_jax.infer import load
-from moe_jax.infer.engine import Engine, fetch, homes
+from moe_jax.infer.engine import Engine, homes
 from moe_jax.infer.prepared import prepared
 from moe_jax.model import transformer
 from moe_jax.placement.plan import Placement
@@ -124,7 +124,7 @@ class Worker:
         answer: dict[str, Any] = {"seconds": seconds, **dataclasses.asdict(moved)}
         if rows:
             for name in ROWS:
-                each = [fetch(getattr(record.traffic, name)) for record in records]
+                each = [mesh_lib.fetch(getattr(record.traffic, name)) for record in records]
                 answer[name] = np.sum(each, axis=0).tolist()
         return answer
 
@@ -155,7 +155,7 @@ class Worker:
         engine = self._engines[way].placed(*self._placed[plan])
         run = self._run_prefill(engine)
         next(run)
-        expert_LBSK = fetch(next(run)[0].expert_BSK)
+        expert_LBSK = mesh_lib.fetch(next(run)[0].expert_BSK)
         home_B = homes(len(self._prefill_BS), self._mesh)
         return {"expert_LBSK": expert_LBSK.tolist(), "home_B": home_B.tolist()}
 

@@ -58,8 +58,8 @@ class StepRecord:
 class Generation:
     """Attributes:
     tokens: per prompt, the tokens that followed it.
-    logits_BSV: float32 prefill logits of the padded batch, on the devices; see `fetch`. None if
-      they were not asked for.
+    logits_BSV: float32 prefill logits of the padded batch, on the devices; see `mesh.fetch`. None
+      if they were not asked for.
     records: the prefill's, then one per decode step.
     home_B: the device, as plans count, that holds each sequence.
     """
@@ -188,7 +188,7 @@ class Engine:
     ) -> np.ndarray:
         """The next token of every sequence, on the host; positions are those of these tokens."""
         put = functools.partial(mesh_lib.put_batch, self._mesh)
-        return fetch(self._choose(logits_BV, put(position_B), how))
+        return mesh_lib.fetch(self._choose(logits_BV, put(position_B), how))
 
     def generate(
         self,
@@ -289,26 +289,17 @@ def _power_of_two(size: int) -> int:
     return 1 << max(3, (size - 1).bit_length())
 
 
-def fetch(array: jax.Array) -> np.ndarray:
-    """A global array on every host."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
 def _on_host(record: Any, position_BS: np.ndarray, logits: jax.Array, start: float) -> StepRecord:
     logits.block_until_ready()
     seconds = time.perf_counter() - start
     traffic = record.traffic
     return StepRecord(
-        expert_LBSK=fetch(record.expert_BSK),
+        expert_LBSK=mesh_lib.fetch(record.expert_BSK),
         position_BS=position_BS,
-        dispatch_LMM=fetch(traffic.dispatch_MM).astype(np.int64),
-        combine_LMM=fetch(traffic.combine_MM).astype(np.int64),
-        distinct_LMM=fetch(traffic.distinct_MM).astype(np.int64),
-        padding_LMM=fetch(traffic.padding_MM).astype(np.int64),
-        computed_LP=fetch(traffic.computed_P).astype(np.int64),
+        dispatch_LMM=mesh_lib.fetch(traffic.dispatch_MM).astype(np.int64),
+        combine_LMM=mesh_lib.fetch(traffic.combine_MM).astype(np.int64),
+        distinct_LMM=mesh_lib.fetch(traffic.distinct_MM).astype(np.int64),
+        padding_LMM=mesh_lib.fetch(traffic.padding_MM).astype(np.int64),
+        computed_LP=mesh_lib.fetch(traffic.computed_P).astype(np.int64),
         seconds=seconds,
     )

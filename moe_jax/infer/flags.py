@@ -13,6 +13,12 @@ from moe_jax.errors import Refused
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
 HF = flags.DEFINE_string("hf", None, "Folder of a published model, in place of --workdir.")
 DEVICES = flags.DEFINE_integer("devices", None, "With --hf: split experts over so many devices.")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "off",
+    "Join other processes: 'auto' (Cloud TPU pod, Slurm, MPI: the same command on every host), "
+    "'HOST:PORT,NUM_PROCESSES,PROCESS_ID', or 'off'. The first of them writes, and listens.",
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File with one prompt a line.")
 CHAT = flags.DEFINE_bool("chat", False, "Each prompt is what a user says to an assistant.")
@@ -98,6 +104,7 @@ def request() -> Any:
         workdir=WORKDIR.value,
         hf=HF.value,
         devices=DEVICES.value,
+        distributed=DISTRIBUTED.value,
         placement=PLACEMENT.value,
         dispatch=DISPATCH.value,
         topology=TOPOLOGY.value,

@@ -48,6 +48,11 @@ class Source:
     text: Text = dataclasses.field(default_factory=Bytes)
 
     @property
+    def version(self) -> str:
+        """What tells this source from others of its config and plan."""
+        return f"step {self.contents.step}"
+
+    @property
     def virtual_devices(self) -> int:
         """Those of all the processes that trained, in one; 0 = devices are real."""
         made = self.config.virtual_devices
@@ -134,10 +139,10 @@ def _here(stored: plan_lib.Plan, config: Config) -> plan_lib.Plan:
     Shares of copies are a node's, so they go with its number of nodes.
     """
     old, devices = stored.placement, config.mesh.expert_devices
-    if old.num_devices == devices:
-        return stored
     share_LNP = old.share_LNP
     nodes = config.mesh.node if share_LNP is None else share_LNP.shape[1] - 1
+    if (old.num_devices, nodes) == (devices, config.mesh.node):
+        return stored
     if nodes != config.mesh.node:
         share_LNP = None
     slots_LP = old.physical_to_logical_LP

@@ -37,6 +37,11 @@ class Source:
     layout: layout.Layout
     tensors: folder.Tensors
 
+    @property
+    def version(self) -> str:
+        """What tells this source from others of its config and plan."""
+        return f"{len(self.layout.shapes)} tensors of {self.tensors.num_bytes} bytes"
+
     def model(self, mesh: Mesh) -> transformer.Transformer:
         """The parameters under the plan, as inference reads them (prepared.py)."""
         shapes = prepared.shapes(mesh, layout.abstract(self.config.model))

@@ -11,12 +11,14 @@ import json
 import os
 import platform
 
+import jax
 import numpy as np
 
 from moe_jax import files
+from moe_jax import mesh as mesh_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
-from moe_jax.infer.engine import Generation, StepRecord, fetch
+from moe_jax.infer.engine import Generation, StepRecord
 from moe_jax.placement.plan import Plan
 from moe_jax.routing.trace import Trace
 
@@ -122,7 +124,8 @@ def write_measurement(
     config: Config,
     plan: Plan,
 ) -> None:
-    """Writes outputs and counted rows (.npz); all prompts have one length.
+    """Writes outputs and counted rows (.npz); all prompts have one length. Every process calls
+    this, and the first one writes.
 
     `logits` are those of all prompts' positions; the digest in `meta` is over the same bytes.
     """
@@ -148,6 +151,8 @@ def write_measurement(
         name: sum(getattr(record, name) for g in generations for record in g.records)
         for name in ("dispatch_LMM", "combine_LMM", "padding_LMM", "computed_LP")
     }
+    if jax.process_index():
+        return
     with files.atomic_write(path) as file:
         np.savez(
             file,
@@ -163,4 +168,4 @@ def write_measurement(
 
 def _prompt_logits(generation: Generation) -> np.ndarray:
     assert generation.logits_BSV is not None  # `all_logits` of Engine.generate
-    return fetch(generation.logits_BSV)
+    return mesh_lib.fetch(generation.logits_BSV)

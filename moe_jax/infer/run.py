@@ -1,15 +1,18 @@
 """The command behind infer.py: answer prompts, record routing, measure, benchmark."""
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 import time
 
+import jax
 import numpy as np
 
 from moe_jax import auto, data, metrics
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
+from moe_jax import processes as processes_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.errors import Refused
 from moe_jax.infer import load, published, record
@@ -43,6 +46,7 @@ class Request:
     record: str | None
     measure: str | None
     benchmark: bool
+    distributed: str = "off"
     record_tokens: bool = False
     chat: bool = False
     serve_load: bool = False
@@ -95,10 +99,8 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
         prompts, corpus_name = windows[:, :-1].tolist(), f"{corpus.name} held-out"
     check_prompts(prompts, _new_tokens(request), config.model.max_seq_len)
 
-    mesh_lib.initialize(config.platform, source.virtual_devices, "off")
-    config = load.on_devices(config, mesh_lib.num_devices())
-    config_lib.check_devices(config, mesh_lib.num_devices())
-    source = dataclasses.replace(source, config=config)
+    source = _on_devices(source, request)
+    config = source.config
     if note:
         metrics.say(note)
     mesh = mesh_lib.of_config(config.mesh)
@@ -110,7 +112,8 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
     if request.record:
         texts = prompts if request.record_tokens else None
         trace = record.trace(generations, config, corpus_name, texts)
-        trace_lib.save(trace, request.record)
+        if jax.process_index() == 0:
+            trace_lib.save(trace, request.record)
         metrics.say(
             f"{request.record}: {trace.num_tokens:,} tokens of {trace.num_sequences} sequences, "
             f"{trace.num_layers} layers, top {trace.top_k} of {trace.num_experts}; "
@@ -127,13 +130,10 @@ def _serve(source: load.Source | published.Source, request: Request, note: str) 
     config = source.config
     supported.check_model(config)
     if request.serve:
-        request.serve.check()
+        request.serve.check(listens=_processes(request)[1] == 0)
         if request.serve.replan_tokens:
             placing.check(config)
-    mesh_lib.initialize(config.platform, source.virtual_devices, "off")
-    config = load.on_devices(config, mesh_lib.num_devices())
-    config_lib.check_devices(config, mesh_lib.num_devices())
-    source = dataclasses.replace(source, config=config)
+    source = _on_devices(source, request)
     if note:
         metrics.say(note)
     if request.serve:
@@ -142,6 +142,44 @@ def _serve(source: load.Source | published.Source, request: Request, note: str) 
         server_run.serve(source, request.serve)
     else:
         serve_load.run(source, request.peer_python)
+
+
+def _processes(request: Request) -> tuple[int, int]:
+    """How many are started, and which this is, as far as the command line says."""
+    _, count, number = processes_lib.parse(request.distributed) or ("", 1, 0)
+    return count, number
+
+
+def _on_devices(
+    source: load.Source | published.Source, request: Request
+) -> load.Source | published.Source:
+    """Joins the other processes and takes the devices of the mesh.
+
+    Raises:
+      Refused: there are too few, or another process has found another model.
+    """
+    config, (count, _) = source.config, _processes(request)
+    virtual = source.virtual_devices
+    if virtual and count > 1:  # made in each; all of the mesh
+        if config.mesh.num_devices % count:
+            rule = f"must divide the mesh's {config.mesh.num_devices} devices among its processes"
+            raise Refused("--distributed", request.distributed, rule, "start another number")
+        virtual = config.mesh.num_devices // count
+    mesh_lib.initialize(config.platform, virtual, request.distributed)
+    config = load.on_devices(config, mesh_lib.num_devices())
+    config_lib.check_devices(config, mesh_lib.num_devices())
+    source = dataclasses.replace(source, config=config)
+    texts = request.prompts, request.held_out, request.held_out_start, request.chat
+    asked = texts, request.max_new_tokens, request.sampling
+    found = repr((config, source.plan.digest, source.version, asked))
+    other = mesh_lib.first_other(hashlib.sha256(found.encode()).digest())
+    if other is not None:
+        name, value = ("--hf", request.hf) if request.hf is not None else (
+            "--workdir", request.workdir
+        )  # fmt: skip
+        rule = f"is another model, or was asked for otherwise, in process {other} than in process 0"
+        raise Refused(name, value, rule, "give every host the same files and the same command")
+    return source
 
 
 def _check_flags(request: Request) -> None:
@@ -230,6 +268,8 @@ def _answer(engine: Engine, prompts: list[list[int]], request: Request, text: Te
     alone = len(prompts) == 1
 
     def write(part: bytes) -> None:
+        if jax.process_index():
+            return
         sys.stdout.buffer.write(part)
         sys.stdout.flush()
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
 from moe_jax.model import cache as cache_lib
-from moe_jax.model import parameter
+from moe_jax.model import parameter, short
 from moe_jax.model import rope as rope_lib
 from moe_jax.pytree import Leaf
 
@@ -42,12 +42,14 @@ class Setting:
       norm_eps: of the norm of queries and keys.
       heads_over: mesh axes that heads are split over by `shard_map`; () = all are here.
       divisor: of `mix`; None = sqrt(Q).
+      folds: the norm sums in an order that does not depend on the number of rows (short.py).
     """
 
     rope: rope_lib.Rope
     norm_eps: float = 1e-6
     heads_over: tuple[str, ...] = ()
     divisor: float | None = None
+    folds: bool = False
 
 
 class Attention(nnx.Module):
@@ -129,7 +131,12 @@ def norm_heads(x_BSHQ: Float[Array, "B S H Q"], scale_Z: Any, setting: Setting) 
     scale_Z = scale_Z[...].astype(jnp.float32)
     x32_BSHQ = x_BSHQ.astype(jnp.float32)
     normed_axes = tuple(range(-scale_Z.ndim, 0))
-    mean_BSZ = jnp.mean(jnp.square(x32_BSHQ), axis=normed_axes, keepdims=True)
+    square_BSHQ = jnp.square(x32_BSHQ)
+    if setting.folds:
+        flat_BSHY = square_BSHQ.reshape(*square_BSHQ.shape[: normed_axes[0]], -1)
+        mean_BSZ = jnp.expand_dims(short.total(flat_BSHY) / scale_Z.size, normed_axes[1:])
+    else:
+        mean_BSZ = jnp.mean(square_BSHQ, axis=normed_axes, keepdims=True)
     if scale_Z.ndim == 2 and setting.heads_over:  # as many heads on each device
         mean_BSZ = jax.lax.pmean(mean_BSZ, setting.heads_over)
     scale_BSHQ = scale_Z.reshape((1,) * (4 - scale_Z.ndim) + scale_Z.shape)

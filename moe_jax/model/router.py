@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig
+from moe_jax.model import short
 from moe_jax.pytree import Leaf
 
 
@@ -34,7 +35,7 @@ class Routing:
 def normalised(top_TK: Float[Array, "T K"]) -> Float[Array, "T K"]:
     """Scaled to sum to 1: of a softmax, that over the chosen logits alone, up to rounding."""
     # Sigmoids may all be 0; anything else is too large to see so small a number.
-    return top_TK / (top_TK.sum(axis=1, keepdims=True) + 1e-20)
+    return top_TK / (short.total(top_TK) + 1e-20)
 
 
 def unchanged(top_TK: Float[Array, "T K"]) -> Float[Array, "T K"]:
@@ -59,25 +60,26 @@ def sparse_mixer(
     chosen_TKE = jax.nn.one_hot(expert_TK, logits_TE.shape[1], dtype=jnp.bool_)
     left_TE, weights = jnp.ones(logits_TE.shape, bool), []
     for k in range(expert_TK.shape[1]):
-        own_T1 = jnp.where(chosen_TKE[:, k], logits_TE, 0).sum(axis=1, keepdims=True)
+        own_T1 = short.total(jnp.where(chosen_TKE[:, k], logits_TE, 0))
         far_TE = (own_T1 - logits_TE) / jnp.maximum(jnp.abs(logits_TE), own_T1) > _NEAR
         power_TE = jnp.where(left_TE & ~far_TE, jnp.exp(logits_TE - own_T1), 0)
-        weights.append(1 / power_TE.sum(axis=1))
+        weights.append(1 / short.total(power_TE)[:, 0])
         left_TE = left_TE & ~chosen_TKE[:, k]
     return jnp.stack(weights, axis=1)
 
 
 @jax.custom_jvp
 def softmax(logits_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
-    """`jax.nn.softmax` over experts, with bits that do not depend on a row's place among the rows.
+    """`jax.nn.softmax` over experts, with bits that do not depend on a row's place among the rows,
+    nor on their number.
 
     `shuffled` and `coherent` put rows where experts are. Where one loop subtracts and takes the
     exponential of rows of 3 to 8 experts, the rows that fill no vector have other bits than those
     that do (JAX 0.12, CPU with AVX-512), hence the barrier.
     """
-    below_TE = jax.lax.optimization_barrier(logits_TE - logits_TE.max(axis=1, keepdims=True))
+    below_TE = jax.lax.optimization_barrier(logits_TE - short.largest(logits_TE))
     power_TE = jnp.exp(below_TE)
-    return power_TE / power_TE.sum(axis=1, keepdims=True)
+    return power_TE / short.total(power_TE)
 
 
 @softmax.defjvp

@@ -18,7 +18,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moe_jax import checkpoint, data, metrics, permute
@@ -115,16 +114,12 @@ def check_text(corpus: data.Corpus) -> None:
     Raises:
       Refused: in all of them, with the first that differs from process 0.
     """
-    if jax.process_count() == 1:
-        return
-    mine = np.frombuffer(bytes.fromhex(corpus.digest), np.uint8)
-    all_of_them = multihost_utils.process_allgather(mine)
-    others = np.flatnonzero((all_of_them != all_of_them[0]).any(axis=1))
-    if len(others):
+    other = mesh_lib.first_other(bytes.fromhex(corpus.digest))
+    if other is not None:
         raise Refused(
             "data.path",
             corpus.name,
-            f"holds another text for process {others[0]} than for process 0",
+            f"holds another text for process {other} than for process 0",
             "give every host the same files (and the same Python, where data.path is empty)",
         )
 

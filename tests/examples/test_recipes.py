@@ -47,12 +47,13 @@ def test_every_recipe_is_tested():
 def test_flags_are_those_of_the_programs(recipe):
     subprocess.run(["sh", "-n", ROOT / "examples" / recipe], check=True)
     found = commands(recipe)
-    assert found
+    assert found[0][0] == "train.py"
     for words in found:
         assert "--distributed=auto" in words
         done = parsed(words)
         assert done.returncode == 0, done.stderr
-        assert int(done.stdout) == RECIPES[recipe]
+        if words[0] == "train.py":  # infer.py has the mesh of the run
+            assert int(done.stdout) == RECIPES[recipe]
 
 
 def test_a_wrong_flag_is_seen():

@@ -25,3 +25,6 @@ def test_shares_of_copies_go_with_the_number_of_nodes(capsys):
     assert kept.num_devices == 4
     assert kept.share_LNP is None
     assert "shares copies between 2 node(s), not 1" in capsys.readouterr().err
+    kept = load._here(Plan(old), tiny.config(mesh={"node": 1, "expert": 2})).placement
+    assert (kept.num_devices, kept.share_LNP) == (2, None)
+    assert "shares copies between 2 node(s), not 1" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from moe_jax import mesh as mesh_lib
 devices, processes, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 mesh_lib.initialize("cpu", devices, processes)
 import jax
-from moe_jax.infer.engine import Engine, fetch
+from moe_jax.infer.engine import Engine
 from moe_jax.infer.sampling import Sampling
 from tests import tiny
 config = tiny.config(mesh={"data": 1, "expert": 2}, model__dispatch="exchange")
@@ -24,7 +24,7 @@ mesh = tiny.mesh(config)
 engine = Engine(config, mesh, tiny.model(1, 2), tiny.table(tiny.contiguous(2)))
 prompts = [list(range(1 + i, 9 + 2 * i)) for i in range(6)]
 found = engine.generate(prompts, 0, Sampling())
-logits = fetch(found.logits_BSV)
+logits = mesh_lib.fetch(found.logits_BSV)
 if jax.process_index() == 0:
     rows = found.records[0].dispatch_LMM
     np.savez(out, logits=logits, rows=rows)

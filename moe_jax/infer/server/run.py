@@ -2,6 +2,9 @@
 
 On SIGTERM or SIGINT no more requests are taken (503), those that were are answered, and the process
 ends with exit code 0. A second signal cancels what is left.
+
+Of several processes the first listens. The others run the model with it and end with it; one that
+is asked to end says so, and all of them drain.
 """
 
 import asyncio
@@ -12,6 +15,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import jax
 import uvicorn
 
 from moe_jax import mesh as mesh_lib
@@ -23,6 +27,8 @@ from moe_jax.infer.serving import sizes
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.placing import Placing, Rules
 from moe_jax.infer.serving.recorder import Recorder
+from moe_jax.infer.serving.runner import Runner
+from moe_jax.infer.serving.scheduler import Limits
 from moe_jax.infer.serving.service import Service
 from moe_jax.permute import table
 from moe_jax.routing import trace as trace_lib
@@ -34,8 +40,9 @@ _SPAN = 512  # tokens of one request that it holds, at most
 
 
 def serve(source: load.Source | published.Source, settings: Settings) -> None:
-    """Serves until a signal; the mesh's devices must be there."""
-    bearer = settings.check()
+    """Serves until a signal; the mesh's devices must be there. Every process calls this."""
+    leads = jax.process_index() == 0
+    bearer = settings.check(listens=leads)
     config, plan = source.config, source.plan
     pins = replan.pins_of("--replan_pins", settings.replan_pins, plan)
     mesh = mesh_lib.of_config(config.mesh)
@@ -50,18 +57,11 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
     if settings.record or settings.replan_tokens:
         span = min(_SPAN, limits.max_len)
         recorder = Recorder(limits.shards, max(1, _RECORDED // limits.shards // span), span)
-    engine = Engine(
-        *(
-            config,
-            mesh,
-            load.model(source, mesh),
-            table(plan.placement),
-            limits,
-            source.text,
-            recorder,
-        ),
-        plan_digest=plan.digest,
-    )
+    model = load.model(source, mesh), table(plan.placement)
+    if not leads:
+        follow(Runner(config, mesh, *model, limits, recorder.places if recorder else 0))
+        return
+    engine = Engine(*(config, mesh, *model, limits, source.text, recorder), plan_digest=plan.digest)
     placing = None
     if settings.replan_tokens:
         rules = Rules(
@@ -72,22 +72,14 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         )
         placing = Placing(engine, plan, rules, say=metrics.say)
     service = Service(engine, settings.max_queue, placing)
-    policy = app.Policy(bearer=bearer)
-    server = app.Server(service, engine, source.text, config.name, policy)
-    with contextlib.closing(listen(settings.host, settings.port, policy.send_seconds)) as bound:
-        host, port = bound.getsockname()[:2]
-        if not bearer and host not in ("127.0.0.1", "::1"):
-            metrics.fail(f"{host} is not loopback and no --bearer_token_file is given: anybody")
-        metrics.say(
-            f"serving {config.name} on http://{host}:{port}, plan {plan.digest[:12]}: "
-            f"{limits.shards} shard(s) x {limits.seats} requests, context {limits.max_len}, "
-            f"cache {limits.shards * limits.blocks * limits.block_size:,} tokens"
-        )
-        asyncio.run(until_drained(server, bound))
+    server = app.Server(service, engine, source.text, config.name, app.Policy(bearer=bearer))
     trace = None
-    if settings.record and not service.failure:
-        trace = service.call(lambda engine: _recorded(engine, settings.record_tokens)).result()
-    service.stop()
+    try:
+        _listen(server, settings, f"{config.name} {{}}, plan {plan.digest[:12]}: {_sizes(limits)}")
+        if settings.record and not service.failure:
+            trace = service.call(lambda engine: _recorded(engine, settings.record_tokens)).result()
+    finally:
+        service.stop()
     if trace is not None:
         assert settings.record is not None
         trace_lib.save(trace, settings.record)
@@ -96,6 +88,36 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         print(service.failure, file=sys.stderr)
         sys.exit(1)
     metrics.say(f"served {engine.stats.num_arrived:,} requests: {dict(engine.stats.requests)}")
+
+
+def follow(runner: Runner) -> None:
+    """Runs what the first process runs until it ends, and tells it when this one is asked to."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: runner.crew.ask())
+        runner.follow()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen(server: app.Server, settings: Settings, line: str) -> None:
+    """Serves until a signal; `line` is said with the address in it."""
+    policy = server.policy
+    with contextlib.closing(listen(settings.host, settings.port, policy.send_seconds)) as bound:
+        host, port = bound.getsockname()[:2]
+        if not policy.bearer and host not in ("127.0.0.1", "::1"):
+            metrics.fail(f"{host} is not loopback and no --bearer_token_file is given: anybody")
+        metrics.say("serving " + line.format(f"on http://{host}:{port}"))
+        asyncio.run(until_drained(server, bound))
+
+
+def _sizes(limits: Limits) -> str:
+    return (
+        f"{limits.shards} shard(s) x {limits.seats} requests, context {limits.max_len}, "
+        f"cache {limits.shards * limits.blocks * limits.block_size:,} tokens"
+    )
 
 
 def _recorded(engine: Engine, with_tokens: bool) -> Trace | None:
@@ -144,9 +166,13 @@ async def until_drained(server: app.Server, bound: socket.socket) -> None:
         loop.add_signal_handler(number, stop)
 
     async def watch() -> None:
-        while not (asked.is_set() and not server.service.num_open and not server.num_open):
-            if server.service.failure:
+        service = server.service
+        while not (asked.is_set() and not service.num_open and not server.num_open):
+            if service.failure:
                 break
+            if service.draining and not asked.is_set():
+                asked.set()
+                metrics.say("another process was asked to end: draining")
             await asyncio.sleep(0.05)
         http.should_exit = True
 

@@ -26,8 +26,12 @@ class Settings:
     replan_homes: bool = True
     replan_pins: str = ""
 
-    def check(self) -> str:
-        """Refuses what can be refused before a model is read; returns the bearer token."""
+    def check(self, listens: bool = True) -> str:
+        """Refuses what can be refused before a model is read; returns the bearer token.
+
+        Args:
+          listens: this process is the one of several that will.
+        """
         for package in ("starlette", "uvicorn"):
             if importlib.util.find_spec(package) is None:
                 fix = "install the extra: pip install 'moe_jax[serve]'"
@@ -45,7 +49,8 @@ class Settings:
         if self.replan_pins and not self.replan_tokens:
             rule = "pins bind plans that are made from the traffic, and none is made"
             raise Refused("--replan_pins", self.replan_pins, rule, "give --replan_tokens=50000")
-        listen(self.host, self.port).close()
+        if listens:
+            listen(self.host, self.port).close()
         if self.bearer_token_file is None:
             return ""
         flag, path = "--bearer_token_file", pathlib.Path(self.bearer_token_file)

@@ -11,24 +11,20 @@ Axes: as in packing.py; L layers, P slots of experts, M devices that hold expert
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import mesh as mesh_lib
-from moe_jax import migrate, permute
+from moe_jax import migrate
 from moe_jax.config import Config
 from moe_jax.errors import Refused
-from moe_jax.infer.prepared import prepared
-from moe_jax.infer.serving import packing, paged, program, supported
+from moe_jax.infer.serving import packing
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Answer, Deliver, Likely, Options, Part, Writes
+from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.serving.scheduler import Job, Limits, Scheduler, Step
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.model import transformer
@@ -81,61 +77,14 @@ class Engine:
         recorder: of routing; None = nothing is recorded.
         plan_digest: of the placement, for people.
         """
-        supported.check(config, mesh, limits)
         self.config, self.limits, self.recorder = config, limits, recorder
         self.stats, self.plan_digest = Stats(), plan_digest
         self.watch: Callable[[Job, np.ndarray], None] | None = None  # logits of every new token
         self.scheduler = Scheduler(limits)
-        self._mesh, self._text, self._clock = mesh, text, clock
+        self._text, self._clock = text, clock
         self._requests: dict[Job, Request] = {}
-        model = prepared(config.model, mesh, model)
-        blocks = model.blocks
-        self._slots = 1 if blocks is None else blocks.moe.gate_PDF[...].shape[1]
-        self._leaves, self._structure = jax.tree.flatten(model)
-        self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(mesh, t), table)
-        self._packed_sharding = mesh_lib.sharding(mesh, "batch", None)
-        self._state = self._empty_state()
-        width = paged.table_width(limits.max_len, limits.block_size)
-        self._programs = [(fits, self._compiled(fits)) for fits in packing.layouts(limits, width)]
-
-    def _empty_state(self) -> program.State:
-        limits, model, mesh = self.limits, self.config.model, self._mesh
-        recorded = None
-        if self.recorder is not None:
-            shape = (limits.shards * self.recorder.places, model.num_moe_layers, model.top_k)
-            dtype = np.uint8 if model.num_experts < 255 else np.uint16
-            placed = mesh_lib.sharding(mesh, "batch", None, None)
-            recorded = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)()
-        pages = paged.empty(model, mesh, limits.blocks, limits.block_size)
-        return program.State(pages, self._zero_counters(), recorded)
-
-    def _zero_counters(self) -> program.Counters:
-        layers, devices = self.config.model.num_plan_layers, self.config.mesh.expert_devices
-        pairs = np.zeros((layers, devices, devices), np.int32)
-        put = mesh_lib.put_replicated
-        zeros = np.zeros((layers, self._slots), np.int32)
-        return program.Counters(
-            put(self._mesh, pairs), put(self._mesh, pairs.copy()), put(self._mesh, zeros)
-        )
-
-    def _compiled(self, layout: packing.Layout) -> Any:
-        structure = self._structure
-        step = program.build(self.config.model, self._mesh, layout)
-
-        def of_leaves(leaves, table, state, packed):
-            return step(jax.tree.unflatten(structure, leaves), table, state, packed)
-
-        def shaped(array: jax.Array) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-
-        packed = jax.ShapeDtypeStruct(
-            (self.limits.shards, layout.num_words), np.int32, sharding=self._packed_sharding
-        )
-        shapes = jax.tree.map(shaped, (self._leaves, self._table, self._state))
-        rows = mesh_lib.sharding(self._mesh, "batch", None)
-        state_sharding = jax.tree.map(lambda array: array.sharding, self._state)
-        jitted = jax.jit(of_leaves, donate_argnums=2, out_shardings=(state_sharding, rows, rows))
-        return jitted.lower(*shapes, packed).compile()
+        places = recorder.places if recorder is not None else 0
+        self.runner = Runner(config, mesh, model, table, limits, places)
 
     # --- requests -------------------------------------------------------------------------
 
@@ -180,20 +129,19 @@ class Engine:
         if step is None:
             return False
         rows = self._rows(step)
-        layout, run = self._program(step, rows)
+        number, layout = self._layout(step, rows)
         packed = self._pack(step, rows, layout)
-        put = jax.device_put(packed, self._packed_sharding)
+        put = self.runner.put(number, packed)
         dispatched = self._clock()
-        self._state, out, logits = run(self._leaves, self._table, self._state, put)
-        out = np.asarray(out)
+        out, logits = self.runner.run(number, put)
+        token, logprob, top, top_logprob = packing.read_out(np.asarray(out))
         arrived = self._clock()
-        token, logprob, top, top_logprob = packing.read_out(out)
         index = [job.shard * layout.rows + rows[job] for job in step.ends]
         tokens = token[index].tolist()
         if self.watch:
-            logits = np.asarray(logits)
+            logits_RV = np.asarray(logits)
             for job, i in zip(step.ends, index, strict=True):
-                self.watch(job, logits[i])
+                self.watch(job, logits_RV[i])
         self.scheduler.accept(step, tokens)
         self._deliver(step, tokens, index, (logprob, top, top_logprob), arrived)
         self.stats.step(
@@ -233,13 +181,13 @@ class Engine:
             taken[job.shard] += 1
         return rows
 
-    def _program(self, step: Step, rows: dict[Job, int]) -> tuple[packing.Layout, Any]:
-        """The first that the step fits in."""
+    def _layout(self, step: Step, rows: dict[Job, int]) -> tuple[int, packing.Layout]:
+        """The first that the step fits in, and its number."""
         most_rows = 1 + max(rows.values())
         most_chunks = max((chunk.row + 1 for chunk in step.chunks), default=0)
         return next(
-            (layout, run)
-            for layout, run in self._programs
+            (number, layout)
+            for number, layout in enumerate(self.runner.layouts)
             if most_rows <= layout.rows and most_chunks <= layout.chunk_rows
         )
 
@@ -288,58 +236,10 @@ class Engine:
         if position == job.reused:  # its first token since it was admitted
             recorder.admit(job, position)
 
-    # --- where its experts are ------------------------------------------------------------
-
-    @functools.cached_property
-    def mover(self) -> migrate.Mover:
-        """Of this model's experts; its program is compiled when it is first prepared."""
-        return migrate.Mover(self._mesh, jax.tree.unflatten(self._structure, self._leaves))
-
-    def table_of(self, placement: Placement) -> Table:
-        """The placement as the compiled steps take it.
-
-        Raises:
-          Refused: more copies of one expert than they have room for, or shares of copies where
-            they know of none.
-        """
-        table, mine = permute.table(placement), self._table
-        copies, room = (t.logical_to_physical_ER.shape[-1] for t in (table, mine))
-        ends_LXER = table.share_end_XER
-        if copies > room or (ends_LXER is not None and mine.share_end_XER is None):
-            shares = "" if ends_LXER is None else ", taken by shares"
-            raise Refused(
-                "placement",
-                f"up to {copies} copies of an expert{shares}",
-                f"the steps of this engine were compiled for {room}"
-                + ("" if mine.share_end_XER is None else ", taken by shares"),
-                "start the server with this plan",
-            )
-        missing = ((0, 0), (0, 0), (0, room - copies))
-        slot_LER = np.pad(table.logical_to_physical_ER, missing, constant_values=-1)
-        if ends_LXER is not None:  # nothing is added behind the last copy
-            ends_LXER = np.pad(ends_LXER, ((0, 0), *missing), mode="edge")
-        elif mine.share_end_XER is not None:  # zeros: copies are taken by the other rule
-            ends_LXER = np.zeros(mine.share_end_XER.shape, np.int32)
-        return Table(slot_LER, table.num_replicas_E, ends_LXER)
-
     def adopt(self, way: migrate.Route, first: int, last: int, placement: Placement) -> float:
-        """Between two steps, moves the experts of MoE layers `first` to `last` (not included).
-
-        Args:
-          way: from the placement that was in use to the one that is to be.
-          placement: where all experts are afterwards (`migrate.between`).
-
-        Returns:
-          Seconds that it took. Answers do not change: a request that runs goes on.
-
-        Raises:
-          Refused: see `table_of`.
-        """
-        table = self.table_of(placement)
+        """`Runner.move` between two steps, in seconds. A request that runs goes on, unchanged."""
         started = self._clock()
-        model = jax.tree.unflatten(self._structure, self._leaves)
-        self._leaves = jax.tree.leaves(jax.block_until_ready(self.mover(model, way, first, last)))
-        self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(self._mesh, t), table)
+        self.runner.move(way, first, last, placement)
         self.plan_digest = placement.digest
         return self._clock() - started
 
@@ -351,12 +251,7 @@ class Engine:
 
     def read_counters(self) -> None:
         """Adds the rows that were moved and computed to `stats`."""
-        counters, self._state = self._state.counters, dataclasses.replace(
-            self._state, counters=self._zero_counters()
-        )  # fmt: skip
-        self.stats.rows(*(np.asarray(leaf).astype(np.int64) for leaf in (
-            counters.dispatch_LMM, counters.combine_LMM, counters.computed_LP
-        )))  # fmt: skip
+        self.stats.rows(*self.runner.take_counters())
 
     def trace(self) -> Trace | None:
         """What the recorder holds; None where it holds nothing."""
@@ -364,8 +259,7 @@ class Engine:
             return None
         holders = self.config.mesh.expert_devices
         homes = [shard % holders for shard in range(self.limits.shards)]
-        recorded_XLK = np.asarray(self._state.recorded_XLK)
         trace = self.recorder.trace(
-            recorded_XLK, self.config.model.num_experts, homes, self.config.name
+            self.runner.recorded(), self.config.model.num_experts, homes, self.config.name
         )
         return trace and dataclasses.replace(trace, layer_ids=self.config.model.moe_layer_ids)

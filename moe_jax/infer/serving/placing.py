@@ -159,7 +159,8 @@ class Placing:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "placing")
         self._homes: concurrent.futures.Future[homes_lib.Homes] | None = None
         self._why_anywhere = ""
-        engine.mover.prepare(migrate.route(plan.placement, plan.placement))
+        engine.runner.prepare(migrate.route(plan.placement, plan.placement))
+        engine.runner.prepared(wait=True)
         self._restart()
 
     def between_steps(self) -> None:
@@ -233,7 +234,7 @@ class Placing:
         rules = self._rules
         return replan.setting_of(
             self._engine.config,
-            self._engine.mover,
+            self._engine.runner.mover,
             topology=self._topology,
             batch_tokens=tokens_per_step,
             passes=1,
@@ -306,7 +307,7 @@ class Placing:
     def _refused(self, plan: Plan) -> Refused | None:
         """Why the engine cannot take a plan."""
         try:
-            self._engine.table_of(plan.placement)
+            self._engine.runner.table_of(plan.placement)
         except Refused as refused:
             return refused
         return None
@@ -316,12 +317,12 @@ class Placing:
         self._way = migrate.route(self._before.placement, plan.placement)
         self._moved_layers, self.report.state = 0, MOVING
         # With copies a route may be longer than those before: another program.
-        self._prepared = self._worker.submit(self._engine.mover.prepare, self._way)
+        self._engine.runner.prepare(self._way)
         self._learn(plan.placement)
 
     def _move(self) -> None:
         """The next layers, as many as fit in the pause by what the slowest took so far."""
-        if not self._prepared.done():
+        if not self._moved_layers and not self._engine.runner.prepared():
             return
         report, layers = self.report, self.plan.placement.num_layers
         count = 1
@@ -335,7 +336,7 @@ class Placing:
         moved = int(self._way.moved_L[first:last].sum())
         report.pause, report.total_pause = max(report.pause, seconds), report.total_pause + seconds
         report.moved_experts += moved
-        report.moved_bytes += moved * self._engine.mover.expert_bytes
+        report.moved_bytes += moved * self._engine.runner.mover.expert_bytes
         self._moved_layers = last
         if last == layers:
             self._moved()

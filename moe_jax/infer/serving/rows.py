@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.infer.sampling import LEAST_TEMPERATURE
+from moe_jax.infer import sampling
 from moe_jax.infer.serving.packing import OUT_WORDS, TOP
 from moe_jax.pytree import Leaf
 
@@ -17,7 +17,7 @@ from moe_jax.pytree import Leaf
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Of every row; see packing.py. `top_k_R`: 0 = all; `temperature_R`: 0, or less than
-    `LEAST_TEMPERATURE`, = greedy."""
+    `sampling.LEAST_TEMPERATURE`, = greedy."""
 
     temperature_R: Leaf
     top_p_R: Leaf
@@ -34,7 +34,7 @@ def choose(logits_RV: jax.Array, settings: Settings) -> jax.Array:
     The largest K are taken first, then the nucleus of what is left.
     """
     greedy_R = _first_of_the_largest(logits_RV)
-    drawn = settings.temperature_R >= LEAST_TEMPERATURE
+    drawn = settings.temperature_R >= sampling.LEAST_TEMPERATURE
 
     def draw(logits_RV):
         temperature_R = jnp.where(drawn, settings.temperature_R, 1.0)
@@ -68,7 +68,7 @@ def keep(logits_RV: jax.Array, settings: Settings) -> jax.Array:
     count_R = jnp.where(settings.top_k_R > 0, settings.top_k_R, vocabulary)
     rank_1V = jnp.arange(vocabulary, dtype=jnp.int32)[None]
     first_RV = rank_1V < count_R[:, None]
-    probability_RV = jax.nn.softmax(jnp.where(first_RV, sorted_RV, -jnp.inf), axis=-1)
+    probability_RV = sampling.by_row(jax.nn.softmax, jnp.where(first_RV, sorted_RV, -jnp.inf))
     before_RV = jnp.cumsum(probability_RV, axis=-1) - probability_RV
     # What crosses the mark is kept: never empty, even of a mark that float32 rounds to 0. A mass of
     # 1 keeps all, whatever the sums round to.
@@ -85,7 +85,7 @@ def report(logits_RV: jax.Array, token_R: jax.Array, settings: Settings) -> jax.
     """
 
     def likely(logits_RV):
-        logprob_RV = jax.nn.log_softmax(logits_RV, axis=-1)
+        logprob_RV = sampling.by_row(jax.nn.log_softmax, logits_RV)
         own_R1 = jnp.take_along_axis(logprob_RV, token_R[:, None], axis=-1)
         top_RX, id_RX = jax.lax.top_k(logprob_RV, min(TOP, logprob_RV.shape[1]))
         missing = ((0, 0), (0, TOP - top_RX.shape[1]))

@@ -7,11 +7,13 @@ even where the engine itself fails.
 
 import concurrent.futures
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.errors import Refused
+from moe_jax.infer.serving.crew import BEAT_SECONDS, END
 from moe_jax.infer.serving.engine import Engine, Request
 from moe_jax.infer.serving.placing import Placing
 from moe_jax.infer.serving.request import Deliver, Options, Part
@@ -134,7 +136,10 @@ class Service:
         return future
 
     def drain(self) -> None:
-        """No more requests are taken; those that were are answered."""
+        """No more requests are taken; those that were are answered.
+
+        Called here, too, where another process of the server was asked to end.
+        """
         with self._changed:
             self._draining = True
 
@@ -153,16 +158,23 @@ class Service:
 
     def _run(self) -> None:
         taken: list[Callable[[], Any]] = []
+        crew = self._engine.runner.crew
+        pause, beaten = None if crew.is_alone else BEAT_SECONDS, time.monotonic()
         try:
             while not self._stopped:
                 with self._changed:
-                    while not (self._inbox or self._engine.busy or self._stopped):
-                        self._changed.wait()
+                    if not (self._inbox or self._engine.busy or self._stopped):
+                        self._changed.wait(pause)
                     taken, self._inbox = self._inbox, []
                 while taken:
                     taken.pop(0)()
+                if pause and time.monotonic() >= beaten + pause:
+                    beaten = time.monotonic()
+                    if crew.beat():
+                        self.drain()
                 if self._engine.step() and self.placing:
                     self.placing.between_steps()
+            crew.tell(END)
         except BaseException:
             self.failure = traceback.format_exc()
         finally:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 from jax.sharding import Mesh
 
 from moe_jax import mesh as mesh_lib
@@ -60,8 +59,6 @@ def check(config: Config, mesh: Mesh, limits: Limits) -> None:
     """Refuses what the engine cannot serve, before anything is compiled."""
     check_model(config)
     model = config.model
-    if jax.process_count() > 1:
-        raise Refused("--distributed", jax.process_count(), "serving is one process", "use one")
     if limits.max_len > model.max_seq_len:
         rule = f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range"
         raise Refused("--context", limits.max_len, rule, f"use {model.max_seq_len}")

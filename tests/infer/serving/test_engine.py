@@ -21,6 +21,7 @@ from moe_jax.infer.serving.stats import Stats
 from moe_jax.infer.text import Bytes
 from moe_jax.model import transformer
 from moe_jax.placement import cost
+from moe_jax.placement.plan import Placement
 from moe_jax.train import step as step_lib
 from tests import tiny
 from tests.model.test_parts import PARTS, shaken
@@ -33,9 +34,15 @@ TWO = {"data": 1, "expert": 2}
 
 
 def make(limits=TIGHT, recorder=None, placement=None, model=None, **overrides):
+    return Engine(*parts(limits, placement, model, **overrides), Bytes(), recorder)
+
+
+def parts(limits=TIGHT, placement=None, model=None, **overrides):
+    """What an engine and a runner are made of."""
     config = tiny.config(**{"mesh": TWO, **overrides})
     devices = config.mesh.expert_devices
-    placement = placement or tiny.contiguous(devices)
+    here = Placement.contiguous(config.model.num_plan_layers, config.model.num_experts, devices)
+    placement = placement or here
     mesh = tiny.mesh(config)
     limits = dataclasses.replace(
         limits,
@@ -43,8 +50,8 @@ def make(limits=TIGHT, recorder=None, placement=None, model=None, **overrides):
         budget=limits.budget * config.mesh.token_devices,
         long_from=sizes.long_from(config.model),
     )
-    model = permute.apply(model or on_mesh(config), tiny.contiguous(devices), placement)
-    return Engine(config, mesh, model, tiny.table(placement), limits, Bytes(), recorder)
+    model = permute.apply(model or on_mesh(config), here, placement)
+    return config, mesh, model, tiny.table(placement), limits
 
 
 def on_mesh(config):
@@ -110,7 +117,7 @@ def shared():
         patch.setattr(packing, "_FEW_ROWS", 2)
         patch.setattr(packing, "_FEW_CHUNKS", 1)
         engine = make(recorder=Recorder(2, 8, 64))
-    assert [(way.rows, way.chunk_rows) for way, _ in engine._programs] == [
+    assert [(way.rows, way.chunk_rows) for way in engine.runner.layouts] == [
         *((2, 0), (4, 0), (2, 1), (4, 2))
     ]
     return engine
@@ -224,7 +231,7 @@ def test_answers_do_not_change_while_experts_move(alone, engine, compiled):
     """A layer moves before every step, from plan to plan; nothing is dropped or compiled."""
     requests, expected = alone
     here = tiny.contiguous(2)
-    engine.mover.prepare(migrate.route(here, here))
+    engine.runner.mover.prepare(migrate.route(here, here))
     compiled.clear()
     steps, plain = itertools.count(), engine.step
     old, new = here, here
@@ -358,6 +365,48 @@ def test_parts_of_published_families_change_no_bit(parts):
             pool.forget()
     assert_same_bits(serve_together(engines[1], requests), alone)
     assert engines[1].stats.preempted > 0
+
+
+WIDE = {
+    **{"model__d_model": 64, "model__d_head": 16, "model__num_experts": 32, "model__top_k": 4},
+    **{"mesh": {"data": 1, "expert": 1}, "model__dispatch": "local"},
+}
+SIGMOID = {"model__router_scores": "sigmoid", "model__router_correction": True}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        WIDE,
+        WIDE | {"model__qk_norm": "head"},
+        pytest.param(WIDE | PARTS, marks=pytest.mark.slow),
+        pytest.param(WIDE | SCALED, marks=pytest.mark.slow),
+        pytest.param(WIDE | SIGMOID, marks=pytest.mark.slow),
+        pytest.param(
+            WIDE | {"model__router_weights": "sparse_mixer", "model__top_k": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({**WIDE, "model__d_model": 24}, marks=pytest.mark.slow),
+    ],
+    ids=["softmax", "norm_of_heads", "parts", "scaled", "sigmoid", "sparse_mixer", "narrow"],
+)
+def test_a_token_has_the_same_bits_in_small_and_large_steps(parts):
+    """Decoded in a step of few rows and in a chunk among 260: see model/short.py."""
+    limits = dataclasses.replace(TIGHT, blocks=24, chunk_rows=16, budget=260)
+    served = Served(make(limits, **parts))
+    rows = [layout.num_tokens for layout in served.engine.runner.layouts]
+    assert (min(rows), max(rows)) == (4, 260)
+    prompts = tiny.tokens(3, 20).tolist()
+    for prompt in prompts:
+        served.submit(prompt, Options(max_tokens=10, logprobs=2))
+        served.run()
+    for number, prompt in enumerate(prompts):
+        answer = served.tokens(number)
+        for count in range(1, 10):
+            served.submit(prompt + answer[:count], Options(max_tokens=1, logprobs=2))
+            served.run()
+            np.testing.assert_array_equal(served.logits[-1][0], served.logits[number][count])
+            assert served.parts[-1][0].likely == served.parts[number][count].likely
 
 
 @pytest.mark.slow

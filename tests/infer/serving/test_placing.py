@@ -1,6 +1,7 @@
 """Plans from served traffic: adopted, proven by counted rows, withdrawn; answers stay the same."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from moe_jax.errors import Refused
 from moe_jax.infer.serving import placing
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.serving.scheduler import Limits
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.placement import topology as topology_lib
@@ -84,7 +86,7 @@ def serve(engine, count, placed=None, seed=0, until=lambda: False):
             if placed.report.state == placing.PLANNING:
                 placed._background._thread.join()
             elif placed.report.state == placing.MOVING:
-                placed._prepared.result()
+                engine.runner.prepared(wait=True)
     return [[part.token for part in parts] for parts in answers]
 
 
@@ -100,7 +102,7 @@ def test_a_plan_is_made_adopted_and_proven(engine):
     assert report.rows_counted == pytest.approx(report.rows_predicted, rel=0.05)
     moved = placing.migrate.route(HERE, placed.plan.placement).moved_L.sum()
     assert report.moved_experts == moved
-    assert report.moved_bytes == moved * engine.mover.expert_bytes
+    assert report.moved_bytes == moved * engine.runner.mover.expert_bytes
     assert 0 < report.pause <= report.total_pause
     assert any("is proven" in line for line in said)
 
@@ -226,7 +228,10 @@ def test_copies_follow_too(with_copies):
             assert serve(engine, 20) == expected
         assert engine.plan_digest == new.digest
     with pytest.raises(Refused, match=f"compiled for {room}"):
-        engine.table_of(more)
+        engine.runner.table_of(more)
+    shared = tiny.replicated_placement(3, slots=12, stay_on_nodes=2)
+    with pytest.raises(Refused, match="taken by shares: the steps"):
+        engine.runner.table_of(shared)
 
 
 def test_a_plan_that_the_engine_cannot_take_ends_nothing(engine, monkeypatch):
@@ -235,7 +240,7 @@ def test_a_plan_that_the_engine_cannot_take_ends_nothing(engine, monkeypatch):
     def refuse(placement):
         raise Refused("placement", 2, "compiled for 1", "start again")
 
-    monkeypatch.setattr(engine, "table_of", refuse)
+    monkeypatch.setattr(engine.runner, "table_of", refuse)
     placed = start(engine, said=said)
     serve(engine, 100, placed)
     monkeypatch.undo()
@@ -258,3 +263,13 @@ def test_what_cannot_be_planned_is_refused(engine):
         placing.Rules(tokens=0)
     with pytest.raises(Refused, match=r"replan\.margin"):
         placing.Rules(margin=float("nan"))
+
+
+def test_shares_of_copies_for_other_nodes_are_refused():
+    """Before experts move: the steps were compiled for those of the mesh."""
+    one, two = (tiny.replicated_placement(3, slots=12, stay_on_nodes=n) for n in (1, 2))
+    config = tiny.config(mesh={"data": 1, "expert": 4})
+    runner = types.SimpleNamespace(_table=tiny.table(one), _config=config)
+    assert Runner.table_of(runner, one).share_end_XER is not None
+    with pytest.raises(Refused, match="copy_shares = '2 nodes': the machine has 1"):
+        Runner.table_of(runner, two)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.infer import sampling
 from moe_jax.infer.serving import rows
@@ -74,3 +75,22 @@ def test_choices_differ_and_seeds_repeat():
     assert (found[0] != found[1]).any()
     again = np.asarray(rows.choose(LOGITS_RV * 0, settings(draw=2)))
     np.testing.assert_array_equal(again, found[0][2])
+
+
+@pytest.mark.parametrize("vocabulary", [11, 256, 258])
+def test_bits_do_not_depend_on_the_number_of_rows(vocabulary):
+    """Of logprobs, and of the mass that a nucleus is cut by."""
+    logits_RV = jnp.asarray(RNG.normal(size=(40, vocabulary)) * 3, jnp.float32)
+    of_all = settings(logprobs=5, top_p=0.9)
+
+    def said(rows_):
+        own = jax.tree.map(lambda setting_R: setting_R[:rows_], of_all)
+        token_R = jnp.argmax(logits_RV[:rows_], axis=1).astype(jnp.int32)
+        return jax.jit(rows.report)(logits_RV[:rows_], token_R, own)
+
+    def mass(rows_):
+        return jax.jit(sampling.by_row, static_argnums=0)(jax.nn.softmax, logits_RV[:rows_])
+
+    for few in (2, 3, 5, 8, 16):
+        np.testing.assert_array_equal(said(few), said(40)[:few])
+        np.testing.assert_array_equal(mass(few), mass(40)[:few])
