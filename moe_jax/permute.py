@@ -149,6 +149,7 @@ def apply_to_checkpoint(
         num_experts=old.num_experts,
         num_devices=plan.placement.num_devices,
     )
+    plan = plan_lib.of_model(plan, _layer_ids(contents))
     arrays = checkpoint.restore_numpy(source, contents)
     moved = apply_to_arrays(arrays, contents.arrays, old, plan.placement)
     infos = checkpoint.describe(moved, {name: info.axes for name, info in contents.arrays.items()})
@@ -167,6 +168,17 @@ def apply_to_checkpoint(
         f"slots changed, in {sum('expert' in i.axes for i in infos.values())} arrays; "
         f"plan {old.digest[:12]} -> {plan.digest[:12]}"
     )
+
+
+def _layer_ids(contents: checkpoint.Contents) -> range:
+    """The model's numbers of its MoE layers: they follow the dense ones, if there are any."""
+    stacks = [
+        info.shape[0]
+        for name, info in contents.arrays.items()
+        if name.startswith("model.dense_blocks.") and info.axes[:1] == ("layer",)
+    ]
+    first = max(stacks, default=0)
+    return range(first, first + contents.plan.placement.num_layers)
 
 
 def _write_step(

@@ -457,6 +457,8 @@ TABLE = [
     train("plan missing", "--config.placement={tmp}/plan.json", "plan", "plan.json'", "Give"),
     train("plan for other layers", "--config.placement={tmp}/plan.json", "plan layers", "3",
           "Solve", make=plan_file(layers=3)),
+    train("plan numbered for another model", "--config.placement={tmp}/plan.json",
+          "plan layer_ids", "'1-2'", "Solve", make=plan_file(lambda f: f.update(layer_ids=[1, 2]))),
     train("shares for two nodes", "--config.placement={tmp}/plan.json", "copy_shares", "2 nodes",
           "Use the machine", make=plan_with_shares_for_two_nodes),
     *(
@@ -464,6 +466,10 @@ TABLE = [
         for case, make, *says in (
             ("missing", None, "plan", "plan.json'", "Give the path"),
             ("for other layers", plan_file(layers=3), "plan layers", "3", "Solve a plan"),
+            ("numbered for another model", plan_file(lambda f: f.update(layer_ids=[1, 2])),
+             "plan layer_ids", "'1-2'", "Solve a plan"),
+            ("with layers in another order", plan_file(lambda f: f.update(layer_ids=[1, 0])),
+             "plan layer_ids", "'1,0'", "Solve a plan"),
             ("with shares for two nodes", plan_with_shares_for_two_nodes, "copy_shares", "2 nodes",
              "Use the machine"),
             ("for other experts", plan_file(experts=8), "plan num_experts", "8", "Solve a plan"),
@@ -512,6 +518,9 @@ TABLE = [
               "model.num_experts", "8", "mesh.expert 2 or 4"),
     published("plan of another model", f"--hf={HF} --placement={{tmp}}/plan.json --prompt=a",
               "plan num_experts", "16", "this model", make=plan_file()),
+    published("plan numbered for another model", f"--hf={HF} --placement={{tmp}}/plan.json "
+              "--prompt=a", "plan layer_ids", "'1-2'", "this model",
+              make=plan_file(lambda f: f.update(layer_ids=[1, 2]), experts=8)),
     published("plan for other devices", f"--hf={HF} --devices=2 --placement={{tmp}}/plan.json "
               "--prompt=a", "plan num_devices", "4", "this model", make=plan_file(experts=8)),
     published("long prompt", f"--hf={HF} --prompt=" + "a" * 100, "prompt 0 + --max_new_tokens",

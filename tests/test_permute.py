@@ -205,12 +205,29 @@ def test_a_step_is_not_named_like_another(workdir, tmp_path):
     assert checkpoint.steps(four / "checkpoints") == [3]
 
 
+@pytest.mark.parametrize("dense", [0, 2])
+def test_the_layers_of_a_step_have_their_numbers_in_the_model(dense):
+    sizes = {"num_layers": tiny.LAYERS + dense, "num_dense_layers": dense}
+    config = tiny.config(
+        model__d_ff_dense=8 * (dense > 0),
+        **{f"model__{name}": value for name, value in sizes.items()},
+    )
+    state = step_lib.abstract_state(config, tiny.mesh(config))
+    axes = checkpoint.flatten(parameter.logical_axes(state))
+    infos = checkpoint.describe(checkpoint.flatten(state), axes)
+    found = permute._layer_ids(checkpoint.Contents(0, infos, Plan(tiny.contiguous()), {}))
+    assert tuple(found) == config.model.moe_layer_ids
+
+
 def test_refusals(state, tmp_path):
     source = _save(state, tmp_path / "checkpoints", Plan(tiny.contiguous()))
     other = Placement.contiguous(tiny.LAYERS + 1, tiny.EXPERTS, 4)
     Plan(other).write(tmp_path / "other.json")
     with pytest.raises(Refused, match="another model"):
         permute.apply_to_checkpoint(tmp_path / "other.json", source, tmp_path / "out")
+    Plan(tiny.random_placement(0), (1, 2)).write(tmp_path / "others.json")
+    with pytest.raises(Refused, match=r"layer_ids = '1-2': .*here the MoE layers are 0-1"):
+        permute.apply_to_checkpoint(tmp_path / "others.json", source, tmp_path / "out")
     Plan(tiny.random_placement(0)).write(tmp_path / "plan.json")
     with pytest.raises(Refused, match="exists already"):
         permute.apply_to_checkpoint(tmp_path / "plan.json", source, source)

@@ -114,6 +114,9 @@ def find(
         num_experts=config.model.num_experts,
         num_devices=config.mesh.expert_devices,
     )
+    ids = config.model.moe_layer_ids
+    # The step's arrays lie as its plan says, whatever it calls their layers.
+    plan = plan_lib.of_model(plan, ids) if placement else dataclasses.replace(plan, layer_ids=ids)
     copies.check_nodes(plan.placement, config.mesh.node)
     return Source(config, folder, contents, plan, text_lib.of_run(root, config))
 

@@ -89,6 +89,7 @@ def find(
     if plan is None:
         plan = plan_lib.Plan(plan_lib.Placement.contiguous(*sizes), config.model.moe_layer_ids)
     plan_lib.check_fits(plan, num_layers=sizes[0], num_experts=sizes[1], num_devices=sizes[2])
+    plan = plan_lib.of_model(plan, config.model.moe_layer_ids)
     copies.check_nodes(plan.placement, config.mesh.node)
     tensors = folder.tensors(path)
     found = layout.find(published.family, config.model, tensors)

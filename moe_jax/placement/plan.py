@@ -24,6 +24,7 @@ from moe_jax import files
 from moe_jax.errors import Refused
 from moe_jax.placement import shares
 from moe_jax.placement.formats import raw
+from moe_jax.placement.formats.hints import shown_layers
 from moe_jax.routing import checks
 
 FORMAT = "moe_jax.placement"
@@ -250,6 +251,29 @@ def check_sizes(
                 f"the plan is for another model or mesh: here it is {needs}",
                 "Solve a plan of this model for this number of devices, or give one",
             )
+
+
+def of_model(plan: Plan, layer_ids: Sequence[int]) -> Plan:
+    """The plan of a model's layers, with the model's own numbers of them.
+
+    0..L-1 is taken for any: so are the layers of a file numbered that does not say which they are.
+
+    Args:
+      plan: of as many layers.
+      layer_ids: the model's numbers of its MoE layers, or none (a model without them).
+
+    Raises:
+      Refused: a plan of other layers, or of these in another order.
+    """
+    here = checks.valid_layer_ids(tuple(layer_ids), plan.placement.num_layers)
+    if plan.layer_ids not in (here, tuple(range(len(here)))):
+        raise Refused(
+            "plan layer_ids",
+            shown_layers(tuple(plan.layer_ids)),
+            f"the plan is for another model: here the MoE layers are {shown_layers(here)}",
+            "Solve a plan of this model, or correct layer_ids in the file if it is one",
+        )
+    return dataclasses.replace(plan, layer_ids=here)
 
 
 def check_divides(num_slots: int, num_devices: int) -> None:

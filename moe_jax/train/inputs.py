@@ -112,7 +112,7 @@ def load_plan(config: Config) -> plan_lib.Plan:
         plan, num_layers=model.num_plan_layers, num_experts=model.num_experts, num_devices=devices
     )
     copies.check_nodes(plan.placement, config.mesh.node)
-    return plan
+    return plan_lib.of_model(plan, model.moe_layer_ids)
 
 
 def _first_difference(old: Config, new: Config) -> str:

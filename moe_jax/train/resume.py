@@ -187,8 +187,8 @@ def _in_order(stored: plan_lib.Plan, contiguous: plan_lib.Plan, nodes: int) -> p
     except Refused:
         return contiguous
     if placement == stored.placement:
-        return stored
-    return plan_lib.Plan(placement, stored.layer_ids)
+        return dataclasses.replace(stored, layer_ids=contiguous.layer_ids)
+    return plan_lib.Plan(placement, contiguous.layer_ids)
 
 
 def _read(

@@ -156,6 +156,14 @@ def test_without_a_plan_of_its_own_a_run_keeps_that_of_its_checkpoint(source, tm
     )
 
 
+def test_a_run_numbers_the_layers_of_its_checkpoint_as_the_model_does():
+    placement, none = tiny.random_placement(1), Plan(tiny.contiguous(), (3, 5))
+    kept = resume._in_order(Plan(placement, (7, 8), provenance={"a": 1}), none, 1)
+    assert kept == Plan(placement, (3, 5), provenance={"a": 1})
+    two = resume._in_order(Plan(placement, (7, 8)), Plan(tiny.contiguous(2), (3, 5)), 1)
+    assert (two.layer_ids, two.placement.num_devices) == ((3, 5), 2)
+
+
 @pytest.mark.parametrize(
     "shape", [pytest.param(s, marks=() if s == (8, 1) else LONG) for s in SHAPES]
 )

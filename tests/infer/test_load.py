@@ -2,9 +2,20 @@
 
 import numpy as np
 
+from moe_jax import checkpoint
+from moe_jax import config as config_lib
 from moe_jax.infer import load
 from moe_jax.placement.plan import Plan
 from tests import tiny
+
+
+def test_a_step_is_read_whatever_its_plan_calls_its_layers(tmp_path, monkeypatch):
+    """Its arrays lie so: `--placement` was not always compared with the model's layers."""
+    (tmp_path / "config.json").write_text(config_lib.to_json(tiny.config()))
+    plan = Plan(tiny.random_placement(1), (7, 8))
+    contents = checkpoint.Contents(0, {}, plan, {})
+    monkeypatch.setattr(checkpoint, "newest_good", lambda *_, **__: (tmp_path, contents))
+    assert load.find(str(tmp_path), None).plan == Plan(plan.placement, (0, 1))
 
 
 def test_answers_come_from_the_devices_of_the_experts_where_there_are_no_more():

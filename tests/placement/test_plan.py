@@ -187,6 +187,21 @@ def test_plan_of_another_model_is_refused(field, sizes):
         plan_lib.check_fits(plan, **sizes)
 
 
+@pytest.mark.parametrize("said", [(), (3, 5)])
+def test_a_plan_of_a_model_has_its_numbers_of_layers(said):
+    """0..L-1 is what a plan says of layers that nobody numbered."""
+    plan = Plan(Placement.contiguous(2, 4, 2), said)
+    assert plan_lib.of_model(plan, (3, 5)) == Plan(plan.placement, (3, 5))
+    assert plan_lib.of_model(Plan(Placement.contiguous(1, 1, 1)), ()).layer_ids == (0,)
+
+
+@pytest.mark.parametrize(("said", "shown"), [((4, 5), "4-5"), ((1, 0), "1,0"), ((5, 3), "5,3")])
+@pytest.mark.parametrize("here", [(0, 1), (3, 5)])
+def test_a_plan_of_other_layers_is_refused(said, shown, here):
+    with pytest.raises(Refused, match=rf"layer_ids = '{shown}': .*layers are {here[0]}[-,]"):
+        plan_lib.of_model(Plan(Placement.contiguous(2, 4, 2), said), here)
+
+
 def test_uneven_devices_are_refused():
     with pytest.raises(Refused, match="same number of experts"):
         Placement.from_device_LE(np.array([[0, 0, 0, 1]]), 2)
