@@ -220,19 +220,17 @@ def _beside(workdir: pathlib.Path, target: pathlib.Path) -> list[pathlib.Path]:
       Refused: config.json cannot be read, or the tokenizer it names is not there or stays behind.
     """
     config_json = workdir / "config.json"
-    try:
-        text = config_json.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
+    if not config_json.is_file():
         raise Refused(
             "CHECKPOINT_IN",
             str(workdir),
-            f"is a work directory whose config.json cannot be read ({error.strerror})",
+            "is a work directory without a config.json",
             "restore the file, or name one of its steps: checkpoints/STEP",
-        ) from None
+        )
     found = [config_json]
     if (workdir / "config.py").is_file():
         found.append(workdir / "config.py")
-    name = config_lib.from_json(text).data.tokenizer
+    name = config_lib.read(config_json).data.tokenizer
     if not name or pathlib.Path(name).is_absolute():
         return found
     if ".." not in pathlib.Path(name).parts:

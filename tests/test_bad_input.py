@@ -347,6 +347,8 @@ TABLE = [
           "optimizer.learning_rate", "1e+300", "give a smaller number"),
     train("decay without end", "--config.optimizer.weight_decay=1e300",
           "optimizer.weight_decay", "1e+300", "give a smaller number"),
+    train("decay of 1 in 32 bits", "--config.optimizer.b2=0.99999999", "optimizer.b2", "0.99999999",
+          "use 0.9"),
     train("not finite", "--config.optimizer.weight_decay=nan", "optimizer.weight_decay", "nan",
           "give a number"),
     train_file("unknown field", "c.model.topk = 1", "model.topk", "1", "did you mean model.top_k"),

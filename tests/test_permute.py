@@ -165,7 +165,7 @@ def test_a_tokenizer_beside_the_run_must_be_beside_the_new_one(workdir, tmp_path
 
 def test_a_run_without_a_config_is_refused_before_anything_is_written(workdir, tmp_path):
     (workdir / "config.json").unlink()
-    with pytest.raises(Refused, match=r"CHECKPOINT_IN = .*config\.json cannot be read"):
+    with pytest.raises(Refused, match=r"CHECKPOINT_IN = .*without a config\.json"):
         permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -203,6 +203,13 @@ def test_a_step_is_not_named_like_another(workdir, tmp_path):
     assert not four.parent.exists()
     permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, four)  # a run may be
     assert checkpoint.steps(four / "checkpoints") == [3]
+
+
+def test_a_config_that_is_too_large_is_not_read(workdir, tmp_path):
+    config = workdir / "config.json"
+    config.write_text(config.read_text() + " " * 2**24)
+    with pytest.raises(Refused, match=r"config\.json = .*at most 16777216 bytes"):
+        permute.apply_to_checkpoint(tmp_path / "plan.json", workdir, tmp_path / "new")
 
 
 @pytest.mark.parametrize("dense", [0, 2])

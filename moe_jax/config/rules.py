@@ -394,10 +394,11 @@ def _validate_training(config: Config) -> None:
     # Beyond, parameters may stop to be finite in a step whose loss and gradients are.
     _at_most(optimizer, "optimizer", {"learning_rate": 1_000, "weight_decay": 1_000})
     for name in ("b1", "b2"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            raise Refused(
-                f"optimizer.{name}", getattr(optimizer, name), "must lie in [0, 1)", "use 0.9"
-            )
+        value = getattr(optimizer, name)
+        # From there on it is 1 in 32 bits, and the optimizer divides by what is left of 1.
+        if not 0 <= value < 1 - 2**-25:
+            rule = "must lie in [0, 1), in 32 bits, too"
+            raise Refused(f"optimizer.{name}", value, rule, "use 0.9")
     for name in ("warmup_steps", "weight_decay"):
         if getattr(optimizer, name) < 0:
             raise Refused(
