@@ -389,11 +389,16 @@ def test_no_time_gives_homes_and_numbers():
         ({"dispatch": "coherent"}, "do not return"),
         ({"dispatch": "gathered", "objective": "seconds"}, "everywhere"),
         ({"objective": "load"}, "rows and seconds only"),
-        ({"num_slots": 12}, "without replicas"),
+        ({"num_slots": 12}, r"without replicas.*\. Leave --slots out\.$"),
+        (  # which three devices would refuse
+            {"num_slots": 9, "topology": topology.flat(3)},
+            "Leave --slots out, and take devices that divide the 8 experts",
+        ),
     ],
 )
 def test_questions_that_homes_do_not_answer_are_refused(changes, message):
-    problem = Problem(made(0), topology.flat(4), **({"objective": "rows"} | changes))
+    machine = {"topology": topology.flat(4), "objective": "rows"}
+    problem = Problem(made(0), **(machine | changes))
     with pytest.raises(Refused, match=message):
         tally.check(problem)
 

@@ -79,12 +79,11 @@ def check(problem: Problem) -> None:
             "Use --objective=seconds or --objective=rows",
         )
     if problem.has_replicas:
-        raise Refused(
-            "slots",
-            problem.num_slots,
-            "homes are planned without replicas, whose copy rule depends on homes",
-            "Leave --slots out",
-        )
+        rule = "homes are planned without replicas, whose copy rule depends on homes"
+        fix = "Leave --slots out"
+        if problem.needs_copies:
+            fix += f", and take devices that divide the {problem.trace.num_experts} experts"
+        raise Refused("slots", problem.num_slots, rule, fix)
 
 
 def prices(topology: Topology, dispatch: str, slow_weight: float = 1.0) -> Prices:
