@@ -8,6 +8,11 @@ import sys
 
 import numpy as np
 
+from moe_jax.hf import synthetic
+from moe_jax.routing import trace as trace_lib
+from tests.infer.test_peer import SIZES
+from tests.train.test_processes import apart_flags
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ANSWER = """
 import sys
@@ -61,3 +66,50 @@ def test_two_processes_answer_as_one(tmp_path):
         for name in ("logits", "rows"):
             assert apart[name].dtype == together[name].dtype
             np.testing.assert_array_equal(apart[name], together[name])
+
+
+def infer(folder, out, *more):
+    command = [sys.executable, "infer.py", f"--hf={folder}", "--devices=2", f"--record={out}.npz"]
+    command += ["--held_out=3", "--max_new_tokens=2", f"--measure={out}.measured.npz", *more]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_the_command_over_two_processes(tmp_path):
+    """The first writes what one process alone writes: the routing, outputs and counted rows."""
+    folder, two, one = (tmp_path / name for name in ("mixtral", "two", "one"))
+    synthetic.make("mixtral", folder, **SIZES["mixtral"])
+    started = [infer(folder, two, flag) for flag in apart_flags(2)]
+    started.append(infer(folder, one))
+    try:
+        said = [process.communicate(timeout=400)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0, 0], "\n".join(said)[-3000:]
+    assert ["digest" in text for text in said] == [True, False, True]  # the first speaks for both
+    digests = [trace_lib.load(f"{path}.npz").digest for path in (two, one)]
+    assert digests[0] == digests[1]
+    with (
+        np.load(f"{two}.measured.npz") as apart,
+        np.load(f"{one}.measured.npz") as together,
+    ):
+        assert set(apart) == set(together)
+        for name in set(apart) - {"padding_LMM"}:  # messages between processes are finer
+            np.testing.assert_array_equal(apart[name], together[name], err_msg=name)
+
+
+def test_processes_that_the_devices_cannot_be_divided_among(tmp_path):
+    """Said before they look for each other."""
+    folder = tmp_path / "mixtral"
+    synthetic.make("mixtral", folder, **SIZES["mixtral"])
+    process = infer(folder, tmp_path / "out", "--distributed=localhost:1,3,0")
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 1
+    assert "--distributed = 'localhost:1,3,0': must divide the mesh's 2 devices" in said

@@ -62,6 +62,9 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
         follow(Runner(config, mesh, *model, limits, recorder.places if recorder else 0))
         return
     engine = Engine(*(config, mesh, *model, limits, source.text, recorder), plan_digest=plan.digest)
+    go_by_place = plan.placement.has_replicas or settings.replan_tokens > 0
+    if config.model.combine == "partial" and go_by_place:
+        metrics.say("combine partial: the last bits of answers go by where experts are")
     placing = None
     if settings.replan_tokens:
         rules = Rules(
