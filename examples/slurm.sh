@@ -5,7 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
-# Trains on GPU nodes under Slurm, one process per GPU:   sbatch examples/slurm.sh
+# Trains on GPU nodes under Slurm, then serves, one process per GPU:   sbatch examples/slurm.sh
 #
 # --distributed=auto reads what srun puts into the environment (SLURM_JOB_ID, SLURM_NTASKS,
 # SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST). 2 nodes x 8 GPUs: mesh.node = 2 keeps the slow

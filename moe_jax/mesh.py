@@ -17,7 +17,11 @@ import contextlib
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -130,6 +134,29 @@ def first_other(digest: bytes) -> int | None:
     all_NX = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     others = np.flatnonzero((all_NX != all_NX[0]).any(axis=1))
     return int(others[0]) if len(others) else None
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """An error of one of several processes ends all of them.
+
+    The others may stand where they wait for it, and by itself it would wait for them as JAX shuts
+    down. So it says why, and ends at once; they then fail in what they stand in.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized() or (
+            isinstance(error, SystemExit) and not error.code
+        ):
+            raise
+        if isinstance(error, Refused):
+            print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def num_devices() -> int:

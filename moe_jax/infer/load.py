@@ -49,7 +49,7 @@ class Source:
 
     @property
     def version(self) -> str:
-        """What tells this source from others of its config and plan."""
+        """What processes compare besides config and plan."""
         return f"step {self.contents.step}"
 
     @property

@@ -39,7 +39,7 @@ class Source:
 
     @property
     def version(self) -> str:
-        """What tells this source from others of its config and plan."""
+        """What processes compare besides config and plan."""
         return f"{len(self.layout.shapes)} tensors of {self.tensors.num_bytes} bytes"
 
     def model(self, mesh: Mesh) -> transformer.Transformer:

@@ -55,12 +55,18 @@ class Request:
 
 
 def run(request: Request, ahead: integrity.Digests | None = None) -> None:
-    """Checks everything, then runs. Raises `Refused` before any device work.
+    """Checks everything, then runs. Raises `Refused` before any device work; one of several
+    processes ends at once with any error (`mesh.together`).
 
     Args:
       request: what was asked for.
       ahead: digests of a step of its work directory that have begun already.
     """
+    with mesh_lib.together():
+        _run(request, ahead)
+
+
+def _run(request: Request, ahead: integrity.Digests | None) -> None:
     _check_flags(request)
     source: load.Source | published.Source
     if request.hf is not None:
@@ -99,7 +105,7 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
         prompts, corpus_name = windows[:, :-1].tolist(), f"{corpus.name} held-out"
     check_prompts(prompts, _new_tokens(request), config.model.max_seq_len)
 
-    source = _on_devices(source, request)
+    source = _on_devices(source, request, prompts)
     config = source.config
     if note:
         metrics.say(note)
@@ -130,10 +136,11 @@ def _serve(source: load.Source | published.Source, request: Request, note: str) 
     config = source.config
     supported.check_model(config)
     if request.serve:
-        request.serve.check(listens=_processes(request)[1] == 0)
+        first = request.distributed != "auto" and _processes(request)[1] == 0
+        request.serve.check(listens=first)  # of "auto" nobody knows yet
         if request.serve.replan_tokens:
             placing.check(config)
-    source = _on_devices(source, request)
+    source = _on_devices(source, request, [])
     if note:
         metrics.say(note)
     if request.serve:
@@ -151,12 +158,12 @@ def _processes(request: Request) -> tuple[int, int]:
 
 
 def _on_devices(
-    source: load.Source | published.Source, request: Request
+    source: load.Source | published.Source, request: Request, prompts: list[list[int]]
 ) -> load.Source | published.Source:
     """Joins the other processes and takes the devices of the mesh.
 
     Raises:
-      Refused: there are too few, or another process has found another model.
+      Refused: there are too few, or another process has found other files or was asked otherwise.
     """
     config, (count, _) = source.config, _processes(request)
     virtual = source.virtual_devices
@@ -169,17 +176,31 @@ def _on_devices(
     config = load.on_devices(config, mesh_lib.num_devices())
     config_lib.check_devices(config, mesh_lib.num_devices())
     source = dataclasses.replace(source, config=config)
-    texts = request.prompts, request.held_out, request.held_out_start, request.chat
-    asked = texts, request.max_new_tokens, request.sampling
-    found = repr((config, source.plan.digest, source.version, asked))
+    found = repr((config, source.plan.digest, source.version, prompts, _asked(request)))
     other = mesh_lib.first_other(hashlib.sha256(found.encode()).digest())
     if other is not None:
         name, value = ("--hf", request.hf) if request.hf is not None else (
             "--workdir", request.workdir
         )  # fmt: skip
-        rule = f"is another model, or was asked for otherwise, in process {other} than in process 0"
+        rule = (
+            f"has another config, plan, step, size or text, or was asked otherwise, in process "
+            f"{other} than in process 0"
+        )
         raise Refused(name, value, rule, "give every host the same files and the same command")
     return source
+
+
+def _asked(request: Request) -> str:
+    """What all processes have to be asked alike; where files are may differ."""
+    fields = dataclasses.asdict(request)
+    serve = fields["serve"] or {}
+    for name in ("distributed", "workdir", "hf", "placement", "trace", "peer_python"):
+        del fields[name]
+    for name in ("host", "port", "bearer_token_file"):
+        serve.pop(name, None)
+    for group in (fields, serve):
+        group |= {name: bool(group.get(name)) for name in ("record", "measure")}
+    return repr(fields)
 
 
 def _check_flags(request: Request) -> None:
@@ -193,6 +214,10 @@ def _check_flags(request: Request) -> None:
     if request.devices is not None and request.hf is None:
         rule = "is for --hf: a run has the mesh of its config"
         raise Refused("--devices", request.devices, rule, "leave it out")
+    processes_lib.parse(request.distributed)
+    if request.serve_load and request.distributed != "off":
+        rule = "is not there with --serve-load, which measures one process"
+        raise Refused("--distributed", request.distributed, rule, "leave it out")
     if request.record_tokens and not request.record:
         rule = "says what a trace holds, and none is written"
         raise Refused("--record_tokens", True, rule, "give --record=TRACE.npz")

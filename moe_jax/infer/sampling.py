@@ -4,7 +4,6 @@ Axes: B sequences, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,21 +53,12 @@ def choose(logits_BV: jax.Array, position_B: jax.Array, sampling: Sampling) -> j
     return jax.vmap(draw)(sequence_B, position_B, scaled_BV).astype(jnp.int32)
 
 
-def by_row(function: Callable[[jax.Array], jax.Array], x_BV: jax.Array) -> jax.Array:
-    """The function of each row by itself: its bits do not depend on how many rows there are.
-
-    They would, on CPU: see model/short.py.
-    """
-    return jax.lax.map(function, x_BV)
-
-
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
     """Logits with -inf outside the smallest set of tokens that holds `top_p` of the mass."""
     if top_p >= 1:
         return logits_BV
     order_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    probability_BV = by_row(jax.nn.softmax, sorted_BV)
+    probability_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV), order_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     # What crosses the mark is kept: never empty, even of a mark that float32 rounds to 0.
     first_1V = jnp.arange(logits_BV.shape[1])[None] == 0

@@ -155,27 +155,28 @@ def http_server(server: app.Server) -> uvicorn.Server:
 async def until_drained(server: app.Server, bound: socket.socket) -> None:
     """Serves until a signal, and then until everything that was taken is answered."""
     http = http_server(server)
-    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
-        if asked.is_set():
+        if signalled.is_set():
             http.should_exit = http.force_exit = True
         else:
             metrics.say(f"draining {server.service.num_open} requests")
         server.service.drain()
-        asked.set()
+        signalled.set()
 
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop)
 
     async def watch() -> None:
-        service = server.service
-        while not (asked.is_set() and not service.num_open and not server.num_open):
+        service, told = server.service, False
+        while not (told and not service.num_open and not server.num_open):
             if service.failure:
                 break
-            if service.draining and not asked.is_set():
-                asked.set()
-                metrics.say("another process was asked to end: draining")
+            if service.draining and not told:
+                told = True
+                if not signalled.is_set():
+                    metrics.say("another process was asked to end: draining")
             await asyncio.sleep(0.05)
         http.should_exit = True
 

@@ -51,7 +51,7 @@ class Settings:
             raise Refused("--replan_pins", self.replan_pins, rule, "give --replan_tokens=50000")
         if listens:
             listen(self.host, self.port).close()
-        if self.bearer_token_file is None:
+        if self.bearer_token_file is None or not listens:
             return ""
         flag, path = "--bearer_token_file", pathlib.Path(self.bearer_token_file)
         try:

@@ -35,7 +35,8 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Callable[..., Any]
     """
     is_latent = config.latent.kv_rank > 0
     setting: Any = latent.setting_of(config) if is_latent else attention.setting_of(config)
-    if not is_latent and mesh.devices.flat[0].platform == "cpu":
+    whole = mesh_lib.size(mesh, mesh_lib.TENSOR) == 1 or config.qk_norm != "all"
+    if not is_latent and whole and mesh.devices.flat[0].platform == "cpu":
         setting = dataclasses.replace(setting, folds=True)
     divisor = setting.divisor or math.sqrt(config.d_head)
     own = _BATCH if is_latent else _HEADS  # one row for all heads, or keys and values of each

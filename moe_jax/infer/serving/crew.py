@@ -5,9 +5,8 @@ the devices, so it needs nothing that the model does not need already: no port, 
 of its own. Its first word is its length, and every broadcast has the same size, so that one program
 is compiled for all of them.
 
-Nobody waits for long in a broadcast: where nothing is to be run the first process sends a beat.
-What waits too long would be given up by some backends, and a process that is gone would not be
-noticed.
+While it serves, nobody waits for long in a broadcast: where nothing is to be run the first process
+sends a beat, so that a process that is gone is noticed, and one that was asked to end is heard.
 """
 
 import io

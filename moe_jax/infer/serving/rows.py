@@ -4,6 +4,7 @@ Axes: R rows on this device, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,14 @@ def _first_of_the_largest(logits_RV: jax.Array) -> jax.Array:
     return jnp.where(logits_RV == largest_R1, id_1V, logits_RV.shape[1] - 1).min(axis=-1)
 
 
+def by_row(function: Callable[[jax.Array], jax.Array], x_RV: jax.Array) -> jax.Array:
+    """The function, over the last axis; on CPU of each row by itself, so that its bits do not
+    depend on how many rows there are (model/short.py says how they would)."""
+    return jax.lax.platform_dependent(
+        x_RV, cpu=lambda x_RV: jax.lax.map(function, x_RV), default=function
+    )
+
+
 def keep(logits_RV: jax.Array, settings: Settings) -> jax.Array:
     """Logits with -inf outside the K largest and outside the nucleus of mass `top_p` of these."""
     vocabulary = logits_RV.shape[1]
@@ -68,7 +77,7 @@ def keep(logits_RV: jax.Array, settings: Settings) -> jax.Array:
     count_R = jnp.where(settings.top_k_R > 0, settings.top_k_R, vocabulary)
     rank_1V = jnp.arange(vocabulary, dtype=jnp.int32)[None]
     first_RV = rank_1V < count_R[:, None]
-    probability_RV = sampling.by_row(jax.nn.softmax, jnp.where(first_RV, sorted_RV, -jnp.inf))
+    probability_RV = by_row(jax.nn.softmax, jnp.where(first_RV, sorted_RV, -jnp.inf))
     before_RV = jnp.cumsum(probability_RV, axis=-1) - probability_RV
     # What crosses the mark is kept: never empty, even of a mark that float32 rounds to 0. A mass of
     # 1 keeps all, whatever the sums round to.
@@ -85,7 +94,7 @@ def report(logits_RV: jax.Array, token_R: jax.Array, settings: Settings) -> jax.
     """
 
     def likely(logits_RV):
-        logprob_RV = sampling.by_row(jax.nn.log_softmax, logits_RV)
+        logprob_RV = by_row(jax.nn.log_softmax, logits_RV)
         own_R1 = jnp.take_along_axis(logprob_RV, token_R[:, None], axis=-1)
         top_RX, id_RX = jax.lax.top_k(logprob_RV, min(TOP, logprob_RV.shape[1]))
         missing = ((0, 0), (0, TOP - top_RX.shape[1]))

@@ -228,6 +228,10 @@ class Runner:
         return Table(slot_LER, table.num_replicas_E, ends_LXER)
 
 
+def _run(runner: Runner, number: np.ndarray, packed: np.ndarray) -> None:
+    runner.run(int(number), runner.put(int(number), packed))
+
+
 def _move(runner: Runner, *arrays: np.ndarray) -> None:
     route, (first, last, num_experts, num_devices) = arrays[:3], map(int, arrays[3:7])
     slots_LP, *shares = arrays[7:]
@@ -236,9 +240,7 @@ def _move(runner: Runner, *arrays: np.ndarray) -> None:
 
 
 _HEARD: dict[str, Callable[..., Any]] = {
-    "run": lambda runner, number, packed: runner.run(
-        number := int(number), runner.put(number, packed)
-    ),
+    "run": _run,
     "take_counters": Runner.take_counters,
     "recorded": Runner.recorded,
     "prepare": lambda runner, *arrays: runner.prepare(migrate.Route(*arrays)),

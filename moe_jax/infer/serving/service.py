@@ -53,7 +53,7 @@ class Service:
         self._inbox: list[Callable[[], Any]] = []
         self._tickets: set[Ticket] = set()
         self._changed = threading.Condition()
-        self._draining = self._stopped = False
+        self._draining = self._stopped = self._over = False
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -120,7 +120,7 @@ class Service:
         def run() -> None:
             if not future.set_running_or_notify_cancel():
                 return  # who asked has gone
-            if self.failure:
+            if self._over:
                 future.set_exception(RuntimeError("the engine has stopped"))
                 return
             try:
@@ -181,7 +181,7 @@ class Service:
             if self.placing:
                 self.placing.close()
             with self._changed:
-                self._stopped = True
+                self._stopped = self._over = True
                 left, taken = list(self._tickets), taken + self._inbox
                 self._tickets.clear()
             for ticket in left:

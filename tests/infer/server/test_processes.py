@@ -23,9 +23,9 @@ HANGS = 500  # seconds: two processes on two busy cores compile for minutes
 
 
 @contextlib.contextmanager
-def started(folder, apart, *more):
+def started(folder, apart, *more, program=("infer.py",)):
     """Processes that serve a folder, and the port of the first of them."""
-    command = [sys.executable, "infer.py", "--serve", "--port=0", f"--hf={folder}", "--devices=2"]
+    command = [sys.executable, *program, "--serve", "--port=0", f"--hf={folder}", "--devices=2"]
     running = [
         subprocess.Popen(
             [*command, *flag, *more],
@@ -101,3 +101,45 @@ def test_one_of_them_is_gone(folder):
         answers(port)
         running[1].kill()
         assert running[0].wait(HANGS) != 0, said
+
+
+FAILS = """
+import runpy, sys
+from moe_jax.infer.serving.engine import Engine
+def fail(self):
+    if self.busy:
+        raise ValueError("a bug")
+    return False
+Engine.step = fail
+sys.argv = ["infer.py", *sys.argv[1:]]
+runpy.run_path("infer.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_ends_all_of_them(folder):
+    """And does not wait for the others, who wait for it."""
+    apart = [[flag] for flag in apart_flags(2)]
+    with started(folder, apart, program=("-c", FAILS)) as (running, port, said):
+        name = ask(port, None, "/v1/models", method="GET")[1]["data"][0]["id"]
+        assert ask(port, answer("x", model=name))[0] == 500
+        assert running[0].wait(60) == 1, said
+        assert running[1].wait(60) != 0, said
+    assert "a bug" in "".join(said[0])
+
+
+@pytest.mark.slow
+def test_a_signal_to_each_of_them_cancels_nothing(folder):
+    """As schedulers send it, host by host."""
+    with started(folder, [[flag] for flag in apart_flags(2)]) as (running, port, said):
+        name = ask(port, None, "/v1/models", method="GET")[1]["data"][0]["id"]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            long = pool.submit(ask, port, answer("x", 1500, model=name))
+            wait_until(lambda: "tokens_total" in ask(port, None, "/metrics", method="GET")[1])
+            running[1].send_signal(signal.SIGTERM)
+            wait_until(lambda: any("asked to end" in line for line in said[0]))
+            assert not long.done()
+            running[0].send_signal(signal.SIGTERM)
+            status, found = long.result()
+            assert (status, found["choices"][0]["finish_reason"]) == (200, "length"), found
+        assert [process.wait(HANGS) for process in running] == [0, 0], said

@@ -88,9 +88,16 @@ def test_bits_do_not_depend_on_the_number_of_rows(vocabulary):
         token_R = jnp.argmax(logits_RV[:rows_], axis=1).astype(jnp.int32)
         return jax.jit(rows.report)(logits_RV[:rows_], token_R, own)
 
-    def mass(rows_):
-        return jax.jit(sampling.by_row, static_argnums=0)(jax.nn.softmax, logits_RV[:rows_])
+    def kept(rows_, rank):
+        """Cut where the mass before a rank is: any other rounding of it shows."""
+        sorted_RV = -jnp.sort(-logits_RV, axis=1)
+        mass_RV = jax.jit(rows.by_row, static_argnums=0)(jax.nn.softmax, sorted_RV)
+        before_RV = jnp.cumsum(mass_RV, axis=1) - mass_RV
+        cut = settings(top_p=np.asarray(before_RV[:, rank]))
+        own = jax.tree.map(lambda setting_R: setting_R[:rows_], cut)
+        return jax.jit(rows.keep)(logits_RV[:rows_], own)
 
     for few in (2, 3, 5, 8, 16):
         np.testing.assert_array_equal(said(few), said(40)[:few])
-        np.testing.assert_array_equal(mass(few), mass(40)[:few])
+        for rank in (2, 4, 8):
+            np.testing.assert_array_equal(kept(few, rank), kept(40, rank)[:few])
