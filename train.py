@@ -46,14 +46,15 @@ def main() -> None:
     from moe_jax import mesh, metrics  # and with them JAX, which takes seconds
     from moe_jax.train import loop, replay
 
-    mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
-    config_lib.check_devices(config, mesh.num_devices())
-    if chosen:
-        metrics.say(chosen)
-    if bad:
-        replay.replay(config, workdir, corpus, plan, bad)
-    else:
-        loop.train(config, workdir, corpus, plan, ahead)
+    with mesh.together():
+        mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
+        config_lib.check_devices(config, mesh.num_devices())
+        if chosen:
+            metrics.say(chosen)
+        if bad:
+            replay.replay(config, workdir, corpus, plan, bad)
+        else:
+            loop.train(config, workdir, corpus, plan, ahead)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
@@ -38,6 +39,7 @@ REPLICAS = (DATA, FSDP)  # of the devices that share one set of experts
 BATCH = (*REPLICAS, *EXPERT)  # one token is on one device of these
 
 Axis = str | tuple[str, ...]  # what a collective runs over
+_OTHERS_END_SECONDS = 5.0  # after an error that all processes have, or of one alone
 
 # Logical axes that are not listed are replicated. "replica" is the batch where attention is
 # replicated over the holders of experts.
@@ -140,8 +142,9 @@ def first_other(digest: bytes) -> int | None:
 def together() -> Iterator[None]:
     """An error of one of several processes ends all of them.
 
-    The others may stand where they wait for it, and by itself it would wait for them as JAX shuts
-    down. So it says why, and ends at once; they then fail in what they stand in.
+    JAX shuts down when all processes want to, and the others may stand where they wait for this
+    one: for minutes. So it says why, gives them a few seconds, and ends; they then fail in what
+    they stand in.
     """
     try:
         yield
@@ -156,7 +159,12 @@ def together() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        ending.start()
+        ending.join(_OTHERS_END_SECONDS)
+        if ending.is_alive():
+            os._exit(1)
+        raise SystemExit(1) from None
 
 
 def num_devices() -> int:
