@@ -129,7 +129,7 @@ def test_processes_with_other_texts_are_refused(same, monkeypatch):
     def gathered(mine):
         return np.stack([mine, mine, mine if same else mine[::-1]])
 
-    monkeypatch.setattr(resume.multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(mesh_lib.multihost_utils, "process_allgather", gathered)
     corpus = data_lib.Corpus(text, text, "shared")
     if same:
         resume.check_text(corpus)
