@@ -229,9 +229,6 @@ def test_copies_follow_too(with_copies):
         assert engine.plan_digest == new.digest
     with pytest.raises(Refused, match=f"compiled for {room}"):
         engine.runner.table_of(more)
-    shared = tiny.replicated_placement(3, slots=12, stay_on_nodes=2)
-    with pytest.raises(Refused, match="taken by shares: the steps"):
-        engine.runner.table_of(shared)
 
 
 def test_a_plan_that_the_engine_cannot_take_ends_nothing(engine, monkeypatch):
