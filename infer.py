@@ -13,7 +13,8 @@ def main() -> None:
     request = of_infer.request()
     from moe_jax.infer import run
 
-    run.run(request, ahead)
+    with entry.together():
+        run.run(request, ahead)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main() -> None:
     from moe_jax import mesh, metrics  # and with them JAX, which takes seconds
     from moe_jax.train import loop, replay
 
-    with mesh.together():
+    with entry.together():
         mesh.initialize(config.platform, config.virtual_devices, DISTRIBUTED.value)
         config_lib.check_devices(config, mesh.num_devices())
         if chosen:

@@ -161,7 +161,7 @@ def judge(
     *,
     work: Work,
     combine: str,
-    devices_per_node: int | None = None,
+    devices_per_node: int,
 ) -> Option:
     """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform.
 
@@ -172,10 +172,9 @@ def judge(
       topology: links and device speed.
       work: sizes of a layer and a step.
       combine: where rows are summed.
-      devices_per_node: of the mesh, by which a program takes near copies; None = the topology's.
+      devices_per_node: of the mesh, by which a program takes near copies.
     """
-    nodes = devices_per_node or topology.devices_per_node
-    where = (nodes, None, work.batch_tokens)
+    where = (devices_per_node, None, work.batch_tokens)
     rows = cost.rows(ids_TLK, placement, dispatch, None, combine, *where)
     computed_LM = cost.computed_LM(ids_TLK, placement, dispatch, None, *where)
     spent = seconds_lib.seconds(rows, computed_LM, topology, work, dispatch, len(ids_TLK))

@@ -7,13 +7,16 @@ The config is a ml_collections config flag: a file with `get_config(arg)`, field
 with the name of an override, is said before anything else happens.
 """
 
+import contextlib
 import difflib
 import os
 import pathlib
 import re
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, no_type_check
 
 import ml_collections
@@ -26,6 +29,8 @@ from moe_jax.errors import Refused
 
 T = TypeVar("T")
 flags.disclaim_key_flags()  # --config is the program's own, and shown by its --help
+_INTERRUPTED = 130
+_OTHERS_END_SECONDS = 5.0  # after an error that all processes may have
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 
 
@@ -89,7 +94,38 @@ def run(main: Callable[[], Any], description: str | None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """An error of one of several processes ends all of them; of one process nothing happens here.
+
+    JAX shuts down when all processes want to, and the others may stand where they wait for this
+    one: for minutes. So it says why, gives them a few seconds, and ends; they then fail in what
+    they stand in.
+    """
+    try:
+        yield
+    except BaseException as error:
+        ended_well = isinstance(error, SystemExit) and not error.code
+        jax = sys.modules.get("jax")
+        if ended_well or jax is None or not jax.distributed.is_initialized():
+            raise
+        code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        program = pathlib.Path(sys.argv[0]).name
+        if isinstance(error, Refused | KeyboardInterrupt):
+            print(f"{program}: {_one_line(error) or 'interrupted'}", file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        ending.start()
+        ending.join(_OTHERS_END_SECONDS)
+        if ending.is_alive():
+            os._exit(code)
+        raise SystemExit(code) from None
 
 
 def _parse(argv: list[str]) -> None:

@@ -17,12 +17,7 @@ import contextlib
 import ctypes
 import functools
 import math
-import os
-import pathlib
-import sys
-import threading
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -39,7 +34,6 @@ REPLICAS = (DATA, FSDP)  # of the devices that share one set of experts
 BATCH = (*REPLICAS, *EXPERT)  # one token is on one device of these
 
 Axis = str | tuple[str, ...]  # what a collective runs over
-_OTHERS_END_SECONDS = 5.0  # after an error that all processes have, or of one alone
 
 # Logical axes that are not listed are replicated. "replica" is the batch where attention is
 # replicated over the holders of experts.
@@ -136,35 +130,6 @@ def first_other(digest: bytes) -> int | None:
     all_NX = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     others = np.flatnonzero((all_NX != all_NX[0]).any(axis=1))
     return int(others[0]) if len(others) else None
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """An error of one of several processes ends all of them.
-
-    JAX shuts down when all processes want to, and the others may stand where they wait for this
-    one: for minutes. So it says why, gives them a few seconds, and ends; they then fail in what
-    they stand in.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not jax.distributed.is_initialized() or (
-            isinstance(error, SystemExit) and not error.code
-        ):
-            raise
-        if isinstance(error, Refused):
-            print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        elif not isinstance(error, SystemExit):
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        ending = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        ending.start()
-        ending.join(_OTHERS_END_SECONDS)
-        if ending.is_alive():
-            os._exit(1)
-        raise SystemExit(1) from None
 
 
 def num_devices() -> int:

@@ -9,7 +9,7 @@ carry the experts. Pauses and the search itself are not counted; both are report
 
 Seconds are those of the cost model, with rows as the dispatch and the combine in use really move
 them (the search counts one row per device both ways, which under `exact` is true of the way out
-only).
+only), and copies as the mesh's nodes have them taken (the search goes by the topology's).
 
 The search runs in a thread (`Background`): a step is dispatched by Python in a fraction of the time
 it takes, and no device waits for the search.
@@ -56,9 +56,9 @@ class Setting:
       interval: steps that a plan is expected to serve.
       expert_bytes: that move with an expert of a layer, over the link of one device.
       time_limit: seconds of the search.
+      devices_per_node: of the mesh, see `auto.judge`.
       min_gain: share of a layer's time that has to be saved at least.
       pins: experts that no plan moves away from their devices.
-      devices_per_node: of the mesh, see `auto.judge`.
     """
 
     topology: Topology
@@ -69,9 +69,9 @@ class Setting:
     interval: int
     expert_bytes: int
     time_limit: float
+    devices_per_node: int
     min_gain: float = 0.0
     pins: Pins | None = None
-    devices_per_node: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

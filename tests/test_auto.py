@@ -94,6 +94,7 @@ def test_rows_without_a_trace_are_those_of_uniform_choice(top_k):
         *("exchange", ids_TLK, contiguous, topology_lib.flat(8)),
         work=auto.work_of(sized),
         combine=sized.model.combine,
+        devices_per_node=8,
     )
     touched = 8 * (1 - comb(32 - 4, top_k) / comb(32, top_k))
     assert option.rows_out == pytest.approx(touched * 7 / 8, rel=0.02)
@@ -165,11 +166,12 @@ def test_copies_are_taken_by_the_nodes_of_the_mesh():
     placement = tiny.replicated_placement(3)
     ids_TLK = np.random.default_rng(0).integers(0, tiny.EXPERTS, (400, tiny.LAYERS, 2))
 
-    def judged(machine, **of_mesh):
-        how = {"work": auto.work_of(tiny.config()), "combine": "partial", **of_mesh}
-        return auto.judge("exchange", ids_TLK, placement, machine, **how)
+    def judged(machine, devices_per_node):
+        how = {"work": auto.work_of(tiny.config()), "combine": "partial"}
+        made = ("exchange", ids_TLK, placement, machine)
+        return auto.judge(*made, **how, devices_per_node=devices_per_node)
 
     two, flat = topology_lib.nodes_by_devices(2, 4), topology_lib.nodes_by_devices(1, 4)
-    here, as_two, as_one = judged(two, devices_per_node=4), judged(two), judged(flat)
+    here, as_two, as_one = judged(two, 4), judged(two, 2), judged(flat, 4)
     assert (here.rows_out, here.rows_back) == (as_one.rows_out, as_one.rows_back)
     assert here.slow > as_two.slow  # copies of the other node are taken, too

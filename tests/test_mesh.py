@@ -1,10 +1,5 @@
 """The mesh: who is where, and the one table of logical axes."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -13,9 +8,6 @@ from jax.sharding import PartitionSpec
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import MESH_AXES, MeshConfig
 from moe_jax.errors import Refused
-from tests.train.test_processes import apart_flags
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_the_axes_of_the_config_are_those_of_the_mesh():
@@ -84,47 +76,3 @@ def test_a_process_without_devices_is_refused():
     mesh_lib.check_every_process(mesh, "data 4", 1, 8)
     with pytest.raises(Refused, match=r"mesh = 'data 4': leaves 2 of 3 .*process 1, 2.* is 24"):
         mesh_lib.check_every_process(mesh, "data 4", 3, 24)
-
-
-ERRORS = """
-import sys
-from moe_jax import mesh as mesh_lib
-from moe_jax.errors import Refused
-with mesh_lib.together():
-    mesh_lib.initialize("cpu", 1, sys.argv[1])
-    if mesh_lib.first_other(b"12") is None and sys.argv[2] == "refused":
-        raise Refused("field", 3, "all of them say so", "use 2")
-    import jax
-    if jax.process_index() == 1:
-        raise ValueError("a bug")
-    mesh_lib.in_any_process(False)  # waits for the other
-"""
-
-
-@pytest.mark.parametrize("case", ["refused", "bug"])
-def test_processes_that_end_with_an_error_do_not_wait_for_one_another(case):
-    """By themselves they would, for minutes; where all have it, each says so and ends by itself."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", ERRORS, flag.partition("=")[2], case],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for flag in apart_flags(2)
-    ]
-    try:
-        said = [process.communicate(timeout=100)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    codes = [process.returncode for process in started]
-    if case == "refused":
-        assert codes == [1, 1], said
-        assert ["field = 3: all of them say so" in text for text in said] == [True, True]
-    else:
-        assert codes[1] == 1
-        assert codes[0] != 0
-        assert "ValueError: a bug" in said[1]

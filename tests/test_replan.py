@@ -28,6 +28,7 @@ def setting(**changes):
         interval=1000,
         expert_bytes=1000,
         time_limit=1.0,
+        devices_per_node=DEVICES,
     )
     return dataclasses.replace(plain, **changes)
 
@@ -108,6 +109,7 @@ def test_the_older_half_plans_and_the_newer_judges():
             *("exchange", trace.expert_ids_TLK, placement, chosen.topology),
             work=chosen.work,
             combine="partial",
+            devices_per_node=chosen.devices_per_node,
         )
         return option.seconds
 

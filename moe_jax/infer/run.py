@@ -55,18 +55,12 @@ class Request:
 
 
 def run(request: Request, ahead: integrity.Digests | None = None) -> None:
-    """Checks everything, then runs. Raises `Refused` before any device work; one of several
-    processes ends at once with any error (`mesh.together`).
+    """Checks everything, then runs. Raises `Refused` before any device work.
 
     Args:
       request: what was asked for.
       ahead: digests of a step of its work directory that have begun already.
     """
-    with mesh_lib.together():
-        _run(request, ahead)
-
-
-def _run(request: Request, ahead: integrity.Digests | None) -> None:
     _check_flags(request)
     source: load.Source | published.Source
     if request.hf is not None:
@@ -179,14 +173,17 @@ def _on_devices(
     found = repr((config, source.plan.digest, source.version, prompts, _asked(request)))
     other = mesh_lib.first_other(hashlib.sha256(found.encode()).digest())
     if other is not None:
-        name, value = ("--hf", request.hf) if request.hf is not None else (
-            "--workdir", request.workdir
-        )  # fmt: skip
+        name = "--workdir" if request.hf is None else "--hf"
         rule = (
             f"has another config, plan, step, size or text, or was asked otherwise, in process "
             f"{other} than in process 0"
         )
-        raise Refused(name, value, rule, "give every host the same files and the same command")
+        raise Refused(
+            name,
+            request.hf or request.workdir,
+            rule,
+            "give every host the same files and the same command",
+        )
     return source
 
 

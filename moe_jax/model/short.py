@@ -3,8 +3,8 @@
 XLA for CPUs reduces arrays of 4,096 numbers and more in another way than smaller ones: sums have
 another order, and what is computed beside them has other instructions (JAX 0.10.2, 0.12.0.1).
 Serving has steps of 64 rows and steps of hundreds. So the numbers of a row (experts, choices) are
-folded here, halves upon halves; of rows that are long there are as many that they are above the
-mark (`rows`), and less than so many that their sums reach it.
+folded here, halves upon halves. Of longer rows (what is normed) there are always so many that
+their numbers reach the mark (`rows`), and fewer than 4,096, with which their sums would.
 """
 
 from collections.abc import Callable

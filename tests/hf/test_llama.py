@@ -16,6 +16,7 @@ from moe_jax.infer import load, run
 from moe_jax.infer.serving import sizes
 from moe_jax.infer.serving.engine import Engine as ServingEngine
 from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.text import Bytes
 from moe_jax.model import transformer
 from moe_jax.train import inputs, loop
@@ -56,7 +57,7 @@ def test_requests_that_come_and_go_are_answered_with_the_same_tokens():
     placement = golden.contiguous("llama", 1)
     model = golden.model("llama", placement, mesh)
     limits = sizes.limits(config.model, mesh, context=128, seats=2)
-    engine = ServingEngine(config, mesh, model, permute.table(placement), limits, Bytes())
+    engine = ServingEngine(Runner(config, mesh, model, permute.table(placement), limits), Bytes())
     texts, answers = golden.texts("llama"), {}
     for number, text in enumerate(texts):
         said = answers[number] = []

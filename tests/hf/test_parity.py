@@ -16,6 +16,7 @@ from moe_jax.infer import record
 from moe_jax.infer.serving import sizes
 from moe_jax.infer.serving.engine import Engine as Serving
 from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.text import Bytes
 from moe_jax.model import transformer
 from tests.hf import golden
@@ -114,7 +115,9 @@ def test_served_tokens_are_those_of_the_reference(family):
     mesh, placement = mesh_lib.of_config(made.mesh), golden.random_placement(family, 0, 2)
     sized = sizes.limits(made.model, mesh, seats=4, budget=40)
     served = Serving(
-        *(made, mesh, golden.model(family, placement, mesh), permute.table(placement), sized),
+        Runner(
+            *(made, mesh, golden.model(family, placement, mesh), permute.table(placement), sized)
+        ),
         Bytes(),
     )
     texts = (*golden.texts(family), *golden.padded_on_the_left(family))

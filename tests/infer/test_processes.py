@@ -1,19 +1,18 @@
 """Two processes answer, bit for bit, as one process with two devices does."""
 
-import os
-import pathlib
-import socket
-import subprocess
+import dataclasses
 import sys
 
 import numpy as np
+import pytest
 
 from moe_jax.hf import synthetic
+from moe_jax.infer import run, sampling
+from moe_jax.infer.server import settings
 from moe_jax.routing import trace as trace_lib
 from tests.infer.test_peer import SIZES
-from tests.train.test_processes import apart_flags
+from tests.processes import apart_flags, ended, run_all
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 ANSWER = """
 import sys
 import numpy as np
@@ -37,30 +36,13 @@ if jax.process_index() == 0:
 
 
 def answer(devices, processes, out):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", ANSWER, str(devices), processes, str(out)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return [sys.executable, "-c", ANSWER, devices, processes, out]
 
 
 def test_two_processes_answer_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     two, one = tmp_path / "two.npz", tmp_path / "one.npz"
-    started = [answer(1, f"localhost:{port},2,{number}", two) for number in range(2)]
-    started.append(answer(2, "off", one))
-    try:
-        said = [process.communicate(timeout=400)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0, 0], "\n".join(said)[-3000:]
+    apart = [flag.partition("=")[2] for flag in apart_flags(2)]
+    run_all([*(answer(1, way, two) for way in apart), answer(2, "off", one)])
     with np.load(two) as apart, np.load(one) as together:
         assert apart["rows"].sum() > 0
         for name in ("logits", "rows"):
@@ -70,29 +52,24 @@ def test_two_processes_answer_as_one(tmp_path):
 
 def infer(folder, out, *more):
     command = [sys.executable, "infer.py", f"--hf={folder}", "--devices=2", f"--record={out}.npz"]
-    command += ["--held_out=3", "--max_new_tokens=2", f"--measure={out}.measured.npz", *more]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return [*command, "--held_out=3", "--max_new_tokens=2", *more]
 
 
-def test_the_command_over_two_processes(tmp_path):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    made = tmp_path / "mixtral"
+    synthetic.make("mixtral", made, **SIZES["mixtral"])
+    return made
+
+
+def test_the_command_over_two_processes(folder, tmp_path):
     """The first writes what one process alone writes: the routing, outputs and counted rows."""
-    folder, two, one = (tmp_path / name for name in ("mixtral", "two", "one"))
-    synthetic.make("mixtral", folder, **SIZES["mixtral"])
-    started = [infer(folder, two, flag) for flag in apart_flags(2)]
-    started.append(infer(folder, one))
-    try:
-        said = [process.communicate(timeout=400)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0, 0], "\n".join(said)[-3000:]
+    two, one = tmp_path / "two", tmp_path / "one"
+    ways = [*((two, flag) for flag in apart_flags(2)), (one, "--distributed=off")]
+    said = run_all(
+        [infer(folder, out, f"--measure={out}.measured.npz", flag) for out, flag in ways]
+    )
     assert ["digest" in text for text in said] == [True, False, True]  # the first speaks for both
     digests = [trace_lib.load(f"{path}.npz").digest for path in (two, one)]
     assert digests[0] == digests[1]
@@ -105,11 +82,42 @@ def test_the_command_over_two_processes(tmp_path):
             np.testing.assert_array_equal(apart[name], together[name], err_msg=name)
 
 
-def test_processes_that_the_devices_cannot_be_divided_among(tmp_path):
+def test_processes_that_are_asked_otherwise_are_refused(folder, tmp_path):
+    """All of them, before the model is read."""
+    apart = zip(apart_flags(2), ("--seed=1", "--seed=2"), strict=True)
+    for code, said in ended([infer(folder, tmp_path / "out", *flags) for flags in apart]):
+        assert code == 1
+        assert f"--hf = '{folder}': has another config" in said
+        assert "was asked otherwise, in process 1 than in process 0" in said
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_what_all_processes_have_to_be_asked_alike():
+    """Not where files are, nor who listens where."""
+    plain = dataclasses.asdict(request())
+    for name, value in (("seats", 4), ("record", "r.npz"), ("replan_tokens", 5)):
+        changed = request(serve=dataclasses.replace(request().serve, **{name: value}))
+        assert run._asked(changed) != run._asked(request())
+    for name, value in (("max_new_tokens", 3), ("benchmark", True), ("measure", "m.npz")):
+        assert run._asked(request(**{name: value})) != run._asked(request())
+    elsewhere = dataclasses.replace(request().serve, host="here", port=1, bearer_token_file="b")
+    same = request(hf="/other", placement="/p.json", distributed="auto", serve=elsewhere)
+    assert run._asked(same) == run._asked(request())
+    assert dataclasses.asdict(request()) == plain
+
+
+def request(**fields):
+    nothing = dict.fromkeys(("workdir", "devices", "placement", "dispatch", "record", "measure"))
+    plain = {"hf": "/a", "topology": "", "trace": "", "prompts": [], "benchmark": False}
+    sizes = {"held_out": 3, "held_out_start": 0, "max_new_tokens": 2}
+    unset = dict.fromkeys(("context", "seats", "cache_tokens", "bearer_token_file", "record"))
+    serve = settings.Settings(host="", port=0, max_queue=9, **unset)
+    how = {"sampling": sampling.Sampling(), "serve": serve}
+    return run.Request(**{**nothing, **plain, **sizes, **how, **fields})
+
+
+def test_processes_that_the_devices_cannot_be_divided_among(folder, tmp_path):
     """Said before they look for each other."""
-    folder = tmp_path / "mixtral"
-    synthetic.make("mixtral", folder, **SIZES["mixtral"])
-    process = infer(folder, tmp_path / "out", "--distributed=localhost:1,3,0")
-    said = process.communicate(timeout=100)[0]
-    assert process.returncode == 1
+    ((code, said),) = ended([infer(folder, tmp_path / "out", "--distributed=localhost:1,3,0")])
+    assert code == 1
     assert "--distributed = 'localhost:1,3,0': must divide the mesh's 2 devices" in said

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
-import socket
-import subprocess
 import sys
 
 import jax
@@ -16,10 +13,8 @@ from moe_jax import config as config_lib
 from moe_jax.checkpoint import integrity
 from moe_jax.train import inputs, resume
 from tests import tiny
+from tests.processes import ROOT, apart_flags, run_all
 from tests.train import loads
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-HANGS = 1200  # seconds: four processes on two busy cores compile for minutes
 
 
 def command(workdir, num_steps, *more):
@@ -37,28 +32,6 @@ def command(workdir, num_steps, *more):
         f"--config.train.num_steps={num_steps}",
         *more,
     ]
-
-
-def run_all(commands, stderr=subprocess.STDOUT):
-    started = [
-        subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
-        for c in commands
-    ]
-    try:
-        said = [process.communicate(timeout=HANGS)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * len(started), said[0][-3000:]
-    return said
-
-
-def apart_flags(processes):
-    """What each of them is told to find the others."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return [f"--distributed=localhost:{port},{processes},{n}" for n in range(processes)]
 
 
 def sizes(devices):

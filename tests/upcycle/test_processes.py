@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint
+from tests import processes as several
 from tests.faults import harness
-from tests.train import test_processes as several
 
 STEPS = 3
 

@@ -57,11 +57,12 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
     if settings.record or settings.replan_tokens:
         span = min(_SPAN, limits.max_len)
         recorder = Recorder(limits.shards, max(1, _RECORDED // limits.shards // span), span)
-    model = load.model(source, mesh), table(plan.placement)
+    model, places = load.model(source, mesh), recorder.places if recorder else 0
+    runner = Runner(config, mesh, model, table(plan.placement), limits, places)
     if not leads:
-        follow(Runner(config, mesh, *model, limits, recorder.places if recorder else 0))
+        follow(runner)
         return
-    engine = Engine(*(config, mesh, *model, limits, source.text, recorder), plan_digest=plan.digest)
+    engine = Engine(runner, source.text, recorder, plan_digest=plan.digest)
     go_by_place = plan.placement.has_replicas or settings.replan_tokens > 0
     if config.model.combine == "partial" and go_by_place:
         metrics.say("combine partial: the last bits of answers go by where experts are")
@@ -98,7 +99,7 @@ def follow(runner: Runner) -> None:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         for number in _SIGNALS:
-            signal.signal(number, lambda *_: runner.crew.ask())
+            signal.signal(number, lambda *_: runner.broadcast.ask())
         runner.follow()
     finally:
         for number, handler in before.items():

@@ -1,11 +1,12 @@
 """Continuous batching of one model on the mesh: requests come and go between steps.
 
-    engine = Engine(config, mesh, model, table, sizes.limits(config.model, mesh), text)
+    limits = sizes.limits(config.model, mesh)
+    engine = Engine(Runner(config, mesh, model, table, limits), text)
     request = engine.submit(prompt, Options(max_tokens=64), deliver)
     while engine.step(): ...
 
 One thread calls it; service.py puts a thread and a lock around it. All shapes of a step are
-compiled when the engine is made, and nothing after that.
+compiled when the runner is made, and nothing after that.
 
 Axes: as in packing.py; L layers, P slots of experts, M devices that hold experts.
 """
@@ -16,19 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from moe_jax import migrate
-from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer.serving import packing
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Answer, Deliver, Likely, Options, Part, Writes
 from moe_jax.infer.serving.runner import Runner
-from moe_jax.infer.serving.scheduler import Job, Limits, Scheduler, Step
+from moe_jax.infer.serving.scheduler import Job, Scheduler, Step
 from moe_jax.infer.serving.stats import Stats
-from moe_jax.model import transformer
-from moe_jax.model.dispatch.table import Table
 from moe_jax.placement.plan import Placement
 from moe_jax.routing.trace import Trace
 
@@ -58,33 +55,26 @@ class Engine:
 
     def __init__(
         self,
-        config: Config,
-        mesh: Mesh,
-        model: transformer.Transformer,
-        table: Table,
-        limits: Limits,
+        runner: Runner,
         text: Writes,
         recorder: Recorder | None = None,
         plan_digest: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ):
         """Args:
-        config: of the model and its mesh.
-        model: its parameters, on the mesh. The engine may use them up (see `adopt`).
-        table: where its experts are, stacked over layers.
-        limits: sizes, see sizes.py.
+        runner: the model on the devices; from now on only this object calls it.
         text: what tokens mean.
-        recorder: of routing; None = nothing is recorded.
+        recorder: of routing, with the places that the runner has; None = nothing is recorded.
         plan_digest: of the placement, for people.
         """
-        self.config, self.limits, self.recorder = config, limits, recorder
+        assert recorder is None or recorder.places == runner.places
+        self.runner, self.recorder = runner, recorder
+        self.config, self.limits = runner.config, runner.limits
         self.stats, self.plan_digest = Stats(), plan_digest
         self.watch: Callable[[Job, np.ndarray], None] | None = None  # logits of every new token
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(runner.limits)
         self._text, self._clock = text, clock
         self._requests: dict[Job, Request] = {}
-        places = recorder.places if recorder is not None else 0
-        self.runner = Runner(config, mesh, model, table, limits, places)
 
     # --- requests -------------------------------------------------------------------------
 
@@ -237,7 +227,11 @@ class Engine:
             recorder.admit(job, position)
 
     def adopt(self, way: migrate.Route, first: int, last: int, placement: Placement) -> float:
-        """`Runner.move` between two steps, in seconds. A request that runs goes on, unchanged."""
+        """`Runner.move` between two steps, in seconds. A request that runs goes on, unchanged.
+
+        Raises:
+          Refused: see `Runner.table_of`.
+        """
         started = self._clock()
         self.runner.move(way, first, last, placement)
         self.plan_digest = placement.digest

@@ -70,8 +70,10 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
     `out` is int32 [shards R, OUT_WORDS], see packing.py; `logits_RV` float32 of the same rows.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    least = _LEAST_ROWS if on_cpu else _LEAST_ELSEWHERE
-    num_rows = max(least, _normed_rows(config) if on_cpu else 0, layout.num_tokens)
+    least, normed = (_LEAST_ROWS, short.rows) if on_cpu else (_LEAST_ELSEWHERE, lambda width: 0)
+    latent = config.latent
+    widths = [width for width in (config.d_model, latent.kv_rank, latent.query_rank) if width]
+    num_rows = max(least, layout.num_tokens, *map(normed, widths))
     dense_window_L, moe_window_L = transformer.windows_of_stacks(config)
     split = mesh_lib.sharding(mesh, "batch", None, None)
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=split)
@@ -141,7 +143,7 @@ def build(config: ModelConfig, mesh: Mesh, layout: Layout) -> Program:
         # an embedding that makes the logits lies as a turned matrix does
         few = wide if model.output_DV is None else parameter.is_turned(model.output_DV)
         enough = min(least, attending.LEAST_TURNED if few else least)
-        enough = max(enough, short.rows(config.d_model) if on_cpu else 0)  # they are normed
+        enough = max(enough, normed(config.d_model))
         x_R1D = place(pick(enough)(x_T1D, fields["sample"]))
         logits_RV = place(layers.logits(model, x_R1D, embedding_VD))[:, 0]
         out, logits_RV = sample(logits_RV, fields)
@@ -159,12 +161,6 @@ def _added(counters: Counters, traffic: Any) -> Counters:
         counters.combine_LMM + traffic.combine_MM,
         counters.computed_LP + traffic.computed_P,
     )
-
-
-def _normed_rows(config: ModelConfig) -> int:
-    """Rows of all that is normed whose bits do not depend on how many more there are."""
-    ranks = [rank for rank in (config.latent.kv_rank, config.latent.query_rank) if rank]
-    return max(map(short.rows, (config.d_model, *ranks)))
 
 
 def _pick(x_T1D: jax.Array, sample_1R: jax.Array, *, num_rows: int) -> jax.Array:

@@ -23,7 +23,7 @@ from moe_jax import migrate, permute
 from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.infer.prepared import prepared
-from moe_jax.infer.serving import crew, packing, paged, program, supported
+from moe_jax.infer.serving import broadcast, packing, paged, program, supported
 from moe_jax.infer.serving.scheduler import Limits
 from moe_jax.model import transformer
 from moe_jax.model.dispatch.table import Table
@@ -35,8 +35,9 @@ _MESSAGE_WORDS = 1 << 10  # of a message besides a step's array: names and shape
 
 class Runner:
     """Attributes:
+    config, limits, places: as it was made.
     layouts: of the compiled steps, the cheapest first.
-    crew: the processes that run this model.
+    broadcast: to the other processes that run this model.
     """
 
     def __init__(
@@ -54,9 +55,12 @@ class Runner:
         table: where its experts are, stacked over layers.
         limits: sizes, see sizes.py.
         places: tokens a shard whose routing is recorded; 0 = none.
+
+        Raises:
+          Refused: see `supported.check`.
         """
         supported.check(config, mesh, limits)
-        self._config, self._mesh, self._limits, self._places = config, mesh, limits, places
+        self.config, self.limits, self.places, self._mesh = config, limits, places, mesh
         model = prepared(config.model, mesh, model)
         blocks = model.blocks
         self._slots = 1 if blocks is None else blocks.moe.gate_PDF[...].shape[1]
@@ -70,13 +74,13 @@ class Runner:
         self._background = concurrent.futures.ThreadPoolExecutor(1, "compiling")
         self._preparing: concurrent.futures.Future[None] | None = None
         most = limits.shards * max(layout.num_words for layout in self.layouts)
-        self.crew = crew.Crew(most + _MESSAGE_WORDS)
+        self.broadcast = broadcast.Broadcast(most + _MESSAGE_WORDS)
 
     def _empty_state(self) -> program.State:
-        limits, model, mesh = self._limits, self._config.model, self._mesh
+        limits, model, mesh = self.limits, self.config.model, self._mesh
         recorded = None
-        if self._places:
-            shape = (limits.shards * self._places, model.num_moe_layers, model.top_k)
+        if self.places:
+            shape = (limits.shards * self.places, model.num_moe_layers, model.top_k)
             dtype = np.uint8 if model.num_experts < 255 else np.uint16
             placed = mesh_lib.sharding(mesh, "batch", None, None)
             recorded = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placed)()
@@ -84,7 +88,7 @@ class Runner:
         return program.State(pages, self._zero_counters(), recorded)
 
     def _zero_counters(self) -> program.Counters:
-        layers, devices = self._config.model.num_plan_layers, self._config.mesh.expert_devices
+        layers, devices = self.config.model.num_plan_layers, self.config.mesh.expert_devices
         pairs = np.zeros((layers, devices, devices), np.int32)
         put = mesh_lib.put_replicated
         zeros = np.zeros((layers, self._slots), np.int32)
@@ -94,7 +98,7 @@ class Runner:
 
     def _compiled(self, layout: packing.Layout) -> Any:
         structure = self._structure
-        step = program.build(self._config.model, self._mesh, layout)
+        step = program.build(self.config.model, self._mesh, layout)
 
         def of_leaves(leaves, table, state, packed):
             return step(jax.tree.unflatten(structure, leaves), table, state, packed)
@@ -103,7 +107,7 @@ class Runner:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
         packed = jax.ShapeDtypeStruct(
-            (self._limits.shards, layout.num_words), np.int32, sharding=self._packed_sharding
+            (self.limits.shards, layout.num_words), np.int32, sharding=self._packed_sharding
         )
         shapes = jax.tree.map(shaped, (self._leaves, self._table, self._state))
         rows = mesh_lib.sharding(self._mesh, "batch", None)
@@ -116,14 +120,19 @@ class Runner:
     # --- operations -----------------------------------------------------------------------
 
     def put(self, number: int, packed: np.ndarray) -> jax.Array:
-        """What a step in the shape of this number reads, on the devices; `run` comes next."""
-        self.crew.tell("run", number, packed)
+        """What a step reads, on the devices; `run` comes next.
+
+        Args:
+          number: of the step's layout.
+          packed: int32 [shards, words], see packing.py.
+        """
+        self.broadcast.tell("run", number, packed)
         return mesh_lib.put_batch(self._mesh, packed)
 
     def run(self, number: int, put: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One step: `out` and `logits` of program.py. It is on its way when this returns.
+        """One step: `out` and `logits_RV` of program.py. It is on its way when this returns.
 
-        Of several processes each has the logits of its own shards alone.
+        Of several processes each has all of `out`, and the logits of its own shards alone.
         """
         state, out, logits = self._programs[number](self._leaves, self._table, self._state, put)
         self._state = state
@@ -131,7 +140,7 @@ class Runner:
 
     def take_counters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64: dispatch_LMM, combine_LMM and computed_LP since they were last taken."""
-        self.crew.tell("take_counters")
+        self.broadcast.tell("take_counters")
         counters, self._state = self._state.counters, dataclasses.replace(
             self._state, counters=self._zero_counters()
         )  # fmt: skip
@@ -140,14 +149,17 @@ class Runner:
         return dispatch_LMM, combine_LMM, computed_LP
 
     def recorded(self) -> np.ndarray:
-        """[X, L, K]: experts of the recorded tokens, all shards; what has no token is undefined."""
-        self.crew.tell("recorded")
+        """uint8 or uint16 [X, L, K]: experts of the recorded tokens, of all shards.
+
+        What has no token is undefined.
+        """
+        self.broadcast.tell("recorded")
         assert self._state.recorded_XLK is not None
         return mesh_lib.fetch(self._state.recorded_XLK)
 
     def prepare(self, way: migrate.Route) -> None:
         """Begins, in a thread, to compile what a route needs; steps go on."""
-        self.crew.tell("prepare", way.send_LMN, way.count_LMM, way.take_LMS)
+        self.broadcast.tell("prepare", way.send_LMN, way.count_LMM, way.take_LMS)
         self._preparing = self._background.submit(self.mover.prepare, way)
 
     def prepared(self, wait: bool = False) -> bool:
@@ -156,7 +168,7 @@ class Runner:
         Args:
           wait: until it is.
         """
-        self.crew.tell("prepared", wait)
+        self.broadcast.tell("prepared", wait)
         preparing = self._preparing
         assert preparing is not None
         done = wait or preparing.done()
@@ -179,7 +191,7 @@ class Runner:
         shares = () if share_LNP is None else (share_LNP,)
         sizes = placement.num_experts, placement.num_devices
         arrays = way.send_LMN, way.count_LMM, way.take_LMS
-        self.crew.tell("move", *arrays, first, last, *sizes, slots_LP, *shares)
+        self.broadcast.tell("move", *arrays, first, last, *sizes, slots_LP, *shares)
         model = jax.tree.unflatten(self._structure, self._leaves)
         self._leaves = jax.tree.leaves(jax.block_until_ready(self.mover(model, way, first, last)))
         self._table = jax.tree.map(lambda t: mesh_lib.put_replicated(self._mesh, t), table)
@@ -187,8 +199,8 @@ class Runner:
     def follow(self) -> None:
         """Does what the first process does, until that one ends; for the others."""
         while True:
-            name, arrays = self.crew.hear()
-            if name == crew.END:
+            name, arrays = self.broadcast.hear()
+            if name == broadcast.END:
                 return
             _HEARD[name](self, *arrays)
 
@@ -218,7 +230,7 @@ class Runner:
                 + ("" if mine.share_end_XER is None else ", taken by shares"),
                 "start the server with this plan",
             )
-        copies_lib.check_nodes(placement, self._config.mesh.node)
+        copies_lib.check_nodes(placement, self.config.mesh.node)
         missing = ((0, 0), (0, 0), (0, room - copies))
         slot_LER = np.pad(table.logical_to_physical_ER, missing, constant_values=-1)
         if ends_LXER is not None:  # nothing is added behind the last copy

@@ -32,6 +32,7 @@ from moe_jax.infer.serving import homes, sizes
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options, Part
+from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.serving.scheduler import Limits
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.placement.problem import Problem
@@ -209,7 +210,7 @@ def _run(source: load.Source | published.Source, peer: asked.Peer | None) -> Non
     model, table = load.model(source, mesh), permute.table(source.plan.placement)
     limits, batch = sizes_of(config.model, mesh)
     context, positions = limits.max_len, limits.shards * limits.blocks * limits.block_size
-    engine = Engine(config, mesh, model, table, limits, source.text)
+    engine = Engine(Runner(config, mesh, model, table, limits), source.text)
     ways = {"static": in_one_shape(static_lib.Engine(config, mesh, model, table), batch, context)}
     corpus = source.text.corpus(data.load_corpus(config.data).held_out)
 
@@ -229,7 +230,8 @@ def _run(source: load.Source | published.Source, peer: asked.Peer | None) -> Non
     for count in (1, _AT_ONCE):
         _host_share(engine, corpus, count)
     recorder = Recorder(limits.shards, 64, limits.max_len)
-    recording = Engine(config, mesh, model, table, limits, source.text, recorder)
+    runner = Runner(config, mesh, model, table, limits, recorder.places)
+    recording = Engine(runner, source.text, recorder)
     _recorder_cost(engine, recording, corpus)
     if config.mesh.expert_devices > 1:
         _worth_of_homes(recording, recorder, source, corpus)

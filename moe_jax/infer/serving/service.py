@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.errors import Refused
-from moe_jax.infer.serving.crew import BEAT_SECONDS, END
+from moe_jax.infer.serving.broadcast import BEAT_SECONDS, END
 from moe_jax.infer.serving.engine import Engine, Request
 from moe_jax.infer.serving.placing import Placing
 from moe_jax.infer.serving.request import Deliver, Options, Part
@@ -158,8 +158,8 @@ class Service:
 
     def _run(self) -> None:
         taken: list[Callable[[], Any]] = []
-        crew = self._engine.runner.crew
-        pause, beaten = None if crew.is_alone else BEAT_SECONDS, time.monotonic()
+        others = self._engine.runner.broadcast
+        pause, beaten = None if others.is_alone else BEAT_SECONDS, time.monotonic()
         try:
             while not self._stopped:
                 with self._changed:
@@ -170,11 +170,11 @@ class Service:
                     taken.pop(0)()
                 if pause and time.monotonic() >= beaten + pause:
                     beaten = time.monotonic()
-                    if crew.beat():
+                    if others.beat():
                         self.drain()
                 if self._engine.step() and self.placing:
                     self.placing.between_steps()
-            crew.tell(END)
+            others.tell(END)
         except BaseException:
             self.failure = traceback.format_exc()
         finally:

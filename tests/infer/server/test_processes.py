@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import os
-import pathlib
 import queue
 import signal
 import subprocess
@@ -16,9 +15,8 @@ from moe_jax.hf import synthetic
 from moe_jax.routing import trace as trace_lib
 from tests.infer.server.test_server import answer, ask, wait_until
 from tests.infer.test_peer import SIZES
-from tests.train.test_processes import apart_flags
+from tests.processes import ROOT, apart_flags
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 HANGS = 500  # seconds: two processes on two busy cores compile for minutes
 
 

@@ -16,6 +16,7 @@ from moe_jax.infer.serving import packing, sizes, supported
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
+from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.serving.scheduler import Job, Limits
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.infer.text import Bytes
@@ -34,11 +35,10 @@ TWO = {"data": 1, "expert": 2}
 
 
 def make(limits=TIGHT, recorder=None, placement=None, model=None, **overrides):
-    return Engine(*parts(limits, placement, model, **overrides), Bytes(), recorder)
+    return Engine(runner(limits, recorder, placement, model, **overrides), Bytes(), recorder)
 
 
-def parts(limits=TIGHT, placement=None, model=None, **overrides):
-    """What an engine and a runner are made of."""
+def runner(limits=TIGHT, recorder=None, placement=None, model=None, **overrides):
     config = tiny.config(**{"mesh": TWO, **overrides})
     devices = config.mesh.expert_devices
     here = Placement.contiguous(config.model.num_plan_layers, config.model.num_experts, devices)
@@ -51,7 +51,8 @@ def parts(limits=TIGHT, placement=None, model=None, **overrides):
         long_from=sizes.long_from(config.model),
     )
     model = permute.apply(model or on_mesh(config), here, placement)
-    return config, mesh, model, tiny.table(placement), limits
+    places = recorder.places if recorder else 0
+    return Runner(config, mesh, model, tiny.table(placement), limits, places)
 
 
 def on_mesh(config):

@@ -266,7 +266,7 @@ def test_shares_of_copies_for_other_nodes_are_refused():
     """Before experts move: the steps were compiled for those of the mesh."""
     one, two = (tiny.replicated_placement(3, slots=12, stay_on_nodes=n) for n in (1, 2))
     config = tiny.config(mesh={"data": 1, "expert": 4})
-    runner = types.SimpleNamespace(_table=tiny.table(one), _config=config)
+    runner = types.SimpleNamespace(_table=tiny.table(one), config=config)
     assert Runner.table_of(runner, one).share_end_XER is not None
     with pytest.raises(Refused, match="copy_shares = '2 nodes': the machine has 1"):
         Runner.table_of(runner, two)

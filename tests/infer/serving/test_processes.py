@@ -1,14 +1,10 @@
 """Two processes serve, bit for bit, as one process with as many devices does."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
-from tests.train.test_processes import apart_flags
+from tests.processes import apart_flags, run_all
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 SERVE = """
 import dataclasses, json, sys
 from moe_jax import mesh as mesh_lib
@@ -17,20 +13,19 @@ mesh_lib.initialize("cpu", devices, processes)
 import jax
 from moe_jax import migrate
 from moe_jax.infer.server import run
-from moe_jax.infer.serving import crew
+from moe_jax.infer.serving import broadcast
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.recorder import Recorder
-from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.text import Bytes
 from tests import tiny
 from tests.infer.serving import test_engine
 old, new = (tiny.replicated_placement(seed, devices=2, slots=12) for seed in (3, 5))
-parts = test_engine.parts(placement=old)
 recorder = Recorder(2, 4, 32)
+runner = test_engine.runner(recorder=recorder, placement=old)
 if jax.process_index():
-    run.follow(Runner(*parts, recorder.places))
+    run.follow(runner)
     sys.exit()
-engine, answers = Engine(*parts, Bytes(), recorder), []
+engine, answers = Engine(runner, Bytes(), recorder), []
 for _, prompt, options in test_engine.traffic(7, 10):
     answers.append([])
     engine.submit(prompt, dataclasses.replace(options, logprobs=2), answers[-1].append)
@@ -47,8 +42,8 @@ while engine.step():
     pass
 engine.read_counters()
 trace = engine.trace()
-engine.runner.crew.beat()
-engine.runner.crew.tell(crew.END)
+runner.broadcast.beat()
+runner.broadcast.tell(broadcast.END)
 said = [[dataclasses.asdict(part) for part in answer] for answer in answers]
 stats = engine.stats
 with open(out, "w") as file:
@@ -62,23 +57,7 @@ def test_two_processes_serve_as_one(tmp_path):
     two, one = tmp_path / "two.json", tmp_path / "one.json"
     apart = [flag.partition("=")[2] for flag in apart_flags(2)]
     sizes = [(1, way, two) for way in apart] + [(2, "off", one)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SERVE, *map(str, size)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for size in sizes
-    ]
-    try:
-        said = [process.communicate(timeout=500)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0, 0], "\n".join(said)[-3000:]
+    run_all([[sys.executable, "-c", SERVE, *size] for size in sizes])
     running, answers, moved, *_ = together = json.loads(one.read_text())
     assert running
     assert moved > 0

@@ -21,8 +21,8 @@ BEAT_SECONDS = 1.0
 BEAT, END = "beat", "end"  # messages that are no operations
 
 
-class Crew:
-    """The processes of one server; every one of them makes this."""
+class Broadcast:
+    """From the first process of a server to the others; every one of them makes this."""
 
     def __init__(self, num_words: int):
         """Args: int32 `num_words` of a broadcast, the same in every process."""
@@ -36,8 +36,8 @@ class Crew:
     # --- the first process ----------------------------------------------------------------
 
     def tell(self, name: str, *arrays: np.ndarray | int | bool) -> None:
-        """The first process does this now, and the others with it. They come here, too, and tell
-        nobody; nor does who is alone."""
+        """From the first process: it does this now, and so do the others. In any other process,
+        which does the same things because it heard of them, and where there is one: nothing."""
         if self.is_alone or jax.process_index():
             return
         message = io.BytesIO()
@@ -48,7 +48,7 @@ class Crew:
         words[0] = len(data)
         words[1:].view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
         for first in range(0, len(words), self._num_words):
-            self._broadcast(words[first : first + self._num_words])
+            self._send(words[first : first + self._num_words])
 
     def beat(self) -> bool:
         """Whether one of the others was asked to end. The first calls this every `BEAT_SECONDS`."""
@@ -60,10 +60,10 @@ class Crew:
     def hear(self) -> tuple[str, list[np.ndarray]]:
         """The next message but beats: its name and its arrays."""
         while True:
-            words = self._broadcast(np.zeros(0, np.int32))
+            words = self._send(np.zeros(0, np.int32))
             size, data = int(words[0]), words[1:].tobytes()
             while len(data) < size:
-                data += self._broadcast(np.zeros(0, np.int32)).tobytes()
+                data += self._send(np.zeros(0, np.int32)).tobytes()
             message = io.BytesIO(data)
             name, count = (np.load(message, allow_pickle=False) for _ in range(2))
             arrays = [np.load(message, allow_pickle=False) for _ in range(int(count))]
@@ -75,7 +75,7 @@ class Crew:
         """This process was asked to end: the first one hears of it at its next beat."""
         self._asked = True
 
-    def _broadcast(self, words: np.ndarray) -> np.ndarray:
+    def _send(self, words: np.ndarray) -> np.ndarray:
         """What the first process gives, filled up; what the others give does not matter."""
         padded = np.pad(words, (0, self._num_words - len(words)))
         return np.asarray(multihost_utils.broadcast_one_to_all(padded))
