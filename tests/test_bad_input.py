@@ -514,8 +514,10 @@ TABLE = [
               "did you mean 'mixtral'", make=in_tmp("config.json", b'{"model_type": "mixtrl"}')),
     published("tensors cut short", "--hf={tmp}/m --prompt=a", "{tmp}/m/model.safetensors",
               "data_offsets", "cut short", make=model_cut_short),
-    published("devices of a run", "--workdir={run} --devices=2 --prompt=a", "--devices", "2",
-              "leave it out"),
+    published("devices that are none", "--workdir={run} --devices=experts=2 --prompt=a",
+              "--devices", "AXIS=NUMBER", "node=2,expert=4,tensor=2"),
+    published("devices that do not fit a run", "--workdir={run} --devices=expert=2,tensor=3 "
+              "--prompt=a", "mesh.tensor", "must divide model.num_heads", "nearest"),
     published("devices that do not divide", f"--hf={HF} --devices=3 --prompt=a",
               "model.num_experts", "8", "mesh.expert 2 or 4"),
     published("plan of another model", f"--hf={HF} --placement={{tmp}}/plan.json --prompt=a",

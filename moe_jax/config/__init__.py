@@ -8,6 +8,7 @@
     fields.py     the dataclasses
     building.py   from a ConfigDict or JSON, to JSON, the digest of a run
     rules.py      what must hold between fields
+    served.py     another dispatch, other devices
     layer_rules.py  of latent attention and dense layers
     rope_rules.py   of rotary positions
 """
@@ -43,8 +44,8 @@ from moe_jax.config.rules import (
     check_seed,
     check_trainable,
     validate,
-    with_dispatch,
 )
+from moe_jax.config.served import served, with_dispatch
 
 __all__ = [
     "AUTO",
@@ -70,6 +71,7 @@ __all__ = [
     "from_json",
     "identity",
     "read",
+    "served",
     "to_json",
     "unknown_field",
     "validate",

@@ -1,6 +1,5 @@
 """What must hold between the fields of a config, each rule with the nearest values that keep it."""
 
-import dataclasses
 import difflib
 import math
 import operator
@@ -60,7 +59,8 @@ def _at_most(group: Any, prefix: str, limits: dict[str, float]) -> None:
             raise Refused(f"{prefix}.{name}", value, rule, "give a smaller number")
 
 
-def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuses what is not known, with what is nearest to it."""
     if value not in known:
         near = difflib.get_close_matches(value, known, n=1)
         hint = f"did you mean {near[0]!r}" if near else "choose one of them"
@@ -100,26 +100,26 @@ def _validate_model(model: ModelConfig) -> None:
             "must be even: rotary embeddings turn pairs of values",
             f"use {model.d_rotated + 1}",
         )
-    _one_of("model.dispatch", model.dispatch, (*DISPATCHES, AUTO))
-    _one_of("model.combine", model.combine, COMBINES)
-    _one_of("model.dtype", model.dtype, DTYPES)
-    _one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
-    _one_of("model.kernels", model.kernels, KERNELS)
+    one_of("model.dispatch", model.dispatch, (*DISPATCHES, AUTO))
+    one_of("model.combine", model.combine, COMBINES)
+    one_of("model.dtype", model.dtype, DTYPES)
+    one_of("model.wire_dtype", model.wire_dtype, WIRE_DTYPES)
+    one_of("model.kernels", model.kernels, KERNELS)
     if model.kernels == "pallas_gpu" and model.dtype == "float32":
         rule = "computes in 16 bits, and model.dtype = 'float32'"
         raise Refused("model.kernels", model.kernels, rule, "set model.dtype = 'bfloat16'")
-    _one_of("model.router_weights", model.router_weights, ROUTER_WEIGHTS)
-    _one_of("model.router_scores", model.router_scores, ROUTER_SCORES)
-    _one_of("model.router_group_scores", model.router_group_scores, GROUP_SCORES)
+    one_of("model.router_weights", model.router_weights, ROUTER_WEIGHTS)
+    one_of("model.router_scores", model.router_scores, ROUTER_SCORES)
+    one_of("model.router_group_scores", model.router_group_scores, GROUP_SCORES)
     _validate_groups(model)
     if model.router_weights == "sparse_mixer":
         for name in ("router_scores", "router_group_scores", "router_correction"):
             if (value := getattr(model, name)) != getattr(ModelConfig, name):
                 rule = "does not go with model.router_weights = 'sparse_mixer'"
                 raise Refused(f"model.{name}", value, rule, "leave it out")
-    _one_of("model.norm", model.norm, NORMS)
-    _one_of("model.qk_norm", model.qk_norm, QK_NORMS)
-    _one_of("model.attention_bias", model.attention_bias, ATTENTION_BIASES)
+    one_of("model.norm", model.norm, NORMS)
+    one_of("model.qk_norm", model.qk_norm, QK_NORMS)
+    one_of("model.attention_bias", model.attention_bias, ATTENTION_BIASES)
     if model.shared_gate and not model.d_ff_shared:
         raise Refused(
             "model.shared_gate",
@@ -127,7 +127,7 @@ def _validate_model(model: ModelConfig) -> None:
             "weighs the output of a shared expert, and model.d_ff_shared = 0: there is none",
             "set model.d_ff_shared to its width, or model.shared_gate = False",
         )
-    _one_of("model.activation", model.activation, ACTIVATIONS)
+    one_of("model.activation", model.activation, ACTIVATIONS)
     if model.activation != "swiglu" and model.d_ff_shared:
         rule = (
             "is that of routed experts, and model.d_ff_shared is a shared one, which has 'swiglu'"
@@ -217,7 +217,7 @@ _SPLIT_BY = (
 def _validate_mesh(config: Config) -> None:
     mesh, model = config.mesh, config.model
     _positive(mesh, "mesh", MESH_AXES)
-    _one_of("mesh.attention", mesh.attention, ATTENTIONS)
+    one_of("mesh.attention", mesh.attention, ATTENTIONS)
     for axis, split in _SPLIT_BY:
         devices, value = getattr(mesh, axis), operator.attrgetter(split)(model)
         if value % devices:
@@ -257,7 +257,7 @@ def _validate_mesh(config: Config) -> None:
             if value != plain:
                 rule = f"is not there for model.dispatch = {model.dispatch!r}: its layers differ"
                 raise Refused(field, value, rule, f"set {field} = {plain!r}")
-    _one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
+    one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
     if config.virtual_devices < 0:
         raise Refused("virtual_devices", config.virtual_devices, "must be at least 0", "use 0")
     if config.virtual_devices and config.platform != "cpu":
@@ -278,15 +278,6 @@ def _validate_heads(model: ModelConfig, devices: int) -> None:
     if model.num_kv_heads % devices and devices % model.num_kv_heads:
         fix = f"nearest: {_nearest_multiples(model.num_kv_heads, devices)}, or a divisor"
         raise Refused("model.num_kv_heads", model.num_kv_heads, f"{rule}, or divide them", fix)
-
-
-def with_dispatch(config: Config, dispatch: str) -> Config:
-    """The config of a model that is served with another dispatch than it was trained with."""
-    _one_of("--dispatch", dispatch, (*DISPATCHES, AUTO))
-    model = dataclasses.replace(config.model, dispatch=dispatch)
-    config = dataclasses.replace(config, model=model)
-    validate(config)
-    return config
 
 
 def check_trainable(config: Config) -> None:
@@ -381,13 +372,13 @@ def _validate_training(config: Config) -> None:
     ):
         if getattr(train, name) < 0:
             raise Refused(f"train.{name}", getattr(train, name), "must be at least 0", "use 0")
-    _one_of("train.remat", train.remat, REMATS)
-    _one_of("train.pre_activations", train.pre_activations, PRE_ACTIVATIONS)
+    one_of("train.remat", train.remat, REMATS)
+    one_of("train.pre_activations", train.pre_activations, PRE_ACTIVATIONS)
     if (train.pre_activations, train.remat) == ("store", "layer"):
         rule = "is computed again with its layer: train.remat = 'layer'"
         fix = "set train.remat = 'none', or train.pre_activations = 'recompute'"
         raise Refused("train.pre_activations", "store", rule, fix)
-    _one_of("train.failed_save", train.failed_save, FAILED_SAVES)
+    one_of("train.failed_save", train.failed_save, FAILED_SAVES)
     for field, seed in (("data.seed", config.data.seed), ("train.seed", train.seed)):
         check_seed(field, seed)
     _positive(optimizer, "optimizer", ("learning_rate", "clip_norm"))

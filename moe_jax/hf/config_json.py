@@ -39,11 +39,8 @@ class Published:
     ends: tuple[int, ...] = ()
 
 
-def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
-    """Reads FOLDER/config.json.
-
-    Args:
-      devices: over which its experts are split (`mesh.expert`), or only tokens where it has none.
+def read(folder: str | os.PathLike) -> Published:
+    """Reads FOLDER/config.json; the mesh is one device.
 
     Raises:
       Refused: naming the key, its value, and what is supported.
@@ -60,16 +57,14 @@ def read(folder: str | os.PathLike, *, devices: int = 1) -> Published:
         raise Refused(f"{path}: model_type", model_type, rule, fix)
     family = FAMILIES[model_type]
     model = _model(path, plain, family)
-    has_experts = model["num_layers"] != model.get("num_dense_layers", 0)
     return Published(
         config_lib.from_config_dict(
             {
                 "name": model_type,
                 "model": model,
-                "mesh": {"expert" if has_experts else "data": devices},
                 # of held-out text, with room for what follows; this config is not trained with
-                "data": {"seq_len": _sequence(model["max_seq_len"]), "global_batch": devices},
-                "train": {"num_steps": 1, "eval_sequences": devices},
+                "data": {"seq_len": _sequence(model["max_seq_len"]), "global_batch": 1},
+                "train": {"num_steps": 1, "eval_sequences": 1},
             }
         ),
         family,

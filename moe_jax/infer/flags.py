@@ -12,7 +12,11 @@ from moe_jax.errors import Refused
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
 HF = flags.DEFINE_string("hf", None, "Folder of a published model, in place of --workdir.")
-DEVICES = flags.DEFINE_integer("devices", None, "With --hf: split experts over so many devices.")
+DEVICES = flags.DEFINE_string(
+    "devices", None, "Split experts over so many, or all over axes: 'node=2,expert=4,tensor=2' "
+    "(of data, fsdp, node, expert, tensor). Default: the mesh of the run; with --hf the devices of "
+    "the plan, or one."
+)  # fmt: skip
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     "off",

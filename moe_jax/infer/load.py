@@ -75,14 +75,17 @@ def find(
     workdir: str,
     placement: str | None,
     dispatch: str | None = None,
+    devices: str | None = None,
     ahead: integrity.Digests | None = None,
 ) -> Source:
     """Reads config, newest good step and plan. Raises `Refused`; touches no device.
 
     Args:
       workdir: of a training run.
-      placement: plan to compute under; None = the one stored with the step.
+      placement: plan to compute under; None = the one stored with the step; where that does not go
+        with the mesh, contiguous.
       dispatch: to serve with; None = the one of the run's config.
+      devices: as `config.served`; None = the mesh of the run's config.
       ahead: digests of a step that have begun already.
     """
     root = pathlib.Path(workdir)
@@ -94,9 +97,7 @@ def find(
             "must be the work directory of a training run (it has no config.json)",
             "train first: python train.py --config=configs/quickstart.py --workdir=DIR",
         )
-    config = config_lib.read(kept)
-    if dispatch is not None:
-        config = config_lib.with_dispatch(config, dispatch)
+    config = config_lib.served(config_lib.read(kept), dispatch, devices)
     verify = config.train.checkpoints_verified
     found = checkpoint.newest_good(root / "checkpoints", _warn, verify=verify, ahead=ahead)
     if found is None:
@@ -107,12 +108,22 @@ def find(
             f"step {contents.step}: its digests were not compared "
             "(train.checkpoints_verified = False in the run's config.json)"
         )
+    slots, holders = contents.plan.placement.num_slots, config.mesh.expert_devices
+    if slots % holders:
+        raise Refused(
+            "mesh",
+            str(config.mesh),
+            f"splits experts over {holders} devices, which do not divide the {slots} slots that "
+            "the step has them in",
+            "choose --devices that do, or move them to a plan for these devices first: "
+            "python -m moe_jax.placement apply PLAN WORKDIR OUT",
+        )
     plan = plan_lib.Plan.read(placement) if placement else _here(contents.plan, config)
     plan_lib.check_fits(
         plan,
         num_layers=config.model.num_plan_layers,
         num_experts=config.model.num_experts,
-        num_devices=config.mesh.expert_devices,
+        num_devices=holders,
     )
     ids = config.model.moe_layer_ids
     # The step's arrays lie as its plan says, whatever it calls their layers.
@@ -138,8 +149,9 @@ def on_devices(config: Config, num_devices: int) -> Config:
 def _here(stored: plan_lib.Plan, config: Config) -> plan_lib.Plan:
     """The stored order of experts on the devices that the config has now.
 
-    A run that was started on another mesh has config.json of that one before it saves a step.
-    Shares of copies are a node's, so they go with its number of nodes.
+    They are others where --devices asks for them, and where a run was started on another mesh: it
+    has config.json of that one before it saves a step. Shares of copies are a node's, so they go
+    with its number of nodes. Two copies that would meet on a device leave contiguous experts.
     """
     old, devices = stored.placement, config.mesh.expert_devices
     share_LNP = old.share_LNP
@@ -151,8 +163,10 @@ def _here(stored: plan_lib.Plan, config: Config) -> plan_lib.Plan:
     slots_LP = old.physical_to_logical_LP
     try:
         placement = plan_lib.Placement(slots_LP, old.num_experts, devices, share_LNP)
-    except Refused:  # its slots do not divide, or two copies would meet: `find` says so
-        return stored
+    except Refused as error:
+        _warn(f"the step's plan is not for {config.mesh}: contiguous experts ({error.rule})")
+        sizes = (old.num_layers, old.num_experts, devices)
+        return plan_lib.Plan(plan_lib.Placement.contiguous(*sizes), stored.layer_ids)
     if nodes != config.mesh.node:
         rule = f"not {config.mesh.node}: the copy rule is `local` here"
         _warn(f"the step's plan shares copies between {nodes} node(s), {rule}")

@@ -22,7 +22,7 @@ class Source:
     """What is known of a published model before any device work.
 
     Attributes:
-      config: with the dispatch to serve with; its mesh has all devices on `expert`.
+      config: with the dispatch and the mesh to serve with.
       plan: the placement to compute under.
       text: its tokenizer.
       virtual_devices: to make where the platform is the CPU.
@@ -51,7 +51,7 @@ class Source:
         )
         metrics.say(
             f"{self.tensors.folder}: {len(self.layout.shapes):,} tensors, "
-            f"{self.tensors.num_bytes:,} bytes, on {self.config.mesh.expert} device(s), "
+            f"{self.tensors.num_bytes:,} bytes, on {self.config.mesh}, "
             f"plan {self.plan.digest[:12]}"
         )
         if self.layout.beside:
@@ -63,7 +63,7 @@ class Source:
 
 
 def find(
-    path: str, placement: str | None, dispatch: str | None = None, devices: int | None = None
+    path: str, placement: str | None, dispatch: str | None = None, devices: str | None = None
 ) -> Source:
     """Reads config, plan, headers and tokenizer. Raises `Refused`; touches no device.
 
@@ -71,19 +71,15 @@ def find(
       path: the model's folder.
       placement: plan to compute under; None = contiguous.
       dispatch: None = "exchange".
-      devices: over which experts are split; None = those of the plan, or 1.
+      devices: as `config.served`; None = those of the plan, or one.
     """
     if not pathlib.Path(path).is_dir():
         raise Refused("--hf", path, "must be the folder of a published model", "correct the path")
     plan = plan_lib.Plan.read(placement) if placement else None
+    published = config_json.read(path)
     if devices is None:
-        devices = plan.placement.num_devices if plan else 1
-    if devices < 1:
-        raise Refused("--devices", devices, "must be at least 1", "use 1")
-    published = config_json.read(path, devices=devices)
-    config = published.config
-    if dispatch is not None:
-        config = config_lib.with_dispatch(config, dispatch)
+        devices = str(plan.placement.num_devices if plan else 1)
+    config = config_lib.served(published.config, dispatch, devices)
     expert_devices = config.mesh.expert_devices
     sizes = (config.model.num_plan_layers, config.model.num_experts, expert_devices)
     if plan is None:
@@ -94,4 +90,4 @@ def find(
     tensors = folder.tensors(path)
     found = layout.find(published.family, config.model, tensors)
     text = of_folder(path, config.model.vocab_size, published.ends)
-    return Source(config, plan, text, devices, found, tensors)
+    return Source(config, plan, text, config.mesh.num_devices, found, tensors)

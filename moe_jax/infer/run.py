@@ -33,7 +33,7 @@ class Request:
 
     workdir: str | None
     hf: str | None
-    devices: int | None
+    devices: str | None
     placement: str | None
     dispatch: str | None
     topology: str
@@ -63,12 +63,12 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
     """
     _check_flags(request)
     source: load.Source | published.Source
+    where = (request.placement, request.dispatch, request.devices)
     if request.hf is not None:
-        where = (request.hf, request.placement, request.dispatch, request.devices)
-        source = published.find(*where)
+        source = published.find(request.hf, *where)
     else:
         assert request.workdir is not None  # by `_check_flags`
-        source = load.find(request.workdir, request.placement, request.dispatch, ahead)
+        source = load.find(request.workdir, *where, ahead)
     config, note = auto.resolve(
         dataclasses.replace(source.config, topology=request.topology, trace=request.trace),
         source.plan.placement,
@@ -167,7 +167,8 @@ def _on_devices(
             raise Refused("--distributed", request.distributed, rule, "start another number")
         virtual = config.mesh.num_devices // count
     mesh_lib.initialize(config.platform, virtual, request.distributed)
-    config = load.on_devices(config, mesh_lib.num_devices())
+    if request.devices is None:
+        config = load.on_devices(config, mesh_lib.num_devices())
     config_lib.check_devices(config, mesh_lib.num_devices())
     source = dataclasses.replace(source, config=config)
     found = repr((config, source.plan.digest, source.version, prompts, _asked(request)))
@@ -208,9 +209,6 @@ def _check_flags(request: Request) -> None:
         rule = "is required, or --hf=DIR"
         fix = "give --workdir=...; --help explains every flag"
         raise Refused("--workdir", request.workdir, rule, fix)
-    if request.devices is not None and request.hf is None:
-        rule = "is for --hf: a run has the mesh of its config"
-        raise Refused("--devices", request.devices, rule, "leave it out")
     processes_lib.parse(request.distributed)
     if request.serve_load and request.distributed != "off":
         rule = "is not there with --serve-load, which measures one process"

@@ -70,8 +70,7 @@ def _texts(family: str, file: str, count: int) -> tuple[Text, ...]:
 
 
 def config(family: str, devices: int = 4, dispatch: str = "exchange") -> config_lib.Config:
-    made = config_json.read(ROOT / family, devices=devices).config
-    return config_lib.with_dispatch(made, dispatch)
+    return config_lib.served(config_json.read(ROOT / family).config, dispatch, str(devices))
 
 
 def contiguous(family: str, devices: int = 4) -> Placement:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax import checkpoint
+from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.hf import config_json, folder, layout, load, safetensors, save
 from moe_jax.placement.plan import Placement
@@ -72,12 +73,13 @@ class Model:
     """A folder that was imported."""
 
     def __init__(self, path: pathlib.Path, devices: int):
-        published = config_json.read(path, devices=devices)
-        model = published.config.model
+        published = config_json.read(path)
+        config = config_lib.served(published.config, devices=str(devices))
+        model = config.model
         self._path, self._tensors = path, folder.tensors(path)
         self._layout = layout.find(published.family, model, self._tensors)
         self._placement = Placement.contiguous(model.num_plan_layers, model.num_experts, devices)
-        mesh = mesh_lib.of_config(published.config.mesh)
+        mesh = mesh_lib.of_config(config.mesh)
         where = (self._tensors, self._placement, mesh)
         made = load.parameters(model, self._layout, *where, say=lambda line: None)
         self.arrays = jax.block_until_ready(checkpoint.flatten(made))

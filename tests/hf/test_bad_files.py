@@ -512,6 +512,6 @@ def test_find_refuses_before_any_device_work(tmp_path):
     with pytest.raises(Refused, match=r"--hf.*must be the folder"):
         published.find(str(tmp_path / "none"), None)
     with pytest.raises(Refused, match="num_experts"):
-        published.find(str(golden.ROOT / "mixtral"), None, devices=3)
+        published.find(str(golden.ROOT / "mixtral"), None, devices="3")
     with pytest.raises(Refused, match="--devices"):
-        published.find(str(golden.ROOT / "mixtral"), None, devices=0)
+        published.find(str(golden.ROOT / "mixtral"), None, devices="0")

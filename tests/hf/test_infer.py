@@ -14,6 +14,7 @@ from moe_jax import mesh as mesh_lib
 from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.infer import run
+from moe_jax.infer.engine import Engine
 from moe_jax.infer.serving.request import Answer, Options
 from moe_jax.infer.text import Tokens
 from moe_jax.placement import __main__ as placement_main
@@ -28,7 +29,7 @@ def request(family, **how):
     plain = {
         "workdir": None,
         "hf": str(golden.ROOT / family),
-        "devices": 2,
+        "devices": "2",
         "placement": None,
         "dispatch": None,
         "topology": "",
@@ -83,11 +84,9 @@ def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch
     assert Plan.read(plan).layer_ids == layers
     assert Plan.read(plan).digest != Plan(golden.contiguous(family, 2)).digest
 
-    answered = []
-    answer = run._answer
-    monkeypatch.setattr(run, "_answer", lambda *a: answered.append(answer(*a)) or answered[-1])
+    answered = with_logits(monkeypatch)
     said = []
-    for where in ({"devices": 2}, {"devices": None, "placement": str(plan)}):
+    for where in ({"devices": "2"}, {"devices": None, "placement": str(plan)}):
         capsys.readouterr()
         run.run(request(family, prompts=prompts, **where))
         said.append([line for line in capsys.readouterr().out.splitlines() if "plan" not in line])
@@ -95,6 +94,31 @@ def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch
     assert answered[0].tokens == answered[1].tokens
     assert said[0][:-1] == said[1][:-1]  # all but the rows moved
     assert any(line.startswith("<s>def main(") for line in said[0])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2_lite"])
+def test_a_published_model_answers_on_any_mesh(family, monkeypatch):
+    """With the same bits, but where sums over heads are cut."""
+    answered = with_logits(monkeypatch)
+    for devices in ("1", "data=2,node=2,expert=2", "fsdp=2,expert=2,tensor=2"):
+        run.run(request(family, prompts=["def main(", "x"], devices=devices))
+    one, apart, cut = [np.asarray(each.logits_BSV)[:2] for each in answered]
+    assert one.shape[-1] == golden.config(family).model.vocab_size
+    np.testing.assert_array_equal(apart, one)
+    np.testing.assert_allclose(cut, one, rtol=0, atol=2e-5 * np.ptp(one))
+    assert len({tuple(map(tuple, each.tokens)) for each in answered}) == 1
+
+
+def with_logits(monkeypatch):
+    """A list of all that is generated from now on, logits included."""
+    generated, generate = [], Engine.generate
+
+    def kept(*args, **named):
+        generated.append(generate(*args, **{**named, "all_logits": True}))
+        return generated[-1]
+
+    monkeypatch.setattr(Engine, "generate", kept)
+    return generated
 
 
 def few_of(load_corpus):

@@ -10,8 +10,8 @@ from moe_jax import checkpoint, metrics, permute
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
-from moe_jax.hf import config_json, save
 from moe_jax.hf import folder as folder_lib
+from moe_jax.hf import save
 from moe_jax.infer import load, run
 from moe_jax.infer.serving import sizes
 from moe_jax.infer.serving.engine import Engine as ServingEngine
@@ -89,7 +89,7 @@ def test_what_has_no_experts_is_not_recorded():
 
 
 def test_config_json_says_dense_layers_on_devices_for_tokens():
-    config = config_json.read(golden.ROOT / "llama", devices=4).config
+    config = golden.config("llama", devices=4)
     assert (config.mesh.data, config.mesh.expert) == (4, 1)
     assert (config.model.num_moe_layers, config.model.num_plan_layers) == (0, 1)
     assert transformer.num_active_parameters(config.model) == transformer.num_parameters(
