@@ -97,6 +97,7 @@ def resolve(
             work=work_of(config),
             combine=config.model.combine,
             devices_per_node=config.mesh.expert,
+            widths=widths_of(config),
         )
         options.append(option)
     best = min(options, key=lambda option: option.seconds)  # the first of equal ones
@@ -147,10 +148,21 @@ def work_of(config: Config) -> Work:
     return Work(
         d_model=model.d_model,
         d_ff=model.d_ff // mesh.tensor,
+        num_shared_experts=int(model.d_ff_shared > 0),
+        d_ff_shared=model.d_ff_shared // mesh.tensor,
         value_bytes=2 if model.dtype == "bfloat16" else 4,
         kv_values=model.kv_values,
         batch_tokens=max(tokens // (mesh.data * mesh.fsdp), 1),
     )
+
+
+def widths_of(config: Config) -> tuple[float, float]:
+    """Bytes of a row on its way to its experts and home in a forward pass, in `Work.row_bytes`."""
+    model = config.model
+    row_bytes = work_of(config).row_bytes
+    out = model.d_model + 4 if model.wire_dtype else row_bytes  # of 8 bits, and a scale
+    back = 4 * model.d_model if model.combine == "reproducible" else row_bytes
+    return out / row_bytes, back / row_bytes
 
 
 def judge(
@@ -162,6 +174,7 @@ def judge(
     work: Work,
     combine: str,
     devices_per_node: int,
+    widths: tuple[float, float] = (1.0, 1.0),
 ) -> Option:
     """Rows and seconds of one dispatch on these tokens, whose homes are taken as uniform.
 
@@ -173,11 +186,13 @@ def judge(
       work: sizes of a layer and a step.
       combine: where rows are summed.
       devices_per_node: of the mesh, by which a program takes near copies.
+      widths: of rows, as `widths_of`.
     """
     where = (devices_per_node, None, work.batch_tokens)
     rows = cost.rows(ids_TLK, placement, dispatch, None, combine, *where)
     computed_LM = cost.computed_LM(ids_TLK, placement, dispatch, None, *where)
-    spent = seconds_lib.seconds(rows, computed_LM, topology, work, dispatch, len(ids_TLK))
+    sizes = (topology, work, dispatch, len(ids_TLK))
+    spent = seconds_lib.seconds(rows, computed_LM, *sizes, widths=widths)
     each = ids_TLK.shape[0] * ids_TLK.shape[1]
     return Option(
         dispatch,

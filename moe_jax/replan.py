@@ -9,7 +9,8 @@ carry the experts. Pauses and the search itself are not counted; both are report
 
 Seconds are those of the cost model, with rows as the dispatch and the combine in use really move
 them (the search counts one row per device both ways, which under `exact` is true of the way out
-only), and copies as the mesh's nodes have them taken (the search goes by the topology's).
+only, and all rows as wide as activations), and copies as the mesh's nodes have them taken (the
+search goes by the topology's).
 
 The search runs in a thread (`Background`): a step is dispatched by Python in a fraction of the time
 it takes, and no device waits for the search.
@@ -56,7 +57,7 @@ class Setting:
       interval: steps that a plan is expected to serve.
       expert_bytes: that move with an expert of a layer, over the link of one device.
       time_limit: seconds of the search.
-      devices_per_node: of the mesh, see `auto.judge`.
+      devices_per_node, widths: see `auto.judge`.
       min_gain: share of a layer's time that has to be saved at least.
       pins: experts that no plan moves away from their devices.
     """
@@ -70,6 +71,7 @@ class Setting:
     expert_bytes: int
     time_limit: float
     devices_per_node: int
+    widths: tuple[float, float] = (1.0, 1.0)
     min_gain: float = 0.0
     pins: Pins | None = None
 
@@ -118,11 +120,12 @@ def setting_of(
     Args:
       mover: of everything that moves with its experts.
       topology: None = what the config names.
-      batch_tokens: of a step; None = as the config says.
+      batch_tokens: of a step of the whole mesh; None = as the config says.
     """
     work = auto.work_of(config)
     if batch_tokens is not None:
-        work = dataclasses.replace(work, batch_tokens=batch_tokens)
+        groups = config.mesh.data * config.mesh.fsdp  # each with all experts, at the same time
+        work = dataclasses.replace(work, batch_tokens=max(batch_tokens // groups, 1))
     split = config.mesh.fsdp * config.mesh.tensor  # devices that an expert is cut over
     return Setting(
         topology=topology or auto.topology_of(config),
@@ -136,6 +139,7 @@ def setting_of(
         min_gain=min_gain,
         pins=pins,
         devices_per_node=config.mesh.expert,
+        widths=auto.widths_of(config),
     )
 
 
@@ -210,6 +214,7 @@ def decide(
                 work=setting.work,
                 combine=setting.combine,
                 devices_per_node=setting.devices_per_node,
+                widths=setting.widths,
             )
             for trace in recorded[half:]
         ]

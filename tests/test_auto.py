@@ -1,6 +1,7 @@
 """`model.dispatch = "auto"`: what is chosen, by which figures, and that a run keeps it."""
 
 import dataclasses
+import functools
 import json
 from math import comb
 
@@ -175,3 +176,33 @@ def test_copies_are_taken_by_the_nodes_of_the_mesh():
     here, as_two, as_one = judged(two, 4), judged(two, 2), judged(flat, 4)
     assert (here.rows_out, here.rows_back) == (as_one.rows_out, as_one.rows_back)
     assert here.slow > as_two.slow  # copies of the other node are taken, too
+
+
+def test_shared_experts_are_part_of_a_layers_time():
+    sized = tiny.config(mesh={"expert": 2, "tensor": 2}, model__d_ff_shared=48)
+    work = auto.work_of(sized)
+    assert (work.num_shared_experts, work.d_ff_shared, work.d_ff) == (1, 24, 12)
+    assert not auto.work_of(tiny.config()).shared_flops
+
+
+def test_rows_are_as_wide_as_they_travel():
+    """Sums that are reproducible go home in 32 bits, rows of 8 bits have a scale."""
+    sized = functools.partial(tiny.config, model__dtype="bfloat16")
+    assert auto.widths_of(sized()) == (1, 1)
+    assert auto.widths_of(sized(model__combine="reproducible")) == (1, 2)
+    assert auto.widths_of(tiny.config(model__combine="reproducible")) == (1, 1)
+    eight = sized(model__wire_dtype="float8_e4m3fn")
+    assert auto.widths_of(eight) == (20 / 32, 1)  # d_model 16
+
+    # no latency, no time to compute: seconds are bytes
+    placement, flat = tiny.random_placement(0), topology_lib.flat(4)
+    fast = dataclasses.replace(flat.fast, latency=0.0)
+    machine = dataclasses.replace(flat, fast=fast, device_flops=1e30)
+    ids_TLK = np.random.default_rng(0).integers(0, tiny.EXPERTS, (400, tiny.LAYERS, 2))
+    made = ("exchange", ids_TLK, placement, machine)
+    how = {"work": auto.work_of(sized()), "combine": "partial", "devices_per_node": 4}
+    plain, wide = auto.judge(*made, **how), auto.judge(*made, **how, widths=(1.0, 2.0))
+    thin = auto.judge(*made, **how, widths=(0.5, 0.5))
+    assert plain.seconds < wide.seconds < 2 * plain.seconds
+    assert thin.seconds == pytest.approx(plain.seconds / 2)
+    assert wide.rows_back == plain.rows_back

@@ -501,6 +501,8 @@ TABLE = [
           make=copied_config(b"{"), workdir="{tmp}/run"),
     infer("deep config.json", "--prompt=a", "config.json", "must be JSON", "restore it",
           make=copied_config(b"[" * 100_000), workdir="{tmp}/run"),
+    infer("measure what is not compared", "--dispatch=shuffled --measure={tmp}/m.npz", "--measure",
+          "model.dispatch is exchange or gathered", "--dispatch=exchange"),
     infer("measure with a capacity", "--measure={tmp}/m.npz", "--measure", "capacity_factor = 1.0",
           "--record", make=run_that_drops, workdir="{tmp}/run"),
     # Published models; their files are in tests/hf/test_bad_files.py.

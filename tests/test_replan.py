@@ -132,7 +132,9 @@ def test_what_a_model_asks_for():
     made = replan.setting_of(
         config, mover, batch_tokens=77, passes=2, interval=9, time_limit=1.0, min_gain=0.0
     )
-    assert (made.work.batch_tokens, made.dispatch, made.combine) == (77, "exchange", "partial")
+    # half of the tokens for each of the two sets of experts, which compute at the same time
+    assert (made.work.batch_tokens, made.dispatch, made.combine) == (38, "exchange", "partial")
+    assert made.widths == (1.0, 1.0)
     assert made.expert_bytes == 3 * 3 * config.model.d_model * config.model.d_ff * 4 // 4
     assert made.topology.num_devices == 2
 

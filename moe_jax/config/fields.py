@@ -6,6 +6,9 @@ DISPATCHES = ("local", "gathered", "exchange", "hierarchical", "shuffled", "cohe
 INFERENCE_ONLY = ("coherent",)  # of them: not for training
 AUTO = "auto"  # the one that the cost model finds fastest (auto.py); no model is built with it
 COMBINES = ("exact", "partial", "reproducible")
+# What `--measure` compares: rows that the cost model predicts, answers that keep all their bits.
+MEASURED_DISPATCHES = ("exchange", "gathered", "hierarchical", "coherent")
+MEASURED_COMBINES = ("exact", "reproducible")
 WIRE_DTYPES = ("", "float8_e4m3fn")
 KERNELS = ("", "reference", "cpu", "pallas_tpu", "pallas_gpu", "hopper")  # grouped_matmul.py
 OVERLAP_DEGREES = (1, 2, 4, 8)

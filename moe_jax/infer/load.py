@@ -39,6 +39,7 @@ class Source:
       contents: what it holds.
       plan: the placement to compute under.
       text: bytes, or the run's tokenizer.
+      asked: the mesh is that of --devices.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Source:
     contents: checkpoint.Contents
     plan: plan_lib.Plan
     text: Text = dataclasses.field(default_factory=Bytes)
+    asked: bool = False
 
     @property
     def version(self) -> str:
@@ -54,9 +56,12 @@ class Source:
 
     @property
     def virtual_devices(self) -> int:
-        """Those of all the processes that trained, in one; 0 = devices are real."""
-        made = self.config.virtual_devices
-        return made and max(made, self.config.mesh.num_devices)
+        """Those of all the processes that trained, in one, or that are asked for; 0 = devices are
+        real."""
+        made, needed = self.config.virtual_devices, self.config.mesh.num_devices
+        if self.asked:
+            return needed if made or self.config.platform == "cpu" else 0
+        return made and max(made, needed)
 
     def model(self, mesh: Mesh) -> transformer.Transformer:
         """Reads the parameters, permutes them if another plan was asked for."""
@@ -129,7 +134,9 @@ def find(
     # The step's arrays lie as its plan says, whatever it calls their layers.
     plan = plan_lib.of_model(plan, ids) if placement else dataclasses.replace(plan, layer_ids=ids)
     copies.check_nodes(plan.placement, config.mesh.node)
-    return Source(config, folder, contents, plan, text_lib.of_run(root, config))
+    return Source(
+        config, folder, contents, plan, text_lib.of_run(root, config), devices is not None
+    )
 
 
 def on_devices(config: Config, num_devices: int) -> Config:

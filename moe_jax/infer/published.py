@@ -62,6 +62,14 @@ class Source:
         return model
 
 
+def _devices(placement: plan_lib.Placement) -> str:
+    """Those of a plan: its shares of copies say how many nodes there are."""
+    nodes = 1 if placement.share_LNP is None else placement.share_LNP.shape[1] - 1
+    if nodes == 1 or placement.num_devices % nodes:
+        return str(placement.num_devices)
+    return f"node={nodes},expert={placement.num_devices // nodes}"
+
+
 def find(
     path: str, placement: str | None, dispatch: str | None = None, devices: str | None = None
 ) -> Source:
@@ -78,7 +86,7 @@ def find(
     plan = plan_lib.Plan.read(placement) if placement else None
     published = config_json.read(path)
     if devices is None:
-        devices = str(plan.placement.num_devices if plan else 1)
+        devices = _devices(plan.placement) if plan else "1"
     config = config_lib.served(published.config, dispatch, devices)
     expert_devices = config.mesh.expert_devices
     sizes = (config.model.num_plan_layers, config.model.num_experts, expert_devices)

@@ -79,6 +79,8 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
     if request.serve or request.serve_load:
         _serve(source, request, note)
         return
+    if request.measure:
+        _check_measured(config, request.measure)
     if request.measure and config.model.capacity_factor:
         raise Refused(
             "--measure",
@@ -254,6 +256,17 @@ def _check_routing(config: config_lib.Config, request: Request) -> None:
     ):
         if value:
             record.check(config, flag, value)
+
+
+def _check_measured(config: config_lib.Config, path: str) -> None:
+    """Refuses what no report could compare, before it is measured."""
+    for name, known, fix in (
+        ("dispatch", config_lib.MEASURED_DISPATCHES, "give --dispatch=exchange"),
+        ("combine", config_lib.MEASURED_COMBINES, "measure a run with one of them"),
+    ):
+        if (value := getattr(config.model, name)) not in known:
+            rule = f"is compared where model.{name} is {' or '.join(known)}, not {value!r}"
+            raise Refused("--measure", path, rule, f"{fix}, or use --record")
 
 
 def _new_tokens(request: Request) -> int:

@@ -173,7 +173,7 @@ def check_nodes(placement: Placement, num_nodes: int) -> None:
             shares.FIELD,
             f"{placement.share_LNP.shape[1] - 1} nodes",
             f"the machine has {num_nodes}",
-            "Use the machine that the plan was made for",
+            "Use the machine that the plan was made for, with as many nodes in the mesh",
         )
 
 

@@ -112,21 +112,24 @@ def seconds(
     dispatch: str,
     num_tokens: int,
     sharpness: float = math.inf,
+    widths: tuple[float, float] = (1.0, 1.0),
 ) -> Seconds:
     """Seconds of a step of `work.batch_tokens`, from the counts of `num_tokens` tokens.
 
-    `sharpness`: of `largest`, in place of the slowest device; searches use less than infinity.
+    Args:
+      sharpness: of `largest`, in place of the slowest device; searches use less than infinity.
+      widths: bytes of a row on its way to its experts and home, in `work.row_bytes`.
     """
-    scale = work.batch_tokens / num_tokens
-    to_bytes = scale * work.row_bytes
+    to_bytes = work.batch_tokens / num_tokens * work.row_bytes
+    out, back = (to_bytes * width for width in widths)
     gathered = dispatch == "gathered"
     one_after_other = dispatch == "hierarchical"
     where = topology, one_after_other, gathered, sharpness
-    there_L = exchange_seconds(rows.dispatch_LMM * to_bytes, *where)
+    there_L = exchange_seconds(rows.dispatch_LMM * out, *where)
     return Seconds(
         there_L + attention_seconds(topology, work, dispatch),
         largest(compute_seconds(computed_LM, topology, work, num_tokens), sharpness),
-        exchange_seconds(rows.combine_LMM * to_bytes, *where),
+        exchange_seconds(rows.combine_LMM * back, *where),
     )
 
 

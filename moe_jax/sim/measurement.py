@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config import MEASURED_COMBINES, MEASURED_DISPATCHES
 from moe_jax.errors import Refused, plain
 from moe_jax.routing import npz
 
 FORMAT = "moe_jax.measurement"
 VERSION = 2
-DISPATCHES = ("exchange", "gathered", "hierarchical", "coherent")
-COMBINES = ("exact", "reproducible")  # those whose answers keep every bit under a plan
 _REMEASURE = "Write it again with infer.py --measure=FILE.npz"
 
 
@@ -144,10 +143,11 @@ def _read_meta(path: str, entry: np.ndarray) -> Meta:
             raise Refused(f"{path}: meta.{field.name}", value, rule, _REMEASURE)
         values[field.name] = plain(value) if isinstance(value, str) else value
     meta = Meta(**values)
-    for name, known in (("dispatch", DISPATCHES), ("combine", COMBINES)):
+    for name, known in (("dispatch", MEASURED_DISPATCHES), ("combine", MEASURED_COMBINES)):
         if getattr(meta, name) not in known:
-            rule = f"rows are compared for {' and '.join(known)}"
-            raise Refused(f"{path}: meta.{name}", getattr(meta, name), rule, _REMEASURE)
+            rule = f"is compared where it is {' or '.join(known)}"
+            fix = f"Measure a run with one of them (model.{name})"
+            raise Refused(f"{path}: meta.{name}", getattr(meta, name), rule, fix)
     if meta.num_devices % meta.num_nodes:
         rule = f"must divide the {meta.num_devices} devices"
         raise Refused(f"{path}: meta.num_nodes", meta.num_nodes, rule, _REMEASURE)

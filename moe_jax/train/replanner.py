@@ -10,6 +10,7 @@ and ends nothing), and in every checkpoint from there on. A run that ends before
 goes on from the last one, under the plan of that.
 """
 
+import dataclasses
 import pathlib
 import threading
 import time
@@ -85,10 +86,12 @@ class Replanner:
     def _begin(self, step: int) -> None:
         recorded, self._recorded = self._recorded, []
         busy = self._background.running or self._decision  # being made, or waiting to be adopted
-        if jax.process_index() or busy or len(recorded) < replan.LEAST_STEPS:
-            return  # others plan; the last plan is not in use yet; the run has just begun
+        left = self._config.train.num_steps - step
+        if jax.process_index() or busy or len(recorded) < replan.LEAST_STEPS or left < 1:
+            return  # others plan; the last plan is not in use yet; the run has just begun, or ends
         traces = [replan.trace_of(expert_LBSK, self._config) for expert_LBSK in recorded]
-        self._background.start(self._setting, self.plan.placement, traces, seed=step)
+        setting = dataclasses.replace(self._setting, interval=min(self._setting.interval, left))
+        self._background.start(setting, self.plan.placement, traces, seed=step)
 
     def found(self) -> bool:
         """True once for every plan that is worth its move."""

@@ -13,12 +13,13 @@ from moe_jax import data
 from moe_jax import mesh as mesh_lib
 from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf.tokens import Tokenizer
-from moe_jax.infer import run
+from moe_jax.infer import published, run
 from moe_jax.infer.engine import Engine
 from moe_jax.infer.serving.request import Answer, Options
 from moe_jax.infer.text import Tokens
 from moe_jax.placement import __main__ as placement_main
-from moe_jax.placement.plan import Plan
+from moe_jax.placement import shares
+from moe_jax.placement.plan import Placement, Plan
 from moe_jax.routing import trace as trace_lib
 from tests.hf import golden
 
@@ -98,7 +99,7 @@ def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2_lite"])
 def test_a_published_model_answers_on_any_mesh(family, monkeypatch):
-    """With the same bits, but where sums over heads are cut."""
+    """Few rows, which are summed alike everywhere, with the same bits where heads are not cut."""
     answered = with_logits(monkeypatch)
     for devices in ("1", "data=2,node=2,expert=2", "fsdp=2,expert=2,tensor=2"):
         run.run(request(family, prompts=["def main(", "x"], devices=devices))
@@ -107,6 +108,14 @@ def test_a_published_model_answers_on_any_mesh(family, monkeypatch):
     np.testing.assert_array_equal(apart, one)
     np.testing.assert_allclose(cut, one, rtol=0, atol=2e-5 * np.ptp(one))
     assert len({tuple(map(tuple, each.tokens)) for each in answered}) == 1
+
+
+def test_shares_of_copies_say_how_many_nodes_there_are(tmp_path):
+    slots_LP = np.tile(np.arange(12, dtype=np.int32) % 8, (2, 1))
+    share_LXP = np.stack([shares.quantised(np.ones((3, 12)), row_P) for row_P in slots_LP])
+    Plan(Placement(slots_LP, 8, 4, share_LXP)).write(tmp_path / "plan.json")
+    found = published.find(str(golden.ROOT / "mixtral"), str(tmp_path / "plan.json"))
+    assert str(found.config.mesh) == "node 2 x expert 2"
 
 
 def with_logits(monkeypatch):

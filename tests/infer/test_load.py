@@ -1,5 +1,7 @@
 """A run's model on the devices that are here, or that are asked for."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -80,7 +82,7 @@ def answer(source):
     ],
 )
 def test_a_run_answers_on_another_mesh(devices, dispatch, tmp_path):
-    """With its own bits, but where sums over heads are cut; copies that meet are one."""
+    """With its own bits: so few rows are summed alike everywhere; not over heads that are cut."""
     save(tmp_path, *trained_on())
     elsewhere = load.find(str(tmp_path), None, dispatch, devices)
     found, wanted = answer(elsewhere), answer(load.find(str(tmp_path), None))
@@ -127,6 +129,17 @@ def test_slots_that_the_devices_do_not_divide(tmp_path):
     with pytest.raises(Refused, match=r"over 8 devices, which do not divide the 12 slots"):
         load.find(str(tmp_path), None, devices="8")
     assert load.find(str(tmp_path), None, devices="2").plan.placement.num_devices == 2
+
+
+def test_virtual_devices_are_those_that_are_asked_for(tmp_path):
+    """As --hf makes them; a run has its own number."""
+    save(tmp_path, *trained_on())
+    assert load.find(str(tmp_path), None).virtual_devices == 0
+    assert load.find(str(tmp_path), None, devices="expert=2,tensor=2").virtual_devices == 4
+    config, placement = trained_on()
+    save(tmp_path / "v", dataclasses.replace(config, virtual_devices=8), placement)
+    assert load.find(str(tmp_path / "v"), None).virtual_devices == 8
+    assert load.find(str(tmp_path / "v"), None, devices="2").virtual_devices == 2
 
 
 def test_copies_that_meet(tmp_path, capsys):

@@ -173,7 +173,7 @@ def test_plans_are_made_from_what_the_model_chose(tmp_path, monkeypatch, capsys)
     seen = []
 
     def kept(setting, before, recorded, seed=0, progress=None):
-        seen.append((seed, before, recorded))
+        seen.append((seed, before, recorded, setting.interval))
         raise Refused("plan", 0, "none here", "go on")
 
     monkeypatch.setattr(replan, "decide", kept)
@@ -182,8 +182,10 @@ def test_plans_are_made_from_what_the_model_chose(tmp_path, monkeypatch, capsys)
     assert not moves(tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == STEPS
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")[1]
-    assert [seed for seed, _, _ in seen] == [5, 9, 13][: len(seen)]
-    seed, before, recorded = seen[0]
+    # after the last plan one step is left to serve
+    served = [(seed, interval) for seed, _, _, interval in seen]
+    assert served == [(5, 4), (9, 4), (13, 1)][: len(seen)]
+    seed, before, recorded, _ = seen[0]
     assert len(recorded) == 4
     for step, trace in enumerate(recorded, start=seed - 4):
         assert trace.num_tokens == 8 * 16

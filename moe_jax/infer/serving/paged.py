@@ -137,7 +137,8 @@ def mix(
     missing = (0, num_rows - used)
     # Scaled here: scores that are scaled where they are multiplied are rounded otherwise in some
     # of the shapes (jax 0.12.0.1).
-    query_AGXQ = (query_AGXQ * np.float32(1 / divisor)).astype(query_AJHQ.dtype)
+    scaled_AGXQ = query_AGXQ.astype(jnp.float32) * np.float32(1 / divisor)
+    query_AGXQ = scaled_AGXQ.astype(query_AJHQ.dtype)
     query_AGXQ = jnp.pad(query_AGXQ, ((0, 0), (0, 0), missing, (0, 0)))
     limit_A11X1 = jnp.pad(limit_AX, ((0, 0), missing), constant_values=-1)[:, None, None, :, None]
     query_ABGXQ = jnp.repeat(query_AGXQ[:, None], at_a_time, axis=1)

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -103,6 +104,19 @@ def test_bits_of_a_token_are_its_own(shape, block_size):
     for count in (1, 3, 64):  # tokens that run alone, beside others
         asked = text.rng.permutation(at_P)[:count]
         np.testing.assert_array_equal(text.ask(asked[:, None])[:, 0], by_chunks[16][asked])
+
+
+def test_in_bfloat16():
+    """Nothing is promoted, and what is mixed is what rounded queries, keys and values give."""
+    text = _Text("grouped", 16, seed=3)
+    rounded = [x.astype(ml_dtypes.bfloat16) for x in (text.query_PHQ, text.key_PGQ, text.value_PGQ)]
+    text.query_PHQ, text.key_PGQ, text.value_PGQ = (x.astype(np.float32) for x in rounded)
+    expected_PHQ = text.dense()
+    text.query_PHQ = rounded[0]
+    text.pages = jax.tree.map(lambda pages: pages.astype(jnp.bfloat16), text.pages)
+    mixed_PHQ = text.ask(np.arange(_POSITIONS)[:, None])[:, 0]
+    assert mixed_PHQ.dtype == ml_dtypes.bfloat16
+    np.testing.assert_allclose(mixed_PHQ.astype(float), expected_PHQ, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("window", [0, 1, 40])
