@@ -18,7 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from moe_jax.errors import Refused
 from moe_jax.placement.homes import assign, identities, tally
+from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 
 
@@ -58,19 +60,23 @@ def slack(seats: int) -> int:
 def learn(
     problem: Problem,
     token_T: Int[np.ndarray, " T"],
-    device_LE: Int[np.ndarray, "L E"],
+    placement: Placement,
     vocab_size: int,
     slack: int,
 ) -> Homes:
     """Args:
     problem: recorded requests as sequences, with the links and the dispatch.
     token_T: identities of its tokens.
-    device_LE: where experts are.
+    placement: where experts are.
 
     Raises:
-      Refused: homes make no difference to this dispatch, or experts have copies (tally.check).
+      Refused: homes make no difference to this dispatch, or experts have copies.
     """
     tally.check(problem)
-    cost_VM = identities.cost_VM(problem, token_T, device_LE, vocab_size)
+    if placement.has_replicas:
+        rule = "where a copy is taken depends on the home that is to be chosen"
+        fix = "serve under a plan without copies (made without --slots)"
+        raise Refused("plan num_slots", placement.num_slots, rule, fix)
+    cost_VM = identities.cost_VM(problem, token_T, placement.device_LE, vocab_size)
     cost_SM = identities.mean_SM(cost_VM, token_T, problem.trace.seq_len)
     return Homes(cost_VM, assign.prices_M(cost_SM), slack)

@@ -254,16 +254,10 @@ class Placing:
         model, limits = self._engine.config.model, self._engine.limits
 
         def work() -> homes_lib.Homes:
-            problem = Problem(
-                replan.joined(traces),
-                self._topology,
-                "seconds",
-                model.dispatch,
-                num_slots=placement.num_slots if placement.has_replicas else None,
-            )
-            slack = homes_lib.slack(limits.seats)
-            token_T, device_LE = np.concatenate(tokens), placement.device_LE
-            return homes_lib.learn(problem, token_T, device_LE, model.vocab_size, slack)
+            joined = replan.joined(traces)
+            problem = Problem(joined, self._topology, "seconds", model.dispatch)
+            slack, token_T = homes_lib.slack(limits.seats), np.concatenate(tokens)
+            return homes_lib.learn(problem, token_T, placement, model.vocab_size, slack)
 
         self._homes = self._worker.submit(work)
 

@@ -22,11 +22,13 @@ class _Region:
     """Attributes:
     job: whose tokens these are.
     first: position of the first of them.
+    is_long: they were routed with the long factors of LongRoPE.
     count: of them.
     """
 
     job: Job
     first: int
+    is_long: bool
     count: int = 0
 
 
@@ -48,9 +50,12 @@ class Recorder:
 
     def admit(self, job: Job, first: int) -> None:
         """A request begins to run on a shard, from position `first` on."""
-        if job in self._of_job:  # it was preempted, and may be elsewhere now
+        if job in self._of_job:  # it waited again, and may be elsewhere now
             shard, number = self._of_job[job]
             region = self._regions[shard][number]
+            if shard == job.shard and job.is_long != region.is_long:  # all of it is routed anew
+                self._regions[shard][number] = _Region(job, first, job.is_long)
+                return
             if shard == job.shard and first <= region.first + region.count:
                 return
             del self._of_job[job]
@@ -67,9 +72,9 @@ class Recorder:
             if number >= self.regions:
                 return
             self._of_job.pop(regions[number].job, None)
-            regions[number] = _Region(job, first)
+            regions[number] = _Region(job, first, job.is_long)
         else:
-            regions.append(_Region(job, first))
+            regions.append(_Region(job, first, job.is_long))
         self._of_job[job] = shard, number
 
     def place(self, job: Job, start: int, length: int) -> np.ndarray:

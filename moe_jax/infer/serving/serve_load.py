@@ -342,13 +342,9 @@ def _worth_of_homes(
     assert trace is not None
     try:
         topology = auto.topology_of(config)
-        num_slots = placement.num_slots if placement.has_replicas else None
-        problem = Problem(trace, topology, "seconds", config.model.dispatch, num_slots=num_slots)
-        slack = homes.slack(engine.limits.seats)
-        model = config.model
-        learned = homes.learn(
-            problem, recorder.tokens(), placement.device_LE, model.vocab_size, slack
-        )
+        model, slack = config.model, homes.slack(engine.limits.seats)
+        problem = Problem(trace, topology, "seconds", model.dispatch)
+        learned = homes.learn(problem, recorder.tokens(), placement, model.vocab_size, slack)
     except Refused as refused:
         metrics.say(f"requests have no homes here: {refused}")
         return

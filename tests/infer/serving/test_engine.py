@@ -469,6 +469,21 @@ def test_what_lies_before_a_region_is_not_recorded():
     assert len(recorder.tokens()) == 6 + 4
 
 
+def test_a_text_that_turns_long_is_recorded_anew():
+    """Its tokens are routed otherwise, and those found in long blocks not at all."""
+    recorder, job = Recorder(1, 2, 8), Job(0, [1] * 20, 4, shard=0)
+    recorder.admit(job, 0)
+    recorder.place(job, 0, 6)
+    job.is_long = True
+    recorder.admit(job, 4)
+    assert recorder.num_sequences == 0
+    assert recorder.place(job, 4, 2).tolist() == [0, 1]
+    recorder.admit(job, 5)  # preempted
+    assert recorder.place(job, 5, 3).tolist() == [1, 2, 3]
+    assert recorder.num_sequences == 1
+    assert len(recorder.tokens()) == 4
+
+
 def test_a_preempted_request_has_one_chance_of_a_region():
     recorder, jobs = Recorder(1, 1, 8), [Job(n, [1] * 8, 4, shard=0) for n in range(2)]
     for _ in range(50):

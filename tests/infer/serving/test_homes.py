@@ -13,6 +13,7 @@ from moe_jax.infer.serving.scheduler import PATIENCE, Limits, Scheduler
 from moe_jax.infer.serving.stats import Stats
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.homes import identities, tally
+from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.routing.trace import Trace
 from tests import tiny
@@ -42,7 +43,8 @@ def test_learned_costs_are_those_of_every_token(dispatch, cells, monkeypatch):
     trace, token_T = recorded()
     device_LE = np.stack([np.random.default_rng(n).permutation(8) // 2 for n in range(3)])
     problem = Problem(trace, TOPOLOGIES[dispatch], "seconds", dispatch)
-    found = homes.learn(problem, token_T, device_LE, 11, slack=4)
+    placement = Placement.from_device_LE(device_LE, 4)
+    found = homes.learn(problem, token_T, placement, 11, slack=4)
     expected_VM = np.zeros((11, 4))
     for token, ids_LK in zip(token_T, trace.expert_ids_TLK, strict=True):
         alone = Trace(ids_LK[None], 8, np.array([1], np.int32))
@@ -65,7 +67,11 @@ def test_homes_are_refused_where_they_change_nothing():
     trace, token_T = recorded()
     problem = Problem(trace, topology_lib.flat(4), "seconds", "gathered")
     with pytest.raises(Refused, match="every token goes everywhere"):
-        homes.learn(problem, token_T, np.zeros((3, 8), int), 11, slack=4)
+        homes.learn(problem, token_T, Placement.contiguous(3, 8, 4), 11, slack=4)
+    slots_LP = np.tile(np.arange(12, dtype=np.int32) % 8, (3, 1))
+    problem = Problem(trace, topology_lib.flat(4), "seconds", "exchange")
+    with pytest.raises(Refused, match=r"plan num_slots = 12: .* depends on the home"):
+        homes.learn(problem, token_T, Placement(slots_LP, 8, 4), 11, slack=4)
 
 
 LIMITS = Limits(
