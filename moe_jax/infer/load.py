@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_jax import checkpoint, metrics, permute
+from moe_jax import checkpoint, files, metrics, permute
 from moe_jax import config as config_lib
 from moe_jax import mesh as mesh_lib
 from moe_jax.checkpoint import integrity
@@ -52,7 +52,7 @@ class Source:
     @property
     def version(self) -> str:
         """What processes compare besides config and plan."""
-        return f"step {self.contents.step}"
+        return files.sha256_file(self.folder / integrity.MANIFEST)  # the digests of all its files
 
     @property
     def virtual_devices(self) -> int:

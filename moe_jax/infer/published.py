@@ -40,7 +40,7 @@ class Source:
     @property
     def version(self) -> str:
         """What processes compare besides config and plan."""
-        return f"{len(self.layout.shapes)} tensors of {self.tensors.num_bytes} bytes"
+        return self.tensors.sampled_digest()
 
     def model(self, mesh: Mesh) -> transformer.Transformer:
         """The parameters under the plan, as inference reads them (prepared.py)."""

@@ -173,12 +173,14 @@ def _on_devices(
         config = load.on_devices(config, mesh_lib.num_devices())
     config_lib.check_devices(config, mesh_lib.num_devices())
     source = dataclasses.replace(source, config=config)
+    if jax.process_count() == 1:
+        return source
     found = repr((config, source.plan.digest, source.version, prompts, _asked(request)))
     other = mesh_lib.first_other(hashlib.sha256(found.encode()).digest())
     if other is not None:
         name = "--workdir" if request.hf is None else "--hf"
         rule = (
-            f"has another config, plan, step, size or text, or was asked otherwise, in process "
+            f"has another config, plan, model or text, or was asked otherwise, in process "
             f"{other} than in process 0"
         )
         raise Refused(

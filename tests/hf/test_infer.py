@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from moe_jax import config as config_lib
 from moe_jax import data
 from moe_jax import mesh as mesh_lib
 from moe_jax.hf import __main__ as hf_main
+from moe_jax.hf import folder, safetensors
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.infer import published, run
 from moe_jax.infer.engine import Engine
@@ -108,6 +110,20 @@ def test_a_published_model_answers_on_any_mesh(family, monkeypatch):
     np.testing.assert_array_equal(apart, one)
     np.testing.assert_allclose(cut, one, rtol=0, atol=2e-5 * np.ptp(one))
     assert len({tuple(map(tuple, each.tokens)) for each in answered}) == 1
+
+
+def test_processes_compare_what_a_model_holds(tmp_path):
+    """A sample of its bytes, whatever files they are in."""
+    shutil.copytree(golden.ROOT / "mixtral", tmp_path / "one")
+    source = published.find(str(golden.ROOT / "mixtral"), None)
+    assert published.find(str(tmp_path / "one"), None).version == source.version
+    file = safetensors.read(tmp_path / "one" / folder.SINGLE)
+    entry, base = file.tensors["lm_head.weight"], len(file.bytes_)
+    whole = (tmp_path / "one" / folder.SINGLE).read_bytes()
+    at = len(whole) - base + (entry.start + entry.stop) // 2
+    changed = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    (tmp_path / "one" / folder.SINGLE).write_bytes(changed)
+    assert published.find(str(tmp_path / "one"), None).version != source.version
 
 
 def test_shares_of_copies_say_how_many_nodes_there_are(tmp_path):

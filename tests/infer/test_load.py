@@ -1,6 +1,7 @@
 """A run's model on the devices that are here, or that are asked for."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -129,6 +130,19 @@ def test_slots_that_the_devices_do_not_divide(tmp_path):
     with pytest.raises(Refused, match=r"over 8 devices, which do not divide the 12 slots"):
         load.find(str(tmp_path), None, devices="8")
     assert load.find(str(tmp_path), None, devices="2").plan.placement.num_devices == 2
+
+
+def test_processes_compare_what_the_step_holds(tmp_path):
+    """Not its number alone: hosts may have steps of two runs."""
+    config, placement = trained_on()
+    for name, plan in (("one", placement), ("same", placement), ("other", tiny.contiguous())):
+        save(tmp_path / name, config, plan)
+    one, same, other = (load.find(str(tmp_path / n), None) for n in ("one", "same", "other"))
+    assert one.contents.step == same.contents.step == other.contents.step
+    assert one.version != other.version
+    shutil.rmtree(tmp_path / "same")
+    shutil.copytree(tmp_path / "one", tmp_path / "same")
+    assert one.version == load.find(str(tmp_path / "same"), None).version
 
 
 def test_virtual_devices_are_those_that_are_asked_for(tmp_path):
