@@ -167,13 +167,13 @@ class Placing:
         """To be called after every step, by who calls the steps."""
         self._take_homes()
         state = self.report.state
-        if state == RECORDING and self._served >= self._rules.tokens:
+        if state == RECORDING and self._is_full():
             self._window_ended()
         elif state == PLANNING:
             self._take()
         elif state == MOVING:
             self._move()
-        elif state == PROVING and self._served >= self._rules.tokens:
+        elif state == PROVING and self._is_full():
             self._prove()
 
     def close(self) -> None:
@@ -190,6 +190,13 @@ class Placing:
     @property
     def _served(self) -> int:
         return self._engine.stats.tokens - self._tokens
+
+    def _is_full(self) -> bool:
+        """The window has its tokens, of enough requests."""
+        recorder = self._engine.recorder
+        assert recorder is not None
+        # Asked at every step: without a trace, for which all of the buffer is fetched.
+        return self._served >= self._rules.tokens and recorder.num_sequences >= LEAST_SEQUENCES
 
     def _restart(self) -> None:
         """A new window: the reservoir is empty, rows are counted from here."""
@@ -213,9 +220,6 @@ class Placing:
     def _window_ended(self) -> None:
         recorder = self._engine.recorder
         assert recorder is not None
-        # Asked at every step from here on, and a trace takes long: all of the buffer is fetched.
-        if recorder.num_sequences < LEAST_SEQUENCES:
-            return  # too few requests yet
         trace = self._engine.trace()
         assert trace is not None
         self.report.rows_before = self._rows_per_token()

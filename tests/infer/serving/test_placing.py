@@ -182,6 +182,22 @@ def test_few_requests_make_no_plan(engine, monkeypatch):
     assert placed.report.plans == 0
 
 
+def test_few_requests_prove_nothing(engine, monkeypatch):
+    """Rows of a few long answers say little of a plan: it is not withdrawn for them."""
+    planted(monkeypatch, rows_after=0.01)
+    placed = start(engine)
+    moved = placed._moved
+
+    def then_few():
+        moved()
+        monkeypatch.setattr(placing, "LEAST_SEQUENCES", 10**6)
+
+    monkeypatch.setattr(placed, "_moved", then_few)
+    serve(engine, 160, placed)
+    assert placed._served > RULES.tokens
+    assert (placed.report.state, placed.report.withdrawn) == (placing.PROVING, 0)
+
+
 COPIES = tiny.replicated_placement(0, slots=12, stay_on_nodes=1)
 
 
