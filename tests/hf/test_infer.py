@@ -101,14 +101,14 @@ def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2_lite"])
 def test_a_published_model_answers_on_any_mesh(family, monkeypatch):
-    """Few rows, which are summed alike everywhere, with the same bits where heads are not cut."""
+    """The same tokens, by logits within rounding: bits are promised on one mesh."""
     answered = with_logits(monkeypatch)
     for devices in ("1", "data=2,node=2,expert=2", "fsdp=2,expert=2,tensor=2"):
         run.run(request(family, prompts=["def main(", "x"], devices=devices))
-    one, apart, cut = [np.asarray(each.logits_BSV)[:2] for each in answered]
+    one, *others = [np.asarray(each.logits_BSV)[:2] for each in answered]
     assert one.shape[-1] == golden.config(family).model.vocab_size
-    np.testing.assert_array_equal(apart, one)
-    np.testing.assert_allclose(cut, one, rtol=0, atol=2e-5 * np.ptp(one))
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-5 * np.ptp(one))
     assert len({tuple(map(tuple, each.tokens)) for each in answered}) == 1
 
 
