@@ -160,7 +160,7 @@ def widths_of(config: Config) -> tuple[float, float]:
     """Bytes of a row on its way to its experts and home in a forward pass, in `Work.row_bytes`."""
     model = config.model
     row_bytes = work_of(config).row_bytes
-    out = model.d_model + 4 if model.wire_dtype else row_bytes  # of 8 bits, and a scale
+    out = model.d_model + 4 if model.wire_dtype else row_bytes  # quantise.py: and a scale
     back = 4 * model.d_model if model.combine == "reproducible" else row_bytes
     return out / row_bytes, back / row_bytes
 

@@ -10,7 +10,7 @@ carry the experts. Pauses and the search itself are not counted; both are report
 Seconds are those of the cost model, with rows as the dispatch and the combine in use really move
 them (the search counts one row per device both ways, which under `exact` is true of the way out
 only, and all rows as wide as activations), and copies as the mesh's nodes have them taken (the
-search goes by the topology's).
+search goes by the topology's). A backward pass counts as forward ones, widths of rows included.
 
 The search runs in a thread (`Background`): a step is dispatched by Python in a fraction of the time
 it takes, and no device waits for the search.

@@ -12,6 +12,7 @@ from moe_jax import auto
 from moe_jax import config as config_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
+from moe_jax.model.dispatch import quantise
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.routing import trace as trace_lib
@@ -192,7 +193,8 @@ def test_rows_are_as_wide_as_they_travel():
     assert auto.widths_of(sized(model__combine="reproducible")) == (1, 2)
     assert auto.widths_of(tiny.config(model__combine="reproducible")) == (1, 1)
     eight = sized(model__wire_dtype="float8_e4m3fn")
-    assert auto.widths_of(eight) == (20 / 32, 1)  # d_model 16
+    row_bytes = eight.model.d_model + quantise.SCALE_BYTES
+    assert auto.widths_of(eight) == (row_bytes / 32, 1)  # d_model 16
 
     # no latency, no time to compute: seconds are bytes
     placement, flat = tiny.random_placement(0), topology_lib.flat(4)

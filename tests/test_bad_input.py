@@ -237,12 +237,16 @@ def copied_config(content: bytes) -> Callable[[pathlib.Path, pathlib.Path], None
     return make
 
 
-def run_that_drops(tmp: pathlib.Path, run: pathlib.Path) -> None:
-    """tmp/run: the trained one, its experts with a capacity."""
-    shutil.copytree(run, tmp / "run")
-    config = json.loads((tmp / "run" / "config.json").read_text())
-    config["model"]["capacity_factor"] = 1.0
-    (tmp / "run" / "config.json").write_text(json.dumps(config))
+def run_with(**model: object) -> Callable[[pathlib.Path, pathlib.Path], None]:
+    """tmp/run: the trained one with other fields of the model, whose parameters are the same."""
+
+    def make(tmp: pathlib.Path, run: pathlib.Path) -> None:
+        shutil.copytree(run, tmp / "run")
+        config = json.loads((tmp / "run" / "config.json").read_text())
+        config["model"] |= model
+        (tmp / "run" / "config.json").write_text(json.dumps(config))
+
+    return make
 
 
 def model_cut_short(tmp: pathlib.Path, run: pathlib.Path) -> None:
@@ -503,8 +507,11 @@ TABLE = [
           make=copied_config(b"[" * 100_000), workdir="{tmp}/run"),
     infer("measure what is not compared", "--dispatch=shuffled --measure={tmp}/m.npz", "--measure",
           "model.dispatch is exchange or gathered", "--dispatch=exchange"),
+    infer("measure what keeps no bits", "--measure={tmp}/m.npz", "--measure",
+          "model.combine is exact or reproducible, not 'partial'", "--record",
+          make=run_with(combine="partial"), workdir="{tmp}/run"),
     infer("measure with a capacity", "--measure={tmp}/m.npz", "--measure", "capacity_factor = 1.0",
-          "--record", make=run_that_drops, workdir="{tmp}/run"),
+          "--record", make=run_with(capacity_factor=1.0), workdir="{tmp}/run"),
     # Published models; their files are in tests/hf/test_bad_files.py.
     published("no source", "--prompt=a", "--workdir", "None", "give --workdir="),
     published("two sources", f"--hf={HF} --workdir={{run}} --prompt=a", "--hf", "/mixtral'",

@@ -16,7 +16,7 @@ def served(config: Config, dispatch: str | None = None, devices: str | None = No
       dispatch: None = the config's.
       devices: "8": experts are split over so many (tokens, where all layers are dense). Or sizes of
         mesh axes, those that are left out being 1: "node=2,expert=4,tensor=2". None = the config's
-        mesh. What training asks of batches is made to fit.
+        mesh. What training asks of batches is made to fit, on a CPU the virtual devices, too.
 
     Raises:
       Refused: a name or number that is none, or parts that do not go together.
@@ -51,6 +51,7 @@ def _on_mesh(config: Config, mesh: MeshConfig) -> Config:
     return dataclasses.replace(
         config,
         mesh=mesh,
+        virtual_devices=mesh.num_devices if config.platform == "cpu" else 0,
         data=dataclasses.replace(data, global_batch=fitting(data.global_batch)),
         train=dataclasses.replace(train, eval_sequences=fitting(train.eval_sequences)),
     )

@@ -39,7 +39,6 @@ class Source:
       contents: what it holds.
       plan: the placement to compute under.
       text: bytes, or the run's tokenizer.
-      asked: the mesh is that of --devices.
     """
 
     config: Config
@@ -47,7 +46,6 @@ class Source:
     contents: checkpoint.Contents
     plan: plan_lib.Plan
     text: Text = dataclasses.field(default_factory=Bytes)
-    asked: bool = False
 
     @property
     def version(self) -> str:
@@ -56,12 +54,9 @@ class Source:
 
     @property
     def virtual_devices(self) -> int:
-        """Those of all the processes that trained, in one, or that are asked for; 0 = devices are
-        real."""
-        made, needed = self.config.virtual_devices, self.config.mesh.num_devices
-        if self.asked:
-            return needed if made or self.config.platform == "cpu" else 0
-        return made and max(made, needed)
+        """Those of all the processes that trained, in one; 0 = devices are real."""
+        made = self.config.virtual_devices
+        return made and max(made, self.config.mesh.num_devices)
 
     def model(self, mesh: Mesh) -> transformer.Transformer:
         """Reads the parameters, permutes them if another plan was asked for."""
@@ -134,9 +129,7 @@ def find(
     # The step's arrays lie as its plan says, whatever it calls their layers.
     plan = plan_lib.of_model(plan, ids) if placement else dataclasses.replace(plan, layer_ids=ids)
     copies.check_nodes(plan.placement, config.mesh.node)
-    return Source(
-        config, folder, contents, plan, text_lib.of_run(root, config), devices is not None
-    )
+    return Source(config, folder, contents, plan, text_lib.of_run(root, config))
 
 
 def on_devices(config: Config, num_devices: int) -> Config:
@@ -156,13 +149,12 @@ def on_devices(config: Config, num_devices: int) -> Config:
 def _here(stored: plan_lib.Plan, config: Config) -> plan_lib.Plan:
     """The stored order of experts on the devices that the config has now.
 
-    They are others where --devices asks for them, and where a run was started on another mesh: it
+    These are others where --devices asks for them, and where a run was started on another mesh: it
     has config.json of that one before it saves a step. Shares of copies are a node's, so they go
     with its number of nodes. Two copies that would meet on a device leave contiguous experts.
     """
     old, devices = stored.placement, config.mesh.expert_devices
-    share_LNP = old.share_LNP
-    nodes = config.mesh.node if share_LNP is None else share_LNP.shape[1] - 1
+    share_LNP, nodes = old.share_LNP, old.share_nodes or config.mesh.node
     if (old.num_devices, nodes) == (devices, config.mesh.node):
         return stored
     if nodes != config.mesh.node:

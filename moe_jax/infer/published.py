@@ -64,10 +64,10 @@ class Source:
 
 def _devices(placement: plan_lib.Placement) -> str:
     """Those of a plan: its shares of copies say how many nodes there are."""
-    nodes = 1 if placement.share_LNP is None else placement.share_LNP.shape[1] - 1
-    if nodes == 1 or placement.num_devices % nodes:
-        return str(placement.num_devices)
-    return f"node={nodes},expert={placement.num_devices // nodes}"
+    devices, nodes = placement.num_devices, placement.share_nodes or 1
+    if nodes == 1 or devices % nodes:
+        return str(devices)
+    return f"node={nodes},expert={devices // nodes}"
 
 
 def find(

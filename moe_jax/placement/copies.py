@@ -168,10 +168,10 @@ def nearness(device_ER: Int[np.ndarray, "E R"], nodes: Nodes) -> Int[np.ndarray,
 
 def check_nodes(placement: Placement, num_nodes: int) -> None:
     """Refuses shares that were made for another number of nodes."""
-    if placement.share_LNP is not None and placement.share_LNP.shape[1] != num_nodes + 1:
+    if placement.share_nodes not in (None, num_nodes):
         raise Refused(
             shares.FIELD,
-            f"{placement.share_LNP.shape[1] - 1} nodes",
+            f"{placement.share_nodes} nodes",
             f"the machine has {num_nodes}",
             "Use the machine that the plan was made for, with as many nodes in the mesh",
         )

@@ -96,6 +96,11 @@ class Placement:
         return self.num_slots // self.num_devices
 
     @property
+    def share_nodes(self) -> int | None:
+        """N of the shares: nodes of the machine that they are for; None: there are no shares."""
+        return None if self.share_LNP is None else self.share_LNP.shape[1] - 1
+
+    @property
     def has_replicas(self) -> bool:
         return self.num_slots > self.num_experts
 
