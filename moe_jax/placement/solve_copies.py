@@ -19,6 +19,7 @@ from moe_jax.placement.limits import slots
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
 from moe_jax.placement.solution import Interrupted, Progress, Report, Solution, cut_by
+from moe_jax.placement.spare import Judged
 
 FREE_SHARE = 0.5  # of the time for plans without limits, or without copies
 QUICK = 0.1  # seconds that counting may take for plans to be counted even where no time is left
@@ -88,28 +89,32 @@ def free(problem: Problem, seed: int, time_limit: float, progress: Tell, inner: 
       Interrupted: with the best placement so far.
     """
     started = time.monotonic()
-    deadline = started + time_limit
     with clock.watched() as watch:
-        run, stopped = with_copies.begin(problem), None
+        run = with_copies.begin(problem)
         bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
         first = run.best.placement, run.best.value
         best = _Best(problem, started, time_limit, progress, bound, note, *first, watch)
-        try:
-            filled = problem.objective != "load"
-            if filled and (left := _to_count(run, deadline)) is not None:
-                device_LE = spare.first_copies(first[0])
-                if run.base is not None:
-                    share = min(run.base_share * time_limit, FREE_SHARE * left)
-                    without, _ = inner(run.base, seed, share, best.telling())
-                    device_LE = without.device_LE.astype(np.int64)
-                if _to_count(run, deadline) is not None:
-                    for found in run.filled(device_LE, seed, deadline):
-                        best.take(found.placement, found.value)
-            for found in run.exchanged(first[0], seed, deadline):
-                best.take(found.placement, found.value)
-        except KeyboardInterrupt as stop:
-            stopped = stop
-        return best.solution(stopped)
+        return _freely(run, best, seed, inner)
+
+
+def _freely(run: with_copies.Run, best: _Best, seed: int, inner: Inner) -> Solution:
+    """From what has begun: see `free`."""
+    deadline, even, stopped = best.started + best.time_limit, best.placement, None
+    try:
+        if run.problem.objective != "load" and (left := _to_count(run, deadline)) is not None:
+            device_LE = spare.first_copies(even)
+            if run.base is not None:
+                share = min(run.base_share * best.time_limit, FREE_SHARE * left)
+                without, _ = inner(run.base, seed, share, best.telling())
+                device_LE = without.device_LE.astype(np.int64)
+            if _to_count(run, deadline) is not None:
+                for found in run.filled(device_LE, seed, deadline):
+                    best.take(found.placement, found.value)
+        for found in run.exchanged(even, seed, deadline):
+            best.take(found.placement, found.value)
+    except KeyboardInterrupt as stop:
+        stopped = stop
+    return best.solution(stopped)
 
 
 def _to_count(run: with_copies.Run, deadline: float) -> float | None:
@@ -133,26 +138,41 @@ def within_limits(
         run, stopped = with_copies.begin(problem), None
         cap_L = run.cap_L
         bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
-        start = with_copies.shared(problem, slots.start(problem, cap_L, seed), cap_L)
-        first = start, problem.value_of(start)
+        judging = time.monotonic()
+        start = with_copies.judged(problem, slots.start(problem, cap_L, seed), cap_L)
+        judge_seconds = time.monotonic() - judging
+        capped, value = start.fits, start.value
+
+        def judge(plan: Placement) -> Judged | None:
+            """Not where it would be counted after the limit, once there is a plan to keep."""
+            slow = capped and judge_seconds >= QUICK
+            if slow and clock.late(deadline - judge_seconds):
+                return None
+            return with_copies.judged(problem, plan, cap_L)
+
+        if not capped:
+            value = problem.value_of(start.placement)
+        first = start.placement, value
         best = _Best(problem, started, time_limit, progress, bound, note, *first, watch)
-        capped = not with_copies.over_L(problem, start, cap_L).any()
         try:
-            left = clock.left(deadline - run.count_seconds)
-            goal, _ = inner(problem.unrestricted, seed, FREE_SHARE * left, progress)
-            for found in slots.search(problem, start, goal, cap_L, deadline):
-                slow = capped and run.count_seconds >= QUICK
-                if slow and clock.late(deadline - run.count_seconds):
-                    break  # it would be counted after the limit
-                plan = with_copies.shared(problem, found, cap_L)
-                if with_copies.over_L(problem, plan, cap_L).any():
-                    continue
-                if (new := problem.value_of(plan)) < best.value or not capped:
-                    best.take(plan, new)
-                    capped = True
+            if (left := clock.left(deadline - judge_seconds)) or not capped:
+                now, even = time.monotonic(), (run.best.placement, run.best.value)
+                goal, _ = _freely(
+                    run,
+                    _Best(run.problem, now, FREE_SHARE * left, progress, bound, note, *even, watch),
+                    seed,
+                    inner,
+                )
+                within = start.placement, goal, cap_L, deadline, judge
+                for found in slots.search(problem, *within):
+                    if found.fits and (found.value < best.value or not capped):
+                        best.take(found.placement, found.value)
+                        capped = True
         except KeyboardInterrupt as stop:
             stopped = stop
         if not capped and stopped is None:
             rule = "no plan within it was found that far from the plan in use"
-            raise Refused("load_cap", str(problem.load_cap), rule, "Allow more load, or more moves")
+            more = "Allow more load, more moves or, as it ran out, time"
+            fix = more if watch.cut else "Allow more load, or more moves"
+            raise Refused("load_cap", str(problem.load_cap), rule, fix)
         return best.solution(stopped)

@@ -128,6 +128,22 @@ class Valued(NamedTuple):
         return float(self.value_L.mean())
 
 
+class Judged(NamedTuple):
+    """A plan as counted, all layers together.
+
+    Attributes:
+      placement: the slots that were asked for; for `exflow` with the best shares for them.
+      value: the objective, in the problem's unit; inf above a cap.
+      reached_L: float64, the largest load of each layer, over its device's speed; only under caps.
+      fits: no device passes a layer's cap.
+    """
+
+    placement: Placement
+    value: float
+    reached_L: np.ndarray
+    fits: bool
+
+
 def valued(problem: Problem, plan: Placement) -> Valued:
     """Counts the objective of a plan."""
     if problem.separable:

@@ -31,7 +31,7 @@ from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.layout import Layout
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
-from moe_jax.placement.spare import Valued
+from moe_jax.placement.spare import Judged, Valued
 
 BASE_SHARE = 0.5  # of the time, for plans without replicas
 BOUND_SHARE = 0.15  # of the time, at most, for the bound
@@ -218,15 +218,16 @@ def _of_base(base: Problem) -> LoadCap:
     return dataclasses.replace(cap, factor=factor if cap.rows else max(factor, 1.0))
 
 
-def shared(problem: Problem, placement: Placement, cap_L: np.ndarray) -> Placement:
-    """The same slots; for `exflow` with the best shares for them."""
-    if problem.objective != "exflow":
-        return placement
-    return staying.flows(problem, placement, cap_L)
-
-
-def over_L(problem: Problem, placement: Placement, cap_L: np.ndarray) -> np.ndarray:
-    """bool [L]: a device passes the layer's cap, counted under the copy rule."""
+def judged(problem: Problem, placement: Placement, cap_L: np.ndarray) -> Judged:
+    """Counts a plan under the copy rule; its loads first, and no more above a cap."""
+    reached_L = np.zeros(len(cap_L))
     if problem.objective == "exflow":
-        return staying.counted(problem, placement).largest_L > cap_L * (1 + 1e-9)
-    return spare.largest_L(problem, placement) > cap_L * (1 + 1e-9)
+        placement = staying.flows(problem, placement, cap_L)
+        counted = staying.counted(problem, placement)
+        reached_L = counted.largest_L
+    elif np.isfinite(cap_L).any():
+        reached_L = spare.largest_L(problem, placement)
+    if (reached_L > cap_L * (1 + SLACK)).any():
+        return Judged(placement, np.inf, reached_L, False)
+    value = counted.hops if problem.objective == "exflow" else problem.value_of(placement)
+    return Judged(placement, value, reached_L, True)

@@ -1,6 +1,7 @@
 """Plans with replicas from a plan in use: valid stops, the budget in copies, pins, the command."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -61,8 +62,9 @@ def best_offer(problem: Problem, free: Placement) -> Placement:
     """The best plan that the search offers; the start is one."""
     cap_L = with_copies.begin(problem).cap_L
     first = slots.start(problem, cap_L, 0)
-    offers = [first, *slots.search(problem, first, free, cap_L, np.inf)]
-    return min(offers, key=problem.value_of)
+    judge = functools.partial(with_copies.judged, problem, cap_L=cap_L)
+    found = slots.search(problem, first, free, cap_L, np.inf, judge)
+    return min([first, *(one.placement for one in found)], key=problem.value_of)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -164,9 +166,9 @@ def test_a_cap_holds_or_the_budget_is_refused():
     cap = LoadCap(1.1, relative=True)
     problem = case(0, EVERYTHING, cap)
     cap_L = with_copies.begin(problem).cap_L
-    assert with_copies.over_L(problem, problem.previous.placement, cap_L).any()
+    assert not with_copies.judged(problem, problem.previous.placement, cap_L).fits
     placement = solve.solve_problem(problem, 0, 2.0).placement
-    assert not with_copies.over_L(problem, placement, cap_L).any()
+    assert with_copies.judged(problem, placement, cap_L).fits
     with pytest.raises(Refused, match="load_cap"):
         solve.solve_problem(case(0, 0, cap), 0, 0.0)
 

@@ -9,6 +9,9 @@ the end does not have, and the stop that is worth most comes next, as a sample o
 that least moves. The stops are options of a layer, and knapsack.py picks one per layer. Where
 layers are tied (coherent dispatch, exflow) rows of exchange dispatch stand in for the values of
 single layers, and blocks of whole layers are offered too; plans are judged by their true values.
+Under a load cap what is above it, the plan in use too, is brought below it by few changes
+(relieved.py); loads of exchange dispatch stand in there as well, and are held to less where the
+counted ones pass the cap.
 
 A slot that is added has to be filled, so its copy counts as a move.
 """
@@ -16,7 +19,7 @@ A slot that is added has to be filled, so its copy counts as a move.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Bool
@@ -26,13 +29,17 @@ from moe_jax.placement import clock, hops, hops_counts, spare
 from moe_jax.placement import move as move_lib
 from moe_jax.placement.limits import knapsack
 from moe_jax.placement.limits.previous import holds_LEM, placement_of
+from moe_jax.placement.limits.relieved import relieved
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import Problem
+from moe_jax.placement.spare import Judged
 from moe_jax.routing.trace import Trace
 
 CHOOSING, JUDGING = 2048, 8192  # tokens that a next stop is chosen by, and valued by
 NEXT = 6  # next stops that are looked at
 STOPS = 10  # stops of a path that are valued
+ROUNDS = 6  # of options under narrower caps, where a plan of them passed its own
+SLACK = 1 + 1e-9  # of a load cap
 
 
 def start(problem: Problem, cap_L: np.ndarray, seed: int) -> Placement:
@@ -62,30 +69,66 @@ def start(problem: Problem, cap_L: np.ndarray, seed: int) -> Placement:
 
 
 def search(
-    problem: Problem, first: Placement, free: Placement, cap_L: np.ndarray, deadline: float
-) -> Iterator[Placement]:
-    """Yields plans within pins, budget and caps; the caller keeps the best."""
+    problem: Problem,
+    first: Placement,
+    free: Placement,
+    cap_L: np.ndarray,
+    deadline: float,
+    judge: Callable[[Placement], Judged | None],
+) -> Iterator[Judged]:
+    """Yields plans within pins and budget, as judged; the caller keeps the best within the caps.
+
+    Args:
+      first: the plan in use, or the even one.
+      free: a plan without limits, to walk to.
+      cap_L: the largest load of each layer, over its device's speed.
+      deadline: time.monotonic() after which no more options are looked for.
+      judge: counts a plan; None: there is no time for that, and the search ends.
+    """
     targets = [free, *(_numbered(problem, first, one) for one in (free, spare.balanced(problem)))]
     if not problem.separable:
         targets += _blocks(problem, holds_LEM(first), holds_LEM(targets[1]))
-    yield from (target for target in targets if _keeps(problem, target))
-    held_LEM = holds_LEM(first)
-    old_LEM = held_LEM if problem.previous is None else holds_LEM(problem.previous.placement)
-    options, moves, values = [], [], []
-    for layer, held_EM in enumerate(held_LEM):
+    for target in targets:
+        if _keeps(problem, target):
+            if (found := judge(target)) is None:
+                return
+            yield found
+    layers = []
+    for layer, held_EM in enumerate(holds_LEM(first)):
         ends = [_mended(problem, layer, holds_LEM(target)[layer]) for target in targets[1:3]]
-        share = clock.share(deadline, 1 / (len(held_LEM) - layer))
-        one = _Layer(problem, layer, cap_L[layer])
-        stops, worth = one.valued(held_EM, ends, share)
-        options.append(stops)
-        moves.append(np.array([(stop_EM & ~old_LEM[layer]).sum() for stop_EM in stops]))
-        values.append(np.array(worth))
+        share = clock.share(deadline, 1 / (problem.trace.num_layers - layer))
+        layers.append(_Layer(problem, layer, held_EM))
+        layers[-1].look(ends, share)
+    old_LEM = holds_LEM(first if problem.previous is None else problem.previous.placement)
+    for near in (False, True):
+        aim_L = cap_L
+        for _ in range(ROUNDS):
+            stops = [one.within(aim, near) for one, aim in zip(layers, aim_L, strict=True)]
+            if (plan := _chosen(problem, stops, old_LEM)) is None:
+                break
+            if (found := judge(plan)) is None:
+                return
+            yield found
+            if found.fits:
+                return
+            # loads of exchange dispatch, with copies as near as can be, stood in for these
+            aim_L = aim_L / np.maximum(found.reached_L / cap_L, 1.0)
+
+
+def _chosen(
+    problem: Problem, stops: list[list[tuple[np.ndarray, float]]], old_LEM: np.ndarray
+) -> Placement | None:
+    """The best of all layers' options that the budget pays for; None if it pays for none."""
+    moves = [
+        np.array([(stop_EM & ~old_EM).sum() for stop_EM, _ in one])
+        for one, old_EM in zip(stops, old_LEM, strict=True)
+    ]
     most = int(sum(count.max() for count in moves))
-    table = knapsack.apart(values, moves, most)
+    table = knapsack.apart([np.array([worth for _, worth in one]) for one in stops], moves, most)
     choice = table.choice(most if problem.previous is None else problem.previous.moves)
-    if choice is not None:
-        rows = [stops[c] for stops, c in zip(options, choice, strict=True)]
-        yield placement_of(np.stack(rows))
+    if choice is None:
+        return None
+    return placement_of(np.stack([one[c][0] for one, c in zip(stops, choice, strict=True)]))
 
 
 def pinned(held_EM: Bool[np.ndarray, "E M"], pin_EM: Bool[np.ndarray, "E M"]) -> np.ndarray:
@@ -147,41 +190,76 @@ def _replaced(held_EM, end_EM, arriving: int, leaving: int, device: int) -> np.n
 class _Layer:
     """One layer's options and what they are worth."""
 
-    def __init__(self, problem: Problem, layer: int, cap: float):
-        self._problem, self._layer, self._cap = problem, layer, cap
+    def __init__(self, problem: Problem, layer: int, held_EM: np.ndarray):
+        self._problem, self._layer, self._held_EM = problem, layer, held_EM
         self._choosing = _alone(problem, layer, CHOOSING)
         self._judging = _alone(problem, layer, JUDGING)
+        self._begun: list[np.ndarray] = [held_EM]
+        self._options: list[tuple[np.ndarray, float]] = []
+        self._below: dict[tuple[int, float], list[tuple[np.ndarray, float]]] = {}
+        self._late = False
 
-    def valued(self, held_EM: np.ndarray, ends: list[np.ndarray], deadline: float):
-        """The layer itself, the ends and stops on the ways to them, and what they are worth.
+    def look(self, ends: list[np.ndarray], deadline: float) -> None:
+        """Values the layer itself, the ends and stops on the ways to them.
 
-        At the deadline those that are not valued yet are left out, all but the layer itself.
+        At the deadline those that are not valued yet are left out, all but the layer itself; past
+        it nothing is valued.
         """
-        stops = self.stops(held_EM, ends, clock.share(deadline, 1 / 2))
-        worth: list[float] = []
-        for stop_EM in stops:
-            if worth and clock.late(deadline):
+        self._late = clock.late(deadline)
+        if self._late:
+            self._options = [(self._held_EM, 0.0)]
+            return
+        self._begun += ends
+        for stop_EM in self.stops(ends, clock.share(deadline, 1 / 2)):
+            if self._options and clock.late(deadline):
                 break
-            worth.append(self.value(stop_EM))
-        return stops[: len(worth)], worth
+            self._options.append((stop_EM, self.value(stop_EM)))
 
-    def stops(self, held_EM: np.ndarray, ends: list[np.ndarray], deadline: float):
+    def stops(self, ends: list[np.ndarray], deadline: float) -> list[np.ndarray]:
         """The layer itself, the ends, and stops on the ways to the ends."""
-        found, rng = [held_EM, *ends], np.random.default_rng(self._layer)
+        found, rng = [self._held_EM, *ends], np.random.default_rng(self._layer)
         for end_EM in ends:
-            way = list(path(held_EM, end_EM, lambda s: self._best(s, deadline), rng))
+            way = list(path(self._held_EM, end_EM, lambda s: self._best(s, deadline), rng))
             at = np.unique(np.linspace(0, max(len(way) - 2, 0), STOPS).round().astype(int))
             found += [way[n] for n in at if n < len(way) - 1]
         return found
 
     def value(self, held_EM: np.ndarray) -> float:
-        """What the layer is worth; inf above the cap."""
-        if np.isfinite(self._cap):
-            _, load_EM = self._served.priced(np.arange(len(held_EM)), held_EM)
-            largest = (load_EM.sum(axis=0) / self._problem.topology.speed_M).max()
-            if largest > self._cap * (1 + 1e-9):
-                return np.inf
+        """What the layer is worth."""
         return float(self._judging.counted_L(placement_of(held_EM[None]))[0])
+
+    def within(self, cap: float, near: bool) -> list[tuple[np.ndarray, float]]:
+        """Options that keep the cap, and what they are worth; few changes bring others below it.
+
+        Where none keeps it, that with the least load.
+
+        Args:
+          cap: rows, of the fullest device.
+          near: only the layer as it began, or what few changes make of it.
+        """
+        if not np.isfinite(cap):
+            return self._options
+        options = self._options[:1] if near else self._options
+        kept = [option for option in options if self._largest(option[0]) <= cap * SLACK]
+        for number, begun_EM in enumerate(self._begun[:1] if near else self._begun):
+            if self._largest(begun_EM) <= cap * SLACK:
+                continue
+            if (number, cap) not in self._below:
+                self._below[number, cap] = self._relieved(begun_EM, cap)
+            kept += self._below[number, cap]
+        return kept or [min(options, key=lambda option: self._largest(option[0]))]
+
+    def _relieved(self, held_EM: np.ndarray, cap: float) -> list[tuple[np.ndarray, float]]:
+        """The option that few changes make of a layer, if they do."""
+        pins, speed_M = self._problem.pins, self._problem.topology.speed_M
+        pin_EM = np.zeros(held_EM.shape, bool) if pins is None else pins.held_LEM[self._layer]
+        if (below_EM := relieved(self._served, held_EM, pin_EM, speed_M, cap)) is None:
+            return []
+        return [(below_EM, 0.0 if self._late else self.value(below_EM))]
+
+    def _largest(self, held_EM: np.ndarray) -> float:
+        _, load_EM = self._served.priced(np.arange(len(held_EM)), held_EM)
+        return float((load_EM.sum(axis=0) / self._problem.topology.speed_M).max())
 
     @functools.cached_property
     def _served(self) -> hops_counts.Layer:
