@@ -150,15 +150,16 @@ def pins_of(field: str, words: str, plan: Plan) -> Pins | None:
       field: the option's name, for errors.
       words: LAYER:EXPERT:DEVICE triples and files of them, with commas between.
     """
-    typed = [word.strip() for word in words.split(",") if word.strip()]
-    if not typed:
-        return None
     placement = plan.placement
     sizes = (placement.num_experts, placement.num_devices, plan.layer_ids)
-    pins = pins_lib.parse(typed, *sizes)
+    if (pins := pins_lib.listed(field, words, *sizes)) is None:
+        return None
     if broken := pins.broken(holds_LEM(placement)):
         rule = f"the plan that the run begins with breaks {broken} of these pins"
-        fix = "begin with one that keeps them: moe_jax.placement solve --pin=..."
+        fix = (
+            "make one that keeps them (moe_jax.placement solve --pin) and begin with it; where "
+            "there are steps already, put them under it (moe_jax.placement apply)"
+        )
         raise Refused(field, words, rule, fix)
     return pins
 
@@ -230,6 +231,9 @@ def decide(
     total = f"{saved_low * setting.interval:.3g} s in {setting.interval:,} steps (lower end)"
     if not move.experts:
         reason = "the plan in use is the best one found"
+    elif saved_N.mean() <= 0:
+        slower = -100 * saved_N.mean() / before_N.mean()
+        reason = f"on newer steps a layer takes {slower:.1f} % longer under the plan found"
     elif low <= 0:
         reason = f"{share} of a layer's time would be saved, which is within the spread of steps"
     elif low < needed:

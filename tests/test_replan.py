@@ -169,6 +169,16 @@ def test_pins_are_kept_and_a_plan_that_breaks_them_is_refused():
         replan.pins_of("replan.pins", "*:0:0,3:5:2", plan)
 
 
+def test_a_plan_that_is_slower_is_called_so():
+    """One step's whims plan, and others judge."""
+    steps = [planted(seed) for seed in range(6)]
+    best = replan.decide(setting(), HERE, steps).plan.placement
+    worse = replan.decide(setting(), best, [uniform(n) for n in range(2)] + steps[:2])
+    assert not worse.adopt
+    assert "on newer steps a layer takes" in worse.reason
+    assert worse.seconds_after > worse.seconds_before
+
+
 def test_no_structure_is_not_worth_a_move():
     for seed in range(3):
         steps = [uniform(10 * seed + n) for n in range(8)]

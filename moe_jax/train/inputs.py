@@ -17,6 +17,7 @@ from moe_jax.hf import config_json
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
+from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.train.bad_batch import BadBatch
 
 
@@ -54,6 +55,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[data.Corpus, plan_li
     """All checks that need files but no devices. Raises `Refused`; writes nothing."""
     config_lib.check_trainable(config)
     plan = load_plan(config)
+    sizes = plan.placement.num_experts, plan.placement.num_devices, plan.layer_ids
+    # whether the plan keeps them is asked where it is known: that of a step goes before this one
+    pins_lib.listed("replan.pins", config.replan.pins, *sizes)
     if workdir.exists() and not workdir.is_dir():
         raise Refused("--workdir", str(workdir), "is not a directory", "name another one")
     check_same_run(config, workdir)

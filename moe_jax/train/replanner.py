@@ -7,7 +7,7 @@ whose experts stayed (in `exact` and `reproducible` combine, without replicas).
 
 A plan that was adopted is in WORKDIR/plans/STEP.json (unless the disk takes no more, which is said
 and ends nothing), and in every checkpoint from there on. A run that ends before its next checkpoint
-goes on from the last one, under the plan of that.
+goes on from the last one, under the plan of that; plans that were adopted after it are removed.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ PASSES = {"exact": 1, "partial": 2, "reproducible": 2}
 
 
 class Replanner:
-    """Makes and adopts plans for one run; nothing happens where `config.replan.every` is 0.
+    """Makes and adopts plans for one run; none where `config.replan.every` is 0.
 
     Attributes:
       plan: where the experts are.
@@ -49,6 +49,8 @@ class Replanner:
         self._arriving: jax.Array | None = None
         self._recorded: list[np.ndarray] = []
         self._decision: replan.Decision | None = None
+        if jax.process_index() == 0:
+            _drop_from(run.step, workdir / "plans")
         if not config.replan.every:
             return
         pins = replan.pins_of("replan.pins", config.replan.pins, plan)
@@ -146,6 +148,16 @@ class Replanner:
     def close(self) -> None:
         """Ends a search that is running."""
         self._background.close()
+
+
+def _drop_from(step: int, folder: pathlib.Path) -> None:
+    """Removes plans that were adopted after `step`, where the run goes on, by one that was cut."""
+    for path in folder.glob("*.json"):
+        if path.stem.isdecimal() and int(path.stem) >= step:
+            try:
+                path.unlink()
+            except OSError as error:
+                metrics.fail(f"{path}: {error}; it is of a run that was cut there")
 
 
 def _sampler(config: Config, mesh: Mesh):

@@ -93,7 +93,12 @@ def start_or_resume(
     contents = found.contents
     metrics.say(_told(found, config.train.checkpoints_verified))
     if not config.placement or config.replan.every:
-        plan = _in_order(contents.plan, plan, config.mesh.node)
+        named, plan = plan, _in_order(contents.plan, plan, config.mesh.node)
+        if config.placement and named.digest != plan.digest:
+            metrics.say(
+                "experts stay where the step has them: a run that makes plans (replan.every) only "
+                f"begins under {config.placement}; moe_jax.placement apply puts steps under it"
+            )
     state = _placed(config, mesh, found.value, contents.plan.placement, plan.placement)
     if ONLY in contents.extra:
         fresh = data.batches(corpus, config.data)  # a step that was damaged may have moved others

@@ -9,7 +9,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Placement, Plan
-from moe_jax.train import replanner, resume
+from moe_jax.train import inputs, replanner, resume
 from tests import tiny
 from tests.train import test_loop
 
@@ -118,11 +118,12 @@ class Killed(BaseException):
 
 
 def test_a_run_that_dies_after_a_move_goes_on_from_its_checkpoint(
-    stays, tmp_path, at_once, monkeypatch
+    stays, tmp_path, at_once, monkeypatch, capsys
 ):
     """Step 7 is saved under the plan of step 5; the run dies in the move after step 9.
 
-    It goes on under the plan that was stored, not under the one that its config began with.
+    It goes on under the plan that was stored, not under the one that its config began with, which
+    is said. The plan of step 9 is none of this run.
     """
     Plan(tiny.random_placement(77, DEVICES)).write(tmp_path / "plan.json")
     named = config(replan=OFTEN, placement=str(tmp_path / "plan.json"))
@@ -144,14 +145,20 @@ def test_a_run_that_dies_after_a_move_goes_on_from_its_checkpoint(
 
     began_with = []
     resumed = replanner.Replanner.__init__
-    monkeypatch.setattr(
-        replanner.Replanner,
-        "__init__",
-        lambda self, *args: began_with.append(args[-1].placement) or resumed(self, *args),
-    )
+
+    def begins(self, *args):
+        resumed(self, *args)
+        began_with.append((args[-1].placement, plans()))
+
+    def plans():
+        return sorted(path.name for path in (workdir / "plans").iterdir())
+
+    assert plans() == ["5.json", "9.json"]
+    monkeypatch.setattr(replanner.Replanner, "__init__", begins)
     monkeypatch.setattr(replanner.Replanner, "adopt", adopt)
     test_loop.train(named, workdir)
-    assert began_with == [stored]
+    assert began_with == [(stored, ["5.json"])]
+    assert "moe_jax.placement apply puts steps under it" in capsys.readouterr().out
     assert test_loop.curve(workdir) == test_loop.curve(stays)
 
 
@@ -206,7 +213,8 @@ def test_a_plan_that_waits_to_be_adopted_is_not_replaced(tmp_path, monkeypatch):
     ready, begun = [first], []
     monkeypatch.setattr(replan.Background, "take", lambda self: ready.pop(0) if ready else None)
     monkeypatch.setattr(replan.Background, "start", lambda self, *_, **__: begun.append(self))
-    run = object.__new__(resume.Run)  # nothing of it is read
+    run = object.__new__(resume.Run)  # nothing else of it is read
+    run.step = 0
     planner = replanner.Replanner(config(), tiny.mesh(config()), tmp_path, run, Plan(HERE))
     planner._setting = None
     expert_LBSK = np.broadcast_to(np.arange(2, dtype=np.int16), (tiny.LAYERS, 8, 16, 2))
@@ -234,6 +242,13 @@ def test_copies_move_too(tmp_path, at_once, monkeypatch):
 
 def _copies(seed) -> Placement:
     return tiny.replicated_placement(seed, DEVICES, slots=12)
+
+
+def test_pins_that_cannot_be_are_refused_before_any_device_work(tmp_path):
+    named = config(replan=OFTEN | {"pins": "0:1:0, 0:99:0"})
+    with pytest.raises(Refused, match="experts go from 0 to 7") as refused:
+        inputs.prepare(named, tmp_path / "run")
+    assert refused.value.field == "replan.pins"
 
 
 @pytest.mark.parametrize(

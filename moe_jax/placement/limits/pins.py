@@ -72,11 +72,20 @@ class Pins:
             )
 
 
-def parse(words: Sequence[str], experts: int, devices: int, layer_ids: Sequence[int]) -> Pins:
-    """From what was typed: triples, and paths of files that hold one triple per line."""
+def parse(
+    words: Sequence[str], experts: int, devices: int, layer_ids: Sequence[int], field: str = "pin"
+) -> Pins:
+    """From what was typed: triples, and paths of files that hold one triple per line.
+
+    Args:
+      words: as typed.
+      experts, devices: how many there are.
+      layer_ids: the model's numbers of the layers.
+      field: the option's name, for errors.
+    """
     held_LEM = np.zeros((len(layer_ids), experts, devices), bool)
     row_of = {layer: row for row, layer in enumerate(layer_ids)}
-    for where, word in _triples(words):
+    for where, word in _triples(words, field):
         layer, expert, device = _numbers(where, word)
         for name, value, limit in (("expert", expert, experts), ("device", device, devices)):
             if not 0 <= value < limit:
@@ -88,27 +97,35 @@ def parse(words: Sequence[str], experts: int, devices: int, layer_ids: Sequence[
     return Pins(held_LEM)
 
 
-def _triples(words: Sequence[str]):
+def listed(
+    field: str, words: str, experts: int, devices: int, layer_ids: Sequence[int]
+) -> Pins | None:
+    """As `parse`, from one string with commas between; None if there is nothing in it."""
+    typed = [word.strip() for word in words.split(",") if word.strip()]
+    return parse(typed, experts, devices, layer_ids, field) if typed else None
+
+
+def _triples(words: Sequence[str], field: str):
     """(where it stands, triple)."""
     for word in words:
         if word.count(":") == 2 and not pathlib.Path(word).is_file():
-            yield "pin", word
+            yield field, word
             continue
-        for number, line in enumerate(_lines(word), start=1):
+        for number, line in enumerate(_lines(word, field), start=1):
             if triple := line.split("#")[0].strip():
-                yield f"pin {word} line {number}", triple
+                yield f"{field} {word} line {number}", triple
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: str, field: str) -> list[str]:
     file = pathlib.Path(path)
     if not file.is_file():
-        raise Refused("pin", path, f"neither a triple nor a file: {RULE}", "Correct it")
+        raise Refused(field, path, f"neither a triple nor a file: {RULE}", "Correct it")
     if file.stat().st_size > LONGEST:
-        raise Refused("pin", path, f"a file of at most {LONGEST} bytes", "Use `*` for all layers")
+        raise Refused(field, path, f"a file of at most {LONGEST} bytes", "Use `*` for all layers")
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
-        raise Refused("pin", path, f"not a text file ({error})", RULE) from error
+        raise Refused(field, path, f"not a text file ({error})", RULE) from error
 
 
 def _numbers(where: str, word: str) -> tuple[int | None, int, int]:
