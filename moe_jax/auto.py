@@ -11,6 +11,7 @@ attention has to be split, and that is not this model's to decide.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -53,21 +54,24 @@ class Option:
 
 
 def resolve(
-    config: Config, placement: Placement, training: bool, fixed: str | None = None
+    config: Config,
+    placement: Placement,
+    check: Callable[[Config], None] | None = None,
+    fixed: str | None = None,
 ) -> tuple[Config, str]:
     """The config with a dispatch in the place of "auto", and what to tell people about it.
 
     Args:
       config: validated; returned as it is (and "") where it names its dispatch.
       placement: that the model runs under.
-      training: leaves out what has no backward pass.
+      check: raises `Refused` of a dispatch that this run cannot have; None = it can have any.
       fixed: the dispatch of a run that goes on: kept, not chosen again.
 
     Returns:
       The config, and lines to print: rows, seconds, the choice, and what was not asked and why.
 
     Raises:
-      Refused: a topology or a trace that does not fit the mesh or the model.
+      Refused: a topology or a trace that does not fit the mesh or the model; no dispatch is left.
     """
     if config.model.dispatch != config_lib.AUTO:
         return config, ""
@@ -77,13 +81,14 @@ def resolve(
         ), f"dispatch {fixed}: this run was started with it"
     topology = topology_of(config)
     ids_TLK, routing = _routing(config, placement)
-    options, reasons = [], [SPLITS]
+    options, reasons, refusals = [], [SPLITS], []
     for dispatch in CANDIDATES:
         try:
             tried = config_lib.with_dispatch(config, dispatch)
-            if training:
-                config_lib.check_trainable(tried)
+            if check:
+                check(tried)
         except Refused as refused:
+            refusals.append(refused)
             if dispatch != "local":
                 reasons.append(f"{dispatch}: {refused.field} = {refused.value!r} {refused.rule}")
             continue
@@ -100,17 +105,21 @@ def resolve(
             widths=widths_of(config),
         )
         options.append(option)
+    if not options:  # the model is, in any dispatch: local and exchange first
+        raise refusals[1]
     best = min(options, key=lambda option: option.seconds)  # the first of equal ones
     return config_lib.with_dispatch(config, best.dispatch), _text(
         config, topology, routing, options, best, reasons
     )
 
 
-def resolve_unplanned(config: Config, *, training: bool) -> tuple[Config, str]:
+def resolve_unplanned(
+    config: Config, check: Callable[[Config], None] | None = None
+) -> tuple[Config, str]:
     """`resolve` under the contiguous placement."""
     model, devices = config.model, config.mesh.expert_devices
     contiguous = Placement.contiguous(model.num_plan_layers, model.num_experts, devices)
-    return resolve(config, contiguous, training=training)
+    return resolve(config, contiguous, check)
 
 
 def topology_of(config: Config) -> Topology:

@@ -12,6 +12,7 @@ from moe_jax import auto
 from moe_jax import config as config_lib
 from moe_jax.config import Config
 from moe_jax.errors import Refused
+from moe_jax.infer.serving import supported
 from moe_jax.model.dispatch import quantise
 from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.plan import Placement
@@ -30,10 +31,10 @@ def config(node=1, expert=8, top_k=2, combine="exact", **model) -> Config:
     return tiny.config(mesh={"node": node, "expert": expert}, **made)
 
 
-def chosen(sized: Config, training=True) -> tuple[str, str]:
+def chosen(sized: Config, check=config_lib.check_trainable) -> tuple[str, str]:
     devices = sized.mesh.expert_devices
     contiguous = Placement.contiguous(tiny.LAYERS, sized.model.num_experts, devices)
-    resolved, note = auto.resolve(sized, contiguous, training)
+    resolved, note = auto.resolve(sized, contiguous, check)
     return resolved.model.dispatch, note
 
 
@@ -120,13 +121,23 @@ def test_a_trace_changes_the_choice(tmp_path):
     assert "0.875" in note  # one device of eight, home left out
 
 
-def test_coherent_only_serves():
+def test_coherent_only_answers():
     """Top 1, few keys and values, slow links: the token that stays moves once, not twice."""
     sized = config(top_k=1, combine="partial", d_model=512, num_kv_heads=1, d_head=2)
-    assert chosen(sized, training=False)[0] == "coherent"
-    dispatch, note = chosen(sized)
-    assert dispatch == "exchange"
-    assert "not coherent" in note
+    assert chosen(sized, None)[0] == "coherent"
+    for check, why in (
+        (config_lib.check_trainable, "serves only"),
+        (supported.check_dispatch, "is not served with requests that come and go"),
+    ):
+        dispatch, note = chosen(sized, check)
+        assert dispatch == "exchange"
+        assert f"not coherent: model.dispatch = 'coherent' {why}" in note
+
+
+def test_a_model_that_no_dispatch_can_train_is_refused():
+    for expert in (1, 8):
+        with pytest.raises(Refused, match="router_weights = 'sparse_mixer': serves only"):
+            chosen(config(expert=expert, router_weights="sparse_mixer"))
 
 
 def test_a_run_keeps_its_dispatch(tmp_path):

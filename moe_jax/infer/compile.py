@@ -124,7 +124,7 @@ def as_table(report: Report) -> str:
 def main() -> None:
     plain = entry.required("--config", CONFIG.value)
     topology = entry.required("--topology", TOPOLOGY.value)
-    config, note = auto.resolve_unplanned(config_lib.from_config_dict(plain), training=False)
+    config, note = auto.resolve_unplanned(config_lib.from_config_dict(plain))
     if note and not JSON.value:
         print(note, flush=True)
     sizes = SEQUENCES.value, PROMPT.value, ANSWER.value

@@ -69,14 +69,15 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
     else:
         assert request.workdir is not None  # by `_check_flags`
         source = load.find(request.workdir, *where, ahead)
+    serves = request.serve is not None or request.serve_load
     config, note = auto.resolve(
         dataclasses.replace(source.config, topology=request.topology, trace=request.trace),
         source.plan.placement,
-        training=False,
+        supported.check_dispatch if serves else None,
     )
     source = dataclasses.replace(source, config=config)
     _check_routing(config, request)
-    if request.serve or request.serve_load:
+    if serves:
         _serve(source, request, note)
         return
     if request.measure:

@@ -175,7 +175,7 @@ def with_way(config: Config, way: str) -> Config:
     changed = dataclasses.replace(config, model=model)
     config_lib.validate(changed)
     config_lib.check_trainable(changed)
-    return auto.resolve_unplanned(changed, training=True)[0]
+    return auto.resolve_unplanned(changed, config_lib.check_trainable)[0]
 
 
 def text(title: str, reference: str, lines: list[Line]) -> str:

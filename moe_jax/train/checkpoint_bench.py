@@ -187,7 +187,7 @@ def main() -> None:
 
     mesh_lib.initialize(config.platform, config.virtual_devices, "off")
     config_lib.check_devices(config, mesh_lib.num_devices())
-    config = auto.resolve_unplanned(config, training=True)[0]
+    config = auto.resolve_unplanned(config, config_lib.check_trainable)[0]
     print(text(measure(config, ROUNDS.value), config))
 
 

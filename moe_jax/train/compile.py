@@ -105,7 +105,8 @@ def as_table(report: Report) -> str:
 def main() -> None:
     plain = entry.required("--config", CONFIG.value)
     topology = entry.required("--topology", TOPOLOGY.value)
-    config, note = auto.resolve_unplanned(config_lib.from_config_dict(plain), training=True)
+    config = config_lib.from_config_dict(plain)
+    config, note = auto.resolve_unplanned(config, config_lib.check_trainable)
     config_lib.check_trainable(config)
     if note and not JSON.value:
         print(note, flush=True)

@@ -31,7 +31,7 @@ def choose_dispatch(config: Config, workdir: pathlib.Path) -> tuple[Config, str]
     return auto.resolve(
         config,
         load_plan(config).placement,
-        training=True,
+        config_lib.check_trainable,
         fixed=started.model.dispatch if started else None,
     )
 

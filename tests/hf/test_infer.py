@@ -17,12 +17,15 @@ from moe_jax.hf import folder, safetensors
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.infer import published, run
 from moe_jax.infer.engine import Engine
+from moe_jax.infer.server import run as server_run
+from moe_jax.infer.server.settings import Settings
 from moe_jax.infer.serving.request import Answer, Options
 from moe_jax.infer.text import Tokens
 from moe_jax.placement import __main__ as placement_main
 from moe_jax.placement import shares
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
 from tests.hf import golden
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,6 +113,23 @@ def test_a_published_model_answers_on_any_mesh(family, monkeypatch):
     for other in others:
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-5 * np.ptp(one))
     assert len({tuple(map(tuple, each.tokens)) for each in answered}) == 1
+
+
+def test_auto_chooses_what_the_server_takes(tmp_path, monkeypatch, capsys):
+    """Where every token's experts are on one device, coherent would be the fastest."""
+    device_T11 = np.random.default_rng(0).integers(0, 2, (4096, 1, 1))
+    ids_TLK = np.broadcast_to(4 * device_T11 + np.arange(2), (4096, 2, 2)).astype(np.uint8)
+    trace_lib.save(Trace(ids_TLK, 8, np.array([4096], np.int32)), tmp_path / "trace.npz")
+    served = []
+    monkeypatch.setattr(run.serve_load, "run", lambda source, *_: served.append(source))
+    monkeypatch.setattr(server_run, "serve", lambda source, *_: served.append(source))
+    plain = {"host": "127.0.0.1", "port": 0, "max_queue": 1}
+    plain |= dict.fromkeys(("context", "seats", "cache_tokens", "bearer_token_file", "record"))
+    for how in ({"benchmark": True, "serve_load": True}, {"serve": Settings(**plain)}):
+        made = {"dispatch": "auto", "trace": str(tmp_path / "trace.npz"), **how}
+        run.run(request("mixtral", **made))
+        assert served.pop().config.model.dispatch == "exchange"
+        assert "not coherent: model.dispatch = 'coherent' is not served" in capsys.readouterr().out
 
 
 def test_processes_compare_what_a_model_holds(tmp_path):

@@ -26,17 +26,22 @@ KNOWN = {
 }
 
 
-def check_model(config: Config) -> None:
-    """Refuses models that the engine cannot serve, before any device work."""
-    model = config.model
-    if model.dispatch not in DISPATCHES:
+def check_dispatch(config: Config) -> None:
+    """Refuses a dispatch that the engine cannot serve."""
+    if config.model.dispatch not in DISPATCHES:
         raise Refused(
             "model.dispatch",
-            model.dispatch,
+            config.model.dispatch,
             "is not served with requests that come and go: "
             "its tokens, or the heads of its attention, do not stay with their request",
             f"use --dispatch={DISPATCHES[2]} (one of {', '.join(DISPATCHES)})",
         )
+
+
+def check_model(config: Config) -> None:
+    """Refuses models that the engine cannot serve, before any device work."""
+    check_dispatch(config)
+    model = config.model
     if model.capacity_factor:
         raise Refused(
             "model.capacity_factor",
