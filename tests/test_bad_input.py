@@ -538,6 +538,8 @@ TABLE = [
               "--prompt=a", "plan num_devices", "4", "this model", make=plan_file(experts=8)),
     published("long prompt", f"--hf={HF} --prompt=" + "a" * 100, "prompt 0 + --max_new_tokens",
               "101 + 64 tokens", "shorten"),
+    published("a context that is too long", f"--hf={HF} --serve --port=0 --context=129",
+              "--context", "129", "use 128"),
     # Prompts and sampling.
     infer("unknown dispatch", "--prompt=a --dispatch=coherant", "--dispatch", "'coherant'",
           "did you mean 'coherent'"),
@@ -560,6 +562,8 @@ TABLE = [
     infer("top_p", "--prompt=a --top_p=0", "--top_p", "0.0", "1 keeps every token"),
     infer("seed", "--prompt=a --seed=-1", "--seed", "-1", "use 0"),
     infer("max_new_tokens", "--prompt=a --max_new_tokens=-1", "--max_new_tokens", "-1", "use 64"),
+    infer("a context that is too long", "--serve --port=0 --context=999", "--context", "999",
+          "model.max_seq_len"),
     infer("a load over processes", "--benchmark --serve-load --distributed=localhost:1,2,0",
           "--distributed", "measures one process", "leave it out"),
     infer("processes that are not counted", "--prompt=a --distributed=localhost:1,2",

@@ -135,6 +135,8 @@ def _serve(source: load.Source | published.Source, request: Request, note: str) 
     if request.serve:
         first = request.distributed != "auto" and _processes(request)[1] == 0
         request.serve.check(listens=first)  # of "auto" nobody knows yet
+        if request.serve.context:
+            supported.check_context(config.model, request.serve.context)
         if request.serve.replan_tokens:
             placing.check(config)
     source = _on_devices(source, request, [])

@@ -60,13 +60,18 @@ def check_model(config: Config) -> None:
             )
 
 
+def check_context(model: ModelConfig, context: int) -> None:
+    """Refuses texts that are longer than the model's."""
+    if context > model.max_seq_len:
+        rule = f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range"
+        raise Refused("--context", context, rule, f"use {model.max_seq_len}")
+
+
 def check(config: Config, mesh: Mesh, limits: Limits) -> None:
     """Refuses what the engine cannot serve, before anything is compiled."""
     check_model(config)
     model = config.model
-    if limits.max_len > model.max_seq_len:
-        rule = f"must be at most model.max_seq_len = {model.max_seq_len}, the rotary range"
-        raise Refused("--context", limits.max_len, rule, f"use {model.max_seq_len}")
+    check_context(model, limits.max_len)
     if limits.long_from != (known := sizes.long_from(model)):
         rule = f"must be {known}, where the model's long factors begin"
         raise Refused("long_from", limits.long_from, rule, "see sizes.py")
