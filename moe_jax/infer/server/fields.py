@@ -22,10 +22,10 @@ _DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's
 _COMMON = {
     *("model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n", "stream"),
     *("stream_options", "ignore_eos", "logprobs"),
+    *("user", "metadata", "store"),  # not read: nothing of the answer depends on them
 }
 _COMPLETION = {*_COMMON, "prompt"}
 _CHAT = {*_COMMON, "messages", "max_completion_tokens", "top_logprobs"}
-_NOT_READ = {"user", "metadata", "store"}  # nothing of the answer depends on them
 # field -> the values that it may have, all of which mean that it is not used.
 _UNUSED: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -39,6 +39,7 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
 }
+_UNUSED_OF_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 def completion(body: dict[str, Any], encode: Callable[[str], list[int]]) -> Asked:
     """/v1/completions"""
-    _check_names(body, _COMPLETION)
+    _check_names(body, _COMPLETION, _UNUSED)
     prompts = _prompts(body.get("prompt"), encode)
     max_tokens = _whole(body, "max_tokens", _DEFAULT_MAX_TOKENS)
     logprobs = None if body.get("logprobs") is None else _whole(body, "logprobs", 0)
@@ -92,7 +93,7 @@ def chat(
     context: int,
 ) -> Asked:
     """/v1/chat/completions; without max_tokens an answer may fill the context."""
-    _check_names(body, _CHAT)
+    _check_names(body, _CHAT, _UNUSED)
     prompt = encode(_messages(body.get("messages")))
     default = _whole(body, "max_tokens", max(1, context - len(prompt)))
     max_tokens = _whole(body, "max_completion_tokens", default)
@@ -120,9 +121,8 @@ def _asked(
         logprobs=logprobs,
         ignore_end=_truth(body, "ignore_eos"),
     )
-    stream_options = body.get("stream_options") or {}
-    if not isinstance(stream_options, dict):
-        raise _wrong_type("stream_options", stream_options, "an object")
+    stream = _truth(body, "stream")
+    usage = _usage(body.get("stream_options"), stream)
     jobs = []
     for prompt in prompts:
         # Without a seed each prompt has one of its own: prompts may be equal.
@@ -131,25 +131,43 @@ def _asked(
             (prompt, dataclasses.replace(options, seed=seed, choice=choice))
             for choice in range(choices)
         ]
-    return Asked(
-        prompts,
-        jobs,
-        _truth(body, "stream"),
-        _truth(stream_options, "include_usage"),
-    )
+    return Asked(prompts, jobs, stream, usage)
 
 
-def _check_names(body: dict[str, Any], known: set[str]) -> None:
+def _usage(options: Any, stream: bool) -> bool:
+    """Of `stream_options`: whether the numbers of tokens are asked for."""
+    field = "stream_options"
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise _wrong_type(field, options, "an object")
+    if not stream:
+        raise Refused(field, options, "needs stream = true", "set it, or leave this out")
+    _check_names(options, {"include_usage"}, _UNUSED_OF_STREAM, f"{field}.")
+    return _truth(options, "include_usage", f"{field}.")
+
+
+def _check_names(
+    body: dict[str, Any], known: set[str], unused: dict[str, tuple[Any, ...]], where: str = ""
+) -> None:
     for name, value in body.items():
-        if name in known or name in _NOT_READ:
+        if name in known:
             continue
-        if name not in _UNUSED:
+        field = where + name[:100]
+        if name not in unused:
             near = difflib.get_close_matches(name, known, n=1)
             fix = f"did you mean {near[0]}" if near else "leave it out"
-            raise Refused(name[:100], value, "is not a field of this request", fix)
-        allowed = _UNUSED[name]
-        if value is not None and not any(value == a for a in allowed):
-            raise Refused(name, value, "is not supported", "leave it out")
+            raise Refused(field, value, "is not a field of this request", fix)
+        if value is not None and not any(value == a for a in unused[name]):
+            raise Refused(field, value, "is not supported", "leave it out")
+
+
+def _check_silent(field: str, said: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Of fields that are not known none may say anything: it would go unheard."""
+    for name, value in said.items():
+        if name not in known and value:
+            rule = f"is not supported, only {', '.join(known)} are"
+            raise Refused(f"{field}.{name[:100]}", value, rule, "leave it out")
 
 
 def _wrong_type(field: str, value: Any, kind: str) -> Refused:
@@ -177,12 +195,12 @@ def _real(body: dict[str, Any], field: str, default: float) -> float:
         raise Refused(field, value, "is too large a number", "use 1") from None
 
 
-def _truth(body: dict[str, Any], field: str) -> bool:
+def _truth(body: dict[str, Any], field: str, where: str = "") -> bool:
     value = body.get(field)
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise _wrong_type(field, value, "true or false")
+        raise _wrong_type(where + field, value, "true or false")
     return value
 
 
@@ -230,10 +248,7 @@ def _are_tokens(value: Sequence[Any]) -> bool:
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
-    """role and text of each. `name` tells speakers apart for whoever reads the log, and is let go.
-
-    Of other fields none may say anything: it would go unheard.
-    """
+    """role and text of each. `name` tells speakers apart for whoever reads the log: let go."""
     if not isinstance(value, list) or not value:
         raise Refused("messages", value, "must be a list of messages", "give one at least")
     messages = []
@@ -245,10 +260,9 @@ def _messages(value: Any) -> list[dict[str, str]]:
         if role not in ("system", "developer", "user", "assistant"):
             rule = "must be 'system', 'developer', 'user' or 'assistant'"
             raise Refused(f"{field}.role", role, rule, "use 'user'")
-        for name, said in message.items():
-            if name not in ("role", "content", "name") and said:
-                rule = "is not supported, only role and content are"
-                raise Refused(f"{field}.{name[:100]}", said, rule, "leave it out")
+        _check_silent(field, message, ("role", "content", "name"))
+        if message.get("name") is not None:
+            _text(f"{field}.name", message["name"])
         if isinstance(content, list):
             content = "".join(_part(f"{field}.content", part) for part in content)
         messages.append({"role": role, "content": _text(f"{field}.content", content)})
@@ -258,4 +272,5 @@ def _messages(value: Any) -> list[dict[str, str]]:
 def _part(field: str, part: Any) -> str:
     if not isinstance(part, dict) or part.get("type") != "text":
         raise Refused(field, part, "may have parts of type 'text' only", "send text")
+    _check_silent(field, part, ("type", "text"))
     return _text(f"{field}.text", part.get("text"))

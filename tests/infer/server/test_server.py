@@ -178,9 +178,10 @@ def test_a_trace_says_which_tokens_only_where_that_is_asked_for(port, server):
 def test_chat_with_logprobs_and_usage(port):
     messages = [
         {"role": "system", "content": "Be."},
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "annotations": []}]},
     ]
     body = {"model": NAME, "messages": messages, "max_tokens": 4, "temperature": 0}
+    body["stream_options"] = None
     status, found = ask(port, {**body, "logprobs": True, "top_logprobs": 2}, "/v1/chat/completions")
     assert status == 200
     plain = ask(port, answer("system: Be.\n\nuser: Hi\n\nassistant:", 4, logprobs=2))[1]
@@ -190,7 +191,8 @@ def test_chat_with_logprobs_and_usage(port):
     assert tops == [2] * 4
     logprobs = [one["logprob"] for one in choice["logprobs"]["content"]]
     assert logprobs == plain["choices"][0]["logprobs"]["token_logprobs"]
-    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    wanted = {"include_usage": True, "include_obfuscation": False}
+    streamed = {**body, "stream": True, "stream_options": wanted}
     parts = events(ask(port, streamed, "/v1/chat/completions")[1])
     assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert parts[-1]["usage"]["completion_tokens"] == 4
@@ -280,6 +282,26 @@ BAD = {
     "unknown field": ("temprature", lambda r: answer("x", temprature=r.random())),
     "surrogate field": ("\\ud800", lambda r: answer("x", **{"\ud800": r.random()})),
     "unsupported": ("tools", lambda r: answer("x", tools=[r.random()])),
+    "stream_options": (
+        "stream_options",
+        lambda r: answer("x", stream=True, stream_options=r.choice([0, "", False, [], "a", [1]])),
+    ),
+    "no stream": (
+        "stream_options",
+        lambda r: answer("x", stream=r.choice([False, None]), stream_options={}),
+    ),
+    "unknown stream option": (
+        "stream_options.include_usag",
+        lambda r: answer("x", stream=True, stream_options={"include_usag": r.choice([True, None])}),
+    ),
+    "user of a stream": (
+        "stream_options.user",
+        lambda r: answer("x", stream=True, stream_options={"user": "a"}),
+    ),
+    "include_usage": (
+        "stream_options.include_usage",
+        lambda r: answer("x", stream=True, stream_options={"include_usage": r.choice([0, "a"])}),
+    ),
     "not JSON": ("body", lambda r: json.dumps(answer("x")).encode()[: r.randint(0, 50)]),
     "NaN": ("body", lambda r: b'{"temperature": ' + r.choice([b"NaN", b"-Infinity"]) + b"}"),
     "deep": ("body", lambda r: b'{"a":' + b"[" * r.randint(9000, 15000)),
@@ -325,6 +347,12 @@ def test_fifty_bad_requests_of_each_kind(port, kind):
         ("messages[1].role", [{"role": "user", "content": "a"}, {"role": "robot"}]),
         ("messages[0].content", [{"role": "user", "content": None}]),
         ("messages[0].content", [{"role": "user", "content": [{"type": "image_url"}]}]),
+        (
+            "messages[0].content.image_url",
+            [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": "http://x"}]}],
+        ),
+        ("messages[0].name", [{"role": "user", "content": "a", "name": {"x": 1}}]),
+        ("messages[0].name", [{"role": "user", "content": "a", "name": 0}]),
         ("messages[0].mood", [{"role": "user", "content": "a", "mood": "bad"}]),
         ("messages[0].tool_calls", [{"role": "assistant", "content": "a", "tool_calls": [{}]}]),
         ("messages[0].function_call", [{"role": "user", "function_call": {"a": 1}}]),
