@@ -40,6 +40,7 @@ NEXT = 6  # next stops that are looked at
 STOPS = 10  # stops of a path that are valued
 ROUNDS = 6  # of options under narrower caps, where a plan of them passed its own
 SLACK = 1 + 1e-9  # of a load cap
+MARGIN = 0.01  # of a load cap that was passed: by how much narrower the next one is besides
 
 
 def start(problem: Problem, cap_L: np.ndarray, seed: int) -> Placement:
@@ -100,7 +101,7 @@ def search(
         layers.append(_Layer(problem, layer, held_EM))
         layers[-1].look(ends, share)
     old_LEM = holds_LEM(first if problem.previous is None else problem.previous.placement)
-    for near in (False, True):
+    for near in (True,) if clock.late(deadline) else (False, True):
         aim_L = cap_L
         for _ in range(ROUNDS):
             stops = [one.within(aim, near) for one, aim in zip(layers, aim_L, strict=True)]
@@ -112,7 +113,9 @@ def search(
             if found.fits:
                 return
             # loads of exchange dispatch, with copies as near as can be, stood in for these
-            aim_L = aim_L / np.maximum(found.reached_L / cap_L, 1.0)
+            over_L = found.reached_L / cap_L
+            stood_L = [one.largest(held) for one, held in zip(layers, holds_LEM(plan), strict=True)]
+            aim_L = np.where(over_L > SLACK, stood_L / (over_L + MARGIN), aim_L)
 
 
 def _chosen(
@@ -240,14 +243,14 @@ class _Layer:
         if not np.isfinite(cap):
             return self._options
         options = self._options[:1] if near else self._options
-        kept = [option for option in options if self._largest(option[0]) <= cap * SLACK]
+        kept = [option for option in options if self.largest(option[0]) <= cap * SLACK]
         for number, begun_EM in enumerate(self._begun[:1] if near else self._begun):
-            if self._largest(begun_EM) <= cap * SLACK:
+            if self.largest(begun_EM) <= cap * SLACK:
                 continue
             if (number, cap) not in self._below:
                 self._below[number, cap] = self._relieved(begun_EM, cap)
             kept += self._below[number, cap]
-        return kept or [min(options, key=lambda option: self._largest(option[0]))]
+        return kept or [min(options, key=lambda option: self.largest(option[0]))]
 
     def _relieved(self, held_EM: np.ndarray, cap: float) -> list[tuple[np.ndarray, float]]:
         """The option that few changes make of a layer, if they do."""
@@ -257,7 +260,8 @@ class _Layer:
             return []
         return [(below_EM, 0.0 if self._late else self.value(below_EM))]
 
-    def _largest(self, held_EM: np.ndarray) -> float:
+    def largest(self, held_EM: np.ndarray) -> float:
+        """Rows of the fullest device, over its speed, in exchange dispatch."""
         _, load_EM = self._served.priced(np.arange(len(held_EM)), held_EM)
         return float((load_EM.sum(axis=0) / self._problem.topology.speed_M).max())
 
