@@ -72,6 +72,7 @@ UNITS = {
     "hops": "hops per token and layer",
     "load": "max / mean",
 }
+BY_TIER = "weighted by tier"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +136,14 @@ class Problem:
     @property
     def unit(self) -> str:
         """Of the objective, in words."""
-        return UNITS[self.objective]
+        return UNITS[self.objective] + (f", {BY_TIER}" if self.weighted else "")
+
+    @property
+    def weighted(self) -> bool:
+        """What goes between nodes counts `tier_ratio` times in the objective."""
+        how = (self.objective, self.dispatch)
+        by_tier = self.objective == "exflow" or how == ("rows", "hierarchical")
+        return by_tier and self.topology.num_nodes > 1 and self.tier_ratio != 1
 
     @property
     def num_devices(self) -> int:

@@ -15,7 +15,7 @@ from moe_jax.placement import baselines, cost, seconds, topology
 from moe_jax.placement.evidence import Figure
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement, Plan
-from moe_jax.placement.problem import Problem
+from moe_jax.placement.problem import UNITS, Problem
 from moe_jax.placement.report import clock, dots, headline, markup, page, parts, png, svg, view
 from moe_jax.placement.report.markup import element
 from moe_jax.routing import affinity, synthetic
@@ -267,7 +267,7 @@ def test_from_nothing_to_something_is_no_standstill():
     spread_LE = np.stack([np.arange(8) // 2, np.arange(8) % 4])
     plans = (Placement.contiguous(2, 8, 4), Placement.from_device_LE(spread_LE, 4))
     before, after = (view.view("one", judge, plan) for plan in plans)
-    result = headline.Result(before, after, "exflow", "coherent", {}, True)
+    result = headline.Result(before, after, "exflow", "coherent", {}, True, judge.weighted)
     assert headline.headline(result).startswith("From 0 to 0.75 hops per token on sequences")
     gain = Gain(0.0, 0.5, Figure(-0.5, -0.6, -0.4))
     rows = dataclasses.replace(result, objective="rows", gains={"rows": gain})
@@ -396,7 +396,22 @@ def test_figures_that_are_weighted_say_so(tmp_path, capsys):
         assert ("(weighted by tier)" in written) == weighted
         assert ("everything counted alike" in written) == weighted
         assert ("The time of a layer, modelled" in written or "But the time" in written) == weighted
-    capsys.readouterr()
+        unit = UNITS[objective] + (", weighted by tier" if weighted else "")
+        assert f"objective {objective} ({unit}), dispatch" in capsys.readouterr().out
+
+
+def test_objectives_are_weighted_where_something_goes_between_nodes_of_other_links():
+    two = topology.nodes_by_devices(2, 4)
+    alike = dataclasses.replace(two, slow=two.fast)
+    for machine, objective, dispatch, weighted in (
+        (two, "rows", "hierarchical", True),
+        (two, "rows", "exchange", False),
+        (alike, "rows", "hierarchical", False),
+        (topology.flat(4), "exflow", "exchange", False),
+    ):
+        problem = Problem(made_trace(), machine, objective, dispatch)
+        assert (problem.unit != UNITS[objective]) == weighted
+        assert (problem.row_weight_MM.max() > 1) == weighted
 
 
 @pytest.mark.parametrize("page_path", ["t.npz", "p.json", ".", "t.npz/page.html"])

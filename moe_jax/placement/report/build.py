@@ -72,7 +72,8 @@ def page(done: Done) -> Page:
     before = view.view("before", judge, done.before)
     after = view.view("after", judge, done.after)
     gains = _gains(done)
-    result = Result(before, after, judge.objective, judge.dispatch, gains, done.held_out)
+    aim = judge.objective, judge.dispatch, gains
+    result = Result(before, after, *aim, held_out=done.held_out, weighted=judge.weighted)
     sentence, tone = done.answer or headline.answer(result)
     lines = [sentence, headline.beside(result), _objective(done, before, after), _bound(done)]
     if done.answer is None and done.held_out:

@@ -6,11 +6,10 @@ apart before anything is called better or worse.
 """
 
 import dataclasses
-import math
 
 from moe_jax.placement.evidence import Figure
 from moe_jax.placement.paired import Gain
-from moe_jax.placement.problem import UNITS
+from moe_jax.placement.problem import BY_TIER, UNITS
 from moe_jax.placement.report import parts
 from moe_jax.placement.report.markup import Markup, element, joined, text
 from moe_jax.placement.report.parts import Section, percent
@@ -40,6 +39,7 @@ class Result:
       objective, dispatch: what was minimised, and how rows travel.
       gains: of seconds, rows and load; empty where they are not known (replicas).
       held_out: the judging sequences were not planned on.
+      weighted: the objective counts what goes between nodes more than the figures with intervals.
     """
 
     before: View
@@ -48,6 +48,7 @@ class Result:
     dispatch: str
     gains: dict[str, Gain]
     held_out: bool
+    weighted: bool
 
     @property
     def share(self) -> float:
@@ -61,12 +62,6 @@ class Result:
         """Of the objective, with its interval; here rows count alike in all tiers."""
         return self.gains.get(self.objective)
 
-    @property
-    def weighted(self) -> bool:
-        """The objective counts what goes between nodes more than the figures with intervals do."""
-        plain = self.gain.after if self.gain else getattr(_figure(self.after, self), "value", None)
-        return plain is not None and not math.isclose(plain, self.after.objective, rel_tol=1e-6)
-
 
 def headline(result: Result) -> str:
     share, reached = result.share, result.after.objective
@@ -78,7 +73,7 @@ def headline(result: Result) -> str:
         less = ("fewer" if result.objective in FEWER else "less") if share > 0 else "more"
         what = LESS[result.objective].format(percent(abs(share)), less)
     if result.weighted:
-        what += " (weighted by tier)"
+        what += f" ({BY_TIER})"
     seen = "that the plan has not seen" if result.held_out else "that it was planned on"
     return f"{what} on sequences {seen}"
 
