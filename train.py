@@ -41,7 +41,9 @@ def main() -> None:
     if REPLAY.value is None and DISTRIBUTED.value != "auto":  # "auto": numbers are not known yet
         ahead = inputs.digests_ahead(config, workdir, (number, count))
     corpus, plan = inputs.prepare(config, workdir)
-    bad = inputs.bad_batch(config, pathlib.Path(REPLAY.value)) if REPLAY.value is not None else None
+    bad = None
+    if REPLAY.value is not None:
+        bad = inputs.bad_batch(config, pathlib.Path(entry.required("--replay", REPLAY.value)))
 
     from moe_jax import mesh, metrics  # and with them JAX, which takes seconds
     from moe_jax.train import loop, replay

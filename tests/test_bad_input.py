@@ -460,6 +460,9 @@ TABLE = [
     train("workdir below a file", "--workdir={tmp}/a.txt/run", "--workdir", "/a.txt/run'",
           "name another", make=in_tmp("a.txt", b"text")),
     # Plans, under which a model is trained or computed.
+    train("no such machine", "--config.topology=box2x5", "topology", "'box2x5'", "box2x4"),
+    train("no file to replay", "--replay= --config.train.eval_sequences=8",
+          "--replay", "''", "give --replay="),
     train("plan missing", "--config.placement={tmp}/plan.json", "plan", "plan.json'", "Give"),
     train("plan for other layers", "--config.placement={tmp}/plan.json", "plan layers", "3",
           "Solve", make=plan_file(layers=3)),
@@ -549,6 +552,28 @@ TABLE = [
     infer("empty prompt", "--prompt=", "prompt 0", "''", "write some text"),
     infer("a peer for a run", "--benchmark --serve-load --peer_python=python3", "--peer_python",
           "'python3'", "transformers can read", "give --hf=DIR --benchmark"),
+    # Flags that nothing would read.
+    *(
+        infer(f"{flag} {words}", f"{words} {flag}={value}", flag, shown, "leave it out")
+        for words, flag, value, shown in (
+            ("--prompt=a", "--port", "99999999", "99999999"),
+            ("--prompt=a", "--seats", "-1", "-1"),
+            ("--record={tmp}/t.npz", "--replan_tokens", "-5", "-5"),
+            ("--benchmark --serve-load", "--bearer_token_file", "f", "'f'"),
+            ("--serve", "--replan_pins", "9:9:9", "'9:9:9'"),
+            ("--serve", "--replan_homes", "false", "False"),
+            ("--record={tmp}/t.npz", "--max_new_tokens", "9", "9"),
+            ("--serve", "--temperature", "0.9", "0.9"),
+            ("--benchmark --serve-load", "--seed", "1", "1"),
+            ("--prompt=a --record={tmp}/t.npz", "--held_out", "8", "8"),
+            ("--benchmark --serve-load", "--held_out_start", "8", "8"),
+            ("--prompt=a", "--topology", "no_such_machine", "'no_such_machine'"),
+            ("--benchmark", "--trace", "/no/such.npz", "'/no/such.npz'"),
+            ("--benchmark --serve-load", "--trace", "/no/such.npz", "'/no/such.npz'"),
+        )
+    ),
+    infer("a load and a recording", "--benchmark --serve-load --record={tmp}/t.npz",
+          "--serve-load", "True", "leave them out"),
     infer("long prompt", "--prompt=" + "a" * 200, "prompt 0 + --max_new_tokens",
           "200 + 64 tokens", "shorten"),
     infer("prompts missing", "--prompts={tmp}/none", "--prompts", "/none'", "correct"),

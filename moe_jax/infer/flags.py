@@ -32,7 +32,9 @@ PLACEMENT = flags.DEFINE_string(
 )  # fmt: skip
 DISPATCH = flags.DEFINE_string("dispatch", None, "As model.dispatch. Default: as in training.")
 TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "Machine that 'auto' goes by: a name in placement/topologies, or a .json."
+    "topology",
+    "",
+    "Machine that 'auto' and plans go by: a name in placement/topologies, or a .json.",
 )
 TRACE = flags.DEFINE_string("trace", "", "Recorded routing that 'auto' counts rows on.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens after each prompt.")
@@ -96,8 +98,39 @@ def digests_ahead() -> integrity.Digests | None:
     return checkpoint.digests_ahead(root / "checkpoints") if verified else None
 
 
+def _check_read() -> None:
+    """Refuses flags that were given and that nothing would read."""
+    batch = bool(MEASURE.value) or (BENCHMARK.value and not SERVE_LOAD.value)
+    prompts = bool(PROMPT.value or PROMPTS.value)
+    held_out = (batch or bool(RECORD.value)) and not (prompts or SERVE.value or SERVE_LOAD.value)
+    of_server = (HOST, PORT, CONTEXT, SEATS, CACHE_TOKENS, MAX_QUEUE, BEARER_TOKEN_FILE)
+    for is_read, by, given in (
+        (SERVE.value, "with --serve", (*of_server, REPLAN_TOKENS)),
+        (
+            SERVE.value and REPLAN_TOKENS.value,
+            "with --serve --replan_tokens=50000",
+            (REPLAN_PAUSE, REPLAN_HOMES, REPLAN_PINS),
+        ),
+        (
+            (prompts or batch) and not SERVE.value,
+            "with --prompt, --measure or --benchmark, without --serve and --serve-load",
+            (MAX_NEW_TOKENS, TEMPERATURE, TOP_P, SEED),
+        ),
+        (
+            held_out,
+            "with --record, --measure or --benchmark, without --prompt, --serve and --serve-load",
+            (HELD_OUT, HELD_OUT_START),
+        ),
+    ):
+        for flag in given:
+            if flag.present and not is_read:
+                rule = f"is only read {by}"
+                raise Refused(f"--{flag.name}", flag.value, rule, "leave it out, or ask for that")
+
+
 def request() -> Any:
     """The `run.Request` of the command line; refuses files that could not be written."""
+    _check_read()
     entry.check_output("--record", RECORD.value, suffix=".npz")
     entry.check_output("--measure", MEASURE.value, suffix=".npz")
     from moe_jax.infer import run

@@ -69,6 +69,7 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
     else:
         assert request.workdir is not None  # by `_check_flags`
         source = load.find(request.workdir, *where, ahead)
+    _check_machine(source.config, request)
     serves = request.serve is not None or request.serve_load
     config, note = auto.resolve(
         dataclasses.replace(source.config, topology=request.topology, trace=request.trace),
@@ -236,6 +237,9 @@ def _check_flags(request: Request) -> None:
         asked.check(request.peer_python, "--peer_python")
     if request.serve_load and not request.benchmark:
         raise Refused("--serve-load", True, "is a kind of --benchmark", "give --benchmark, too")
+    if request.serve_load and (request.prompts or request.record or request.measure):
+        rule = "answers requests of its own, and excludes --prompt, --record and --measure"
+        raise Refused("--serve-load", True, rule, "leave them out")
     if request.serve and (request.prompts or request.measure or request.benchmark):
         rule = "answers requests, and excludes --prompt, --measure and --benchmark"
         raise Refused("--serve", True, rule, "leave them out")
@@ -250,6 +254,19 @@ def _check_flags(request: Request) -> None:
     ):
         if value < least:
             raise Refused(flag, value, f"must be at least {least}", fix)
+
+
+def _check_machine(config: config_lib.Config, request: Request) -> None:
+    """Refuses what a dispatch or plans would go by, where neither is looked for."""
+    is_auto = config.model.dispatch == config_lib.AUTO
+    plans = request.serve_load or (request.serve and request.serve.replan_tokens)
+    for flag, value, is_read, by in (
+        ("--topology", request.topology, is_auto or plans, ", --replan_tokens or --serve-load"),
+        ("--trace", request.trace, is_auto, ""),
+    ):
+        if value and not is_read:
+            rule = f"is only read with --dispatch=auto{by}"
+            raise Refused(flag, value, rule, "leave it out, or ask for that")
 
 
 def _check_routing(config: config_lib.Config, request: Request) -> None:

@@ -17,6 +17,7 @@ from moe_jax.hf import config_json
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.placement import copies
 from moe_jax.placement import plan as plan_lib
+from moe_jax.placement import topology as topology_lib
 from moe_jax.placement.limits import pins as pins_lib
 from moe_jax.train.bad_batch import BadBatch
 
@@ -28,6 +29,8 @@ def choose_dispatch(config: Config, workdir: pathlib.Path) -> tuple[Config, str]
     """
     kept = workdir / "config.json"
     started = config_lib.read(kept) if kept.exists() else None
+    if config.topology and started is None:  # one that goes on may have lost a file it needs not
+        topology_lib.preset(config.topology)
     return auto.resolve(
         config,
         load_plan(config).placement,

@@ -52,7 +52,8 @@ def test_two_processes_answer_as_one(tmp_path):
 
 def infer(folder, out, *more):
     command = [sys.executable, "infer.py", f"--hf={folder}", "--devices=2", f"--record={out}.npz"]
-    return [*command, "--held_out=3", "--max_new_tokens=2", *more]
+    measured = f"--measure={out}.measured.npz"
+    return [*command, measured, "--held_out=3", "--max_new_tokens=2", *more]
 
 
 @pytest.fixture
@@ -67,9 +68,7 @@ def test_the_command_over_two_processes(folder, tmp_path):
     """The first writes what one process alone writes: the routing, outputs and counted rows."""
     two, one = tmp_path / "two", tmp_path / "one"
     ways = [*((two, flag) for flag in apart_flags(2)), (one, "--distributed=off")]
-    said = run_all(
-        [infer(folder, out, f"--measure={out}.measured.npz", flag) for out, flag in ways]
-    )
+    said = run_all([infer(folder, out, flag) for out, flag in ways])
     assert ["digest" in text for text in said] == [True, False, True]  # the first speaks for both
     digests = [trace_lib.load(f"{path}.npz").digest for path in (two, one)]
     assert digests[0] == digests[1]

@@ -46,9 +46,6 @@ class Settings:
         if not 0 <= self.replan_pause < float("inf"):
             rule = "must be seconds, at least 0"
             raise Refused("--replan_pause", self.replan_pause, rule, "use 0.05")
-        if self.replan_pins and not self.replan_tokens:
-            rule = "pins bind plans that are made from the traffic, and none is made"
-            raise Refused("--replan_pins", self.replan_pins, rule, "give --replan_tokens=50000")
         if listens:
             listen(self.host, self.port).close()
         if self.bearer_token_file is None or not listens:

@@ -52,7 +52,6 @@ def test_settings(tmp_path):
         ({"max_queue": -1}, "--max_queue"),
         ({"replan_tokens": -1}, "--replan_tokens"),
         ({"replan_pause": float("nan")}, "--replan_pause"),
-        ({"replan_pins": "0:0:0"}, "--replan_pins"),
         ({"host": "no.such.host.invalid"}, "--host"),
         ({"bearer_token_file": str(tmp_path / "empty")}, "one word"),
         ({"bearer_token_file": str(tmp_path / "missing")}, "readable"),
