@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -98,40 +99,55 @@ def search(
     for layer, held_EM in enumerate(holds_LEM(first)):
         ends = [_mended(problem, layer, holds_LEM(target)[layer]) for target in targets[1:3]]
         share = clock.share(deadline, 1 / (problem.trace.num_layers - layer))
-        layers.append(_Layer(problem, layer, held_EM))
+        layers.append(_Layer(problem, layer, held_EM, capped=bool(np.isfinite(cap_L[layer]))))
         layers[-1].look(ends, share)
     old_LEM = holds_LEM(first if problem.previous is None else problem.previous.placement)
     for near in (True,) if clock.late(deadline) else (False, True):
         aim_L = cap_L
         for _ in range(ROUNDS):
-            stops = [one.within(aim, near) for one, aim in zip(layers, aim_L, strict=True)]
-            if (plan := _chosen(problem, stops, old_LEM)) is None:
+            options = [one.within(aim, near) for one, aim in zip(layers, aim_L, strict=True)]
+            if (chosen := _chosen(problem, options, old_LEM)) is None:
                 break
-            if (found := judge(plan)) is None:
+            if (found := judge(placement_of(np.stack([one.held_EM for one in chosen])))) is None:
                 return
             yield found
             if found.fits:
                 return
             # loads of exchange dispatch, with copies as near as can be, stood in for these
             over_L = found.reached_L / cap_L
-            stood_L = [one.largest(held) for one, held in zip(layers, holds_LEM(plan), strict=True)]
+            stood_L = np.array([one.largest for one in chosen])
             aim_L = np.where(over_L > SLACK, stood_L / (over_L + MARGIN), aim_L)
 
 
+class _Option(NamedTuple):
+    """What a layer may become.
+
+    Attributes:
+      held_EM: bool, which device holds which expert.
+      worth: the layer's objective on a sample; 0 where there was no time to value it.
+      largest: rows of the fullest device, over its speed, in exchange dispatch; 0 without a cap.
+    """
+
+    held_EM: np.ndarray
+    worth: float
+    largest: float
+
+
 def _chosen(
-    problem: Problem, stops: list[list[tuple[np.ndarray, float]]], old_LEM: np.ndarray
-) -> Placement | None:
-    """The best of all layers' options that the budget pays for; None if it pays for none."""
+    problem: Problem, options: list[list[_Option]], old_LEM: np.ndarray
+) -> list[_Option] | None:
+    """The best one of every layer that the budget pays for; None if it pays for none."""
     moves = [
-        np.array([(stop_EM & ~old_EM).sum() for stop_EM, _ in one])
-        for one, old_EM in zip(stops, old_LEM, strict=True)
+        np.array([(option.held_EM & ~old_EM).sum() for option in one])
+        for one, old_EM in zip(options, old_LEM, strict=True)
     ]
+    worths = [np.array([option.worth for option in one]) for one in options]
     most = int(sum(count.max() for count in moves))
-    table = knapsack.apart([np.array([worth for _, worth in one]) for one in stops], moves, most)
+    table = knapsack.apart(worths, moves, most)
     choice = table.choice(most if problem.previous is None else problem.previous.moves)
     if choice is None:
         return None
-    return placement_of(np.stack([one[c][0] for one, c in zip(stops, choice, strict=True)]))
+    return [one[c] for one, c in zip(options, choice, strict=True)]
 
 
 def pinned(held_EM: Bool[np.ndarray, "E M"], pin_EM: Bool[np.ndarray, "E M"]) -> np.ndarray:
@@ -193,13 +209,13 @@ def _replaced(held_EM, end_EM, arriving: int, leaving: int, device: int) -> np.n
 class _Layer:
     """One layer's options and what they are worth."""
 
-    def __init__(self, problem: Problem, layer: int, held_EM: np.ndarray):
-        self._problem, self._layer, self._held_EM = problem, layer, held_EM
+    def __init__(self, problem: Problem, layer: int, held_EM: np.ndarray, *, capped: bool):
+        self._problem, self._layer, self._held_EM, self._capped = problem, layer, held_EM, capped
         self._choosing = _alone(problem, layer, CHOOSING)
         self._judging = _alone(problem, layer, JUDGING)
-        self._begun: list[np.ndarray] = [held_EM]
-        self._options: list[tuple[np.ndarray, float]] = []
-        self._below: dict[tuple[int, float], list[tuple[np.ndarray, float]]] = {}
+        self._options: list[_Option] = []
+        self._below: dict[tuple[int, float], list[_Option]] = {}
+        self._ends = 0
         self._late = False
 
     def look(self, ends: list[np.ndarray], deadline: float) -> None:
@@ -209,14 +225,13 @@ class _Layer:
         it nothing is valued.
         """
         self._late = clock.late(deadline)
-        if self._late:
-            self._options = [(self._held_EM, 0.0)]
-            return
-        self._begun += ends
-        for stop_EM in self.stops(ends, clock.share(deadline, 1 / 2)):
+        stops = [self._held_EM]
+        if not self._late:
+            stops, self._ends = self.stops(ends, clock.share(deadline, 1 / 2)), len(ends)
+        for stop_EM in stops:
             if self._options and clock.late(deadline):
                 break
-            self._options.append((stop_EM, self.value(stop_EM)))
+            self._options.append(self._option(stop_EM))
 
     def stops(self, ends: list[np.ndarray], deadline: float) -> list[np.ndarray]:
         """The layer itself, the ends, and stops on the ways to the ends."""
@@ -227,12 +242,8 @@ class _Layer:
             found += [way[n] for n in at if n < len(way) - 1]
         return found
 
-    def value(self, held_EM: np.ndarray) -> float:
-        """What the layer is worth."""
-        return float(self._judging.counted_L(placement_of(held_EM[None]))[0])
-
-    def within(self, cap: float, near: bool) -> list[tuple[np.ndarray, float]]:
-        """Options that keep the cap, and what they are worth; few changes bring others below it.
+    def within(self, cap: float, near: bool) -> list[_Option]:
+        """Options that keep the cap; few changes bring the layer itself, and the ends, below it.
 
         Where none keeps it, that with the least load.
 
@@ -243,27 +254,30 @@ class _Layer:
         if not np.isfinite(cap):
             return self._options
         options = self._options[:1] if near else self._options
-        kept = [option for option in options if self.largest(option[0]) <= cap * SLACK]
-        for number, begun_EM in enumerate(self._begun[:1] if near else self._begun):
-            if self.largest(begun_EM) <= cap * SLACK:
+        kept = [option for option in options if option.largest <= cap * SLACK]
+        for number, begun in enumerate(options[: 1 + self._ends]):
+            if begun.largest <= cap * SLACK:
                 continue
             if (number, cap) not in self._below:
-                self._below[number, cap] = self._relieved(begun_EM, cap)
+                self._below[number, cap] = self._relieved(begun.held_EM, cap)
             kept += self._below[number, cap]
-        return kept or [min(options, key=lambda option: self.largest(option[0]))]
+        return kept or [min(options, key=lambda option: option.largest)]
 
-    def _relieved(self, held_EM: np.ndarray, cap: float) -> list[tuple[np.ndarray, float]]:
+    def _option(self, held_EM: np.ndarray) -> _Option:
+        worth = largest = 0.0
+        if not self._late:
+            worth = float(self._judging.counted_L(placement_of(held_EM[None]))[0])
+        if self._capped:
+            _, load_EM = self._served.priced(np.arange(len(held_EM)), held_EM)
+            largest = float((load_EM.sum(axis=0) / self._problem.topology.speed_M).max())
+        return _Option(held_EM, worth, largest)
+
+    def _relieved(self, held_EM: np.ndarray, cap: float) -> list[_Option]:
         """The option that few changes make of a layer, if they do."""
         pins, speed_M = self._problem.pins, self._problem.topology.speed_M
         pin_EM = np.zeros(held_EM.shape, bool) if pins is None else pins.held_LEM[self._layer]
-        if (below_EM := relieved(self._served, held_EM, pin_EM, speed_M, cap)) is None:
-            return []
-        return [(below_EM, 0.0 if self._late else self.value(below_EM))]
-
-    def largest(self, held_EM: np.ndarray) -> float:
-        """Rows of the fullest device, over its speed, in exchange dispatch."""
-        _, load_EM = self._served.priced(np.arange(len(held_EM)), held_EM)
-        return float((load_EM.sum(axis=0) / self._problem.topology.speed_M).max())
+        below_EM = relieved(self._served, held_EM, pin_EM, speed_M, cap)
+        return [] if below_EM is None else [self._option(below_EM)]
 
     @functools.cached_property
     def _served(self) -> hops_counts.Layer:
