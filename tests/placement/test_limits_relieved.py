@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from moe_jax.errors import Refused
 from moe_jax.placement import cost, hops, hops_counts, solve, spare, topology, with_copies
 from moe_jax.placement.limits import slots
 from moe_jax.placement.limits.pins import Pins
@@ -87,6 +88,22 @@ def test_a_plan_in_use_above_the_cap_is_brought_below_it(number):
         placement = solve.solve_problem(capped, 0, limit).placement
         assert with_copies.judged(capped, placement, cap_L).fits
         assert previous.moved(placement) <= BUDGET
+
+
+def test_a_budget_that_cannot_pay_for_the_cap_is_refused_with_one_that_can():
+    trace = noisy_trace(0, num_tokens=600)
+    problem = Problem(trace, topology.flat(4), "rows", num_slots=12)
+    old = at_random(50, 2, 8, 12, 4)
+    reached = float((spare.largest_L(problem, old) / problem.mean_L).max())
+    problem = dataclasses.replace(problem, load_cap=LoadCap(0.8 * reached))
+    with pytest.raises(Refused, match="copies appear") as refused:
+        solve.solve_problem(dataclasses.replace(problem, previous=Previous(old, 0)), 0, 1.0)
+    assert refused.value.field == "move_budget"
+    needed = int(str(refused.value).split("Allow the bytes of ")[1].split()[0])
+    assert needed >= 1
+    enough = dataclasses.replace(problem, previous=Previous(old, needed))
+    placement = solve.solve_problem(enough, 0, 1.0).placement
+    assert with_copies.judged(enough, placement, with_copies.begin(enough).cap_L).fits
 
 
 @pytest.mark.parametrize("dispatch", ["exchange", "coherent"])

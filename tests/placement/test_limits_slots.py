@@ -169,7 +169,7 @@ def test_a_cap_holds_or_the_budget_is_refused():
     assert not with_copies.judged(problem, problem.previous.placement, cap_L).fits
     placement = solve.solve_problem(problem, 0, 2.0).placement
     assert with_copies.judged(problem, placement, cap_L).fits
-    with pytest.raises(Refused, match="load_cap"):
+    with pytest.raises(Refused, match="3 copies appear"):
         solve.solve_problem(case(0, 0, cap), 0, 0.0)
 
 

@@ -86,14 +86,19 @@ def search(
       cap_L: the largest load of each layer, over its device's speed.
       deadline: time.monotonic() after which no more options are looked for.
       judge: counts a plan; None: there is no time for that, and the search ends.
+
+    Raises:
+      Refused: the budget does not pay for a plan within the caps, as far as one was found.
     """
     targets = [free, *(_numbered(problem, first, one) for one in (free, spare.balanced(problem)))]
     if not problem.separable:
         targets += _blocks(problem, holds_LEM(first), holds_LEM(targets[1]))
+    fits = False
     for target in targets:
         if _keeps(problem, target):
             if (found := judge(target)) is None:
                 return
+            fits |= found.fits
             yield found
     layers = []
     for layer, held_EM in enumerate(holds_LEM(first)):
@@ -107,6 +112,8 @@ def search(
         for _ in range(ROUNDS):
             options = [one.within(aim, near) for one, aim in zip(layers, aim_L, strict=True)]
             if (chosen := _chosen(problem, options, old_LEM)) is None:
+                if near and not fits:
+                    raise _too_far(problem, options, old_LEM)
                 break
             if (found := judge(placement_of(np.stack([one.held_EM for one in chosen])))) is None:
                 return
@@ -133,14 +140,30 @@ class _Option(NamedTuple):
     largest: float
 
 
+def _moves(options: list[list[_Option]], old_LEM: np.ndarray) -> list[np.ndarray]:
+    """Copies that appear with every option of every layer."""
+    return [
+        np.array([(option.held_EM & ~old_EM).sum() for option in one])
+        for one, old_EM in zip(options, old_LEM, strict=True)
+    ]
+
+
+def _too_far(problem: Problem, options: list[list[_Option]], old_LEM: np.ndarray) -> Refused:
+    assert problem.previous is not None
+    needed = int(sum(moves.min() for moves in _moves(options, old_LEM)))
+    return Refused(
+        "move_budget",
+        f"{problem.previous.moves} copies",
+        f"to keep the load cap {needed} copies appear, by the fewest changes that were found",
+        f"Allow the bytes of {needed} experts, or more load",
+    )
+
+
 def _chosen(
     problem: Problem, options: list[list[_Option]], old_LEM: np.ndarray
 ) -> list[_Option] | None:
     """The best one of every layer that the budget pays for; None if it pays for none."""
-    moves = [
-        np.array([(option.held_EM & ~old_EM).sum() for option in one])
-        for one, old_EM in zip(options, old_LEM, strict=True)
-    ]
+    moves = _moves(options, old_LEM)
     worths = [np.array([option.worth for option in one]) for one in options]
     most = int(sum(count.max() for count in moves))
     table = knapsack.apart(worths, moves, most)
