@@ -171,8 +171,10 @@ def within_limits(
         except KeyboardInterrupt as stop:
             stopped = stop
         if not capped and stopped is None:
-            rule = "no plan within it was found that far from the plan in use"
-            more = "Allow more load, more moves or, as it ran out, time"
-            fix = more if watch.cut else "Allow more load, or more moves"
+            where, fix = "with these pins", "Allow more load, fewer pins"
+            if problem.previous is not None:
+                where, fix = "that near to the plan in use", "Allow more load, more moves"
+            rule = f"no plan within it was found {where}"
+            fix += ", or more time" if watch.cut else ""
             raise Refused("load_cap", str(problem.load_cap), rule, fix)
         return best.solution(stopped)

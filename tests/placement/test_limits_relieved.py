@@ -120,3 +120,17 @@ def test_pins_and_a_cap_together(dispatch):
     placement = solve.solve_problem(pinned, 0, 0.0).placement
     assert with_copies.judged(pinned, placement, cap_L).fits
     assert not (held_LEM & ~holds_LEM(placement)).any()
+
+
+def test_pins_that_no_plan_within_the_cap_keeps():
+    """All slots are pinned, the heaviest three experts on one device."""
+    trace, held_LEM = noisy_trace(3, num_tokens=600), np.zeros((2, 8, 4), bool)
+    plain = Problem(trace, topology.flat(4), "rows", num_slots=12)
+    for layer, expert_E in enumerate(np.argsort(-plain.load_LE, axis=1)):
+        a, b, c, d, e = expert_E[3:]
+        for device, experts in enumerate([expert_E[:3], [a, b, c], [a, d, e], [b, d, e]]):
+            held_LEM[layer, experts, device] = True
+    pinned = dataclasses.replace(plain, pins=Pins(held_LEM), load_cap=LoadCap(1.1, relative=True))
+    with pytest.raises(Refused, match="with these pins") as refused:
+        solve.solve_problem(pinned, 0, 1.0)
+    assert "fewer pins" in str(refused.value)
