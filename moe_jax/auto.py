@@ -81,14 +81,14 @@ def resolve(
         ), f"dispatch {fixed}: this run was started with it"
     topology = topology_of(config)
     ids_TLK, routing = _routing(config, placement)
-    options, reasons, refusals = [], [SPLITS], []
+    options, reasons, refusals = [], [SPLITS], {}
     for dispatch in CANDIDATES:
         try:
             tried = config_lib.with_dispatch(config, dispatch)
             if check:
                 check(tried)
         except Refused as refused:
-            refusals.append(refused)
+            refusals[dispatch] = refused
             if dispatch != "local":
                 reasons.append(f"{dispatch}: {refused.field} = {refused.value!r} {refused.rule}")
             continue
@@ -105,8 +105,8 @@ def resolve(
             widths=widths_of(config),
         )
         options.append(option)
-    if not options:  # the model is, in any dispatch: local and exchange first
-        raise refusals[1]
+    if not options:  # it is the model that is refused, in any dispatch
+        raise refusals["exchange"]
     best = min(options, key=lambda option: option.seconds)  # the first of equal ones
     return config_lib.with_dispatch(config, best.dispatch), _text(
         config, topology, routing, options, best, reasons

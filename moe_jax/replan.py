@@ -231,7 +231,7 @@ def decide(
     total = f"{saved_low * setting.interval:.3g} s in {setting.interval:,} steps (lower end)"
     if not move.experts:
         reason = "the plan in use is the best one found"
-    elif saved_N.mean() <= 0:
+    elif saved_N.mean() < 0:
         slower = -100 * saved_N.mean() / before_N.mean()
         reason = f"on newer steps a layer takes {slower:.1f} % longer under the plan found"
     elif low <= 0:

@@ -140,8 +140,10 @@ def within_limits(
         bound, note = with_copies.lower_bound(problem, started + run.bound_share * time_limit)
         judging = time.monotonic()
         start = with_copies.judged(problem, slots.start(problem, cap_L, seed), cap_L)
-        judge_seconds = time.monotonic() - judging
         capped, value = start.fits, start.value
+        if not capped:
+            value = problem.value_of(start.placement)
+        judge_seconds = time.monotonic() - judging
 
         def judge(plan: Placement) -> Judged | None:
             """Not where it would be counted after the limit, once there is a plan to keep."""
@@ -150,8 +152,6 @@ def within_limits(
                 return None
             return with_copies.judged(problem, plan, cap_L)
 
-        if not capped:
-            value = problem.value_of(start.placement)
         first = start.placement, value
         best = _Best(problem, started, time_limit, progress, bound, note, *first, watch)
         try:
@@ -163,7 +163,7 @@ def within_limits(
                     seed,
                     inner,
                 )
-                within = start.placement, goal, cap_L, deadline, judge
+                within = start.placement, goal, cap_L, deadline, judge, start.fits
                 for found in slots.search(problem, *within):
                     if found.fits and (found.value < best.value or not capped):
                         best.take(found.placement, found.value)
@@ -171,10 +171,13 @@ def within_limits(
         except KeyboardInterrupt as stop:
             stopped = stop
         if not capped and stopped is None:
-            where, fix = "with these pins", "Allow more load, fewer pins"
+            where, ways = [], ["more load"]
             if problem.previous is not None:
-                where, fix = "that near to the plan in use", "Allow more load, more moves"
-            rule = f"no plan within it was found {where}"
-            fix += ", or more time" if watch.cut else ""
+                where, ways = ["that near to the plan in use"], [*ways, "more moves"]
+            if problem.pins is not None:
+                where, ways = [*where, "with these pins"], [*ways, "fewer pins"]
+            ways += ["more time"] * watch.cut
+            rule = f"no plan within it was found {' and '.join(where)}"
+            fix = f"Allow {', '.join(ways[:-1])} or {ways[-1]}"
             raise Refused("load_cap", str(problem.load_cap), rule, fix)
         return best.solution(stopped)

@@ -34,7 +34,7 @@ PASSES = {"exact": 1, "partial": 2, "reproducible": 2}
 
 
 class Replanner:
-    """Makes and adopts plans for one run; none where `config.replan.every` is 0.
+    """Makes and adopts plans for one run; nothing happens where `config.replan.every` is 0.
 
     Attributes:
       plan: where the experts are.
@@ -49,10 +49,10 @@ class Replanner:
         self._arriving: jax.Array | None = None
         self._recorded: list[np.ndarray] = []
         self._decision: replan.Decision | None = None
-        if jax.process_index() == 0:
-            _drop_from(run.step, workdir / "plans")
         if not config.replan.every:
             return
+        if jax.process_index() == 0:
+            _drop_from(run.step, workdir / "plans", kept=config.placement)
         pins = replan.pins_of("replan.pins", config.replan.pins, plan)
         self._mover = migrate.Mover(mesh, run.state)
         here = migrate.route(plan.placement, plan.placement)
@@ -150,14 +150,23 @@ class Replanner:
         self._background.close()
 
 
-def _drop_from(step: int, folder: pathlib.Path) -> None:
-    """Removes plans that were adopted after `step`, where the run goes on, by one that was cut."""
+def _drop_from(step: int, folder: pathlib.Path, kept: str) -> None:
+    """Removes plans that were adopted after `step`, where the run goes on, by one that was cut.
+
+    Args:
+      step: of the checkpoint, 0 without any.
+      folder: of the run's plans.
+      kept: the file that the config names, if it does.
+    """
     for path in folder.glob("*.json"):
-        if path.stem.isdecimal() and int(path.stem) >= step:
-            try:
-                path.unlink()
-            except OSError as error:
-                metrics.fail(f"{path}: {error}; it is of a run that was cut there")
+        of_run = path.stem.isdecimal() and int(path.stem) >= step
+        if not of_run or (kept and path.resolve() == pathlib.Path(kept).resolve()):
+            continue
+        try:
+            path.unlink()
+            metrics.say(f"{path}: removed, adopted after step {step}, where the run goes on")
+        except OSError as error:
+            metrics.fail(f"{path}: {error}; it is of a run that was cut there")
 
 
 def _sampler(config: Config, mesh: Mesh):

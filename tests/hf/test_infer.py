@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from moe_jax import auto, data
 from moe_jax import config as config_lib
-from moe_jax import data
 from moe_jax import mesh as mesh_lib
 from moe_jax.hf import __main__ as hf_main
 from moe_jax.hf import folder, safetensors
@@ -128,8 +128,12 @@ def test_auto_chooses_what_the_server_takes(tmp_path, monkeypatch, capsys):
     for how in ({"benchmark": True, "serve_load": True}, {"serve": Settings(**plain)}):
         made = {"dispatch": "auto", "trace": str(tmp_path / "trace.npz"), **how}
         run.run(request("mixtral", **made))
-        assert served.pop().config.model.dispatch == "exchange"
+        source = served.pop()
+        assert source.config.model.dispatch == "exchange"
         assert "not coherent: model.dispatch = 'coherent' is not served" in capsys.readouterr().out
+    asked = dataclasses.replace(source.config, trace=str(tmp_path / "trace.npz"))
+    free, _ = auto.resolve(config_lib.with_dispatch(asked, "auto"), source.plan.placement)
+    assert free.model.dispatch == "coherent"
 
 
 def test_processes_compare_what_a_model_holds(tmp_path):

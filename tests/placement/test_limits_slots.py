@@ -63,7 +63,7 @@ def best_offer(problem: Problem, free: Placement) -> Placement:
     cap_L = with_copies.begin(problem).cap_L
     first = slots.start(problem, cap_L, 0)
     judge = functools.partial(with_copies.judged, problem, cap_L=cap_L)
-    found = slots.search(problem, first, free, cap_L, np.inf, judge)
+    found = slots.search(problem, first, free, cap_L, np.inf, judge, True)
     return min([first, *(one.placement for one in found)], key=problem.value_of)
 
 

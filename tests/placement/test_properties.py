@@ -213,11 +213,11 @@ def test_time_limit_is_kept(objective, dispatch, layers, replicas, capped, tmp_p
 def test_time_limit_is_kept_from_where_people_are(objective, dispatch, capped, words, tmp_path):
     """With copies; counting a plan takes a second and more of the four."""
     sizes = {"num_tokens": 200_000, "num_layers": 24, "num_experts": 32, "top_k": 4}
-    trace_lib.save(synthetic.realistic(**sizes, seed=0, num_sequences=40), tmp_path / "t.npz")
-    older = synthetic.realistic(**sizes | {"num_tokens": 2000}, seed=1)
-    old = spare.balanced(Problem(older, topology.flat(8), "rows", num_slots=40))
-    Plan(old).write(tmp_path / "old.json")
-    words = [*words, "--slots=40", *["--load-cap=4x"] * capped]  # without a search for one below it
+    trace = synthetic.realistic(**sizes, seed=0, num_sequences=40)
+    trace_lib.save(trace, tmp_path / "t.npz")
+    old = spare.balanced(Problem(trace, topology.flat(8), "rows", num_slots=40))
+    Plan(old).write(tmp_path / "old.json")  # within the cap: above it a plan is looked for longer
+    words = [*words, "--slots=40", *["--load-cap=1.3x"] * capped]
     words += ["--nodes=2"] * (dispatch == "hierarchical")
     assert after_the_limit(tmp_path, objective, dispatch, words) < 0.4
 

@@ -40,7 +40,7 @@ CHOOSING, JUDGING = 2048, 8192  # tokens that a next stop is chosen by, and valu
 NEXT = 6  # next stops that are looked at
 STOPS = 10  # stops of a path that are valued
 ROUNDS = 6  # of options under narrower caps, where a plan of them passed its own
-SLACK = 1 + 1e-9  # of a load cap
+KEPT = 1 + 1e-9  # of a load cap: so much of it is still within it
 MARGIN = 0.01  # of a load cap that was passed: by how much narrower the next one is besides
 
 
@@ -77,6 +77,7 @@ def search(
     cap_L: np.ndarray,
     deadline: float,
     judge: Callable[[Placement], Judged | None],
+    fits: bool,
 ) -> Iterator[Judged]:
     """Yields plans within pins and budget, as judged; the caller keeps the best within the caps.
 
@@ -84,16 +85,16 @@ def search(
       first: the plan in use, or the even one.
       free: a plan without limits, to walk to.
       cap_L: the largest load of each layer, over its device's speed.
-      deadline: time.monotonic() after which no more options are looked for.
+      deadline: time.monotonic() after which no more options are looked for, once a plan fits.
       judge: counts a plan; None: there is no time for that, and the search ends.
+      fits: `first` keeps the caps.
 
     Raises:
-      Refused: the budget does not pay for a plan within the caps, as far as one was found.
+      Refused: the budget does not pay for the least changes that were found to keep the caps.
     """
     targets = [free, *(_numbered(problem, first, one) for one in (free, spare.balanced(problem)))]
     if not problem.separable:
         targets += _blocks(problem, holds_LEM(first), holds_LEM(targets[1]))
-    fits = False
     for target in targets:
         if _keeps(problem, target):
             if (found := judge(target)) is None:
@@ -109,11 +110,14 @@ def search(
     old_LEM = holds_LEM(first if problem.previous is None else problem.previous.placement)
     for near in (True,) if clock.late(deadline) else (False, True):
         aim_L = cap_L
-        for _ in range(ROUNDS):
-            options = [one.within(aim, near) for one, aim in zip(layers, aim_L, strict=True)]
+        for turn in range(ROUNDS):
+            options = [
+                one.within(aim, near, deadline, must=not fits)
+                for one, aim in zip(layers, aim_L, strict=True)
+            ]
             if (chosen := _chosen(problem, options, old_LEM)) is None:
-                if near and not fits:
-                    raise _too_far(problem, options, old_LEM)
+                if near and not turn and not fits:
+                    _check_budget(problem, options, old_LEM, cap_L)
                 break
             if (found := judge(placement_of(np.stack([one.held_EM for one in chosen])))) is None:
                 return
@@ -123,15 +127,16 @@ def search(
             # loads of exchange dispatch, with copies as near as can be, stood in for these
             over_L = found.reached_L / cap_L
             stood_L = np.array([one.largest for one in chosen])
-            aim_L = np.where(over_L > SLACK, stood_L / (over_L + MARGIN), aim_L)
+            aim_L = np.where(over_L > KEPT, stood_L / (over_L + MARGIN), aim_L)
 
 
 class _Option(NamedTuple):
     """What a layer may become.
 
     Attributes:
-      held_EM: bool, which device holds which expert.
-      worth: the layer's objective on a sample; 0 where there was no time to value it.
+      held_EM: bool [E, M], which device holds which expert.
+      worth: the layer's objective on a sample; 0 where there was no time to value it: then all of
+        the layer's options have it, which is decided before there is one.
       largest: rows of the fullest device, over its speed, in exchange dispatch; 0 without a cap.
     """
 
@@ -148,13 +153,22 @@ def _moves(options: list[list[_Option]], old_LEM: np.ndarray) -> list[np.ndarray
     ]
 
 
-def _too_far(problem: Problem, options: list[list[_Option]], old_LEM: np.ndarray) -> Refused:
+def _check_budget(
+    problem: Problem, options: list[list[_Option]], old_LEM: np.ndarray, cap_L: np.ndarray
+) -> None:
+    """Refuses the budget, with one that pays for these options, where they keep the caps for sure.
+
+    So they do where loads of single layers are the counted ones.
+    """
+    least_L = np.array([one[0].largest for one in options])  # all others are no more above the cap
+    if not problem.separable or (least_L > cap_L * KEPT).any():
+        return
     assert problem.previous is not None
     needed = int(sum(moves.min() for moves in _moves(options, old_LEM)))
-    return Refused(
+    raise Refused(
         "move_budget",
         f"{problem.previous.moves} copies",
-        f"to keep the load cap {needed} copies appear, by the fewest changes that were found",
+        f"to keep the load cap {needed} copies appear, by the least changes that were found",
         f"Allow the bytes of {needed} experts, or more load",
     )
 
@@ -265,7 +279,7 @@ class _Layer:
             found += [way[n] for n in at if n < len(way) - 1]
         return found
 
-    def within(self, cap: float, near: bool) -> list[_Option]:
+    def within(self, cap: float, near: bool, deadline: float, *, must: bool) -> list[_Option]:
         """Options that keep the cap; few changes bring the layer itself, and the ends, below it.
 
         Where none keeps it, that with the least load.
@@ -273,14 +287,18 @@ class _Layer:
         Args:
           cap: rows, of the fullest device.
           near: only the layer as it began, or what few changes make of it.
+          deadline: time.monotonic() after which nothing is brought below the cap any more;
+          must: but the layer itself.
         """
         if not np.isfinite(cap):
             return self._options
         options = self._options[:1] if near else self._options
-        kept = [option for option in options if option.largest <= cap * SLACK]
+        kept = [option for option in options if option.largest <= cap * KEPT]
         for number, begun in enumerate(options[: 1 + self._ends]):
-            if begun.largest <= cap * SLACK:
+            if begun.largest <= cap * KEPT:
                 continue
+            if (number or not must) and clock.late(deadline):
+                break
             if (number, cap) not in self._below:
                 self._below[number, cap] = self._relieved(begun.held_EM, cap)
             kept += self._below[number, cap]
