@@ -172,7 +172,7 @@ def test_caps_pins_and_budgets_hold(dispatcher):
     old = at_random(rng, 3, 8, 4, 12)
     for moves in (0, 40):
         near = dataclasses.replace(free, previous=Previous(old, moves))
-        got = solve.solve_problem(near, 0, 0.3)
+        got = solve.solve_problem(near, 0, 1.0)
         assert near.previous.moved(got.placement) <= moves
         assert got.report.objective == pytest.approx(free.value_of(got.placement), rel=1e-12)
         values.append(got.report.objective)
