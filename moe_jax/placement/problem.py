@@ -140,10 +140,10 @@ class Problem:
 
     @property
     def weighted(self) -> bool:
-        """What goes between nodes counts `tier_ratio` times in the objective."""
-        how = (self.objective, self.dispatch)
-        by_tier = self.objective == "exflow" or how == ("rows", "hierarchical")
-        return by_tier and self.topology.num_nodes > 1 and self.tier_ratio != 1
+        """What goes between nodes counts more than once in the objective."""
+        if self.objective == "exflow":
+            return bool(self.hop_MM.max() > 1)
+        return self.objective == "rows" and bool(self.row_weight_MM.max() > 1)
 
     @property
     def num_devices(self) -> int:

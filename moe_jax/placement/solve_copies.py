@@ -163,8 +163,7 @@ def within_limits(
                     seed,
                     inner,
                 )
-                within = start.placement, goal, cap_L, deadline, judge, start.fits
-                for found in slots.search(problem, *within):
+                for found in slots.search(problem, start, goal, cap_L, deadline, judge):
                     if found.fits and (found.value < best.value or not capped):
                         best.take(found.placement, found.value)
                         capped = True

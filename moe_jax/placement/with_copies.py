@@ -29,6 +29,7 @@ from moe_jax.placement import (
 )
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.layout import Layout
+from moe_jax.placement.limits.caps import SLACK
 from moe_jax.placement.plan import Placement
 from moe_jax.placement.problem import LoadCap, Problem
 from moe_jax.placement.spare import Judged, Valued
@@ -41,7 +42,6 @@ ROUND_SHARE = 0.4  # of the time that is left, for one round of exchanges
 CAPPED_COUNTS = 2  # of a plan with layers above their caps, where homes follow the layer before
 MADE_UP = 4  # starts with loads that are made up
 LITTLE = 1e-4  # of the objective: a round that wins less was the last one
-SLACK = 1e-9  # of a load cap
 SAFETY = 1 - 1e-9  # of sums of rounded numbers
 
 

@@ -17,6 +17,7 @@ from moe_jax.placement import clock, ilp
 SECONDS = 5.0  # of exact programs of all layers: to meet a cap, and again to say which can be met
 TRY = 0.5  # of what is left of it, for one cap
 CLOSE = 1e-5  # of a cap: what is smaller by less is not looked for
+SLACK = 1e-9  # of a cap: loads are sums of rounded numbers, and so much above it is within it
 MEASURES = ("x", "rows", "held")  # that a number may end in
 RULE = (
     "a factor of at least 1, as 1.1 (over the mean), 1.1x (over what is reachable) or 1.1held "

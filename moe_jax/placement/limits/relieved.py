@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from moe_jax.placement import hops_counts
+from moe_jax.placement.limits.caps import SLACK
 
-ENOUGH = 1e-9  # of the cap
 LEAST = 1e-12  # of the cap: what a change has to take off
 AT_ONCE = 2**22  # experts x devices^3 (a copy more or less, home, copy) counted in one piece
 
@@ -37,7 +37,7 @@ def relieved(
       cap: rows, the largest load over a device's speed.
     """
     state = _State(served, held_EM.copy(), pin_EM, speed_M, cap)
-    while state.excess_X(state.load_EM.sum(axis=0)[None])[0] > ENOUGH * cap:
+    while state.excess_X(state.load_EM.sum(axis=0)[None])[0] > SLACK * cap:
         if not state.changed():
             return None
     return state.held_EM

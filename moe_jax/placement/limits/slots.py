@@ -29,6 +29,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import clock, hops, hops_counts, spare
 from moe_jax.placement import move as move_lib
 from moe_jax.placement.limits import knapsack
+from moe_jax.placement.limits.caps import SLACK
 from moe_jax.placement.limits.previous import holds_LEM, placement_of
 from moe_jax.placement.limits.relieved import relieved
 from moe_jax.placement.plan import Placement
@@ -40,7 +41,6 @@ CHOOSING, JUDGING = 2048, 8192  # tokens that a next stop is chosen by, and valu
 NEXT = 6  # next stops that are looked at
 STOPS = 10  # stops of a path that are valued
 ROUNDS = 6  # of options under narrower caps, where a plan of them passed its own
-KEPT = 1 + 1e-9  # of a load cap: so much of it is still within it
 MARGIN = 0.01  # of a load cap that was passed: by how much narrower the next one is besides
 
 
@@ -72,12 +72,11 @@ def start(problem: Problem, cap_L: np.ndarray, seed: int) -> Placement:
 
 def search(
     problem: Problem,
-    first: Placement,
+    first: Judged,
     free: Placement,
     cap_L: np.ndarray,
     deadline: float,
     judge: Callable[[Placement], Judged | None],
-    fits: bool,
 ) -> Iterator[Judged]:
     """Yields plans within pins and budget, as judged; the caller keeps the best within the caps.
 
@@ -87,14 +86,14 @@ def search(
       cap_L: the largest load of each layer, over its device's speed.
       deadline: time.monotonic() after which no more options are looked for, once a plan fits.
       judge: counts a plan; None: there is no time for that, and the search ends.
-      fits: `first` keeps the caps.
 
     Raises:
       Refused: the budget does not pay for the least changes that were found to keep the caps.
     """
-    targets = [free, *(_numbered(problem, first, one) for one in (free, spare.balanced(problem)))]
+    begun, fits = first.placement, first.fits
+    targets = [free, *(_numbered(problem, begun, one) for one in (free, spare.balanced(problem)))]
     if not problem.separable:
-        targets += _blocks(problem, holds_LEM(first), holds_LEM(targets[1]))
+        targets += _blocks(problem, holds_LEM(begun), holds_LEM(targets[1]))
     for target in targets:
         if _keeps(problem, target):
             if (found := judge(target)) is None:
@@ -102,12 +101,12 @@ def search(
             fits |= found.fits
             yield found
     layers = []
-    for layer, held_EM in enumerate(holds_LEM(first)):
+    for layer, held_EM in enumerate(holds_LEM(begun)):
         ends = [_mended(problem, layer, holds_LEM(target)[layer]) for target in targets[1:3]]
         share = clock.share(deadline, 1 / (problem.trace.num_layers - layer))
         layers.append(_Layer(problem, layer, held_EM, capped=bool(np.isfinite(cap_L[layer]))))
         layers[-1].look(ends, share)
-    old_LEM = holds_LEM(first if problem.previous is None else problem.previous.placement)
+    old_LEM = holds_LEM(begun if problem.previous is None else problem.previous.placement)
     for near in (True,) if clock.late(deadline) else (False, True):
         aim_L = cap_L
         for turn in range(ROUNDS):
@@ -127,7 +126,7 @@ def search(
             # loads of exchange dispatch, with copies as near as can be, stood in for these
             over_L = found.reached_L / cap_L
             stood_L = np.array([one.largest for one in chosen])
-            aim_L = np.where(over_L > KEPT, stood_L / (over_L + MARGIN), aim_L)
+            aim_L = np.where(over_L > 1 + SLACK, stood_L / (over_L + MARGIN), aim_L)
 
 
 class _Option(NamedTuple):
@@ -161,7 +160,7 @@ def _check_budget(
     So they do where loads of single layers are the counted ones.
     """
     least_L = np.array([one[0].largest for one in options])  # all others are no more above the cap
-    if not problem.separable or (least_L > cap_L * KEPT).any():
+    if not problem.separable or (least_L > cap_L * (1 + SLACK)).any():
         return
     assert problem.previous is not None
     needed = int(sum(moves.min() for moves in _moves(options, old_LEM)))
@@ -293,9 +292,9 @@ class _Layer:
         if not np.isfinite(cap):
             return self._options
         options = self._options[:1] if near else self._options
-        kept = [option for option in options if option.largest <= cap * KEPT]
+        kept = [option for option in options if option.largest <= cap * (1 + SLACK)]
         for number, begun in enumerate(options[: 1 + self._ends]):
-            if begun.largest <= cap * KEPT:
+            if begun.largest <= cap * (1 + SLACK):
                 continue
             if (number or not must) and clock.late(deadline):
                 break
