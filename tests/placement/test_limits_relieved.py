@@ -46,7 +46,10 @@ def one_move(held_EM: np.ndarray):
 @pytest.mark.parametrize("seed", range(12))
 def test_below_the_cap_by_few_moves(seed):
     rng, nodes = np.random.default_rng(seed), 1 + seed % 2
-    trace = noisy_trace(seed, num_layers=1)
+    trace = noisy_trace(seed, num_layers=1, top_k=1 + seed % 3)
+    if seed % 4 == 1:  # an expert that nobody chooses, in whose place there is none
+        ids_TLK = np.where(trace.expert_ids_TLK == 2, trace.no_expert, trace.expert_ids_TLK)
+        trace = dataclasses.replace(trace, expert_ids_TLK=ids_TLK)
     speed_M = np.array([1.0, 1.0, 1.0, 0.7]) if seed % 3 == 0 else np.ones(4)
     held_EM = holds_LEM(at_random(seed + 50, 1, 8, 12, 4))[0]
     pin_EM = held_EM & (rng.random((8, 4)) < 0.2)

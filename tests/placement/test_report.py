@@ -412,6 +412,8 @@ def test_objectives_are_weighted_where_something_goes_between_nodes_of_other_lin
         problem = Problem(made_trace(), machine, objective, dispatch)
         assert (problem.unit != UNITS[objective]) == weighted
         assert (problem.row_weight_MM.max() > 1) == weighted
+    assert Problem(made_trace(), two, "exflow").unit.endswith(", weighted by tier")
+    assert Problem(made_trace(), alike, "exflow").unit == UNITS["exflow"]
 
 
 @pytest.mark.parametrize("page_path", ["t.npz", "p.json", ".", "t.npz/page.html"])
