@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,20 +20,20 @@ STEPS = 60
 
 
 @contextlib.contextmanager
-def hurt(kind, workdir, num_steps, **fields):
+def hurt(kind, workdir, num_steps, *, log=None, more=(), **fields):
     """A process of tests/faults/hurt.py, ended at the end; it writes to the log of its run."""
     script = str(harness.ROOT / "tests" / "faults" / "hurt.py")
-    with open(harness.log_of(workdir), "ab") as log:
+    with open(log or harness.log_of(workdir), "ab") as log_file:
         process = subprocess.Popen(
-            [sys.executable, script, kind, *harness.arguments(workdir, num_steps, **fields)],
+            [sys.executable, script, kind, *harness.arguments(workdir, num_steps, **fields), *more],
             cwd=harness.ROOT,
             env={
                 **os.environ,
                 "PYTHONPATH": str(harness.ROOT),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
-            stdout=log,
-            stderr=log,
+            stdout=log_file,
+            stderr=log_file,
         )
     try:
         yield process
@@ -81,6 +82,39 @@ def logical(workdir, step):
     return permute.apply_to_arrays(arrays, contents.arrays, placement, order), placement
 
 
+def same_but_moved(workdir, expected, step):
+    """Whether curves and states, experts in order, have the same bits; whether plans differ."""
+    ours, placement = logical(workdir, step)
+    theirs, stayed = logical(expected, step)
+    identical = harness.rows(workdir) == harness.rows(expected) and all(
+        np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes() for name in theirs
+    )
+    return identical, placement != stayed
+
+
+def all_hurt(stack, kind, workdir, num_steps, processes, **fields):
+    """The processes of one run, each with its own devices; the first writes to the run's log."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in range(processes):
+        more, log = [], None
+        if processes > 1:
+            more = [f"--distributed=localhost:{port},{processes},{number}"]
+            fields["virtual_devices"] = 2 // processes
+        if number:
+            log = workdir.with_name(f"{workdir.name}.{number}.log")
+        process = hurt(kind, workdir, num_steps, log=log, more=more, **fields)
+        started.append(stack.enter_context(process))
+    return started
+
+
+def ended(processes):
+    for process in processes:
+        assert process.wait(timeout=300) == 0
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.faults)])
 def test_kill_after_moves(kills, whole, tmp_path):
     """SIGKILL between a move and the save after it, or in it: no bit of the curve changes."""
@@ -98,11 +132,47 @@ def test_kill_after_moves(kills, whole, tmp_path):
         lost += bool(saved) and f"resuming after step {saved}" not in began
     with hurt("moves", workdir, STEPS, **MOVES) as process:
         assert process.wait(timeout=300) == 0, said(workdir)[-3000:]
-    ours, placement = logical(workdir, STEPS)
-    theirs, stayed = logical(expected, STEPS)
-    identical = harness.rows(workdir) == harness.rows(expected) and all(
-        np.asarray(ours[name]).tobytes() == np.asarray(theirs[name]).tobytes() for name in theirs
-    )
+    identical, moved = same_but_moved(workdir, expected, STEPS)
     harness.told(done, lost, identical, "kill after a move of experts")
-    assert placement != stayed
+    assert moved
+    assert (lost, identical) == (0, True)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
+def test_kills_while_experts_move(processes, kills, tmp_path):
+    """SIGKILL at any moment to all processes of runs whose experts move every fourth step."""
+    rng, num_steps = np.random.default_rng(processes), 100
+    expected, workdir = tmp_path / "whole", tmp_path / "run"
+    with contextlib.ExitStack() as stack:
+        ended(all_hurt(stack, "stays", expected, num_steps, processes))
+    moves = {"replan__every": 4, "replan__record_steps": 4, "replan__seconds": 0.05}
+    log = harness.log_of(workdir)
+    done = lost = at_stake = in_save = 0
+    finished = False
+    while not finished:
+        saved, reached = harness.newest_step(workdir), harness.last_step(workdir)
+        before = len(said(workdir)) if log.exists() else 0
+        with contextlib.ExitStack() as stack:
+            started = all_hurt(stack, "moves", workdir, num_steps, processes, **moves)
+            if done < kills and saved < num_steps - 8:  # else no plan may come any more
+                until_moved(started[0], workdir, before)
+                time.sleep(rng.uniform(0, 0.4))
+                for process in started:
+                    process.send_signal(signal.SIGKILL)
+            codes = [process.wait(timeout=300) for process in started]
+        assert set(codes) <= {0, -signal.SIGKILL}, said(workdir)[-3000:]
+        finished = codes == [0] * processes
+        done += not finished
+        at_stake += not finished and harness.last_step(workdir) > harness.newest_step(workdir)
+        in_save += bool(list((workdir / "checkpoints").glob(".*")))
+        began = said(workdir)[before:]
+        lost += bool(saved) and f"resuming after step {saved}" not in began
+        lost += saved < reached - 2 * harness.EVERY
+    identical, moved = same_but_moved(workdir, expected, num_steps)
+    kind = f"kill while experts move ({processes} processes, {in_save} within a save)"
+    harness.told(done, lost, identical, kind)
+    assert moved
+    assert at_stake
     assert (lost, identical) == (0, True)

@@ -38,6 +38,10 @@ class Settings:
                 raise Refused("--serve", True, f"needs the package {package}", fix)
         if not 0 <= self.port < 65536:
             raise Refused("--port", self.port, "must lie in [0, 65535]", "use 8000")
+        for flag in ("context", "seats", "cache_tokens"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise Refused(f"--{flag}", value, "must be at least 1", "leave it out")
         if self.max_queue < 0:
             raise Refused("--max_queue", self.max_queue, "must be at least 0", "use 1024")
         if self.replan_tokens < 0:

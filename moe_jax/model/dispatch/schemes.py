@@ -148,7 +148,8 @@ def hierarchical(slot_TK: Int[Array, "T K"], setting: Setting) -> tuple[Hops, In
     second, here_YK = hop_lib.exchange(
         relayed_MXK(node), lambda: jax.vmap(relayed_MXK)(node_N), within, most=setting.num_local
     )
-    return (first, second), _arrived(slot_MNTK, here_YK)
+    hops = tuple(hop for hop in (first, second) if jax.lax.axis_size(hop.axis) > 1)
+    return hops, _arrived(slot_MNTK, here_YK)
 
 
 def _arrived(slot_ZTK: jax.Array, here_XK: jax.Array) -> jax.Array:
@@ -165,6 +166,8 @@ def _along(
     setting: Setting,
 ) -> tuple[Float[Array, "T D"], Traffic]:
     """Out, through the experts, back: the same for every scheme. Dropless."""
+    if setting.num_devices == 1:
+        way = local  # rows are not copied to where they are
     hops, slot_XK = way(slot_TK, setting)
     first = jax.lax.axis_index(setting.axes) * setting.num_local
     local_XK = jnp.where(slot_XK < 0, setting.num_local, slot_XK - first)

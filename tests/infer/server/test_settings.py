@@ -49,6 +49,9 @@ def test_settings(tmp_path):
     (tmp_path / "empty").write_text(" \n")
     for fields, match in (
         ({"port": 70000}, "--port"),
+        ({"context": 0}, "--context"),
+        ({"seats": 0}, "--seats"),
+        ({"cache_tokens": -16}, "--cache_tokens"),
         ({"max_queue": -1}, "--max_queue"),
         ({"replan_tokens": -1}, "--replan_tokens"),
         ({"replan_pause": float("nan")}, "--replan_pause"),
