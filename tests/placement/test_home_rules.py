@@ -1,6 +1,7 @@
 """Rules for homes: what they learn, how they are judged, the file, the command."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -162,15 +163,38 @@ def test_prefills_are_not_judged_on_what_they_saw():
     problem, price = Problem(trace, FOUR, "rows"), tally.prices(FOUR, "exchange")
     raw = rules.raw_prefill(trace, device_LE, FOUR, price, 5)
     first = tally.tokens_between(trace.select(np.flatnonzero(trace.seq_len > 5)), 0, 5)
-    wanted_SM = tally.cost_SM(tally.count(first, device_LE, FOUR), price) / 5
+    wanted_SM = tally.cost_SM(tally.count(first, device_LE, FOUR), price)
     np.testing.assert_allclose(raw.cost_SM(trace), wanted_SM)
     oracle = rules.oracle(trace, device_LE, FOUR, price, 5)
     after = tally.tokens_between(trace, 5)
     rows_SM = tally.cost_SM(tally.count(after, device_LE, FOUR), price)
-    np.testing.assert_allclose(oracle.cost_SM(trace), rows_SM / after.seq_len[:, None])
+    np.testing.assert_allclose(oracle.cost_SM(trace), rows_SM)
     bench = Bench(problem, device_LE, device_LE, 5, Arrivals(batch=1000))
     judged = {one.arrival: one for one in bench.rule(oracle)}
     assert judged["batches"].tokens == after.num_tokens
+
+
+def test_the_oracle_is_the_limit_where_lengths_differ():
+    """No equal assignment of a batch moves fewer rows: all are tried, rows counted one by one."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([2, 40, 3, 25, 2, 3])
+    ids_TLK = np.argsort(rng.random((lengths.sum(), 2, 6)), axis=2)[:, :, :2].astype(np.uint8)
+    trace, two = Trace(ids_TLK, 6, lengths.astype(np.int32)), topology.flat(2)
+    device_LE = baselines.random(2, 6, 2, 0)
+    cost_SM = np.zeros((len(lengths), 2))
+    for sequence, ids_tLK in enumerate(np.split(ids_TLK, np.cumsum(lengths)[:-1])):
+        for layer, ids_tK in enumerate(ids_tLK.swapaxes(0, 1)):
+            for ids_K in ids_tK:
+                for home in range(2):
+                    cost_SM[sequence, home] += 2 * len({*device_LE[layer, ids_K]} - {home})
+    least = min(
+        sum(cost_SM[s, int(s not in first)] for s in range(6))
+        for first in itertools.combinations(range(6), 3)
+    )
+    rule = rules.oracle(trace, device_LE, two, tally.prices(two, "exchange"), 0)
+    home_S = assign.in_batches(rule.cost_SM(trace), 6)
+    assert np.bincount(home_S).tolist() == [3, 3]
+    np.testing.assert_allclose(cost_SM[range(6), home_S].sum(), least)
 
 
 def test_ridge_finds_a_line_and_gives_up_on_noise():

@@ -134,7 +134,10 @@ class PrefillRule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Counted:
-    """What tokens cost under the plan: the first `last` of them, or all from `first` on."""
+    """What tokens cost under the plan, all together: the first `last`, or all from `first` on.
+
+    Not for each token: what is saved is counted in rows, and long sequences have more of them.
+    """
 
     label: str
     first: int
@@ -146,9 +149,8 @@ class Counted:
 
     def cost_SM(self, trace: Trace) -> Float[np.ndarray, "S M"]:
         start = 0 if self.last is not None else self.first
-        return _per_token(
-            tally.tokens_between(trace, start, self.last), self.device_LE, self.topology, self.price
-        )
+        counted = tally.tokens_between(trace, start, self.last)
+        return tally.cost_SM(tally.count(counted, self.device_LE, self.topology), self.price)
 
 
 def learn_name(
