@@ -60,7 +60,10 @@ def evaluate(
     """Judges one plan; nothing is planned, so the whole trace counts. `pairs` are the trace's."""
     placement = plan.placement
     found = {
-        dispatch: wires.of(Problem(trace, topology, "seconds", dispatch, work), placement)
+        dispatch: wires.of(
+            Problem(trace, topology, "seconds", dispatch, work, num_slots=placement.num_slots),
+            placement,
+        )
         for dispatch in cost.DISPATCHES
     }
     figures = evidence.judge(trace, placement, topology, step_tokens=work.batch_tokens)
