@@ -265,13 +265,27 @@ def test_sglang_records_are_sequences_and_slots_become_experts(tmp_path):
         "records": [prefill, empty, record],
         "last_physical_to_logical_map": [[0, 1, 2, 3, 4], [3, 2, 1, 0, 4], [4, 0, 1, 2, 3]],
     }
-    hints = Hints(num_experts=16)
+    hints = Hints()
     trace = read(tmp_path, "d.json", json.dumps(dump), hints)
     assert trace.seq_len.tolist() == [1, 1, 2]
     assert any("go on from pass to pass" in note for note in hints.notes)
     once = [[[0, 3], [1, 0]], [[2, 1], [4, 255]]]
     assert trace.expert_ids_TLK.tolist() == once * 2
-    assert trace.num_experts == 16
+    assert trace.num_experts == 5
+
+
+def test_the_map_of_a_dump_says_how_many_experts_there_are(tmp_path):
+    """The last ones were never chosen."""
+    slots_LP = np.tile([5, 0, 1, 2, 3, 4, 6, 7, 5], (3, 1))
+    path = tmp_path / "d.npz"
+    np.savez(path, topk_ids_of_layer=topk_LTK(), last_physical_to_logical_map=slots_LP)
+    hints = Hints()
+    assert convert_lib.read(path, hints).value.num_experts == 8
+    assert not any("largest id" in note for note in hints.notes)
+    assert convert_lib.read(path, Hints(num_experts=8)).value.num_experts == 8
+    for wrong in (6, 64):
+        with pytest.raises(Refused, match=f"num_experts = {wrong}: the file says 8"):
+            convert_lib.read(path, Hints(num_experts=wrong))
 
 
 def test_dumps_of_all_ranks_are_one_trace_without_repeats(tmp_path):
@@ -419,11 +433,13 @@ def test_what_a_form_of_traces_cannot_hold_is_said(tmp_path):
         form, path = TRACES[name][0], tmp_path / TRACES[name][1]
         notes = convert_lib.convert(tmp_path / "t.npz", path, form, Hints()).notes
         assert {note.split(" are lost")[0] for note in notes if "are lost" in note} == words
-        assert "to read it back, give --num-experts=4" in notes
+        said = "to read it back, give --num-experts=4" in notes
+        assert said == (not name.startswith("sglang")), name
         assert any("only the best of 2" in note for note in notes) == (name == "exflow")
     for name in ("again.npz", "again.json"):
-        hints = Hints(num_experts=4)
+        hints = Hints()
         back = convert_lib.read(tmp_path / name, hints).value
+        assert back.num_experts == 4
         assert back.token_ids_T.tolist() == [7, 9]
         assert (back.layer_ids, back.seq_len.tolist()) == ((4,), [1, 1])
         assert not any("ids are taken as experts" in note for note in hints.notes)

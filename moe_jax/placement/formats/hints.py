@@ -53,9 +53,9 @@ class Hints:
             )
         return raw.whole_number(devices, "devices", 1)
 
-    def experts_of(self, ids: np.ndarray) -> int:
-        """The number of experts of a trace: the option's, else the largest id + 1."""
-        experts = self.num_experts
+    def experts_of(self, ids: np.ndarray, said: int | None = None) -> int:
+        """The number of experts of a trace: the file's, the option's, or the largest id + 1."""
+        experts = agree("num_experts", self.num_experts, said)
         if experts is None:
             experts = int(ids.max()) + 1
             self.note(

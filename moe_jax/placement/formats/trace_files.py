@@ -2,8 +2,8 @@
 
 Axes: T tokens, L layers of the trace, N layers of the model, K experts per token.
 
-What a form cannot hold is said in a note. None of them holds the number of experts: where the last
-ones are never chosen, reading the file back takes `--num-experts`.
+What a form cannot hold is said in a note. SGLang's alone holds the number of experts, in its map:
+where the last ones are never chosen, reading another back takes `--num-experts`.
 """
 
 import json
@@ -53,6 +53,7 @@ def sglang_pieces(trace: Trace, hints: Hints) -> Iterator[str]:
 def megatron_lines(trace: Trace, hints: Hints) -> Iterator[str]:
     """Lines of a `.jsonl`: every sequence a step of rank 0."""
     _lost(trace, hints, ("weights", trace.expert_weights_TLK), ("identities", trace.token_ids_T))
+    _note_experts(trace, hints)
     ids_TLK = _signed(trace)
     ends = np.cumsum(trace.seq_len)
     for step, (end, length) in enumerate(zip(ends.tolist(), trace.seq_len.tolist(), strict=True)):
@@ -74,6 +75,7 @@ def megatron_lines(trace: Trace, hints: Hints) -> Iterator[str]:
 def exflow_array(trace: Trace, hints: Hints) -> np.ndarray:
     """int32 [T, L]: best experts."""
     _lost(trace, hints, ("weights", trace.expert_weights_TLK), ("identities", trace.token_ids_T))
+    _note_experts(trace, hints)
     if trace.top_k > 1:
         hints.note(f"only the best of {trace.top_k} experts of every token is written")
     if len(trace.seq_len) > 1:
@@ -94,6 +96,10 @@ def _lost(trace: Trace, hints: Hints, *more: tuple[str, object]) -> None:
     for name, value in held:
         if value is not None:
             hints.note(f"{name} are lost")
+
+
+def _note_experts(trace: Trace, hints: Hints) -> None:
+    """For the forms that do not say how many there are."""
     chosen = trace.expert_ids_TLK[trace.expert_ids_TLK != trace.no_expert]
     if chosen.size and int(chosen.max()) + 1 < trace.num_experts:
         hints.note(f"to read it back, give --num-experts={trace.num_experts}")

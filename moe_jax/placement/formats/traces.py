@@ -11,9 +11,9 @@ What these files do not hold:
   say nothing: a token of each running request, which go on in the next pass.
 
 SGLang records slots, not experts: where the dump has `last_physical_to_logical_map`, ids are taken
-back to experts through it. Its rows are layers of the model; rows without any expert are dense
-layers and left out, like tokens without any expert (padding). It records eight experts per token
-whatever the model has; columns without any expert are left out too.
+back to experts through it, and it says how many there are. Its rows are layers of the model; rows
+without any expert are dense layers and left out, like tokens without any expert (padding). It
+records eight experts per token whatever the model has; columns without any expert are left out too.
 """
 
 import hashlib
@@ -190,6 +190,7 @@ def _sglang_trace(
     tokens_T: np.ndarray | None,
     hints: Hints,
 ) -> Trace:
+    experts = None
     if slots_LP is None:
         hints.note(
             f"ids are taken as experts: the dump has no {SLOTS}, through which slots would be "
@@ -197,6 +198,7 @@ def _sglang_trace(
         )
     else:
         ids_LTK = _experts_of_slots(ids_LTK, slots_LP)
+        experts = int(slots_LP.max()) + 1  # every expert has a slot
     used_L = (ids_LTK >= 0).any(axis=(1, 2))
     if not used_L.any():
         raise Refused(IDS, "-1 everywhere", "no token chose an expert", "Record at least one token")
@@ -214,7 +216,8 @@ def _sglang_trace(
         tokens_T = None
     elif tokens_T is not None:
         hints.note(f"{TOKENS} come along: the text can be read back from this trace")
-    return make_trace(ids_TLK, lens, layer_ids, "SGLang", hints, token_ids_T=tokens_T)
+    args = ids_TLK, lens, layer_ids, "SGLang", hints
+    return make_trace(*args, token_ids_T=tokens_T, num_experts=experts)
 
 
 def _experts_of_slots(ids_LTK: np.ndarray, slots_LP: np.ndarray) -> np.ndarray:
@@ -238,9 +241,13 @@ def make_trace(
     hints: Hints,
     seq_name: tuple[str, ...] | None = None,
     token_ids_T: np.ndarray | None = None,
+    num_experts: int | None = None,
 ) -> Trace:
-    """A Trace of signed ids (-1 = no expert), without the tokens that chose none."""
-    experts = hints.experts_of(ids_TLK)
+    """A Trace of signed ids (-1 = no expert), without the tokens that chose none.
+
+    `num_experts` where the file says it.
+    """
+    experts = hints.experts_of(ids_TLK, num_experts)
     if experts > 65535:
         raise Refused("num_experts", experts, "at most 65535", "Correct the file")
     chose_T = (ids_TLK >= 0).any(axis=(1, 2))
