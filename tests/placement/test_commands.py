@@ -388,6 +388,30 @@ def test_speeds_do_not_change_the_machine_of_a_plan(trace_path, tmp_path, capsys
     assert first["figures"]["rows"] == last["figures"]["rows"]
 
 
+def test_nodes_that_are_given_are_taken_and_checked(trace_path, tmp_path, capsys):
+    """One node, too, whatever machine the plan was made for."""
+    machine = topology.nodes_by_devices(2, 4).to_json()
+    Plan(Placement.contiguous(3, 8, 4), topology=machine).write(tmp_path / "p.json")
+    words = ("evaluate", trace_path, tmp_path / "p.json", "--json")
+    answers = []
+    for more in ((), ("--nodes=2",), ("--nodes=1",), ("--devices=4",)):
+        assert run(*words, *more) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1] != answers[2] == answers[3]
+    for wrong in ("--nodes=0", "--nodes=-3", "--devices=0"):
+        for command in (words, ("homes", trace_path, f"--plan={tmp_path / 'p.json'}")):
+            assert run(*command, wrong) == 1, wrong
+            field, value = wrong[2:].split("=")
+            assert capsys.readouterr().err.startswith(f"refused: {field} = {value}: ")
+
+
+def test_one_node_where_a_machine_has_two_is_refused(trace_path, tmp_path, capsys):
+    for machine in ("--node-sizes=2,2", "--topology=box2x4"):
+        words = ("solve", trace_path, f"--out={tmp_path / 'p.json'}", machine, "--nodes=1")
+        assert run(*words) == 1, machine
+        assert capsys.readouterr().err.startswith("refused: nodes = 1: ")
+
+
 def test_names_from_a_trace_are_printed_as_text(trace_path, tmp_path, capsys):
     trace = trace_lib.load(trace_path)
     trace_lib.save(dataclasses.replace(trace, model="a\x1b[1m\ud800\nb"), tmp_path / "n.npz")

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, trace: Trace, halves: Halves) -> str:
             field = name.replace("_", "-")
             rule = "--every compares plans without copies, and writes nothing"
             raise Refused(field, getattr(options, name), rule, f"Leave out --{field} or --every")
-    if options.topology or options.node_sizes or options.nodes > 1:
+    if options.topology or options.node_sizes or options.nodes is not None:
         field = "topology" if options.topology else "node-sizes" if options.node_sizes else "nodes"
         given = getattr(options, field.replace("-", "_"))
         raise Refused(field, given, "--every has machines of its own", "Name them in --machines")

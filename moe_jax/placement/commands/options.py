@@ -50,7 +50,7 @@ def trace_options(command: argparse.ArgumentParser) -> None:
 def machine_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("machine and model sizes")
     group.add_argument("--devices", type=int, help="expert-parallel devices, all nodes together")
-    group.add_argument("--nodes", type=int, default=1, help="equal nodes (default 1)")
+    group.add_argument("--nodes", type=int, help="equal nodes (default 1)")
     group.add_argument(
         "--node-sizes", metavar="8,4", help="devices of every node, where nodes are not equal"
     )
@@ -235,7 +235,7 @@ def _topology_of(options: argparse.Namespace) -> Topology:
                 f"topology {topology.name} has {topology.num_devices} devices",
                 "Leave --devices out, or choose another topology",
             )
-        if options.node_sizes or options.nodes not in (1, topology.num_nodes):
+        if options.node_sizes or options.nodes not in (None, topology.num_nodes):
             name = "node_sizes" if options.node_sizes else "nodes"
             raise Refused(
                 name,
@@ -250,7 +250,8 @@ def _topology_of(options: argparse.Namespace) -> Topology:
         raise Refused("devices", None, "the number of devices is needed", "Give --devices=8")
     if options.devices < 1:
         raise Refused("devices", options.devices, "at least 1", "Give --devices=8")
-    return topology_lib.nodes_by_devices(options.nodes, options.devices)
+    nodes = 1 if options.nodes is None else options.nodes
+    return topology_lib.nodes_by_devices(nodes, options.devices)
 
 
 def _uneven(options: argparse.Namespace) -> Topology:
@@ -261,19 +262,18 @@ def _uneven(options: argparse.Namespace) -> Topology:
     topology = topology_lib.uneven(tuple(sizes))
     for field, given in (("devices", topology.num_devices), ("nodes", topology.num_nodes)):
         asked = getattr(options, field)
-        if asked not in (None, given) and not (field == "nodes" and asked == 1):
+        if asked not in (None, given):
             raise Refused(field, asked, f"--node-sizes makes {given}", f"Leave --{field} out")
     return topology
 
 
 def evaluation_topology(options: argparse.Namespace, plan: Plan) -> Topology:
     """The topology asked for, else the plan's own, else a flat one; with the speeds asked for."""
-    if options.topology or options.node_sizes:
+    if options.topology or options.node_sizes or options.devices is not None:
         return topology_of(options)
-    if options.devices or options.nodes > 1:
-        devices = options.devices or plan.placement.num_devices
-        return topology_of(argparse.Namespace(**{**vars(options), "devices": devices}))
-    if plan.topology:
+    if options.nodes is not None:
+        own = topology_lib.nodes_by_devices(options.nodes, plan.placement.num_devices)
+    elif plan.topology:
         own = topology_lib.from_json(plan.topology, "plan topology")
     else:
         own = topology_lib.flat(plan.placement.num_devices)
