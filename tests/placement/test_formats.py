@@ -111,6 +111,29 @@ def test_layer_numbers_survive_or_are_given_again(name, numbers, tmp_path):
     assert (again.digest, again.layer_ids) == (plan.digest, numbers)
 
 
+@pytest.mark.parametrize("name", ["v.json", "e.csv"])
+def test_rows_without_numbers_are_written_in_the_models_order(name, tmp_path):
+    """Whoever reads them counts layers: of layers 7, 3 and 4 the first row is layer 3's."""
+    plan = Plan(plain().placement, (7, 3, 4))
+    path, form = tmp_path / name, {"v.json": "vllm", "e.csv": "exflow"}[name]
+    convert_lib.convert(written_plan(plan, tmp_path), path, form, Hints())
+    found = convert_lib.read(path, Hints(4, 8)).value.placement
+    np.testing.assert_array_equal(found.device_LE, plan.placement.device_LE[[1, 2, 0]])
+    if name == "v.json":
+        fields = json.loads(path.read_text())
+        assert fields["expert_to_ep_rank"] == plan.placement.device_LE[[1, 2, 0]].tolist()
+
+
+def test_columns_of_exflows_traces_are_written_in_the_models_order(tmp_path):
+    ids = np.array([[[1], [0], [2]], [[2], [3], [0]]], np.uint8)
+    trace_lib.save(Trace(ids, 4, np.array([2]), layer_ids=(7, 3, 4)), tmp_path / "t.npz")
+    convert_lib.convert(tmp_path / "t.npz", tmp_path / "e.npy", "exflow", Hints())
+    assert np.load(tmp_path / "e.npy").tolist() == [[0, 2, 1], [3, 0, 2]]
+    hints = Hints(num_experts=4, layer_ids=(7, 3, 4))
+    again = convert_lib.read(tmp_path / "e.npy", hints, wants_trace=True).value
+    assert (again.expert_ids_TLK.tolist(), again.layer_ids) == (ids.tolist(), (7, 3, 4))
+
+
 def test_rows_of_sglang_are_the_layers_of_the_model(tmp_path):
     plan = Plan(Placement(np.array([[1, 0, 1, 0]]), 2, 2), (2,))
     done = convert_lib.convert(written_plan(plan, tmp_path), tmp_path / "s.json", "sglang", Hints())

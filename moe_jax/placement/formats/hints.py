@@ -24,7 +24,7 @@ class Hints:
       devices: expert-parallel devices of a plan.
       num_experts: logical experts of a layer.
       layer_ids: the model's numbers of the layers: names the rows of a format that does not number
-        them, selects among the rows of one that does.
+        them (which stand in rising order), selects among the rows of one that does.
       pipeline_stages: of a Megatron-LM trace whose stages number their layers from 0.
       layer_base: the number that a Megatron-LM trace gives the model's first layer.
       notes: what was inferred or left out, one sentence each.
@@ -78,11 +78,15 @@ class Hints:
         experts = int(slots_LP.max()) + 1
         return raw.whole_number(agree("num_experts", self.num_experts, experts), "num_experts", 1)
 
-    def name_layers(self, count: int) -> tuple[int, ...]:
-        """Numbers of `count` rows in a format that has none: the option's, else 0, 1, 2, ..."""
+    def name_layers(self, count: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        """As `select_layers`, for the rows of a format that does not number its layers.
+
+        They are the model's in rising order, whatever order the option has; without it 0, 1, 2, ...
+        """
         if self.layer_ids is None:
             self.note(f"layers are numbered 0 to {count - 1}: the file has no layer numbers")
-        return checks.valid_layer_ids(self.layer_ids, count)
+        numbers = checks.valid_layer_ids(self.layer_ids, count)
+        return self.select_layers(tuple(sorted(numbers)))
 
     def select_layers(self, numbers: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
         """Which rows of a format that numbers its layers are kept, and their numbers."""

@@ -7,7 +7,7 @@ Axes: L layers, E logical experts, P slots (physical experts), M devices.
 - SGLang and sglang-jax index the map by the number of the model's layer, dense layers included. A
   plan of layers 3..60 is therefore written with 61 rows; rows of layers that are not in the plan
   hold expert p mod E in slot p, which is what these programs do without a plan.
-- vLLM's map and ExFlow's ids count the MoE layers only, from 0.
+- vLLM's map and ExFlow's ids count the MoE layers only, from 0, in the model's order.
 - ExFlow's CSV says on which device an expert lies, not in which slot: a plan with replicas cannot
   be written, and the order of the experts inside a device is lost.
 - `expert_to_ep_rank` is one list over experts where all layers agree (the form that vLLM's
@@ -90,7 +90,8 @@ def read_vllm(fields: dict[str, Any], hints: Hints) -> Plan:
     ):
         if said.get(key, has) != has:
             raise Refused(key, said[key], f"the map has {has}", "Write the file again")
-    return Plan(placement, hints.name_layers(placement.num_layers), provenance={"format": "vLLM"})
+    rows, layer_ids = hints.name_layers(placement.num_layers)
+    return Plan(_of_rows(placement, rows), layer_ids, provenance={"format": "vLLM"})
 
 
 def _read_ranks(value: Any, hints: Hints, num_layers: int | None) -> np.ndarray | None:
@@ -167,7 +168,8 @@ def read_exflow(text: str, hints: Hints) -> Plan:
         hints.note(f"{int(device_LE.max()) + 1} devices: the largest Node + 1")
     devices = int(device_LE.max()) + 1 if hints.devices is None else hints.devices
     placement = placement_of_ranks(device_LE, hints.devices_of(devices, "ExFlow"), "Node")
-    return Plan(placement, hints.name_layers(len(device_LE)), provenance={"format": "ExFlow"})
+    rows, layer_ids = hints.name_layers(len(device_LE))
+    return Plan(_of_rows(placement, rows), layer_ids, provenance={"format": "ExFlow"})
 
 
 def sglang_text(plan: Plan, hints: Hints) -> str:
@@ -175,7 +177,7 @@ def sglang_text(plan: Plan, hints: Hints) -> str:
 
 
 def vllm_text(plan: Plan, hints: Hints) -> str:
-    placement = plan.placement
+    placement = _in_model_order(plan)
     _note_positions(plan, hints)
     fields = {
         "num_moe_layers": placement.num_layers,
@@ -197,7 +199,7 @@ def vllm_text(plan: Plan, hints: Hints) -> str:
 
 
 def exflow_text(plan: Plan, hints: Hints) -> str:
-    placement = plan.placement
+    placement = _in_model_order(plan)
     if placement.has_replicas:
         raise Refused(
             "num_slots",
@@ -240,9 +242,20 @@ def rows_by_layer(plan: Plan, hints: Hints) -> np.ndarray:
     return slots_LP
 
 
+def _in_model_order(plan: Plan) -> Placement:
+    """For formats that do not number their rows: whoever reads them counts the model's layers."""
+    return _of_rows(plan.placement, np.argsort(plan.layer_ids))
+
+
+def _of_rows(placement: Placement, rows: np.ndarray) -> Placement:
+    """These layers of it, in this order, without the shares of its copies."""
+    slots_LP = placement.physical_to_logical_LP[rows]
+    return Placement(slots_LP, placement.num_experts, placement.num_devices)
+
+
 def _note_positions(plan: Plan, hints: Hints) -> None:
     if plan.layer_ids != tuple(range(plan.placement.num_layers)):
-        hints.note("the model's layer numbers are lost: layers count from 0")
+        hints.note("the model's layer numbers are lost: layers count from 0, in rising order")
 
 
 def _rows(key: str, table: np.ndarray) -> str:

@@ -73,7 +73,7 @@ def megatron_lines(trace: Trace, hints: Hints) -> Iterator[str]:
 
 
 def exflow_array(trace: Trace, hints: Hints) -> np.ndarray:
-    """int32 [T, L]: best experts."""
+    """int32 [T, L]: best experts, layers in rising order."""
     _lost(trace, hints, ("weights", trace.expert_weights_TLK), ("identities", trace.token_ids_T))
     _note_experts(trace, hints)
     if trace.top_k > 1:
@@ -82,7 +82,7 @@ def exflow_array(trace: Trace, hints: Hints) -> np.ndarray:
         hints.note("borders of sequences are lost")
     if tuple(trace.layer_ids) != tuple(range(trace.num_layers)):
         hints.note("numbers of layers are lost")
-    return _signed(trace)[:, :, 0]
+    return _signed(trace)[:, np.argsort(trace.layer_ids), 0]
 
 
 def _signed(trace: Trace) -> np.ndarray:

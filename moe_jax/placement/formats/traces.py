@@ -179,8 +179,8 @@ def _without_tokens(ids: Any) -> bool:
 def read_exflow(array: np.ndarray, hints: Hints) -> Trace:
     """ExFlow's `.npy` [tokens, layers] of best experts."""
     ids_TL = raw.int_array(array, "trace", ("tokens", "layers"))
-    layer_ids = hints.name_layers(ids_TL.shape[1])
-    return make_trace(ids_TL[:, :, None], [len(ids_TL)], layer_ids, "ExFlow", hints)
+    rows, layer_ids = hints.name_layers(ids_TL.shape[1])
+    return make_trace(ids_TL[:, rows, None], [len(ids_TL)], layer_ids, "ExFlow", hints)
 
 
 def _sglang_trace(
