@@ -30,6 +30,7 @@ from moe_jax.routing import checks
 FORMAT = "moe_jax.placement"
 VERSION = 1
 MAP = "physical_to_logical_map"  # the key that SGLang reads
+CONVERT = "python -m moe_jax.placement convert IN plan.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,12 +207,11 @@ class Plan:
         fields = _read_json(path)
         for field, wanted in (("format", FORMAT), ("version", VERSION)):
             if type(fields.get(field)) is not type(wanted) or fields[field] != wanted:
-                raise Refused(
-                    field,
-                    fields.get(field),
-                    f"this program reads {FORMAT} version {VERSION}",
-                    "Solve the plan again with this program",
-                )
+                fix = "Solve the plan again with this program"
+                if "format" not in fields:
+                    fix += f", or make one of another program's file: {CONVERT}"
+                rule = f"this program reads {FORMAT} version {VERSION}"
+                raise Refused(field, fields.get(field), rule, fix)
         num_devices = _positive("num_devices", fields.get("num_devices"))
         slots_LP = _read_map(fields.get(MAP))
         num_experts = _positive("num_experts", fields.get("num_experts", int(slots_LP.max()) + 1))

@@ -201,6 +201,15 @@ def test_vllm_file_with_ranks_only(tmp_path):
     assert (plan.layer_ids, plan.placement.num_devices) == ((4, 5), 2)
 
 
+def test_vllm_map_says_for_how_many_layers_one_list_of_ranks_holds(tmp_path):
+    fields = {"physical_to_logical_map": [[0, 2, 1, 3]] * 2, "expert_to_ep_rank": [0, 1, 0, 1]}
+    plan = read(tmp_path, "v.json", json.dumps(fields))
+    assert plan.placement.device_LE.tolist() == [[0, 1, 0, 1]] * 2
+    fields["num_moe_layers"] = 3
+    with pytest.raises(Refused, match=r"num_moe_layers = 3: the map has 2"):
+        read(tmp_path, "v.json", json.dumps(fields))
+
+
 def test_vllm_text_with_one_list_of_ranks(tmp_path):
     plan = Plan(Placement.contiguous(2, 4, 2))
     convert_lib.convert(written_plan(plan, tmp_path), tmp_path / "v.json", "vllm", Hints())
@@ -232,6 +241,12 @@ def test_tensorrt_file_that_says_its_devices(tmp_path):
     assert read(tmp_path, "t.yml", text).placement.num_devices == 2
     with pytest.raises(Refused, match="the file says 2"):
         read(tmp_path, "t.yml", text, Hints(devices=4))
+
+
+def test_exflow_plan_with_uneven_devices_is_refused(tmp_path):
+    message = "Node, layer 0 = '3 experts on device 1': every device holds the same number"
+    with pytest.raises(Refused, match=message):
+        read(tmp_path, "a.csv", "Expert,Node\n0,0\n1,1\n2,1\n3,1\n", Hints(num_experts=4))
 
 
 def test_exflow_plan(tmp_path):
@@ -705,7 +720,11 @@ BAD = {
     "vllm: rank out of range": (
         "a.json", '{"expert_to_ep_rank": [[0, 2]], "ep_size": 2}', "0 to 1"
     ),
-    "vllm: ranks uneven": ("a.json", '{"expert_to_ep_rank": [[0, 0, 0, 1]]}', "same number"),
+    "vllm: ranks uneven": (
+        "a.json",
+        '{"expert_to_ep_rank": [[0, 1, 1, 0], [0, 0, 0, 1]]}',
+        "expert_to_ep_rank, layer 1 = '3 experts on device 0': every device holds the same number",
+    ),
     "vllm: one list, layers unknown": ("a.json", '{"expert_to_ep_rank": [0, 1]}', "--layer-ids"),
     "vllm: ep_size a text": ("a.json", '{"ep_size": "2"}', "ep_size"),
     "vllm: a billion layers": (

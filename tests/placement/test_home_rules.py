@@ -379,6 +379,17 @@ def test_the_command_judges_a_plan_as_it_is(trace_path, tmp_path, capsys):
     assert Plan.read(again).digest == start.digest
 
 
+@pytest.mark.parametrize("devices", [4, 3])  # three do not divide the experts
+def test_a_plan_with_copies_is_refused_as_slots_are(devices, trace_path, tmp_path, capsys):
+    each = 16 // devices + 1
+    slots_P = np.arange(devices * each) % 16
+    Plan(Placement(np.tile(slots_P, (3, 1)), 16, devices)).write(tmp_path / "p.json")
+    assert run("homes", trace_path, f"--plan={tmp_path / 'p.json'}") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("refused: plan = ")
+    assert "homes are planned without replicas" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

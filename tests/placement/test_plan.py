@@ -152,6 +152,13 @@ def test_not_a_plan_is_refused(text, tmp_path):
         Plan.read(tmp_path / "p.json")
 
 
+def test_a_plan_of_another_program_is_told_from_an_old_one(tmp_path):
+    """`convert` reads it; solving again would be no help."""
+    (tmp_path / "p.json").write_text('{"physical_to_logical_map": [[0, 1]]}')
+    with pytest.raises(Refused, match=r"format = None: .*moe_jax\.placement convert IN plan\.json"):
+        Plan.read(tmp_path / "p.json")
+
+
 def test_binary_and_missing_files_are_refused(tmp_path):
     (tmp_path / "p.json").write_bytes(b"\xff\xfe\x80")
     for path in (tmp_path / "p.json", tmp_path / "none.json", tmp_path):

@@ -125,6 +125,9 @@ def run(options: argparse.Namespace) -> str:
     given = None
     if options.plan:
         given = inputs.plan(options.plan, trace, options_lib.devices_said(options))
+        if given.placement.has_replicas:
+            fix = "Give a plan that was made without --slots, or leave --plan out"
+            raise Refused("plan", options.plan, tally.WITHOUT_COPIES, fix)
     problem = options_lib.problem_of(options, halves.plan_half, _machine(options, given))
     problem = solve_lib.resolved(problem)
     tally.check(problem)

@@ -67,14 +67,17 @@ def read_vllm(fields: dict[str, Any], hints: Hints) -> Plan:
         for key in ("ep_size", "num_logical_experts", "num_physical_experts", "num_moe_layers")
         if key in fields
     }
-    rank_LE = _read_ranks(fields.get(RANKS), hints, said.get("num_moe_layers"))
+    slots_LP = None
+    if MAP in fields:
+        slots_LP = raw.int_table(fields[MAP], MAP, ("layers", "slots"))
+    layers = said.get("num_moe_layers") if slots_LP is None else len(slots_LP)
+    rank_LE = _read_ranks(fields.get(RANKS), hints, layers)
     devices = said.get("ep_size")
     if devices is None and rank_LE is not None and hints.devices is None:
         devices = int(rank_LE.max()) + 1
         hints.note(f"{devices} devices: the largest rank + 1")
     devices = hints.devices_of(devices, "vLLM")
-    if MAP in fields:
-        slots_LP = raw.int_table(fields[MAP], MAP, ("layers", "slots"))
+    if slots_LP is not None:
         experts = hints.experts_in_map(slots_LP)
         placement = Placement(slots_LP, experts, devices)
         _check_ranks(rank_LE, placement)
@@ -101,7 +104,9 @@ def _read_ranks(value: Any, hints: Hints, num_layers: int | None) -> np.ndarray 
     if isinstance(value, list) and value and isinstance(value[0], list):
         return raw.int_table(value, RANKS, ("layers", "experts"))
     rank_E = raw.int_table(value, RANKS, ("experts",))
-    layers = num_layers if hints.layer_ids is None else len(hints.layer_ids)
+    layers = num_layers
+    if layers is None and hints.layer_ids is not None:
+        layers = len(hints.layer_ids)
     if layers is None or layers > MAX_ROWS:
         raise Refused(
             RANKS,
@@ -121,7 +126,18 @@ def placement_of_ranks(rank_LE: np.ndarray, devices: int, field: str) -> Placeme
             f"devices go from 0 to {devices - 1}",
             "Correct the file or --devices",
         )
-    check_divides(rank_LE.shape[1], devices)
+    experts = rank_LE.shape[1]
+    check_divides(experts, devices)
+    for row, rank_E in enumerate(rank_LE):
+        count_M = np.bincount(rank_E, minlength=devices)
+        if count_M.max() * devices > experts:
+            device = int(count_M.argmax())
+            raise Refused(
+                f"{field}, layer {row}",
+                f"{count_M[device]} experts on device {device}",
+                f"every device holds the same number of experts, {experts // devices}",
+                "Correct the file or --devices",
+            )
     return Placement.from_device_LE(rank_LE, devices)
 
 

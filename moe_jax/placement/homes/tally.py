@@ -25,6 +25,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 DISPATCHES = ("exchange", "hierarchical")
+WITHOUT_COPIES = "homes are planned without replicas, whose copy rule depends on homes"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,11 +80,10 @@ def check(problem: Problem) -> None:
             "Use --objective=seconds or --objective=rows",
         )
     if problem.has_replicas:
-        rule = "homes are planned without replicas, whose copy rule depends on homes"
         fix = "Leave --slots out"
         if problem.needs_copies:
             fix += f", and take devices that divide the {problem.trace.num_experts} experts"
-        raise Refused("slots", problem.num_slots, rule, fix)
+        raise Refused("slots", problem.num_slots, WITHOUT_COPIES, fix)
 
 
 def prices(topology: Topology, dispatch: str, slow_weight: float = 1.0) -> Prices:
