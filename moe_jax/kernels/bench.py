@@ -395,6 +395,8 @@ def main(argv: list[str] | None = None) -> int:
             rule = f"none is measured for {args.shapes}"
             raise Refused("--patterns", args.patterns, rule, "Leave it out to see those that are")
         passes = named("--passes", args.passes, PASSES)
+        if not 0 <= args.seconds < float("inf"):
+            raise Refused("--seconds", args.seconds, "seconds, at least 0", "Use 4")
         implementation = args.implementation or gm.default_implementation()
         gm.check_platform(implementation, jax.default_backend(), "--implementation")
         opponents = named("--opponents", args.opponents, NAMES) if args.opponents else []

@@ -55,6 +55,10 @@ def test_group_sizes_sum_to_the_rows(pattern):
             "--patterns = 'zipf': none is measured for decode",
         ),
         ([*OPTIONS, "--implementation=hopper"], "--implementation = 'hopper': runs on platform"),
+        *(
+            ([*OPTIONS, f"--seconds={bad}"], f"--seconds = {float(bad)}: seconds, at least 0")
+            for bad in ("nan", "-1")
+        ),
         ([*OPTIONS, "--passes=dx"], "--passes = 'dx': decode have none of these"),
     ],
 )

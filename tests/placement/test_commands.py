@@ -189,6 +189,15 @@ def test_solve_for_transitions_says_what_stays_and_what_can(trace_path, tmp_path
     assert "of the transitions; no plan keeps more than" in capsys.readouterr().out
 
 
+def test_a_split_that_is_none_is_refused_for_one_sequence_too(trace_path, tmp_path, capsys):
+    trace_lib.save(trace_lib.load(trace_path).select(np.array([0])), trace_path)
+    words = ("solve", trace_path, "--devices=4", "--time-limit=0", f"--out={tmp_path / 'p.json'}")
+    for split, message in (("name:g1", "needs the names"), ("half", "split = 'half': not known")):
+        assert run(*words, f"--split={split}") == 1
+        assert message in capsys.readouterr().err
+    assert run(*words, "--split=time") == 0
+
+
 def test_solve_with_one_sequence_says_that_nothing_is_held_out(trace_path, tmp_path, capsys):
     one = trace_lib.load(trace_path).select(np.array([0]))
     trace_lib.save(one, trace_path)

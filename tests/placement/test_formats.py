@@ -620,6 +620,15 @@ COMMANDS = {
     "experts contradict": (["p.json", "o.json", "--num-experts=9"], "the file says 8"),
     "layers of our own": (["p.json", "o.json", "--layer-ids=3-5"], "number their layers"),
     "layers of our trace": (["t.npz", "o.npz", "--layer-ids=7"], "number their layers"),
+    "devices of a trace": (["t.npz", "o.npz", "--devices=4"], "is only read for plans"),
+    "stages of our trace": (
+        ["t.npz", "o.npz", "--pipeline-stages=2"],
+        "pipeline_stages = 2: is only read for Megatron-LM's traces, and this is our own trace. ",
+    ),
+    "layer base of a plan": (
+        ["t.yaml", "o.json", "--devices=2", "--layer-base=0"],
+        "layer_base = 0: is only read for Megatron-LM's traces, and this is TensorRT-LLM's plan. ",
+    ),
     "layers unreadable": (["p.json", "o.json", "--layer-ids=3..5"], "ranges such as"),
     "layers falling": (["p.json", "o.json", "--layer-ids=5-3"], "rising"),
     "layers without end": (["p.json", "o.json", "--layer-ids=0-999999"], "at most 65536"),

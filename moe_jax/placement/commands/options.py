@@ -339,8 +339,11 @@ def split_option(command: argparse.ArgumentParser) -> None:
 
 
 def split(trace: Trace, seed: int, how: str = SEQUENCE) -> Halves | None:
-    """What is planned on and judged on; None, said on stderr, where there is one sequence only."""
-    if trace.num_sequences > 1:
+    """What is planned on and judged on; None, said on stderr, where there is one sequence only.
+
+    A split by names, or by what is no split, is refused there as elsewhere.
+    """
+    if trace.num_sequences > 1 or how not in (SEQUENCE, "time"):
         window = windows.window(trace, how, seed)
         return Halves(window.plan, window.judge)
     print("The trace has one sequence only: there is no held-out half.", file=sys.stderr)

@@ -81,6 +81,7 @@ def convert(
     """Reads, checks, writes whole or not at all."""
     suffix = pathlib.Path(target).suffix.lower()
     found = read(source, hints, wants_trace=suffix in (".npz", ".jsonl"))
+    _check_heard(found, hints)
     if isinstance(found.value, Plan):
         name = _write_plan(found.value, target, suffix, written, hints)
     elif suffix in _TRACE_SUFFIXES and not _counts_are_meant(found.value, suffix, written):
@@ -88,6 +89,21 @@ def convert(
     else:
         name = _write_counts(found.value, target, suffix, written, hints)
     return Converted(found, name, tuple(hints.notes))
+
+
+def _check_heard(found: Found, hints: Hints) -> None:
+    """Refuses options that nothing reads for a file of this kind."""
+    of_megatron = found.format == "Megatron-LM", "Megatron-LM's traces"
+    for option, (is_read, of) in {
+        "devices": (isinstance(found.value, Plan), "plans"),
+        "pipeline_stages": of_megatron,
+        "layer_base": of_megatron,
+    }.items():
+        given = getattr(hints, option)
+        if given is not None and not is_read:
+            whose = "our own" if found.format == "own" else f"{found.format}'s"
+            rule = f"is only read for {of}, and this is {whose} {found.kind}"
+            raise Refused(option, given, rule, f"Leave --{option.replace('_', '-')} out")
 
 
 def _counts_are_meant(value: Trace | Counts, suffix: str, written: str | None) -> bool:
