@@ -466,6 +466,51 @@ def test_solve_refuses_in_one_line_and_writes_nothing(name, trace_path, tmp_path
     assert sorted(tmp_path.iterdir()) == [trace_path]
 
 
+CLASHES = {
+    "solve, trace": (["solve", "t.npz", "--out=t.npz"], "out", "trace"),
+    "solve, a trace by another name": (["solve", "t.npz", "--out=link"], "out", "trace"),
+    "solve, the page": (["solve", "t.npz", "--out=new", "--report=new"], "report", "out"),
+    "solve, pins": (["solve", "t.npz", "--pin=pins", "--out=pins"], "out", "pin"),
+    "solve, topology": (["solve", "t.npz", "--topology=m.json", "--out=m.json"], "out", "topology"),
+    "homes, trace": (["homes", "t.npz", "--out=t.npz"], "out", "trace"),
+    "homes, the plan": (["homes", "t.npz", "--out=new", "--out-plan=./new"], "out_plan", "out"),
+    "homes, its plan": (["homes", "t.npz", "--plan=p.json", "--out=p.json"], "out", "plan"),
+    "verdict, trace": (["verdict", "t.npz", "--out=t.npz"], "out", "trace"),
+    "compare, trace": (["compare", "t.npz", "--report=t.npz"], "report", "trace"),
+    "convert": (["convert", "p.json", "./p.json", "--format=sglang"], "out", "in"),
+    "convert, a file of a folder": (["convert", "ranks", "ranks/0.pt"], "out", "in"),
+}
+
+
+@pytest.mark.parametrize("name", CLASHES)
+def test_outputs_replace_no_input_and_not_one_another(
+    name, trace_path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("t.npz")
+    (tmp_path / "ranks").mkdir()
+    for other in ("pins", "m.json", "p.json", "ranks/0.pt"):
+        (tmp_path / other).write_text("0:0:0")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    words, field, taken = CLASHES[name]
+    devices = [] if words[0] == "convert" or "topology" in words[2] else ["--devices=4"]
+    assert run(*words, *devices) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"refused: {field} = ")
+    assert f": is the {taken} as well. Choose another." in said
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_plan_takes_the_place_of_the_one_that_it_began_with(trace_path, tmp_path, capsys):
+    plan = tmp_path / "p.json"
+    Plan(Placement.contiguous(3, 8, 4)).write(plan)
+    words = (trace_path, "--devices=4", "--time-limit=0")
+    assert run("solve", *words, f"--previous={plan}", f"--out={plan}") == 0
+    assert run("verdict", *words, f"--before={plan}", f"--out={plan}") == 0
+    assert run("homes", *words, f"--plan={plan}", f"--out-plan={plan}") == 0
+    assert Plan.read(plan).provenance["homes"]
+
+
 def test_refuses_bad_files(trace_path, tmp_path, capsys):
     (tmp_path / "bad.npz").write_bytes(trace_path.read_bytes()[:100])
     Plan(Placement.contiguous(2, 8, 4)).write(tmp_path / "other.json")

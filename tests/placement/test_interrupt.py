@@ -188,7 +188,7 @@ def test_ctrl_c_while_writing_keeps_the_file_that_is_there(
     before.write(out)
     monkeypatch.setattr("os.fsync", fsync)
     words = ["solve", str(trace_path), "--devices=4", f"--out={out}", "--time-limit=0"]
-    monkeypatch.setattr(solve_command.options_lib, "files_ok", lambda path: None)
+    monkeypatch.setattr(solve_command.options_lib, "outputs_ok", lambda options: None)
     assert command_line.main(words) == 130
     assert capsys.readouterr().err == "interrupted: nothing written\n"
     assert Plan.read(out) == before

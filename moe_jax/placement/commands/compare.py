@@ -40,7 +40,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """All baselines and the planner, held-out."""
-    options_lib.report_ok(options)
+    options_lib.outputs_ok(options)
     trace = inputs.trace(options)
     halves = options_lib.split(trace, options.seed, options.split)
     if halves is None:

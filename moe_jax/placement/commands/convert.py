@@ -56,7 +56,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Reads a plan, a trace or counts of any known format, and writes another."""
-    options_lib.files_ok(options.target)
+    options_lib.outputs_ok(options)
     layer_ids = None if options.layer_ids is None else parse_layer_ids(options.layer_ids)
     hints = Hints(
         options.devices,

@@ -104,9 +104,7 @@ class _Planned:
 
 def run(options: argparse.Namespace) -> str:
     """Homes for a plan, or with one; every rule judged."""
-    for path in (options.out, options.out_plan):
-        if path:
-            options_lib.files_ok(path)
+    options_lib.outputs_ok(options)
     settings = Study(
         _numbers("prefill", options.prefill),
         options.name_fields,

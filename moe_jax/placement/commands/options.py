@@ -22,6 +22,14 @@ from moe_jax.routing.trace import Halves, Trace
 
 STEADY = 0.003
 SEQUENCE = "sequence"  # the default of --split
+INPUTS = ("trace", "source", "topology", "previous", "before", "plan")  # beside files of pins
+OUTPUTS = ("out", "out_plan", "target", "report")
+REPLACED = (  # a plan may take the place of the one that it began with
+    ("out", "previous"),
+    ("out", "before"),
+    ("out_plan", "plan"),
+)
+CALLED = {"source": "in", "target": "out"}
 
 
 def typed(options: argparse.Namespace) -> str:
@@ -356,19 +364,30 @@ def report_option(command: argparse.ArgumentParser) -> None:
     )
 
 
-def report_ok(options: argparse.Namespace) -> None:
-    """Refuses a page that cannot be written, or would replace the trace or the plan."""
-    if options.report is None:
-        return
-    files_ok(options.report, "report")
-    page = pathlib.Path(options.report).resolve()
-    for field in ("trace", "out", "before", "previous"):
-        other = getattr(options, field, None)
-        if other and pathlib.Path(other).resolve() == page:
-            raise Refused("report", options.report, f"is the {field} as well", "Choose another")
+def outputs_ok(options: argparse.Namespace) -> None:
+    """Refuses outputs that cannot be written, or would replace an input or one another."""
+    named = [(field, getattr(options, field, None)) for field in INPUTS + OUTPUTS]
+    named += [("pin", pin) for pin in getattr(options, "pin", None) or ()]
+    taken = [(field, path) for field, path in named if path is not None and field not in OUTPUTS]
+    for field, path in named:
+        if field not in OUTPUTS or path is None:
+            continue
+        called = CALLED.get(field, field)
+        files_ok(path, called)
+        for other, used in taken:
+            if (field, other) not in REPLACED and _is_or_holds(used, path):
+                rule = f"is the {CALLED.get(other, other)} as well"
+                raise Refused(called, path, rule, "Choose another")
+        taken.append((field, path))
 
 
-def files_ok(path: str, field: str = "out") -> None:
+def _is_or_holds(used: str, path: str) -> bool:
+    """Whether to write `path` is to replace `used`, or a file of the folder that it is."""
+    out, other = pathlib.Path(path).resolve(), pathlib.Path(used).resolve()
+    return out == other or (other in out.parents and out.exists())
+
+
+def files_ok(path: str, field: str) -> None:
     """Refuses an output that cannot be written, before the work is done."""
     out = pathlib.Path(path)
     if out.is_dir():

@@ -39,8 +39,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Plans, judges, writes the plan."""
-    options_lib.files_ok(options.out)
-    options_lib.report_ok(options)
+    options_lib.outputs_ok(options)
     trace = inputs.trace_or_counts(options)
     if isinstance(trace, Counts):
         return counts.solve(options, trace)

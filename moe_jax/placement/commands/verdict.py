@@ -42,9 +42,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Whether a better placement is worth it."""
-    if options.out:
-        options_lib.files_ok(options.out)
-    options_lib.report_ok(options)
+    options_lib.outputs_ok(options)
     for name in ("out", "report"):
         if getattr(options, name) and options.split == "name":
             rule = "split=name judges one plan per group"
