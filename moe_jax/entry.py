@@ -59,6 +59,8 @@ def check_output(flag: str, path: str | None, *, suffix: str = "") -> None:
         raise Refused(flag, path, f"must end in {suffix}", f"write {path}{suffix}")
     if suffix and target.is_dir():
         raise Refused(flag, path, "is a directory", "name a file")
+    if suffix and target.exists() and not target.is_file():
+        raise Refused(flag, path, "is no regular file", "name another")
     if target.exists() and not suffix and not target.is_dir():
         raise Refused(flag, path, "is not a directory", "name another one")
     above = next(folder for folder in target.parents if folder.exists())

@@ -1,9 +1,11 @@
 """Files that are whole or absent: write to a temporary name in the same folder, then rename."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import IO
@@ -14,10 +16,10 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file beside `path`; on success it takes the name, on error it is removed.
 
     Args:
-      path: the final name; missing parent folders are made.
+      path: the final name, see `target`; missing parent folders are made.
       mode: "wb" or "w" (UTF-8, "\\n" line ends).
     """
-    path = pathlib.Path(path)
+    path = target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -34,6 +36,19 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def target(path: str | os.PathLike) -> pathlib.Path:
+    """The name that a file is written under: links stay, and what they point to is replaced.
+
+    Raises:
+      OSError: what is there is no regular file: a rename would put one in the place of a device.
+    """
+    real = pathlib.Path(os.path.realpath(path))
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(real).st_mode):
+            raise FileExistsError(errno.EEXIST, "is no regular file", os.fspath(path))
+    return real
 
 
 def sync_folder(path: str | os.PathLike) -> None:

@@ -599,6 +599,8 @@ TABLE = [
     infer("measure suffix", "--measure={tmp}/t", "--measure", "/t'", "t.npz"),
     infer("record is a folder", "--record={tmp}/t.npz", "--record", "/t.npz'", "name a file",
           make=in_tmp("t.npz", None)),
+    infer("record is a pipe", "--record={tmp}/t.npz", "--record", "/t.npz'", "name another",
+          make=lambda tmp, run: os.mkfifo(tmp / "t.npz")),
     infer("record below a file", "--record={tmp}/a/t.npz", "--record", "/a/t.npz'", "name another",
           make=in_tmp("a", b"")),
     infer("measure with a prompt", "--prompt=a --measure={tmp}/m.npz", "--measure", "/m.npz'",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -509,6 +510,15 @@ def test_a_plan_takes_the_place_of_the_one_that_it_began_with(trace_path, tmp_pa
     assert run("verdict", *words, f"--before={plan}", f"--out={plan}") == 0
     assert run("homes", *words, f"--plan={plan}", f"--out-plan={plan}") == 0
     assert Plan.read(plan).provenance["homes"]
+
+
+@pytest.mark.parametrize("command", ["solve", "homes"])
+def test_an_output_takes_the_place_of_no_device(command, trace_path, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert run(command, trace_path, "--devices=4", f"--out={tmp_path / 'pipe'}") == 1
+    assert "pipe': cannot be written (is no regular file)" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "pipe", trace_path]
 
 
 def test_refuses_bad_files(trace_path, tmp_path, capsys):

@@ -389,10 +389,10 @@ def _is_or_holds(used: str, path: str) -> bool:
 
 def files_ok(path: str, field: str) -> None:
     """Refuses an output that cannot be written, before the work is done."""
-    out = pathlib.Path(path)
-    if out.is_dir():
+    if pathlib.Path(path).is_dir():
         raise Refused(field, path, "is a folder", "Give the name of a file")
     try:
+        out = files.target(path)
         with files.atomic_write(out.parent / f".{out.name}.probe"):
             pass
         (out.parent / f".{out.name}.probe").unlink()
