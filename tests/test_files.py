@@ -33,6 +33,6 @@ def test_what_is_no_regular_file_stays(name, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     before = {path: path.lstat().st_ino for path in tmp_path.iterdir()}
-    with pytest.raises(OSError, match="is no regular file|symbolic links"):
+    with pytest.raises(OSError, match=r"is no regular file|symbolic links"):
         write(tmp_path / name, "after")
     assert {path: path.lstat().st_ino for path in tmp_path.iterdir()} == before

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import cost, evaluate, topology
+from moe_jax.placement import compare, cost, evaluate, topology
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.routing import synthetic
@@ -519,6 +519,24 @@ def test_an_output_takes_the_place_of_no_device(command, trace_path, tmp_path, c
     assert "pipe': cannot be written (is no regular file)" in capsys.readouterr().err
     assert (tmp_path / "pipe").is_fifo()
     assert sorted(tmp_path.iterdir()) == [tmp_path / "pipe", trace_path]
+
+
+@pytest.mark.parametrize("option", ["solve --out", "verdict --report", "compare --out-plans"])
+def test_a_refused_command_leaves_no_folders(option, tmp_path, capsys):
+    command, option = option.split()
+    words = [command, tmp_path / "none.npz", "--devices=4", f"{option}={tmp_path}/new/er/p"]
+    assert run(*words) == 1
+    assert "the file does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["t.npz", "t.npz/plans", "pipe"])
+def test_compare_refuses_a_folder_of_plans_before_it_plans(place, trace_path, monkeypatch, capsys):
+    monkeypatch.chdir(trace_path.parent)
+    monkeypatch.setattr(compare, "methods", pytest.fail)
+    os.mkfifo("pipe")
+    assert run("compare", trace_path, "--devices=4", f"--out-plans={place}") == 1
+    assert capsys.readouterr().err.startswith(f"refused: out_plans = '{place}")
 
 
 def test_refuses_bad_files(trace_path, tmp_path, capsys):

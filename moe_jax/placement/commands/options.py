@@ -1,7 +1,9 @@
 """Options that sub-commands share, and what they mean: machine, sizes, objective, halves."""
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
 import sys
@@ -388,11 +390,13 @@ def _is_or_holds(used: str, path: str) -> bool:
 
 
 def files_ok(path: str, field: str) -> None:
-    """Refuses an output that cannot be written, before the work is done."""
+    """Refuses an output that cannot be written, before the work is done; leaves nothing behind."""
     if pathlib.Path(path).is_dir():
         raise Refused(field, path, "is a folder", "Give the name of a file")
+    made: list[pathlib.Path] = []
     try:
         out = files.target(path)
+        made = [folder for folder in out.parents if not folder.exists()]
         with files.atomic_write(out.parent / f".{out.name}.probe"):
             pass
         (out.parent / f".{out.name}.probe").unlink()
@@ -400,3 +404,14 @@ def files_ok(path: str, field: str) -> None:
         raise Refused(field, path, f"cannot be written ({error.strerror})", "Choose another") from (
             error
         )
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not made, or of others by now
+                folder.rmdir()
+
+
+def folder_ok(path: str, field: str) -> None:
+    """The same for a folder of plans."""
+    if pathlib.Path(path).exists() and not pathlib.Path(path).is_dir():
+        raise Refused(field, path, "is no folder", "Choose another")
+    files_ok(os.path.join(path, "plan.json"), field)
