@@ -4,8 +4,12 @@ Commands catch `Refused` at their entry point, print it on one line without a tr
 with code 1. Everything else is a bug and keeps its traceback.
 """
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
+
+UNSAID = 3  # exit code of a command that did its work and could not say so
 
 
 class Refused(ValueError):
@@ -37,6 +41,25 @@ def exit_code(command: Callable[[], object]) -> int:
         print(f"refused: {refused}", file=sys.stderr)
         return 1
     return 0
+
+
+def say(answer: str) -> int:
+    """Prints an answer: 0; UNSAID where stdout takes no more, which stderr says.
+
+    A reader that has gone (`| head`) has what it wanted: 0. What is left to print goes nowhere.
+    """
+    try:
+        print(answer, flush=True)
+        return 0
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # else Python tries again as it ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"done, but the answer is not printed: {error.strerror}", file=sys.stderr)
+        return UNSAID
 
 
 def plain(text: str) -> str:

@@ -2,7 +2,8 @@
 convert (also `moe-place`).
 
 Exit codes: 0 done, 1 refused (one line on stderr, nothing written), 2 usage, 130 interrupted
-(`solve` has then written the best plan so far, if there was one; stderr says which).
+(`solve` has then written the best plan so far, if there was one; stderr says which), 3 done and
+written, but stdout took no answer.
 """
 
 import argparse
@@ -17,6 +18,7 @@ if __name__ == "__main__":  # Ctrl-C while NumPy and SciPy are imported
 # Before NumPy is imported: the matrices are small, threads would only wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from moe_jax import errors
 from moe_jax.errors import Refused
 from moe_jax.placement.commands import (
     apply,
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options_lib.check_seed(options)
         with interrupt.Watch():
             answer = options.run(options)
-        print(answer)
+        return errors.say(answer)
     except Refused as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
@@ -84,13 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except interrupt.Stopped as stop:
         if stop.answer:
-            print(stop.answer)
+            errors.say(stop.answer)
         print(f"interrupted: {stop.left}", file=sys.stderr)
         return interrupt.EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted: nothing written", file=sys.stderr)
         return interrupt.EXIT_CODE
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:

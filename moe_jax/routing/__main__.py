@@ -3,7 +3,7 @@
     python -m moe_jax.routing TRACE.npz [--num-experts=32]
 
 Reads the trace, counts loads, co-activation and transitions, and prints a line for each with its
-processor time. Exit codes: 0 done, 1 refused, 2 usage.
+processor time. Exit codes: 0 done, 1 refused, 2 usage, 3 done, but stdout took no answer.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moe_jax import errors
 from moe_jax.errors import Refused
 from moe_jax.routing import affinity
 from moe_jax.routing import trace as trace_lib
@@ -35,21 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
-    print(
+    code = errors.say(
         f"{trace.num_tokens:,} tokens in {trace.num_sequences} sequences, "
         f"{trace.num_layers} layers x {trace.num_experts} experts, top-{trace.top_k}"
     )
-    _line("read and checked", f"digest {trace.digest[:16]}", started)
+    code |= _line("read and checked", f"digest {trace.digest[:16]}", started)
     for name, count, say in STATISTICS:
         begun = time.process_time()
         counts = count(trace)
-        _line(name, say(counts), begun)
-    _line("all", "", started)
-    return 0
+        code |= _line(name, say(counts), begun)
+    code |= _line("all", "", started)
+    return code
 
 
-def _line(name: str, text: str, begun: float) -> None:
-    print(f"{name:32} {time.process_time() - begun:6.2f} s  {text}".rstrip())
+def _line(name: str, text: str, begun: float) -> int:
+    return errors.say(f"{name:32} {time.process_time() - begun:6.2f} s  {text}".rstrip())
 
 
 def _load(load_LE: np.ndarray) -> str:

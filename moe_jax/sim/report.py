@@ -9,7 +9,8 @@ planner's cost module (replay.py) and requires equality, not likeness: of every 
 of every logit as bits, of every text and expert id. Prints one table and writes three plots and one
 HTML page into DIR, also where a check fails, so that people can look; then the exit code is 1.
 
-Exit codes: 0 everything equal, 1 refused or not equal (message on stderr), 2 usage.
+Exit codes: 0 everything equal, 1 refused or not equal (message on stderr), 2 usage, 3 equal,
+but stdout took no answer.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 
-from moe_jax import files
+from moe_jax import errors, files
 from moe_jax.errors import Refused
 from moe_jax.placement.plan import Placement, Plan, check_fits
 from moe_jax.sim import comparison, curves, measurement, page, plots, replay
@@ -40,13 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"refused: {refused}", file=sys.stderr)
         return 1
     if flags.json:
-        print(json.dumps(as_json(summary, paths), allow_nan=False))
+        code = errors.say(json.dumps(as_json(summary, paths), allow_nan=False))
     else:
-        print(as_text(summary, paths))
+        code = errors.say(as_text(summary, paths))
     if not summary.holds:
         print(_failure(summary), file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def compare(flags: argparse.Namespace) -> Summary:

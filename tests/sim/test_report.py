@@ -1,10 +1,12 @@
 """The command as a whole: equality is demanded of every entry, and anything else is loud."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
+from moe_jax.errors import UNSAID
 from moe_jax.placement.plan import Placement, Plan
 
 
@@ -150,6 +152,13 @@ def test_a_failed_run_still_shows_what_it_found(case, capsys):
     text = (case.folder / "out" / "report.html").read_text()
     assert "FAILED: 1 of 10 checks do not hold" in text
     assert "(1 of 48 entries differ)" in text
+
+
+def test_equal_runs_are_no_failure_where_stdout_is_full(case, capsys, no_plots, monkeypatch):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert case.run() == UNSAID
+    assert "not printed" in capsys.readouterr().err
 
 
 def test_gathered_rows_are_predicted_too(gathered_case, capsys, no_plots):
