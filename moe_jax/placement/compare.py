@@ -4,8 +4,9 @@ Baselines are those of baselines/registry.py that apply to the machine and the s
 planner's own construction (`greedy`) and the planner. Those with integer programs get SLOW_SHARE of
 the time limit each, and say when it ended them. Pins are kept by the planner and, without replicas,
 by `greedy`, which is then what the planner has before any search; baselines know none, and how many
-they break stands beside them. Bytes to move are counted from contiguous, under
-the numbering of devices that moves least where that costs nothing (move.py).
+they break stands beside them. Bytes to move are counted from contiguous. Devices of a plan without
+copies are numbered so that least moves, in all layers alike (method_costs.py), and every figure is
+of the plan as --out-plans writes it.
 """
 
 import dataclasses
@@ -124,18 +125,24 @@ def methods(
         share = SLOW_SHARE * time_limit if baseline.slow else 0.0
         started = time.monotonic()
         one = baseline.make(free, seed, share)
-        made.append(
-            _judged(baseline.key, baseline.name, one, time.monotonic() - started, plan, judge)
-        )
+        seconds = time.monotonic() - started
+        one = _numbered(free, one)
+        made.append(_judged(baseline.key, baseline.name, one, seconds, plan, judge))
     if not plan.needs_copies and (keys is None or "greedy" in keys):
         started = time.monotonic()
         greedy = Made(_greedy(plan, seed))
-        made.append(_judged("greedy", "greedy", greedy, time.monotonic() - started, plan, judge))
+        seconds = time.monotonic() - started
+        greedy = _numbered(free if plan.has_replicas else plan, greedy)
+        made.append(_judged("greedy", "greedy", greedy, seconds, plan, judge))
     name = "greedy + ILP + replicas" if plan.has_replicas else "greedy + ILP"
     placement, report = solve.solve_problem(plan, seed, time_limit, progress)
-    best = Made(placement, cut=not report.finished)
+    best = _numbered(plan, Made(placement, cut=not report.finished))
     solved = _judged("planner", name, best, report.seconds, plan, judge)
     return [*made, dataclasses.replace(solved, report=report)]
+
+
+def _numbered(problem: Problem, made: Made) -> Made:
+    return dataclasses.replace(made, placement=method_costs.numbered(problem, made.placement))
 
 
 def _greedy(plan: Problem, seed: int) -> Placement:
@@ -185,6 +192,7 @@ def _mean_random(plan: Problem, judge: Problem, seed: int) -> Method:
         device_LE = baselines.random(*sizes, seed=draw)
         seconds = time.monotonic() - started
         made = Made(Placement.from_device_LE(device_LE, plan.num_devices))
+        made = _numbered(plan.unrestricted, made)
         several.append(_judged("random", name, made, seconds, plan, judge))
     return dataclasses.replace(
         several[0],

@@ -30,7 +30,11 @@ COSTS = (
     ("worst", "the same, worst layer"),
     ("CV", "standard deviation of the device loads over their mean, mean of layers"),
     ("worst", "the same, worst layer"),
-    ("moved", "experts, over all layers, that arrive on a device that contiguous keeps them off"),
+    (
+        "moved",
+        "experts, over all layers, that arrive on a device that contiguous keeps them off; without "
+        "copies devices are numbered so that fewest do, in all layers alike, as in --out-plans",
+    ),
     ("GB", "what these weigh"),
     ("solve s", "seconds to make the plan; cut: its time ended it, or a part of it"),
 )

@@ -72,7 +72,7 @@ def costs(judge: Problem, placement: Placement) -> Costs:
     )
     over_L = evidence.over_mean(load_LM, judge.topology.speed_M)
     cv_L = evidence.variation(load_LM, judge.topology.speed_M)
-    moved = arrivals(judge, placement)
+    moved = arrivals(placement)
     return Costs(
         seconds=float(seconds_L.mean()),
         seconds_worst=float(seconds_L.max()),
@@ -87,20 +87,26 @@ def costs(judge: Problem, placement: Placement) -> Costs:
     )
 
 
-def arrivals(problem: Problem, after: Placement) -> int:
-    """(device, expert) pairs of `after`, over all layers, that contiguous does not hold.
+def numbered(problem: Problem, placement: Placement) -> Placement:
+    """Equal groups on the devices where least moves from contiguous, in all layers alike.
 
-    Equal groups are numbered so that least moves; copies and uneven groups are taken as numbered.
+    No figure changes but rows of shuffled dispatch, where numbers decide between homes of equal
+    worth: plans for it stay as they are numbered, as do copies and uneven groups.
     """
-    sizes = (problem.trace.num_layers, problem.trace.num_experts, problem.num_devices)
-    each = -(-sizes[1] // sizes[2])  # with copies the devices need not divide the experts
-    before_LE = np.tile(np.arange(sizes[1]) // each, (sizes[0], 1))
-    if not after.has_replicas and not isinstance(after, Uneven):
-        after = move.relabelled(problem, Placement.from_device_LE(before_LE, sizes[2]), after)
-    held_LMS = after.physical_to_logical_LP.reshape(sizes[0], sizes[2], -1)
+    if placement.has_replicas or isinstance(placement, Uneven):
+        return placement
+    if problem.dispatch != "shuffled":  # hierarchical rows are counted for any plan
+        problem = dataclasses.replace(problem, dispatch="hierarchical")
+    sizes = (placement.num_layers, placement.num_experts, placement.num_devices)
+    return move.relabelled(problem, Placement.contiguous(*sizes), placement, alike=True)
+
+
+def arrivals(after: Placement) -> int:
+    """(device, expert) pairs, over all layers, that contiguous does not hold."""
+    layers, experts, devices = after.num_layers, after.num_experts, after.num_devices
+    each = -(-experts // devices)  # with copies the devices need not divide the experts
     total = 0
-    for before_E, held_MS in zip(before_LE, held_LMS, strict=True):
+    for held_MS in after.physical_to_logical_LP.reshape(layers, devices, -1):
         for device, held_S in enumerate(held_MS):
-            held = np.unique(held_S[held_S >= 0])
-            total += int((before_E[held] != device).sum())
+            total += int((np.unique(held_S[held_S >= 0]) // each != device).sum())
     return total

@@ -72,12 +72,19 @@ def move(before: Placement, after: Placement, topology: Topology, expert_bytes: 
     return Move(moved, after.num_layers * after.num_slots, moved * expert_bytes, seconds)
 
 
-def relabelled(problem: Problem, before: Placement, after: Placement) -> Placement:
-    """`after` with the device numbers that move least; see the head of this file."""
+def relabelled(
+    problem: Problem, before: Placement, after: Placement, *, alike: bool = False
+) -> Placement:
+    """`after` with the device numbers that move least; see the head of this file.
+
+    Args:
+      alike: one numbering for all layers in any case: transitions and other dispatches count as
+        before, too.
+    """
     if problem.dispatch == "shuffled" or problem.topology.torus is not None:
         return after
     new_LEM = holds_LEM(after)
-    by_layer = problem.separable and problem.dispatch not in cost.TIED
+    by_layer = not alike and problem.separable and problem.dispatch not in cost.TIED
     device_LM = _devices_LM(problem, holds_LEM(before), new_LEM, by_layer)
     found = placement_of(_renumbered(new_LEM, device_LM))
     if after.share_LNP is None:

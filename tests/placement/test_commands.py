@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import compare, cost, evaluate, topology
+from moe_jax.placement import compare, cost, evaluate, evidence, method_costs, topology
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.routing import synthetic
@@ -318,6 +318,50 @@ def test_compare_counts_time_evenness_and_moves(trace_path, capsys):
     uneven = methods["grace"]
     assert uneven["empty_slots"] == uneven["slots"] - 8
     assert not uneven["valid_plan"]
+
+
+@pytest.mark.parametrize("dispatch", ["exchange", "shuffled"])
+@pytest.mark.parametrize("pins", [[], ["--pin=*:3:2", "--pin=0:1:0"]])
+def test_a_plan_file_of_compare_is_what_its_line_says(pins, dispatch, trace_path, tmp_path, capsys):
+    """Held-out figures, pins and moves, counted here on the files once more."""
+    words = ("compare", trace_path, "--devices=4", "--node-sizes=1,3", "--time-limit=0", *pins)
+    words = (*words, f"--dispatch={dispatch}", "--methods=contiguous,zigzag,occult,greedy")
+    assert run(*words, f"--out-plans={tmp_path / 'plans'}", "--json") == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    placements = [Plan.read(path).placement for path in (tmp_path / "plans").glob("*.json")]
+    written = {placement.digest: placement for placement in placements}
+    half = trace_lib.split(trace_lib.load(trace_path), 0).judge_half
+    like = Problem(half, topology.uneven((1, 3)))
+    for method in methods:
+        device_LE = (placement := written[method["plan_digest"]]).device_LE
+        assert method["move"]["experts"] == (device_LE != np.arange(8) // 2).sum()
+        if pins:
+            off = (device_LE[:, 3] != 2).sum() + (device_LE[0, 1] != 0)
+            assert method["broken_pins"] == off
+        found = evidence.judge(
+            half,
+            placement,
+            like.topology,
+            step_tokens=like.work.batch_tokens,
+            dispatch=dispatch,
+        )
+        assert method["held_out"] == found.to_json()
+    assert methods[0]["move"]["experts"] == 0  # contiguous, whatever is pinned
+
+
+def test_numbers_that_move_least_change_no_other_figure(trace_path):
+    trace, machine = trace_lib.load(trace_path), topology.uneven((1, 3))
+    groups_E = np.array([0, 3, 1, 2]).repeat(2)  # device 1 alone relays for node 0
+    placement = Placement.from_device_LE(np.tile(groups_E, (3, 1)), 4)
+    again = method_costs.numbered(Problem(trace, machine), placement)
+    assert (method_costs.arrivals(placement), method_costs.arrivals(again)) == (18, 12)
+    found = [
+        evidence.judge(trace, one, machine, step_tokens=64, dispatch="exchange").to_json()
+        for one in (placement, again)
+    ]
+    for one in found:  # numbers decide between homes of equal worth
+        del one["rows"]["shuffled"], one["rows_worst"]["shuffled"]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
