@@ -1,9 +1,9 @@
 """The held-out table of `python -m moe_jax.placement compare --json`, ready to print.
 
 Tolerant on purpose: the table is a guest in the report, so keys that are missing give a hyphen and
-a file without any method gives a note. Only a file that is not JSON is refused. A method is any
-object with `rows` in it or one level below (`held_out`); a figure is a number or
-`{value, low, high}`.
+a file without any method, or of another command, gives a note and no table. Only a file that is not
+JSON is refused. A method is any object with `rows` in it or one level below (`held_out`); a figure
+is a number or `{value, low, high}`.
 """
 
 import dataclasses
@@ -28,6 +28,10 @@ _NOTE = (
     "out and back, with tokens spread evenly over the devices: compare methods with one another "
     "(changes are from the first), not with the measured rows above."
 )
+_UNKNOWN = (
+    "The file given as --compare holds no method that this page knows: it is no answer of "
+    "`python -m moe_jax.placement compare --json`."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,9 @@ def read(path: str | os.PathLike) -> Table:
         rule = f"cannot be read as JSON ({error})"
         raise Refused("--compare", os.fspath(path), rule, fix) from None
     methods = list(_methods(printed))
-    first = _number(_at(methods[0][2], _ROWS)) if methods else None
+    if not any(_is_known(entry, figures) for _, entry, figures in methods):
+        return Table(_HEAD, [], (_UNKNOWN,))
+    first = _number(_at(methods[0][2], _ROWS))
     rows = [
         (
             name,
@@ -61,8 +67,6 @@ def read(path: str | os.PathLike) -> Table:
         )
         for name, entry, figures in methods
     ]
-    if not rows:
-        return Table(_HEAD, rows, ("The comparison holds no method that this page knows.",))
     return Table(_HEAD, rows, (*_aim(printed), _NOTE))
 
 
@@ -83,6 +87,12 @@ def _aim(printed: Any) -> tuple[str, ...]:
         if isinstance(value := aim[key], str):
             text += f"{before}{plain(value)}{after}"
     return (text + "; other columns may get worse where that one gets better.",)
+
+
+def _is_known(entry: dict, figures: dict) -> bool:
+    """It has one of the figures at least: answers of other commands have `rows`, too."""
+    places = (_ROWS, _LOAD_MEAN, _LOAD_WORST)
+    return "held_out_objective" in entry or any(_at(figures, one) is not None for one in places)
 
 
 def _objective(entry: dict) -> str:

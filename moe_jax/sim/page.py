@@ -107,7 +107,8 @@ def _comparison(table: Table | None) -> str:
     if table is None:
         return ""
     intro = "".join(f"<p>{escape(line)}</p>" for line in table.notes)
-    return _section("Other placements, on held-out text", intro + _table(table.head, table.rows))
+    rows = _table(table.head, table.rows) if table.rows else ""
+    return _section("Other placements, on held-out text", intro + rows)
 
 
 def _checks_table(summary: Summary) -> str:

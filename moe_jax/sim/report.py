@@ -134,7 +134,8 @@ def as_text(summary: Summary, paths: dict[str, str]) -> str:
     lines += [*_columns([head, *rows]), ""]
     if summary.comparison is not None:
         held_out = summary.comparison
-        lines += _columns([("on held-out text", *held_out.head[1:]), *held_out.rows])
+        if held_out.rows:
+            lines += _columns([("on held-out text", *held_out.head[1:]), *held_out.rows])
         lines += [*_wrapped(held_out.notes), ""]
     lines += [words.headline(summary), *words.verdicts(summary)]
     training = words.training(summary)

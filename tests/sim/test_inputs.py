@@ -128,6 +128,20 @@ def test_a_comparison_without_methods_says_so(tmp_path):
     assert "no method" in table.notes[0]
 
 
+def test_the_answer_of_another_command_is_no_comparison(case, capsys):
+    """Of `homes`: its rules have `rows`, too, of other things."""
+    rule = {"rule": "prefill 16", "rows": {"before": {"value": 2.8}, "after": {"value": 2.7}}}
+    path = case.folder / "homes.json"
+    path.write_text(json.dumps({"plan_digest": "0", "rules": [rule, rule]}))
+    assert case.run(f"--compare={path}") == 0
+    text = capsys.readouterr().out
+    assert "it is no answer of" in text
+    assert "on held-out text" not in text
+    html = (case.folder / "out" / "report.html").read_text()
+    assert "it is no answer of" in html
+    assert "rows, exchange" not in html
+
+
 def test_a_comparison_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "compare.json").write_text("contiguous 1.5")
     with pytest.raises(Refused, match="--compare"):
