@@ -82,11 +82,12 @@ def _told(value_B: np.ndarray) -> str:
 def _losses(
     config: config_lib.Config, mesh: Mesh, model: object, table: Table, window_BS1: np.ndarray
 ) -> np.ndarray:
-    """Of each window alone, float64 [B]."""
+    """Of each window alone, float64 [B]: a batch is one window, for each device that splits it."""
     evaluate = step_lib.build_eval(config, mesh)
+    copies = (mesh_lib.size(mesh, mesh_lib.BATCH), 1)
     return np.array(
         [
-            float(evaluate(model, mesh_lib.put_batch(mesh, one_S1[None]), table))
+            float(evaluate(model, mesh_lib.put_batch(mesh, np.tile(one_S1, copies)), table))
             for one_S1 in window_BS1
         ]
     )

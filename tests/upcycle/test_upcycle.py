@@ -341,11 +341,14 @@ def test_dense_layers_are_not_published(dense, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_held_out_loss_is_that_of_the_dense_model_at_step_0(dense, texts, tmp_path, capsys):
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 4}])
+def test_held_out_loss_is_that_of_the_dense_model_at_step_0(dense, texts, tmp_path, capsys, mesh):
+    """On one device, and where a batch is split over several."""
     workdir = tmp_path / "run"
     config = make.make(dense, workdir, make.Wanted(4, 2))
     plain = json.loads(config_lib.to_json(config))
     plain["data"].update(texts)
+    plain["mesh"].update(mesh)
     (workdir / "config.json").write_text(json.dumps(plain))
     asked = [f"--workdir={workdir}", f"--hf={dense}", "--loss", "--sequences=3"]
     assert command.main(asked) == 0
