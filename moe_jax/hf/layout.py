@@ -152,10 +152,17 @@ def find(family: Family, config: ModelConfig, tensors: Tensors) -> Layout:
 
     Raises:
       Refused: tensors that are missing, that nobody knows, or of another shape than config.json
-        says, the first three of them by name; or one of a dtype that is not read as a weight.
+        says, the first three of them by name; or one of a dtype that is not read as a weight; or
+        a width that is not whole groups of codes.
     """
     layouts = [of_family(family, name, config) for name in family.layouts]
     layout = max(layouts, key=lambda layout: len(layout.shapes.keys() & tensors.file_of.keys()))
+    if layout.name == "mxfp4":
+        for key, width in (("hidden_size", config.d_model), ("intermediate_size", config.d_ff)):
+            if width % mxfp4.GROUP:
+                rule = f"must be a multiple of {mxfp4.GROUP}, the values that share a scale"
+                field = f"{tensors.folder / 'config.json'}: {key}"
+                raise Refused(field, width, rule, "use the config.json of this checkpoint")
     source = f"{tensors.folder}: tensors"
     there = tensors.file_of.keys()
     if missing := [name for name in layout.shapes if name not in there]:

@@ -230,3 +230,13 @@ def test_bad_codes(models, change, says):
     golden.changed(models[0], change, codes="U8")
     with pytest.raises(Refused, match=says):
         loaded(models[0], "float32")
+
+
+@pytest.mark.parametrize(
+    ("field", "key"), [("d_model", "hidden_size"), ("d_ff", "intermediate_size")]
+)
+def test_a_width_that_is_not_whole_groups(models, field, key):
+    published = config_json.read(models[0])
+    config = dataclasses.replace(published.config.model, **{field: 48})
+    with pytest.raises(Refused, match=rf"config\.json: {key} = 48: must be a multiple of 32"):
+        layout.find(published.family, config, folder.tensors(models[0]))
