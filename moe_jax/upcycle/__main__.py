@@ -12,9 +12,22 @@ import argparse
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 from moe_jax import errors
 from moe_jax.errors import Refused
+
+# What is read beside --workdir, by the flag that asks for something; without one a model is made.
+_READ = {
+    "distance": (),
+    "loss": ("hf", "sequences"),
+    "export": (),
+    "": ("gguf", "hf", "num_experts", "top_k", "first_dense", "seed"),
+}
+_DEFAULTS = {
+    **{"gguf": None, "hf": None, "num_experts": 8, "top_k": 2, "first_dense": 0, "seed": 0},
+    "sequences": 64,
+}
 
 
 def upcycle(given: argparse.Namespace) -> None:
@@ -79,7 +92,37 @@ def export(given: argparse.Namespace) -> None:
     """Writes a published folder. Raises `Refused`."""
     from moe_jax.upcycle import export as of_run
 
+    if not given.export:
+        raise Refused("--export", given.export, "must be a path", "name a new folder")
     of_run.export(given.workdir, given.export)
+
+
+def _check_read(given: dict[str, Any]) -> str:
+    """What is asked for: a key of `_READ`. Raises `Refused` for flags that it would not read."""
+    first, *more = [name for name in _READ if name in given] or [""]
+    if more:
+        rule = f"asks for something else than --{first}"
+        raise Refused(f"--{more[0]}", given[more[0]], rule, "give one of them")
+    for name, value in given.items():
+        if name not in ("workdir", first, *_READ[first]):
+            readers = [reader for reader, names in _READ.items() if name in names]
+            by = " and ".join(f"with --{one}" if one else "to make a model" for one in readers)
+            flag, rule = f"--{name.replace('_', '-')}", f"is only read {by}"
+            raise Refused(flag, value, rule, "leave it out, or ask for that")
+    return first
+
+
+def run(given: dict[str, Any]) -> None:
+    """Does what the flags that were given ask for. Raises `Refused`."""
+    asked, flags = _check_read(given), argparse.Namespace(**(_DEFAULTS | given))
+    if asked == "distance":
+        distance(flags.workdir)
+    elif asked == "loss":
+        loss(flags)
+    elif asked == "export":
+        export(flags)
+    else:
+        upcycle(flags)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,26 +131,21 @@ def main(argv: list[str] | None = None) -> int:
         prog="moe_jax.upcycle",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--gguf", help="a Llama in a GGUF file")
     parser.add_argument("--hf", help="folder of a published Llama")
     parser.add_argument("--workdir", required=True, help="a new folder; with --distance a run's")
-    parser.add_argument("--num-experts", type=int, default=8)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--first-dense", type=int, default=0, help="so many layers stay dense")
-    parser.add_argument("--seed", type=int, default=0, help="of the router")
+    parser.add_argument("--num-experts", type=int)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--first-dense", type=int, help="so many layers stay dense")
+    parser.add_argument("--seed", type=int, help="of the router")
     parser.add_argument("--distance", action="store_true", help="measure, and make nothing")
     parser.add_argument("--loss", action="store_true", help="measure, and make nothing")
-    parser.add_argument("--sequences", type=int, default=64, help="held-out windows of --loss")
+    parser.add_argument("--sequences", type=int, help="held-out windows of --loss")
     parser.add_argument("--export", metavar="OUT", help="a new folder: the run, published")
-    given = parser.parse_args(argv)
-    if given.distance:
-        return errors.exit_code(lambda: distance(given.workdir))
-    if given.loss:
-        return errors.exit_code(lambda: loss(given))
-    if given.export:
-        return errors.exit_code(lambda: export(given))
-    return errors.exit_code(lambda: upcycle(given))
+    given = vars(parser.parse_args(argv))
+    return errors.exit_code(lambda: run(given))
 
 
 if __name__ == "__main__":

@@ -238,6 +238,13 @@ def test_answers_text(upcycled, capsysbinary):
         (["--hf=MIXTRAL"], "--hf"),
         (["--hf=DENSE", "--seed=-1"], "--seed"),
         (["--gguf=FILE", f"--seed={2**31}"], "--seed"),
+        (["--distance", "--loss"], "--loss = True: asks for something else than --distance"),
+        (["--loss", "--export=x"], "--export = 'x': asks for something else than --loss"),
+        (["--loss", "--gguf=x"], "--gguf = 'x': is only read to make a model"),
+        (["--export=x", "--hf=x"], "--hf = 'x': is only read with --loss and to make a model"),
+        (["--distance", "--num-experts=8"], "--num-experts = 8: is only read to make a model"),
+        (["--hf=DENSE", "--sequences=2"], "--sequences = 2: is only read with --loss"),
+        (["--export="], "--export = ''"),
     ],
 )
 def test_refused_and_nothing_left(dense, tmp_path, capsys, flags, field):
