@@ -34,12 +34,18 @@ class Refused(ValueError):
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Runs a command: 0, or 1 where it refuses, which it says on stderr."""
+    """Runs a command: 0, or, said on stderr, 1 where it or the system refuses, 130 at Ctrl-C."""
     try:
         command()
     except Refused as refused:
         print(f"refused: {refused}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"refused: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

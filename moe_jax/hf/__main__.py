@@ -6,7 +6,7 @@
     from-gguf FILE OUT          a Llama in a GGUF file as a published model's folder
     make SHAPE OUT              a folder of random weights in a published shape, 50 M parameters
 
-Exit codes: 0 done, 1 refused, 2 usage.
+Exit codes: 0 done, 1 refused, 2 usage, 130 interrupted.
 """
 
 import argparse

@@ -59,14 +59,18 @@ def new(out: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder to write to, under another name beside it; whole, it takes the name, or is gone.
 
     Raises:
-      Refused: see `check_new`.
+      Refused: see `check_new`; or the disk takes no more.
     """
-    out = check_new(out)
+    given, out = str(out), check_new(out)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    beside.mkdir(parents=True)
     try:
+        beside.mkdir(parents=True)
         yield beside
         os.replace(beside, out)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        rule, fix = f"could not be written ({error})", "make room or name another place"
+        raise Refused("OUT", given, rule, fix) from None
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

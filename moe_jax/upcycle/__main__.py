@@ -5,7 +5,7 @@
     --loss --workdir=DIR [--hf=DIR]         held-out loss of a run, beside that of its dense model
     --export=OUT --workdir=DIR              a run's newest step as a published folder (a Mixtral)
 
-Exit codes: 0 done, 1 refused, 2 usage.
+Exit codes: 0 done, 1 refused, 2 usage, 130 interrupted.
 """
 
 import argparse

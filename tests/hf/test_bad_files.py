@@ -1,6 +1,7 @@
 """Damaged and lying checkpoints: refused with file, tensor, rule and fix before arrays are made."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -13,14 +14,15 @@ import numpy as np
 import pytest
 
 from moe_jax import config as config_lib
+from moe_jax import errors
 from moe_jax import mesh as mesh_lib
 from moe_jax.config import RopeConfig
 from moe_jax.errors import Refused
 from moe_jax.hf import __main__ as hf_main
-from moe_jax.hf import config_json, folder, layout, load, safetensors
+from moe_jax.hf import config_json, folder, gguf_tokens, layout, load, safetensors
 from moe_jax.hf.tokens import Tokenizer
 from moe_jax.infer import published
-from tests.hf import golden
+from tests.hf import golden, tiny_gguf
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -284,6 +286,31 @@ def test_places_of_new_folders(tmp_path, monkeypatch):
             (made / "x").write_text("")
         assert [path.name for path in pathlib.Path(out).iterdir()] == ["x"]
     assert sorted(path.name for path in inside.iterdir()) == ["empty", "new", "other"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), 1, "refused: OUT = {out!r}: could not be written"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_a_full_disk_and_an_interruption_are_a_line(
+    error, code, says, tmp_path, capsys, monkeypatch
+):
+    def write(*_):
+        raise error
+
+    monkeypatch.setattr(gguf_tokens, "write", write)
+    file, out = str(tiny_gguf.write(tmp_path / "m.gguf")), str(tmp_path / "out")
+    assert hf_main.main(["from-gguf", file, out]) == code
+    assert capsys.readouterr().err.startswith(says.format(out=out))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_what_the_system_refuses_is_a_line(capsys):
+    assert errors.exit_code(lambda: pathlib.Path("/nowhere/file").read_text()) == 1
+    assert capsys.readouterr().err == "refused: /nowhere/file: No such file or directory\n"
 
 
 # --- config.json -------------------------------------------------------------------------------
