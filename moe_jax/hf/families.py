@@ -317,7 +317,7 @@ DEEPSEEK_V3 = Family(
     keys=(
         *_DEEPSEEK_KEYS,
         Key("router_weights", ("norm_topk_prob",), says=_NORMALISED),
-        Key("rope.interleaved", ("rope_interleave",), True, {True: True, False: False}),
+        Key("rope.interleaved", ("rope_interleave",), True, {True: True, False: False}, null=False),
     ),
     fixed={"router_scores": "sigmoid", "router_group_scores": "top2", "router_correction": True},
     only=(

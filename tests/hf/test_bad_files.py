@@ -449,6 +449,19 @@ def test_both_ways_to_write_rotary_positions(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "interleaved"),
+    [({}, True), ({"rope_interleave": True}, True), ({"rope_interleave": None}, False)],
+)
+def test_null_interleaves_no_positions(said, interleaved, tmp_path):
+    """As in transformers, where only a key that is not there is true."""
+    model = copied(tmp_path, "deepseek_v3")
+    plain = json.loads((model / "config.json").read_text())
+    plain.pop("rope_interleave")
+    (model / "config.json").write_text(json.dumps(plain | said))
+    assert config_json.read(model).config.model.rope.interleaved is interleaved
+
+
+@pytest.mark.parametrize(
     ("said", "dtype"),
     [
         ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
