@@ -6,6 +6,7 @@ with code 1. Everything else is a bug and keeps its traceback.
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -34,7 +35,11 @@ class Refused(ValueError):
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Runs a command: 0, or, said on stderr, 1 where it or the system refuses, 130 at Ctrl-C."""
+    """Runs a command: 0, or, said on stderr, 1 where it or the system refuses, 130 at Ctrl-C.
+
+    SIGTERM ends it as Ctrl-C does: what is half made is removed.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
     except Refused as refused:
@@ -46,6 +51,8 @@ def exit_code(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

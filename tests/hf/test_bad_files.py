@@ -8,6 +8,7 @@ import pathlib
 import re
 import resource
 import shutil
+import signal
 import struct
 
 import numpy as np
@@ -305,6 +306,20 @@ def test_a_full_disk_and_an_interruption_are_a_line(
     file, out = str(tiny_gguf.write(tmp_path / "m.gguf")), str(tmp_path / "out")
     assert hf_main.main(["from-gguf", file, out]) == code
     assert capsys.readouterr().err.startswith(says.format(out=out))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_sigterm_leaves_nothing_half_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gguf_tokens, "write", lambda *_: signal.raise_signal(signal.SIGTERM))
+    file = tiny_gguf.write(tmp_path / "m.gguf")
+    deaf = signal.signal(signal.SIGTERM, lambda *_: None)  # in place of the end of these tests
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        assert hf_main.main(["from-gguf", str(file), str(tmp_path / "out")]) == 130
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, deaf)
+    assert capsys.readouterr().err == "interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
