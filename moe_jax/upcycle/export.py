@@ -28,10 +28,7 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
     """
     folder.check_new(out)
     config = run.config(workdir)
-    if config.model.num_dense_layers:
-        rule = "must be 0: no published family with plain attention has dense layers before others"
-        fix = "upcycle without --first-dense"
-        raise Refused("model.num_dense_layers", config.model.num_dense_layers, rule, fix)
+    check(config.model)
     with tempfile.TemporaryDirectory() as scratch:
         like = pathlib.Path(scratch)
         if config.data.tokenizer:
@@ -43,6 +40,18 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
         way = layout.of_family(published.family, "per expert", published.config.model)
         files = save.export(arrays, way, step.plan.placement, out, dtypes="F32", like=like)
     metrics.say(f"{out}: step {step.step}, {len(files)} file(s) of tensors, as a Mixtral")
+
+
+def check(model: ModelConfig) -> None:
+    """Raises `Refused` for what a dense model can bring along and a Mixtral does not have."""
+    if model.num_dense_layers:
+        rule = "must be 0: no published family with plain attention has dense layers before others"
+        fix = "upcycle without --first-dense"
+        raise Refused("model.num_dense_layers", model.num_dense_layers, rule, fix)
+    if model.attention_bias:
+        rule = "must be '': a Mixtral's attention has no biases"
+        fix = "upcycle a Llama without attention_bias"
+        raise Refused("model.attention_bias", model.attention_bias, rule, fix)
 
 
 def _said(model: ModelConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from moe_jax.hf.families import LLAMA, UPCYCLED
 from moe_jax.model.parameter import logical_axes
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import resume
+from moe_jax.upcycle import export
 
 TOKENIZER, CONFIG_PY = "tokenizer", "config.py"
 ROUTER = "blocks.moe.router_DE"
@@ -204,6 +205,10 @@ def make(dense: str | os.PathLike, workdir: str | os.PathLike, wanted: Wanted) -
         with files.atomic_write(out / CONFIG_PY, "w") as file:
             file.write(_CONFIG_PY.format(path=f"DIR/{CONFIG_PY}", workdir="DIR"))
     metrics.say(_told(workdir, made))
+    try:
+        export.check(made.model)
+    except Refused as refused:
+        metrics.fail(f"it trains and answers, and cannot be published with --export: {refused}")
     return made
 
 

@@ -340,12 +340,29 @@ def test_stretched_positions_are_published(dense, tmp_path):
     assert json.loads((out / "config.json").read_text())["rope_scaling"] == plain["rope_scaling"]
 
 
-def test_dense_layers_are_not_published(dense, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    make.make(dense, workdir, make.Wanted(2, 1, first_dense=1))
-    assert command.main([f"--workdir={workdir}", f"--export={tmp_path / 'out'}"]) == 1
-    assert "model.num_dense_layers = 1: must be 0" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_what_a_mixtral_does_not_have_is_not_published(dense, tmp_path, capsys):
+    """It is said when the model is made, too."""
+    biased = tmp_path / "biased"
+    shutil.copytree(dense, biased)
+    plain = json.loads((dense / "config.json").read_text()) | {"attention_bias": True}
+    (biased / "config.json").write_text(json.dumps(plain))
+    read = folder.tensors(dense)
+    arrays = {name: read.array(name) for name in read.file_of}
+    for layer in range(2):
+        for name, rows in (("q", 32), ("k", 16), ("v", 16), ("o", 32)):
+            bias = f"model.layers.{layer}.self_attn.{name}_proj.bias"
+            arrays[bias] = np.ones(rows, np.float32)
+    golden.write(biased, arrays, codes="")
+    for source, first_dense, says in (
+        (dense, 1, "model.num_dense_layers = 1: must be 0"),
+        (biased, 0, "model.attention_bias = 'qkvo': must be ''"),
+    ):
+        workdir, out = tmp_path / f"run {first_dense}", tmp_path / "out"
+        make.make(source, workdir, make.Wanted(2, 1, first_dense=first_dense))
+        assert f"cannot be published with --export: {says}" in capsys.readouterr().err
+        assert command.main([f"--workdir={workdir}", f"--export={out}"]) == 1
+        assert f"refused: {says}" in capsys.readouterr().err
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 4}])
