@@ -31,6 +31,7 @@ from moe_jax.config import Config
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json, folder, layout, load, tokens
 from moe_jax.hf.families import LLAMA, UPCYCLED
+from moe_jax.hf.tables import MAX_EXPERTS
 from moe_jax.model.parameter import logical_axes
 from moe_jax.placement import plan as plan_lib
 from moe_jax.train import resume
@@ -94,6 +95,12 @@ def config(dense: Config, wanted: Wanted) -> Config:
     ):
         if value < least:
             raise Refused(flag, value, f"must be at least {least}", f"use {max(least, 2)}")
+    most = MAX_EXPERTS // (layers - wanted.first_dense)
+    if wanted.num_experts > most:
+        rule = (
+            f"must be at most {most:,}: {MAX_EXPERTS:,} in all layers, as published models may have"
+        )
+        raise Refused("--num-experts", wanted.num_experts, rule, "choose fewer")
     if wanted.top_k > wanted.num_experts:
         rule = f"must be at most --num-experts = {wanted.num_experts}"
         raise Refused("--top-k", wanted.top_k, rule, "choose fewer")

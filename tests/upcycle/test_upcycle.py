@@ -235,6 +235,7 @@ def test_answers_text(upcycled, capsysbinary):
         (["--hf=DENSE", "--top-k=9"], "--top-k"),
         (["--hf=DENSE", "--top-k=0"], "--top-k"),
         (["--hf=DENSE", "--num-experts=1", "--top-k=1"], "--num-experts"),
+        (["--hf=DENSE", "--num-experts=32769"], "--num-experts = 32769: must be at most 32,768"),
         (["--hf=MIXTRAL"], "--hf"),
         (["--hf=DENSE", "--seed=-1"], "--seed"),
         (["--gguf=FILE", f"--seed={2**31}"], "--seed"),
