@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_jax import files
 from moe_jax.hf import config_json, folder, gguf, gguf_tokens, layout, safetensors
+from moe_jax.hf.tables import MAX_SIZE
 
 # key of the file -> key of config.json
 _KEYS = {
@@ -28,6 +29,8 @@ _KEYS = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+_REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base")  # all others are whole numbers
+_OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base", "vocab_size")
 # Keys that may only say what follows from others, or nothing.
 _CHECKED = ("rope.dimension_count", "attention.value_length")
 _NOTHING = {"rope.scaling.type": ("none",), "expert_count": (0,), "expert_used_count": (0,)}
@@ -85,19 +88,28 @@ def config(file: gguf.File) -> dict[str, Any]:
         if key not in _KEYS and key not in _CHECKED:
             rule = "is not known, so what it asks for would be ignored"
             gguf.refuse(path, name, value, rule, "use another model")
-        if type(value) not in (int, float) or not 0 < value < 2**31:
-            gguf.refuse(path, name, value, "must be a number above 0")
+        if key in _REAL and (type(value) not in (int, float) or not 0 < value < 2.0**127):
+            gguf.refuse(path, name, value, "must be a number above 0, of 32 bits")
+        if key not in _REAL and (type(value) is not int or not 0 < value <= MAX_SIZE):
+            gguf.refuse(path, name, value, f"must be a whole number, 1 to {MAX_SIZE:,}")
         if key in _KEYS:  # 1e-5 in 32 bits is meant, not its digits in 64
             plain[_KEYS[key]] = float(str(np.float32(value))) if type(value) is float else value
     plain.setdefault("rope_theta", 10000.0)
-    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-        if type(plain.get(key)) is not int:
-            gguf.refuse(path, key, plain.get(key), "is required, a whole number")
+    for key, meant in _KEYS.items():
+        if meant not in plain and key not in _OPTIONAL:
+            gguf.refuse(path, f"llama.{key}", None, "is required")
     if (layers := plain["num_hidden_layers"]) > len(file.tensors):
         rule = f"must be a number of layers with weights: there are {len(file.tensors)} tensors"
         gguf.refuse(path, "llama.block_count", layers, rule)
-    plain.setdefault("num_key_value_heads", plain["num_attention_heads"])
-    plain.setdefault("head_dim", plain["hidden_size"] // plain["num_attention_heads"])
+    heads = plain["num_attention_heads"]
+    if heads % plain.setdefault("num_key_value_heads", heads):
+        rule = f"must divide llama.attention.head_count = {heads}"
+        gguf.refuse(path, "llama.attention.head_count_kv", plain["num_key_value_heads"], rule)
+    width = plain.setdefault("head_dim", plain["hidden_size"] // heads)
+    if width % 2 or not width:
+        key = "key_length" if "llama.attention.key_length" in keys else "head_count"
+        rule = f"makes heads {width} wide: must be even, positions turn pairs of values"
+        gguf.refuse(path, f"llama.attention.{key}", keys[f"llama.attention.{key}"], rule)
     for key in _CHECKED:
         if keys.get(f"llama.{key}", plain["head_dim"]) != plain["head_dim"]:
             rule = f"must be the width of a head, {plain['head_dim']}"
@@ -107,16 +119,17 @@ def config(file: gguf.File) -> dict[str, Any]:
         gguf.refuse(path, "token_embd.weight", None, "is missing")
     plain.setdefault("vocab_size", embedding.shape[0])
     plain["tie_word_embeddings"] = "output.weight" not in file.tensors
-    plain["bos_token_id"] = keys.get("tokenizer.ggml.bos_token_id")
-    ends = _ends(file, plain["vocab_size"])
+    plain["bos_token_id"] = next(iter(_tokens(file, ("bos",), plain["vocab_size"])), None)
+    # Of a text, a turn, or a message: the first ends documents to learn from.
+    ends = _tokens(file, ("eos", "eot", "eom"), plain["vocab_size"])
     plain["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     return plain
 
 
-def _ends(file: gguf.File, vocab_size: int) -> list[int]:
-    """Tokens that end a text, a turn, or a message: the first ends documents to learn from."""
+def _tokens(file: gguf.File, named: tuple[str, ...], vocab_size: int) -> list[int]:
+    """The tokens of these names that the file has."""
     found = {}
-    for end in ("eos", "eot", "eom"):
+    for end in named:
         name = f"tokenizer.ggml.{end}_token_id"
         number = file.keys.get(name)
         if number is None:

@@ -105,11 +105,14 @@ def test_tokens_that_stand_around_a_text(tmp_path):
     assert [words[token] for token in Tokenizer(tmp_path / "b", 264).encode("in")] == ["in"]
 
 
+HEADS, EPSILON = "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 10**6},
+            {"tokenizer.ggml.add_bos_token": True},
             "must be a token, as tokenizer.ggml.add_bos_token",
         ),
         ({"general.architecture": "mamba"}, "must be 'llama'"),
@@ -123,6 +126,19 @@ def test_tokens_that_stand_around_a_text(tmp_path):
         ({"tokenizer.ggml.merges": ["q qq"]}, "both together a third"),
         ({"tokenizer.ggml.tokens": None}, "must be a list of str"),
         ({"general.alignment": 48}, "power of two"),
+        ({"llama.context_length": None}, r"m\.gguf: llama\.context_length = None: is required"),
+        ({"llama.context_length": 2**30}, r"m\.gguf: llama\.context_length = .* 1 to 16,777,216"),
+        ({"llama.context_length": 128.0}, r"m\.gguf: llama\.context_length = .*a whole number"),
+        ({"llama.feed_forward_length": None}, r"m\.gguf: llama\.feed_forward_length = None: is"),
+        ({EPSILON: None}, rf"m\.gguf: {EPSILON} = None: is required"),
+        ({HEADS: 3}, rf"m\.gguf: {HEADS}_kv = 2: must divide {HEADS} = 3"),
+        (
+            {HEADS: 3, f"{HEADS}_kv": 1, "llama.embedding_length": 27},
+            rf"m\.gguf: {HEADS} = 3: makes heads 9 wide: must be even",
+        ),
+        ({"llama.attention.key_length": 7}, r"m\.gguf: llama\.attention\.key_length = 7: .* even"),
+        ({"tokenizer.ggml.bos_token_id": 999}, "bos_token_id = 999: must be a token of the voca"),
+        ({"tokenizer.ggml.bos_token_id": "x"}, "bos_token_id = 'x': must be a token of the voca"),
     ],
 )
 def test_what_is_not_supported_is_named(changes, message, tmp_path):
@@ -130,6 +146,12 @@ def test_what_is_not_supported_is_named(changes, message, tmp_path):
     with pytest.raises(Refused, match=message):
         gguf_llama.convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_large_base_of_positions(tmp_path):
+    keys = tiny_gguf.keys(**{"llama.rope.freq_base": 3e9})
+    gguf_llama.convert(tiny_gguf.write(tmp_path / "m.gguf", keys), tmp_path / "out")
+    assert config_json.read(tmp_path / "out").config.model.rope_theta == 3e9
 
 
 def test_quantised_types_that_are_not_read_are_named(tmp_path):
