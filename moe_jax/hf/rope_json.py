@@ -33,6 +33,7 @@ _FIELDS = {
 }
 _LOGITS = "mscale_all_dim"  # latent attention goes by it in every kind but "default"
 _SAID_ELSEWHERE = ("rope_type", "rope_theta", "partial_rotary_factor")
+_TYPES = ("rope_type", "type")  # one key, its older name behind
 _MSCALES = ("short_mscale", "long_mscale")  # LongRoPE, as Phi-3.5-MoE writes its scale
 
 
@@ -123,10 +124,20 @@ def _group(path: pathlib.Path, plain: Mapping[str, Any]) -> dict[str, Any]:
             rule = 'must be an object, {"rope_type": ...}'
             raise Refused(f"{path}: {name}", found, rule, "download config.json again")
         for key, value in found.items():
-            known = "rope_type" if key == "type" else key
+            known = "rope_type" if key in _TYPES else key
             if merged.setdefault(known, value) != value:
                 rule = f"is {merged[known]!r} elsewhere in rope_scaling or rope_parameters"
                 raise Refused(f"{path}: {name}.{key}", value, rule, "leave one of them out")
+    older, newer = (plain.get(name) or {} for name in _OBJECTS)
+    for key, value in newer.items() if older else ():
+        names = _TYPES if key in _TYPES else (key,)
+        said = any(name in older for name in names) or value == plain.get(key)
+        if not said and value is not None:
+            rule = (
+                "is not in rope_scaling, and transformers reads that one alone where both are there"
+            )
+            fix = f"say {key} there, too, or leave rope_scaling out"
+            raise Refused(f"{path}: {_OBJECTS[1]}.{key}", value, rule, fix)
     return merged
 
 

@@ -364,6 +364,15 @@ CONFIGS = [
     ("mixtral", {"dtype": ["x"]}, "dtype", "convert the checkpoint"),
     ("mixtral", {"dtype": "float8"}, "dtype", "convert the checkpoint"),
     ("mixtral", {"rope_scaling": SCALED}, "rope_parameters.rope_type", "is 'yarn' elsewhere"),
+    ("mixtral", {"rope_scaling": SCALED, "rope_parameters": {**SCALED, "rope_theta": 1e5}},
+     "rope_parameters.rope_theta", "is not in rope_scaling"),
+    ("mixtral", {"rope_scaling": SCALED, "rope_theta": 1e6,
+                 "rope_parameters": {**SCALED, "rope_theta": 1e5}},
+     "rope_parameters.rope_theta", "is not in rope_scaling"),
+    ("mixtral", {"rope_scaling": SCALED, "rope_parameters": {**SCALED, "beta_fast": 16}},
+     "rope_parameters.beta_fast", "is not in rope_scaling"),
+    ("mixtral", {"rope_scaling": {"factor": 4.0}, "rope_parameters": SCALED},
+     "rope_parameters.type", "is not in rope_scaling"),
     ("mixtral", {"rope_parameters": DYNAMIC}, "rope_parameters.rope_type", "'dynamic'"),
     ("mixtral", {"rope_parameters": None, "rope_scaling": DYNAMIC}, "rope_scaling", "'dynamic'"),
     ("mixtral", {"rope_parameters": {**SCALED, "mrope_section": [2]}}, "mrope_section", "ignored"),
@@ -460,6 +469,17 @@ def test_both_ways_to_write_rotary_positions(tmp_path):
     assert config_json.read(model).config.model.rope_theta == 5e5
     group = {"rope_theta": 6e5, "rope_type": "default"}
     (model / "config.json").write_text(json.dumps({**plain, "rope_parameters": group}))
+    assert config_json.read(model).config.model.rope_theta == 6e5
+
+
+@pytest.mark.parametrize("more", [{"rope_scaling": {**SCALED, "rope_theta": 6e5}},
+                                  {"rope_scaling": SCALED, "rope_theta": 6e5},
+                                  {"rope_scaling": {}}])  # fmt: skip
+def test_both_objects_of_rotary_positions(more, tmp_path):
+    model = copied(tmp_path)
+    plain = json.loads((model / "config.json").read_text())
+    plain["rope_parameters"] = {**SCALED, "rope_theta": 6e5, "beta_fast": None}
+    (model / "config.json").write_text(json.dumps(plain | more))
     assert config_json.read(model).config.model.rope_theta == 6e5
 
 
