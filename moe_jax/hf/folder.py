@@ -29,8 +29,11 @@ SAMPLED, SAMPLED_BYTES = 256, 4096  # arrays at most, and of each, for `sampled_
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def check_new(out: str | os.PathLike) -> pathlib.Path:
+def check_new(out: str | os.PathLike, field: str = "OUT") -> pathlib.Path:
     """The absolute path of a folder to write, whose name a finished one can take; makes nothing.
+
+    Args:
+      field: what it is called in a refusal.
 
     Raises:
       Refused: it is there and not empty, is one that cannot be replaced, or has no place.
@@ -38,42 +41,47 @@ def check_new(out: str | os.PathLike) -> pathlib.Path:
     given, out = str(out), pathlib.Path(out)
     if out.is_symlink():
         rule = "is a link, and the finished folder takes the name"
-        raise Refused("OUT", given, rule, "name the folder itself, or a new one")
+        raise Refused(field, given, rule, "name the folder itself, or a new one")
     out = pathlib.Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused("OUT", given, "exists already", "name a new folder")
+        raise Refused(field, given, "exists already", "name a new folder")
     if os.path.ismount(out):
         rule = "is a mount point, which the finished folder cannot replace"
-        raise Refused("OUT", given, rule, "name a new folder in it")
+        raise Refused(field, given, rule, "name a new folder in it")
     if out == pathlib.Path.cwd():  # a shell in it would be left in a folder without a name
         rule = "is the folder that this runs in, which the finished one would replace"
-        raise Refused("OUT", given, rule, "name a new folder in it")
+        raise Refused(field, given, rule, "name a new folder in it")
     above = next(folder for folder in out.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise Refused("OUT", given, f"cannot be written below {above}", "name another place")
+        raise Refused(field, given, f"cannot be written below {above}", "name another place")
     return out
 
 
 @contextlib.contextmanager
-def new(out: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new(out: str | os.PathLike, field: str = "OUT") -> Iterator[pathlib.Path]:
     """A folder to write to, under another name beside it; whole, it takes the name, or is gone.
+
+    Args: as for `check_new`.
 
     Raises:
       Refused: see `check_new`; or the disk takes no more.
     """
-    given, out = str(out), check_new(out)
+    given, out = str(out), check_new(out, field)
+    above = [folder for folder in out.parents if not folder.exists()]
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         beside.mkdir(parents=True)
         yield beside
         os.replace(beside, out)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # one that is not there, or that others wrote to
+            for folder in above:
+                folder.rmdir()
+        if not isinstance(error, OSError):
+            raise
         rule, fix = f"could not be written ({error})", "make room or name another place"
-        raise Refused("OUT", given, rule, fix) from None
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        raise Refused(field, given, rule, fix) from None
 
 
 @dataclasses.dataclass(frozen=True)

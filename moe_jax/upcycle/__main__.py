@@ -40,13 +40,12 @@ def upcycle(given: argparse.Namespace) -> None:
         rule = "is required, or --hf=DIR, and not both"
         raise Refused("--gguf", given.gguf, rule, "name the dense model")
     wanted = make.Wanted(given.num_experts, given.top_k, given.first_dense, given.seed)
-    folder.check_new(given.workdir)
+    out = folder.check_new(given.workdir, "--workdir")
     if given.hf:
         mesh_lib.initialize("", 0, "off")
         make.make(given.hf, given.workdir, wanted)
         return
-    above = pathlib.Path(given.workdir).absolute().parent  # where there is room for the result
-    above.mkdir(parents=True, exist_ok=True)
+    above = next(place for place in out.parents if place.exists())  # with room for the result
     with tempfile.TemporaryDirectory(prefix=".dense-", dir=above) as scratch:
         dense = pathlib.Path(scratch) / "dense"
         gguf_llama.convert(given.gguf, dense)

@@ -26,7 +26,7 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
     Raises:
       Refused: no run, no good step, or parts that Mixtral does not have, by name.
     """
-    folder.check_new(out)
+    folder.check_new(out, "--export")
     config = run.config(workdir)
     check(config.model)
     with tempfile.TemporaryDirectory() as scratch:

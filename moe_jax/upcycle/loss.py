@@ -53,7 +53,7 @@ def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> No
     better = int((ours_B < dense_B).sum())
     metrics.say(
         f"difference {_told(ours_B - dense_B)}; the run is better in {better} of {len(dense_B)} "
-        f"windows (+- is a standard error over windows)"
+        f"windows{' (+- is a standard error over windows)' if len(dense_B) > 1 else ''}"
     )
 
 
@@ -75,8 +75,9 @@ def _read(
 
 
 def _told(value_B: np.ndarray) -> str:
-    error = value_B.std(ddof=1) / len(value_B) ** 0.5 if len(value_B) > 1 else float("nan")
-    return f"{value_B.mean():.4f} +- {error:.4f}"
+    if len(value_B) == 1:
+        return f"{value_B[0]:.4f}"
+    return f"{value_B.mean():.4f} +- {value_B.std(ddof=1) / len(value_B) ** 0.5:.4f}"
 
 
 def _losses(

@@ -193,13 +193,13 @@ def make(dense: str | os.PathLike, workdir: str | os.PathLike, wanted: Wanted) -
     Raises:
       Refused: naming file or flag, rule and fix.
     """
-    folder.check_new(workdir)
+    folder.check_new(workdir, "--workdir")
     published = read_dense(dense)
     made = config(published.config, wanted)
     tokens.Tokenizer(dense, made.model.vocab_size)  # there, and whole
     layers = (made.model.num_plan_layers, made.model.num_experts)
     plan = plan_lib.Plan(plan_lib.Placement.contiguous(*layers, 1), made.model.moe_layer_ids)
-    with folder.new(workdir) as out:
+    with folder.new(workdir, "--workdir") as out:
         model = parameters(dense, made, mesh_lib.of_config(made.mesh), plan.placement, wanted.seed)
         arrays = {f"model.{name}": leaf for name, leaf in checkpoint.flatten(model).items()}
         axes = {f"model.{n}": a for n, a in checkpoint.flatten(logical_axes(model)).items()}

@@ -303,7 +303,7 @@ def test_a_full_disk_and_an_interruption_are_a_line(
         raise error
 
     monkeypatch.setattr(gguf_tokens, "write", write)
-    file, out = str(tiny_gguf.write(tmp_path / "m.gguf")), str(tmp_path / "out")
+    file, out = str(tiny_gguf.write(tmp_path / "m.gguf")), str(tmp_path / "new" / "deep" / "out")
     assert hf_main.main(["from-gguf", file, out]) == code
     assert capsys.readouterr().err.startswith(says.format(out=out))
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

@@ -239,6 +239,7 @@ def test_answers_text(upcycled, capsysbinary):
         (["--hf=MIXTRAL"], "--hf"),
         (["--hf=DENSE", "--seed=-1"], "--seed"),
         (["--gguf=FILE", f"--seed={2**31}"], "--seed"),
+        (["--gguf=FILE", "--top-k=9"], "--top-k"),
         (["--distance", "--loss"], "--loss = True: asks for something else than --distance"),
         (["--loss", "--export=x"], "--export = 'x': asks for something else than --loss"),
         (["--loss", "--gguf=x"], "--gguf = 'x': is only read to make a model"),
@@ -253,7 +254,7 @@ def test_refused_and_nothing_left(dense, tmp_path, capsys, flags, field):
     places["MIXTRAL"] = golden.ROOT / "mixtral"
     for word, place in places.items():
         flags = [flag.replace(word, str(place)) for flag in flags]
-    assert command.main([*flags, f"--workdir={tmp_path / 'run'}"]) == 1
+    assert command.main([*flags, f"--workdir={tmp_path / 'new' / 'run'}"]) == 1
     assert capsys.readouterr().err.startswith(f"refused: {field}")
     assert not [*tmp_path.iterdir()]
 
@@ -307,7 +308,9 @@ def test_an_upcycled_model_is_published_as_a_mixtral(upcycled, tmp_path, capsys)
     for name in stored:
         np.testing.assert_array_equal(again[name], stored[name], name)
     assert command.main([f"--workdir={upcycled}", f"--export={out}"]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert f"refused: --export = {str(out)!r}: exists already" in capsys.readouterr().err
+    assert command.main([f"--workdir={upcycled}", f"--hf={out}"]) == 1
+    assert f"refused: --workdir = {str(upcycled)!r}: exists already" in capsys.readouterr().err
 
 
 def test_a_model_that_names_no_end(dense, tmp_path):
@@ -366,7 +369,7 @@ def test_what_a_mixtral_does_not_have_is_not_published(dense, tmp_path, capsys):
         assert not out.exists()
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 4}])
+@pytest.mark.parametrize("mesh", [{}, {"expert": 2}])
 def test_held_out_loss_is_that_of_the_dense_model_at_step_0(dense, texts, tmp_path, capsys, mesh):
     """On one device, and where a batch is split over several."""
     workdir = tmp_path / "run"
@@ -380,6 +383,11 @@ def test_held_out_loss_is_that_of_the_dense_model_at_step_0(dense, texts, tmp_pa
     lines = [line for line in capsys.readouterr().out.splitlines() if "nats" in line]
     step_0, of_dense = (float(line.split(": ")[1].split()[0]) for line in lines)
     assert abs(step_0 - of_dense) < 1e-4
+    if not mesh:  # one window has no error
+        assert command.main([*asked[:-1], "--sequences=1"]) == 0
+        told = capsys.readouterr().out
+        assert "windows" in told
+        assert "+-" not in told
 
 
 @pytest.mark.parametrize(
