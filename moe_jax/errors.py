@@ -1,7 +1,8 @@
 """The one error that users cause and users can mend.
 
 Commands catch `Refused` at their entry point, print it on one line without a traceback and exit
-with code 1. Everything else is a bug and keeps its traceback.
+with code 1, and so it is where the system refuses a file. Everything else is a bug and keeps its
+traceback.
 """
 
 import contextlib
