@@ -16,10 +16,11 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file beside `path`; on success it takes the name, on error it is removed.
 
     Args:
-      path: the final name, see `target`; missing parent folders are made.
+      path: the final name, see `check_regular`; missing parent folders are made.
       mode: "wb" or "w" (UTF-8, "\\n" line ends).
     """
-    path = target(path)
+    path = pathlib.Path(path)
+    check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -38,17 +39,15 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
-def target(path: str | os.PathLike) -> pathlib.Path:
-    """The name that a file is written under: links stay, and what they point to is replaced.
+def check_regular(path: str | os.PathLike) -> None:
+    """Raises OSError where something else than a regular file, or a link to one, has the name.
 
-    Raises:
-      OSError: what is there is no regular file: a rename would put one in the place of a device.
+    A rename would put a file in the place of a device. Links are not followed in writing: one in a
+    work directory that comes from elsewhere would say which file of this machine is replaced.
     """
-    real = pathlib.Path(os.path.realpath(path))
     with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.stat(real).st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileExistsError(errno.EEXIST, "is no regular file", os.fspath(path))
-    return real
 
 
 def sync_folder(path: str | os.PathLike) -> None:

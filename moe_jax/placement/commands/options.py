@@ -393,10 +393,10 @@ def files_ok(path: str, field: str) -> None:
     """Refuses an output that cannot be written, before the work is done; leaves nothing behind."""
     if pathlib.Path(path).is_dir():
         raise Refused(field, path, "is a folder", "Give the name of a file")
-    made: list[pathlib.Path] = []
+    out = pathlib.Path(path)
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
-        out = files.target(path)
-        made = [folder for folder in out.parents if not folder.exists()]
+        files.check_regular(out)
         with files.atomic_write(out.parent / f".{out.name}.probe"):
             pass
         (out.parent / f".{out.name}.probe").unlink()
