@@ -46,6 +46,10 @@ def exit_code(command: Callable[[], object]) -> int:
     except Refused as refused:
         print(f"refused: {refused}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        _print_nowhere()
+        print("ended: nobody reads what is printed", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"refused: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 1
@@ -66,14 +70,19 @@ def say(answer: str) -> int:
         print(answer, flush=True)
         return 0
     except OSError as error:
-        with contextlib.suppress(OSError, ValueError):  # else Python tries again as it ends
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+        _print_nowhere()
         if isinstance(error, BrokenPipeError):
             return 0
         print(f"done, but the answer is not printed: {error.strerror}", file=sys.stderr)
         return UNSAID
+
+
+def _print_nowhere() -> None:
+    """What stdout did not take is dropped: else Python tries again as it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def plain(text: str) -> str:

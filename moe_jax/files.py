@@ -42,8 +42,9 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 def check_regular(path: str | os.PathLike) -> None:
     """Raises OSError where something else than a regular file, or a link to one, has the name.
 
-    A rename would put a file in the place of a device. Links are not followed in writing: one in a
-    work directory that comes from elsewhere would say which file of this machine is replaced.
+    A rename would put a file in the place of a device. A link that has the name is replaced, not
+    followed: one in a work directory that comes from elsewhere would say which file of this machine
+    is written. Folders that are links are followed.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -62,3 +62,9 @@ def test_a_plan_that_is_written_is_not_called_refused(
         assert placement.main(words) == CODES[state]
     assert Plan.read(plan)
     assert "refused" not in capsys.readouterr().err
+
+
+def test_a_command_whose_reader_is_gone_is_not_refused(monkeypatch, capsys):
+    with stdout_is("closed", monkeypatch):
+        assert errors.exit_code(lambda: print("a line", flush=True)) == 1
+    assert capsys.readouterr().err == "ended: nobody reads what is printed\n"

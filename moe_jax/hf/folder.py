@@ -11,6 +11,7 @@ Only these are read. Pickles (.bin, .pt, .pth) are never opened, nor is any code
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from moe_jax.hf import safetensors
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAMPLED, SAMPLED_BYTES = 256, 4096  # arrays at most, and of each, for `sampled_digest`
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of writing, not reading
 
 
 def check_new(out: str | os.PathLike, field: str = "OUT") -> pathlib.Path:
@@ -65,20 +67,23 @@ def new(out: str | os.PathLike, field: str = "OUT") -> Iterator[pathlib.Path]:
 
     Raises:
       Refused: see `check_new`; or the disk takes no more.
+      OSError: what is read meanwhile cannot be read; or another process writes there.
     """
     given, out = str(out), check_new(out, field)
     above = [folder for folder in out.parents if not folder.exists()]
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside, made = out.with_name(f".{out.name}.{os.getpid()}.tmp"), False
     try:
         beside.mkdir(parents=True)
+        made = True  # not by a process of the same number, elsewhere on a shared disk
         yield beside
         os.replace(beside, out)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        if made:
+            shutil.rmtree(beside, ignore_errors=True)
         with contextlib.suppress(OSError):  # one that is not there, or that others wrote to
             for folder in above:
                 folder.rmdir()
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise
         rule, fix = f"could not be written ({error})", "make room or name another place"
         raise Refused(field, given, rule, fix) from None

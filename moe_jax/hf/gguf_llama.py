@@ -29,6 +29,7 @@ _KEYS = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+_TINY, _LARGEST = (float(value) for value in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 _REAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base")  # all others are whole numbers
 _OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base", "vocab_size")
 # Keys that may only say what follows from others, or nothing.
@@ -88,7 +89,7 @@ def config(file: gguf.File) -> dict[str, Any]:
         if key not in _KEYS and key not in _CHECKED:
             rule = "is not known, so what it asks for would be ignored"
             gguf.refuse(path, name, value, rule, "use another model")
-        if key in _REAL and (type(value) not in (int, float) or not 0 < value < 2.0**127):
+        if key in _REAL and not (type(value) in (int, float) and _TINY <= value <= _LARGEST):
             gguf.refuse(path, name, value, "must be a number above 0, of 32 bits")
         if key not in _REAL and (type(value) is not int or not 0 < value <= MAX_SIZE):
             gguf.refuse(path, name, value, f"must be a whole number, 1 to {MAX_SIZE:,}")

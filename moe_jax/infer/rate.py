@@ -5,7 +5,8 @@
 
 In turn, so that both meet the same machine: the files from end to end, then the model, on one
 device. Once cold (the system is asked to forget the files first; below a virtual machine another
-cache may still know them), once warm. Exit codes: 0 done, 1 refused, 2 usage.
+cache may still know them), once warm. Exit codes: 0 done, 1 refused, 2 usage,
+130 interrupted.
 """
 
 import argparse

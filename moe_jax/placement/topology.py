@@ -201,15 +201,20 @@ def uneven(sizes: tuple[int, ...]) -> Topology:
 
 def preset(name: str) -> Topology:
     """A preset by name, or a file by path."""
-    if name.endswith(".json"):
-        return _read(pathlib.Path(name))
-    for folder in FOLDERS:
-        if (folder / f"{name}.json").is_file():
-            return _read(folder / f"{name}.json")
+    if (path := file_of(name)) is not None:
+        return _read(path)
     known = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.json")})
     raise Refused(
         "topology", name, "no preset of this name", f"Use one of {', '.join(known)}, or a .json"
     )
+
+
+def file_of(name: str) -> pathlib.Path | None:
+    """The file that `preset` reads; None where it knows none."""
+    if name.endswith(".json"):
+        return pathlib.Path(name)
+    paths = (folder / f"{name}.json" for folder in FOLDERS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def from_json(fields: Any, source: str = "topology") -> Topology:

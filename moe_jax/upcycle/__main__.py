@@ -24,10 +24,8 @@ _READ = {
     "export": (),
     "": ("gguf", "hf", "num_experts", "top_k", "first_dense", "seed"),
 }
-_DEFAULTS = {
-    **{"gguf": None, "hf": None, "num_experts": 8, "top_k": 2, "first_dense": 0, "seed": 0},
-    "sequences": 64,
-}
+_DEFAULTS = {"gguf": None, "hf": None, "num_experts": 8, "top_k": 2, "first_dense": 0, "seed": 0}
+_DEFAULTS |= {"sequences": 64}
 
 
 def upcycle(given: argparse.Namespace) -> None:
@@ -135,13 +133,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gguf", help="a Llama in a GGUF file")
     parser.add_argument("--hf", help="folder of a published Llama")
     parser.add_argument("--workdir", required=True, help="a new folder; with --distance a run's")
-    parser.add_argument("--num-experts", type=int)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--first-dense", type=int, help="so many layers stay dense")
-    parser.add_argument("--seed", type=int, help="of the router")
+    parser.add_argument("--num-experts", type=int, help="of a layer (8)")
+    parser.add_argument("--top-k", type=int, help="experts of a token (2)")
+    parser.add_argument("--first-dense", type=int, help="so many layers stay dense (0)")
+    parser.add_argument("--seed", type=int, help="of the router (0)")
     parser.add_argument("--distance", action="store_true", help="measure, and make nothing")
     parser.add_argument("--loss", action="store_true", help="measure, and make nothing")
-    parser.add_argument("--sequences", type=int, help="held-out windows of --loss")
+    parser.add_argument("--sequences", type=int, help="held-out windows of --loss (64)")
     parser.add_argument("--export", metavar="OUT", help="a new folder: the run, published")
     given = vars(parser.parse_args(argv))
     return errors.exit_code(lambda: run(given))

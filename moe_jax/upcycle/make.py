@@ -215,7 +215,7 @@ def make(dense: str | os.PathLike, workdir: str | os.PathLike, wanted: Wanted) -
     try:
         export.check(made.model)
     except Refused as refused:
-        metrics.fail(f"it trains and answers, and cannot be published with --export: {refused}")
+        metrics.fail(f"{workdir} cannot be published with --export: {refused}")
     return made
 
 

@@ -309,6 +309,20 @@ def test_a_full_disk_and_an_interruption_are_a_line(
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_a_folder_that_others_write_stays_and_other_errors_are_not_of_the_disk(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="nowhere"),
+        folder.new(tmp_path / "out"),
+    ):
+        pathlib.Path("/nowhere/model.safetensors").read_bytes()
+    theirs = tmp_path / f".out.{os.getpid()}.tmp"  # a number that a process elsewhere may have, too
+    theirs.mkdir()
+    (theirs / "half").write_text("")
+    with pytest.raises(FileExistsError), folder.new(tmp_path / "out"):
+        pytest.fail("never begins")
+    assert [path.name for path in theirs.iterdir()] == ["half"]
+
+
 def test_a_sigterm_leaves_nothing_half_made(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gguf_tokens, "write", lambda *_: signal.raise_signal(signal.SIGTERM))
     file = tiny_gguf.write(tmp_path / "m.gguf")

@@ -131,6 +131,7 @@ HEADS, EPSILON = "llama.attention.head_count", "llama.attention.layer_norm_rms_e
         ({"llama.context_length": 128.0}, r"m\.gguf: llama\.context_length = .*a whole number"),
         ({"llama.feed_forward_length": None}, r"m\.gguf: llama\.feed_forward_length = None: is"),
         ({EPSILON: None}, rf"m\.gguf: {EPSILON} = None: is required"),
+        ({EPSILON: float("inf")}, rf"m\.gguf: {EPSILON} = inf: must be a number above 0, of 32"),
         ({HEADS: 3}, rf"m\.gguf: {HEADS}_kv = 2: must divide {HEADS} = 3"),
         (
             {HEADS: 3, f"{HEADS}_kv": 1, "llama.embedding_length": 27},

@@ -172,14 +172,17 @@ def test_bfloat16(dispatch, combine):
         assert_close(grad, expected, 3e-2)
 
 
-@pytest.mark.parametrize("combine", schemes.COMBINES)
-def test_one_device_copies_no_rows(combine):
+@pytest.mark.parametrize(
+    ("combine", "wire_dtype"),
+    [*((one, "") for one in schemes.COMBINES), ("exact", "float8_e4m3fn")],
+)
+def test_one_device_copies_no_rows(combine, wire_dtype):
     """Where all experts are at hand every dispatch is the program of `local`."""
     x_TD, expert_TK, weight_TK, *weights = problem(3, 2 * 13, 2)
     table = jax.tree.map(lambda t: t[0], permute.table(Placement.contiguous(1, E, 1)))
     args = x_TD, expert_TK, weight_TK, *weights, table, x_TD
     local, *others = (
-        program((2, 1), dispatch, combine).lower(*args).as_text()
+        program((2, 1), dispatch, combine, wire_dtype=wire_dtype).lower(*args).as_text()
         for dispatch in ("local", "exchange", "gathered", "hierarchical")
     )
     assert others == [local] * 3

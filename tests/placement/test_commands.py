@@ -523,7 +523,27 @@ CLASHES = {
     "verdict, trace": (["verdict", "t.npz", "--out=t.npz"], "out", "trace"),
     "compare, trace": (["compare", "t.npz", "--report=t.npz"], "report", "trace"),
     "convert": (["convert", "p.json", "./p.json", "--format=sglang"], "out", "in"),
-    "convert, a file of a folder": (["convert", "ranks", "ranks/0.pt"], "out", "in"),
+}
+LIES = "lies in the folder that is the "
+HELD = {  # words, field, rule
+    "a file of a folder": (["convert", "ranks", "ranks/0.pt"], "out", LIES + "in"),
+    "a new file of it": (["solve", "ranks", "--out=ranks/p.json"], "out", LIES + "trace"),
+    "plans over a topology": (
+        ["compare", "t.npz", "--topology=d/m.json", "--out-plans=d"],
+        *("out_plans", "is or holds the topology"),
+    ),
+    "plans and a page": (
+        ["compare", "t.npz", "--out-plans=new", "--report=new"],
+        *("out_plans", "is or holds the report"),
+    ),
+    "plans beside a page": (
+        ["compare", "t.npz", "--out-plans=d", "--report=d/greedy.json"],
+        *("out_plans", "is or holds the report"),
+    ),
+    "a machine by its name": (
+        ["solve", "t.npz", "--topology=mine", "--out=configs/topology/mine.json"],
+        *("out", "is the topology as well"),
+    ),
 }
 
 
@@ -544,6 +564,26 @@ def test_outputs_replace_no_input_and_not_one_another(
     assert said.startswith(f"refused: {field} = ")
     assert f": is the {taken} as well. Choose another." in said
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_outputs_lie_in_no_input(name, trace_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for other in ("ranks/0.pt", "d/m.json", "configs/topology/mine.json"):
+        (tmp_path / other).parent.mkdir(parents=True)
+        (tmp_path / other).write_text("{}")
+    words, field, rule = HELD[name]
+    assert run(*words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"refused: {field} = ")
+    assert f": {rule}. Choose another." in said
+
+
+def test_the_name_of_a_machine_is_no_folder(trace_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "box2x4").mkdir()
+    words = ("solve", trace_path, "--topology=box2x4", "--out=box2x4/p.json", "--time-limit=0")
+    assert [run(*words), run(*words)] == [0, 0]
 
 
 def test_a_plan_takes_the_place_of_the_one_that_it_began_with(trace_path, tmp_path, capsys):

@@ -41,8 +41,6 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> str:
     """All baselines and the planner, held-out."""
     options_lib.outputs_ok(options)
-    if options.out_plans:
-        options_lib.folder_ok(options.out_plans, "out_plans")
     trace = inputs.trace(options)
     halves = options_lib.split(trace, options.seed, options.split)
     if halves is None:

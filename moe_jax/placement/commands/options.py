@@ -368,32 +368,41 @@ def report_option(command: argparse.ArgumentParser) -> None:
 
 def outputs_ok(options: argparse.Namespace) -> None:
     """Refuses outputs that cannot be written, or would replace an input or one another."""
-    named = [(field, getattr(options, field, None)) for field in INPUTS + OUTPUTS]
-    named += [("pin", pin) for pin in getattr(options, "pin", None) or ()]
-    taken = [(field, path) for field, path in named if path is not None and field not in OUTPUTS]
-    for field, path in named:
-        if field not in OUTPUTS or path is None:
+    given = [(field, getattr(options, field, None)) for field in INPUTS]
+    given += [("pin", pin) for pin in getattr(options, "pin", None) or ()]
+    taken = [(field, _real(field, path)) for field, path in given if path]
+    for field in OUTPUTS:
+        if (path := getattr(options, field, None)) is None:
             continue
-        called = CALLED.get(field, field)
+        called, out = CALLED.get(field, field), _real(field, path)
         files_ok(path, called)
         for other, used in taken:
-            if (field, other) not in REPLACED and _is_or_holds(used, path):
+            if out == used and (field, other) not in REPLACED:
                 rule = f"is the {CALLED.get(other, other)} as well"
                 raise Refused(called, path, rule, "Choose another")
-        taken.append((field, path))
+            if used in out.parents:
+                rule = f"lies in the folder that is the {CALLED.get(other, other)}"
+                raise Refused(called, path, rule, "Choose another")
+        taken.append((field, out))
+    if folder := getattr(options, "out_plans", None):
+        folder_ok(folder, "out_plans")
+        for other, used in taken:
+            if _real("out_plans", folder) in (used, *used.parents):
+                rule = f"is or holds the {CALLED.get(other, other)}"
+                raise Refused("out_plans", folder, rule, "Choose another")
 
 
-def _is_or_holds(used: str, path: str) -> bool:
-    """Whether to write `path` is to replace `used`, or a file of the folder that it is."""
-    out, other = pathlib.Path(path).resolve(), pathlib.Path(used).resolve()
-    return out == other or (other in out.parents and out.exists())
+def _real(field: str, path: str) -> pathlib.Path:
+    """Of a file or folder, links followed; of a topology, which may be a name, its file."""
+    known = topology_lib.file_of(path) if field == "topology" else None
+    return pathlib.Path(os.path.realpath(path if known is None else known))
 
 
 def files_ok(path: str, field: str) -> None:
     """Refuses an output that cannot be written, before the work is done; leaves nothing behind."""
-    if pathlib.Path(path).is_dir():
-        raise Refused(field, path, "is a folder", "Give the name of a file")
     out = pathlib.Path(path)
+    if out.is_dir():
+        raise Refused(field, path, "is a folder", "Give the name of a file")
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         files.check_regular(out)
