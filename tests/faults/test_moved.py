@@ -143,7 +143,7 @@ def test_kill_after_moves(kills, whole, tmp_path):
 @pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
 def test_kills_while_experts_move(processes, kills, tmp_path):
     """SIGKILL at any moment to all processes of runs whose experts move every fourth step."""
-    rng, num_steps = np.random.default_rng(processes), 100
+    rng, num_steps = np.random.default_rng(processes), 200  # far enough for all kills
     expected, workdir = tmp_path / "whole", tmp_path / "run"
     with contextlib.ExitStack() as stack:
         ended(all_hurt(stack, "stays", expected, num_steps, processes))
