@@ -1,4 +1,4 @@
-"""The one error that users cause and users can mend.
+"""The one error that users cause and users can mend, and how commands end.
 
 Commands catch `Refused` at their entry point, print it on one line without a traceback and exit
 with code 1, and so it is where the system refuses a file. Everything else is a bug and keeps its
@@ -38,7 +38,8 @@ class Refused(ValueError):
 def exit_code(command: Callable[[], object]) -> int:
     """Runs a command: 0, or, said on stderr, 1 where it or the system refuses, 130 at Ctrl-C.
 
-    SIGTERM ends it as Ctrl-C does: what is half made is removed.
+    SIGTERM ends it as Ctrl-C does: what is half made is removed. 1 also where nobody reads stdout
+    any more: what was still to be done is not.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

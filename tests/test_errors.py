@@ -1,7 +1,8 @@
-"""Answers that stdout does not take: commands end without a traceback and say what is lost."""
+"""How commands end where stdout takes no answer, or the system a file: a line, no traceback."""
 
 import contextlib
 import os
+import pathlib
 import sys
 
 import numpy as np
@@ -68,3 +69,8 @@ def test_a_command_whose_reader_is_gone_is_not_refused(monkeypatch, capsys):
     with stdout_is("closed", monkeypatch):
         assert errors.exit_code(lambda: print("a line", flush=True)) == 1
     assert capsys.readouterr().err == "ended: nobody reads what is printed\n"
+
+
+def test_what_the_system_refuses_is_a_line(capsys):
+    assert errors.exit_code(lambda: pathlib.Path("/nowhere/file").read_text()) == 1
+    assert capsys.readouterr().err == "refused: /nowhere/file: No such file or directory\n"

@@ -24,8 +24,13 @@ _READ = {
     "export": (),
     "": ("gguf", "hf", "num_experts", "top_k", "first_dense", "seed"),
 }
-_DEFAULTS = {"gguf": None, "hf": None, "num_experts": 8, "top_k": 2, "first_dense": 0, "seed": 0}
-_DEFAULTS |= {"sequences": 64}
+_NUMBERS = {  # flag -> default, what it is
+    "num_experts": (8, "of a layer"),
+    "top_k": (2, "experts of a token"),
+    "first_dense": (0, "so many layers stay dense"),
+    "seed": (0, "of the router"),
+    "sequences": (64, "held-out windows of --loss"),
+}
 
 
 def upcycle(given: argparse.Namespace) -> None:
@@ -111,7 +116,9 @@ def _check_read(given: dict[str, Any]) -> str:
 
 def run(given: dict[str, Any]) -> None:
     """Does what the flags that were given ask for. Raises `Refused`."""
-    asked, flags = _check_read(given), argparse.Namespace(**(_DEFAULTS | given))
+    asked = _check_read(given)
+    defaults = {"gguf": None, "hf": None, **{name: _NUMBERS[name][0] for name in _NUMBERS}}
+    flags = argparse.Namespace(**(defaults | given))
     if asked == "distance":
         distance(flags.workdir)
     elif asked == "loss":
@@ -133,13 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gguf", help="a Llama in a GGUF file")
     parser.add_argument("--hf", help="folder of a published Llama")
     parser.add_argument("--workdir", required=True, help="a new folder; with --distance a run's")
-    parser.add_argument("--num-experts", type=int, help="of a layer (8)")
-    parser.add_argument("--top-k", type=int, help="experts of a token (2)")
-    parser.add_argument("--first-dense", type=int, help="so many layers stay dense (0)")
-    parser.add_argument("--seed", type=int, help="of the router (0)")
+    for name, (default, about) in _NUMBERS.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, help=f"{about} (default {default})")
     parser.add_argument("--distance", action="store_true", help="measure, and make nothing")
     parser.add_argument("--loss", action="store_true", help="measure, and make nothing")
-    parser.add_argument("--sequences", type=int, help="held-out windows of --loss (64)")
     parser.add_argument("--export", metavar="OUT", help="a new folder: the run, published")
     given = vars(parser.parse_args(argv))
     return errors.exit_code(lambda: run(given))

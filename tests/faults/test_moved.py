@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 from moe_jax import checkpoint, permute
 from moe_jax.placement.plan import Placement
 from tests.faults import harness
+from tests.processes import apart_flags
 
 MOVES = {"replan__every": 8, "replan__record_steps": 4, "replan__seconds": 0.05}
 STEPS = 60
@@ -92,27 +92,15 @@ def same_but_moved(workdir, expected, step):
     return identical, placement != stayed
 
 
-def all_hurt(stack, kind, workdir, num_steps, processes, **fields):
-    """The processes of one run, each with its own devices; the first writes to the run's log."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = []
-    for number in range(processes):
-        more, log = [], None
-        if processes > 1:
-            more = [f"--distributed=localhost:{port},{processes},{number}"]
-            fields["virtual_devices"] = 2 // processes
-        if number:
-            log = workdir.with_name(f"{workdir.name}.{number}.log")
-        process = hurt(kind, workdir, num_steps, log=log, more=more, **fields)
-        started.append(stack.enter_context(process))
-    return started
-
-
-def ended(processes):
-    for process in processes:
-        assert process.wait(timeout=300) == 0
+def each_of(workdir, processes):
+    """What the processes of a run on two devices are told; the first writes to the run's log."""
+    if processes == 1:
+        return [{}]
+    logs = [None, *(workdir.with_name(f"{workdir.name}.{n}.log") for n in range(1, processes))]
+    return [
+        {"log": log, "more": [flag], "virtual_devices": 2 // processes}
+        for log, flag in zip(logs, apart_flags(processes), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.faults)])
@@ -141,12 +129,12 @@ def test_kill_after_moves(kills, whole, tmp_path):
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
-def test_kills_while_experts_move(processes, kills, tmp_path):
+def test_kills_while_experts_move(processes, kills, start, tmp_path):
     """SIGKILL at any moment to all processes of runs whose experts move every fourth step."""
     rng, num_steps = np.random.default_rng(processes), 200  # far enough for all kills
     expected, workdir = tmp_path / "whole", tmp_path / "run"
-    with contextlib.ExitStack() as stack:
-        ended(all_hurt(stack, "stays", expected, num_steps, processes))
+    for process in [start(expected, num_steps, **how) for how in each_of(expected, processes)]:
+        assert process.wait() == 0, process.said()[-3000:]
     moves = {"replan__every": 4, "replan__record_steps": 4, "replan__seconds": 0.05}
     log = harness.log_of(workdir)
     done = lost = at_stake = in_save = 0
@@ -155,7 +143,10 @@ def test_kills_while_experts_move(processes, kills, tmp_path):
         saved, reached = harness.newest_step(workdir), harness.last_step(workdir)
         before = len(said(workdir)) if log.exists() else 0
         with contextlib.ExitStack() as stack:
-            started = all_hurt(stack, "moves", workdir, num_steps, processes, **moves)
+            started = [
+                stack.enter_context(hurt("moves", workdir, num_steps, **how, **moves))
+                for how in each_of(workdir, processes)
+            ]
             if done < kills and saved < num_steps - 8:  # else no plan may come any more
                 until_moved(started[0], workdir, before)
                 time.sleep(rng.uniform(0, 0.4))
@@ -175,4 +166,5 @@ def test_kills_while_experts_move(processes, kills, tmp_path):
     harness.told(done, lost, identical, kind)
     assert moved
     assert at_stake
+    assert done >= kills // 2  # on a faster machine a run ends after fewer
     assert (lost, identical) == (0, True)

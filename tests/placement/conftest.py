@@ -1,9 +1,15 @@
 """Fixtures of the planner's tests."""
 
+import pathlib
+
+import numpy as np
 import pytest
 
 from moe_jax.placement import chainwise, enumerated, relax, staying
 from moe_jax.placement.limits import whole
+from moe_jax.routing import synthetic
+from moe_jax.routing import trace as trace_lib
+from moe_jax.routing.trace import Trace
 
 FEW = 80  # steps of a bound: the first cuts are among them
 SWEEPS = (200, 80)  # of an annealing: enough for problems of a dozen experts
@@ -49,3 +55,15 @@ def loose_bound(short_search, monkeypatch):
     """One step, for tests that read no bound."""
     bound = relax.lower_bound
     monkeypatch.setattr(relax, "lower_bound", lambda problem, end, _: bound(problem, end, 1))
+
+
+@pytest.fixture
+def trace_path(tmp_path) -> pathlib.Path:
+    """Of 12 sequences on 4 devices."""
+    trace = synthetic.realistic(
+        num_tokens=600, num_layers=3, num_experts=8, top_k=2, seed=0, num_sequences=12
+    )
+    homes = np.arange(12) % 4
+    path = tmp_path / "t.npz"
+    trace_lib.save(Trace(trace.expert_ids_TLK, 8, trace.seq_len, seq_home=homes), path)
+    return path

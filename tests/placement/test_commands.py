@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.placement import __main__ as command_line
-from moe_jax.placement import compare, cost, evaluate, evidence, method_costs, topology
+from moe_jax.placement import cost, evaluate, evidence, method_costs, topology
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.routing import synthetic
@@ -21,17 +20,6 @@ from moe_jax.routing import trace as trace_lib
 from moe_jax.routing.trace import Trace
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def trace_path(tmp_path) -> pathlib.Path:
-    trace = synthetic.realistic(
-        num_tokens=600, num_layers=3, num_experts=8, top_k=2, seed=0, num_sequences=12
-    )
-    homes = np.arange(12) % 4
-    path = tmp_path / "t.npz"
-    trace_lib.save(Trace(trace.expert_ids_TLK, 8, trace.seq_len, seq_home=homes), path)
-    return path
 
 
 def run(*words) -> int:
@@ -509,118 +497,6 @@ def test_solve_refuses_in_one_line_and_writes_nothing(name, trace_path, tmp_path
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == [trace_path]
-
-
-CLASHES = {
-    "solve, trace": (["solve", "t.npz", "--out=t.npz"], "out", "trace"),
-    "solve, a trace by another name": (["solve", "t.npz", "--out=link"], "out", "trace"),
-    "solve, the page": (["solve", "t.npz", "--out=new", "--report=new"], "report", "out"),
-    "solve, pins": (["solve", "t.npz", "--pin=pins", "--out=pins"], "out", "pin"),
-    "solve, topology": (["solve", "t.npz", "--topology=m.json", "--out=m.json"], "out", "topology"),
-    "homes, trace": (["homes", "t.npz", "--out=t.npz"], "out", "trace"),
-    "homes, the plan": (["homes", "t.npz", "--out=new", "--out-plan=./new"], "out_plan", "out"),
-    "homes, its plan": (["homes", "t.npz", "--plan=p.json", "--out=p.json"], "out", "plan"),
-    "verdict, trace": (["verdict", "t.npz", "--out=t.npz"], "out", "trace"),
-    "compare, trace": (["compare", "t.npz", "--report=t.npz"], "report", "trace"),
-    "convert": (["convert", "p.json", "./p.json", "--format=sglang"], "out", "in"),
-}
-LIES = "lies in the folder that is the "
-HELD = {  # words, field, rule
-    "a file of a folder": (["convert", "ranks", "ranks/0.pt"], "out", LIES + "in"),
-    "a new file of it": (["solve", "ranks", "--out=ranks/p.json"], "out", LIES + "trace"),
-    "plans over a topology": (
-        ["compare", "t.npz", "--topology=d/m.json", "--out-plans=d"],
-        *("out_plans", "is or holds the topology"),
-    ),
-    "plans and a page": (
-        ["compare", "t.npz", "--out-plans=new", "--report=new"],
-        *("out_plans", "is or holds the report"),
-    ),
-    "plans beside a page": (
-        ["compare", "t.npz", "--out-plans=d", "--report=d/greedy.json"],
-        *("out_plans", "is or holds the report"),
-    ),
-    "a machine by its name": (
-        ["solve", "t.npz", "--topology=mine", "--out=configs/topology/mine.json"],
-        *("out", "is the topology as well"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CLASHES)
-def test_outputs_replace_no_input_and_not_one_another(
-    name, trace_path, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to("t.npz")
-    (tmp_path / "ranks").mkdir()
-    for other in ("pins", "m.json", "p.json", "ranks/0.pt"):
-        (tmp_path / other).write_text("0:0:0")
-    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    words, field, taken = CLASHES[name]
-    devices = [] if words[0] == "convert" or "topology" in words[2] else ["--devices=4"]
-    assert run(*words, *devices) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"refused: {field} = ")
-    assert f": is the {taken} as well. Choose another." in said
-    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
-
-
-@pytest.mark.parametrize("name", HELD)
-def test_outputs_lie_in_no_input(name, trace_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for other in ("ranks/0.pt", "d/m.json", "configs/topology/mine.json"):
-        (tmp_path / other).parent.mkdir(parents=True)
-        (tmp_path / other).write_text("{}")
-    words, field, rule = HELD[name]
-    assert run(*words) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"refused: {field} = ")
-    assert f": {rule}. Choose another." in said
-
-
-def test_the_name_of_a_machine_is_no_folder(trace_path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "box2x4").mkdir()
-    words = ("solve", trace_path, "--topology=box2x4", "--out=box2x4/p.json", "--time-limit=0")
-    assert [run(*words), run(*words)] == [0, 0]
-
-
-def test_a_plan_takes_the_place_of_the_one_that_it_began_with(trace_path, tmp_path, capsys):
-    plan = tmp_path / "p.json"
-    Plan(Placement.contiguous(3, 8, 4)).write(plan)
-    words = (trace_path, "--devices=4", "--time-limit=0")
-    assert run("solve", *words, f"--previous={plan}", f"--out={plan}") == 0
-    assert run("verdict", *words, f"--before={plan}", f"--out={plan}") == 0
-    assert run("homes", *words, f"--plan={plan}", f"--out-plan={plan}") == 0
-    assert Plan.read(plan).provenance["homes"]
-
-
-@pytest.mark.parametrize("command", ["solve", "homes"])
-def test_an_output_takes_the_place_of_no_device(command, trace_path, tmp_path, capsys):
-    os.mkfifo(tmp_path / "pipe")
-    assert run(command, trace_path, "--devices=4", f"--out={tmp_path / 'pipe'}") == 1
-    assert "pipe': cannot be written (is no regular file)" in capsys.readouterr().err
-    assert (tmp_path / "pipe").is_fifo()
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "pipe", trace_path]
-
-
-@pytest.mark.parametrize("option", ["solve --out", "verdict --report", "compare --out-plans"])
-def test_a_refused_command_leaves_no_folders(option, tmp_path, capsys):
-    command, option = option.split()
-    words = [command, tmp_path / "none.npz", "--devices=4", f"{option}={tmp_path}/new/er/p"]
-    assert run(*words) == 1
-    assert "the file does not exist" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("place", ["t.npz", "t.npz/plans", "pipe"])
-def test_compare_refuses_a_folder_of_plans_before_it_plans(place, trace_path, monkeypatch, capsys):
-    monkeypatch.chdir(trace_path.parent)
-    monkeypatch.setattr(compare, "methods", pytest.fail)
-    os.mkfifo("pipe")
-    assert run("compare", trace_path, "--devices=4", f"--out-plans={place}") == 1
-    assert capsys.readouterr().err.startswith(f"refused: out_plans = '{place}")
 
 
 def test_refuses_bad_files(trace_path, tmp_path, capsys):
