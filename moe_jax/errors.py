@@ -38,12 +38,13 @@ class Refused(ValueError):
 def exit_code(command: Callable[[], object]) -> int:
     """Runs a command: 0, or, said on stderr, 1 where it or the system refuses, 130 at Ctrl-C.
 
-    SIGTERM ends it as Ctrl-C does: what is half made is removed. 1 also where nobody reads stdout
-    any more: what was still to be done is not.
+    Text that it returns is its answer, and its work is done: see `say`. SIGTERM ends it as Ctrl-C
+    does: what is half made is removed. 1 also where nobody reads stdout any more: what was still to
+    be done is not.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        command()
+        answer = command()
     except Refused as refused:
         print(f"refused: {refused}", file=sys.stderr)
         return 1
@@ -59,7 +60,7 @@ def exit_code(command: Callable[[], object]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
+    return say(answer) if isinstance(answer, str) else 0
 
 
 def say(answer: str) -> int:

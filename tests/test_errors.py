@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
+from moe_jax.hf import __main__ as hf
+from moe_jax.hf import synthetic
 from moe_jax.placement import __main__ as placement
 from moe_jax.placement.plan import Plan
 from moe_jax.routing import __main__ as routing
@@ -74,3 +76,20 @@ def test_a_command_whose_reader_is_gone_is_not_refused(monkeypatch, capsys):
 def test_what_the_system_refuses_is_a_line(capsys):
     assert errors.exit_code(lambda: pathlib.Path("/nowhere/file").read_text()) == 1
     assert capsys.readouterr().err == "refused: /nowhere/file: No such file or directory\n"
+
+
+@pytest.mark.parametrize("state", CODES)
+def test_an_answer_that_is_not_printed_is_no_refusal(state, monkeypatch, capsys):
+    with stdout_is(state, monkeypatch):
+        assert errors.exit_code(lambda: "written") == CODES[state]
+    assert "refused" not in capsys.readouterr().err
+
+
+def test_a_folder_that_is_written_is_not_called_refused(tmp_path, monkeypatch, capsys):
+    """Nor is the answer of a model's folder, or of what is made of it, lost without a word."""
+    out = tmp_path / "out"
+    with stdout_is("full", monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(synthetic, "make", lambda shape, out, seed: pathlib.Path(out).mkdir() or 5)
+        assert hf.main(["make", "mixtral", str(out)]) == errors.UNSAID
+    assert out.is_dir()
+    assert capsys.readouterr().err.startswith("done, but the answer is not printed")

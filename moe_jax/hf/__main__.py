@@ -6,7 +6,7 @@
     from-gguf FILE OUT          a Llama in a GGUF file as a published model's folder
     make SHAPE OUT              a folder of random weights in a published shape, 50 M parameters
 
-Exit codes: 0 done, 1 refused, 2 usage, 130 interrupted.
+Exit codes: 0 done, 1 refused, 2 usage, 3 done but not printed, 130 interrupted.
 """
 
 import argparse
@@ -38,13 +38,13 @@ WITHOUT_EMBEDDING = (
 )
 
 
-def counts(paths: list[str]) -> None:
-    """Prints a line for each config. Raises `Refused` for a file that is none."""
+def counts(paths: list[str]) -> str:
+    """A line for each config. Raises `Refused` for a file that is none."""
     from moe_jax import config as config_lib
     from moe_jax import entry
     from moe_jax.model import transformer
 
-    print(f"{'config':20} {'total':>16} {'active':>15}   published, G")
+    lines = [f"{'config':20} {'total':>16} {'active':>15}   published, G"]
     for path in paths:
         config = config_lib.from_config_dict(entry.read_config(path))
         total = transformer.num_parameters(config.model)
@@ -61,10 +61,11 @@ def counts(paths: list[str]) -> None:
                 for ours, theirs in zip((total, compared), known, strict=True)
             ]
             said = f"{known[0]} ({off[0]:+.2f} %), {known[1]} {way} ({off[1]:+.2f} %)"
-        print(f"{config.name:20} {total:16,} {active:15,}   {said}")
+        lines.append(f"{config.name:20} {total:16,} {active:15,}   {said}")
+    return "\n".join(lines)
 
 
-def check(folder: str) -> None:
+def check(folder: str) -> str:
     """Reads headers only. Raises `Refused` for a tensor that is missing, left over or wrong."""
     from moe_jax.hf import config_json, layout
     from moe_jax.hf import folder as folder_lib
@@ -74,13 +75,13 @@ def check(folder: str) -> None:
     found = layout.find(published.family, published.config.model, tensors)
     dtypes = sorted({tensors.dtype(name) for name in found.shapes})
     beside = f"; {len(found.beside):,} more of a part that is not run" if found.beside else ""
-    print(
+    return (
         f"{folder}: {published.family.model_type}, {len(found.shapes):,} tensors ({found.name}), "
         f"{tensors.num_bytes:,} bytes of {', '.join(dtypes)}: all there, none left over{beside}"
     )
 
 
-def export(workdir: str, out: str, like: str) -> None:
+def export(workdir: str, out: str, like: str) -> str:
     """Writes a folder like another: its names, its dtypes, its config.json and tokenizer.
 
     The whole step is read, optimizer state and all: three times the parameters on the host.
@@ -105,25 +106,25 @@ def export(workdir: str, out: str, like: str) -> None:
         dtypes={name: tensors.dtype(name) for name in tensors.file_of},
         like=like,
     )
-    print(f"{out}: step {step.step}, {len(written)} file(s) of tensors")
+    return f"{out}: step {step.step}, {len(written)} file(s) of tensors"
 
 
-def from_gguf(file: str, out: str) -> None:
+def from_gguf(file: str, out: str) -> str:
     """Converts a Llama. Raises `Refused`: see `gguf_llama.convert`."""
     from moe_jax.hf import gguf_llama
 
     gguf_llama.convert(file, out)
-    print(f"{out}: try python infer.py --hf={out} --prompt=...")
+    return f"{out}: try python infer.py --hf={out} --prompt=..."
 
 
-def make(shape: str, out: str, seed: int) -> None:
+def make(shape: str, out: str, seed: int) -> str:
     """Writes a folder of random weights. Raises `Refused`: see `synthetic.make`."""
     from moe_jax.hf import synthetic
 
-    print(f"{out}: {shape}, {synthetic.make(shape, out, seed):,} parameters, random")
+    return f"{out}: {shape}, {synthetic.make(shape, out, seed):,} parameters, random"
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
+_COMMANDS: dict[str, Callable[..., str]] = {
     "counts": counts,
     "check": check,
     "export": export,

@@ -45,7 +45,7 @@ def text(made: Sequence[Method], judge: Problem) -> str:
     rows = [
         [
             name_of(method),
-            f"{method.held_out_objective:.5g}",
+            tables.number(method.held_out_objective, 5),
             *(tables.spread(method.held_out.rows[name]) for name in tables.DISPATCHES),
             tables.spread(method.held_out.rows_worst[judge.dispatch]),
         ]

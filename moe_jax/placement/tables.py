@@ -30,6 +30,11 @@ def evidence_cells(evidence: Evidence) -> list[str]:
     ]
 
 
+def number(value: float, digits: int) -> str:
+    """So many digits, zeros at the end too: a column is read from top to bottom."""
+    return f"{value:#.{digits}g}".removesuffix(".")
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Text columns: the first one flush left, the others flush right."""
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]

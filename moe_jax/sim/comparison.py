@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe_jax.errors import Refused, plain
+from moe_jax.placement import tables
 
 _NAMES = ("name", "method", "solver", "placement")
 
@@ -97,7 +98,7 @@ def _is_known(entry: dict, figures: dict) -> bool:
 
 def _objective(entry: dict) -> str:
     number = _number(entry.get("held_out_objective"))
-    return "-" if number is None else f"{number:.4g}"
+    return "-" if number is None else tables.number(number, 4)
 
 
 def _methods(printed: Any) -> Iterator[tuple[str, dict, dict]]:

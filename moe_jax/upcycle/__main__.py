@@ -5,7 +5,7 @@
     --loss --workdir=DIR [--hf=DIR]         held-out loss of a run, beside that of its dense model
     --export=OUT --workdir=DIR              a run's newest step as a published folder (a Mixtral)
 
-Exit codes: 0 done, 1 refused, 2 usage, 130 interrupted.
+Exit codes: 0 done, 1 refused, 2 usage, 3 done but not printed, 130 interrupted.
 """
 
 import argparse
@@ -33,8 +33,8 @@ _NUMBERS = {  # flag -> default, what it is
 }
 
 
-def upcycle(given: argparse.Namespace) -> None:
-    """Writes a work directory. Raises `Refused`."""
+def upcycle(given: argparse.Namespace) -> str:
+    """Writes a work directory; says what it holds. Raises `Refused`."""
     from moe_jax import mesh as mesh_lib
     from moe_jax.hf import folder, gguf_llama
     from moe_jax.upcycle import make
@@ -46,18 +46,17 @@ def upcycle(given: argparse.Namespace) -> None:
     out = folder.check_new(given.workdir, "--workdir")
     if given.hf:
         mesh_lib.initialize("", 0, "off")
-        make.make(given.hf, given.workdir, wanted)
-        return
+        return make.told(given.workdir, make.make(given.hf, given.workdir, wanted))
     above = next(place for place in out.parents if place.exists())  # with room for the result
     with tempfile.TemporaryDirectory(prefix=".dense-", dir=above) as scratch:
         dense = pathlib.Path(scratch) / "dense"
         gguf_llama.convert(given.gguf, dense)
         mesh_lib.initialize("", 0, "off")
-        make.make(dense, given.workdir, wanted)
+        return make.told(given.workdir, make.make(dense, given.workdir, wanted))
 
 
-def distance(workdir: str) -> None:
-    """Prints the experts' relative distance in each MoE layer. Raises `Refused`."""
+def distance(workdir: str) -> str:
+    """The experts' relative distance in each MoE layer. Raises `Refused`."""
     import numpy as np
 
     from moe_jax import checkpoint
@@ -75,28 +74,30 @@ def distance(workdir: str) -> None:
     found_L = of_experts.relative_L(
         {name: np.asarray(named[f"blocks.moe.{name}"]) for name in moe.MATRICES}
     )
-    for layer, value in zip(source.config.model.moe_layer_ids, found_L, strict=True):
-        print(f"layer {layer:3}   {value:.3e}")
-    print(
+    of_layers = [
+        f"layer {layer:3}   {value:.3e}\n"
+        for layer, value in zip(source.config.model.moe_layer_ids, found_L, strict=True)
+    ]
+    return "".join(of_layers) + (
         f"step {source.contents.step}: distance of an expert from its layer's mean, over that "
         f"mean's norm: median {np.median(found_L):.3e}, {found_L.min():.3e} to {found_L.max():.3e}"
     )
 
 
-def loss(given: argparse.Namespace) -> None:
-    """Prints held-out losses. Raises `Refused`."""
+def loss(given: argparse.Namespace) -> str:
+    """Held-out losses. Raises `Refused`."""
     from moe_jax.upcycle import loss as of_run
 
-    of_run.compare(given.workdir, given.hf, given.sequences)
+    return of_run.compare(given.workdir, given.hf, given.sequences)
 
 
-def export(given: argparse.Namespace) -> None:
+def export(given: argparse.Namespace) -> str:
     """Writes a published folder. Raises `Refused`."""
     from moe_jax.upcycle import export as of_run
 
     if not given.export:
         raise Refused("--export", given.export, "must be a path", "name a new folder")
-    of_run.export(given.workdir, given.export)
+    return of_run.export(given.workdir, given.export)
 
 
 def _check_read(given: dict[str, Any]) -> str:
@@ -114,19 +115,18 @@ def _check_read(given: dict[str, Any]) -> str:
     return first
 
 
-def run(given: dict[str, Any]) -> None:
-    """Does what the flags that were given ask for. Raises `Refused`."""
+def run(given: dict[str, Any]) -> str:
+    """Does what the flags that were given ask for; says what came of it. Raises `Refused`."""
     asked = _check_read(given)
     defaults = {"gguf": None, "hf": None, **{name: _NUMBERS[name][0] for name in _NUMBERS}}
     flags = argparse.Namespace(**(defaults | given))
     if asked == "distance":
-        distance(flags.workdir)
-    elif asked == "loss":
-        loss(flags)
-    elif asked == "export":
-        export(flags)
-    else:
-        upcycle(flags)
+        return distance(flags.workdir)
+    if asked == "loss":
+        return loss(flags)
+    if asked == "export":
+        return export(flags)
+    return upcycle(flags)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,14 +10,13 @@ import shutil
 import tempfile
 from typing import Any
 
-from moe_jax import metrics
 from moe_jax.config import ModelConfig
 from moe_jax.errors import Refused
 from moe_jax.hf import config_json, folder, layout, rope_json, run, save
 
 
-def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
-    """Writes the newest step with config.json and the run's tokenizer.
+def export(workdir: str | os.PathLike, out: str | os.PathLike) -> str:
+    """Writes the newest step with config.json and the run's tokenizer; says so.
 
     Args:
       workdir: of an upcycled run.
@@ -39,7 +38,7 @@ def export(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
         step, arrays = run.arrays(workdir)
         way = layout.of_family(published.family, "per expert", published.config.model)
         files = save.export(arrays, way, step.plan.placement, out, dtypes="F32", like=like)
-    metrics.say(f"{out}: step {step.step}, {len(files)} file(s) of tensors, as a Mixtral")
+    return f"{out}: step {step.step}, {len(files)} file(s) of tensors, as a Mixtral"
 
 
 def check(model: ModelConfig) -> None:

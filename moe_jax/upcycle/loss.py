@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import config as config_lib
-from moe_jax import data, metrics, permute
+from moe_jax import data, permute
 from moe_jax import mesh as mesh_lib
 from moe_jax.errors import Refused
 from moe_jax.hf import folder, layout
@@ -20,8 +20,8 @@ from moe_jax.train import step as step_lib
 from moe_jax.upcycle import make
 
 
-def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> None:
-    """Prints nats a token of the run, of the dense model if there is one, and their difference.
+def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> str:
+    """Nats a token of the run, of the dense model if there is one, and their difference.
 
     Args:
       workdir: of an upcycled run.
@@ -42,16 +42,16 @@ def compare(workdir: str, dense: str | os.PathLike | None, sequences: int) -> No
     table = permute.table(source.contents.plan.placement)
     ours_B = _losses(source.config, mesh, model, table, window_BS1)
     del model
-    metrics.say(f"step {source.contents.step}: {_told(ours_B)} nats a token")
+    ours = f"step {source.contents.step}: {_told(ours_B)} nats a token"
     if read is None:
-        return
+        return ours
     config, tensors, found = read
     mesh, idle = mesh_lib.of_config(config.mesh), Placement.contiguous(1, 1, 1)
     model = hf_load.parameters(config.model, found, tensors, idle, mesh)
     dense_B = _losses(config, mesh, model, permute.table(idle), window_BS1)
-    metrics.say(f"{dense}: {_told(dense_B)} nats a token")
     better = int((ours_B < dense_B).sum())
-    metrics.say(
+    return (
+        f"{ours}\n{dense}: {_told(dense_B)} nats a token\n"
         f"difference {_told(ours_B - dense_B)}; the run is better in {better} of {len(dense_B)} "
         f"windows{' (+- is a standard error over windows)' if len(dense_B) > 1 else ''}"
     )

@@ -211,7 +211,6 @@ def make(dense: str | os.PathLike, workdir: str | os.PathLike, wanted: Wanted) -
             file.write(config_lib.to_json(made))
         with files.atomic_write(out / CONFIG_PY, "w") as file:
             file.write(_CONFIG_PY.format(path=f"DIR/{CONFIG_PY}", workdir="DIR"))
-    metrics.say(_told(workdir, made))
     try:
         export.check(made.model)
     except Refused as refused:
@@ -229,7 +228,8 @@ def _copy_tokenizer(dense: pathlib.Path, out: pathlib.Path, ends: tuple[int, ...
         file.write(f"{json.dumps(said)}\n")
 
 
-def _told(workdir: str | os.PathLike, made: Config) -> str:
+def told(workdir: str | os.PathLike, made: Config) -> str:
+    """What a work directory of `make` holds, and what to do with it."""
     from moe_jax.model import transformer
 
     total = transformer.num_parameters(made.model)

@@ -97,7 +97,7 @@ def test_changes_are_from_the_first_method(tmp_path):
     (tmp_path / "compare.json").write_text(json.dumps(printed))
     table = comparison.read(tmp_path / "compare.json")
     assert table.rows == [
-        ("first", "0.00125", "2.000", "+0.0 %", "-", "-"),
+        ("first", "0.001250", "2.000", "+0.0 %", "-", "-"),
         ("second", "-", "1.500", "-25.0 %", "1.000", "2.000"),
         ("third", "-", "-", "-", "-", "-"),
     ]

@@ -158,7 +158,8 @@ def _check_names(
             near = difflib.get_close_matches(name, known, n=1)
             fix = f"did you mean {near[0]}" if near else "leave it out"
             raise Refused(field, value, "is not a field of this request", fix)
-        if value is not None and not any(value == a for a in unused[name]):
+        same = (value == a and isinstance(value, bool) == isinstance(a, bool) for a in unused[name])
+        if value is not None and not any(same):
             raise Refused(field, value, "is not supported", "leave it out")
 
 

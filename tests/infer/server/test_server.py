@@ -298,6 +298,13 @@ BAD = {
         "stream_options.user",
         lambda r: answer("x", stream=True, stream_options={"user": "a"}),
     ),
+    "obfuscated": (
+        "stream_options.include_obfuscation",
+        lambda r: answer(
+            "x", stream=True, stream_options={"include_obfuscation": r.choice([0, 1])}
+        ),
+    ),
+    "number for a truth": ("echo", lambda r: answer("x", echo=0)),
     "include_usage": (
         "stream_options.include_usage",
         lambda r: answer("x", stream=True, stream_options={"include_usage": r.choice([0, "a"])}),
