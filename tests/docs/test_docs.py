@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -71,16 +72,31 @@ def test_commands_for_models_served_elsewhere(tmp_path, monkeypatch, capsys):
     assert "num_slots: 40" in (tmp_path / "plan.yaml").read_text()
 
 
+def output(answer, **of_prompt) -> types.SimpleNamespace:
+    """What vLLM returns for a request: experts of prompt and answer, or of either apart."""
+    return types.SimpleNamespace(
+        outputs=[types.SimpleNamespace(routed_experts=answer)], **of_prompt
+    )
+
+
 def test_the_snippet_that_writes_a_trace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arrays = [np.tile(np.arange(n, n + 4, dtype=np.int16), (n, 2, 1)) for n in (3, 5)]
+    arrays = [np.tile(np.arange(n, n + 4, dtype=np.uint8), (n, 2, 1)) for n in (3, 5)]
     [snippet] = blocks("your-model.md", "python")
-    exec(snippet, {"arrays": arrays})
+    together = [output(arrays[0]), output(None), output(arrays[1])]
+    exec(snippet, {"outputs": together})
     written = trace_lib.load("trace.npz")
     assert (written.num_tokens, written.num_sequences, written.num_experts) == (8, 2, 32)
     assert written.layer_ids == (0, 1)
+    apart = [
+        output(None, prompt_routed_experts=arrays[0]),  # an answer of one token has no experts
+        output(None, prompt_routed_experts=None),
+        output(arrays[1][2:], prompt_routed_experts=arrays[1][:2]),
+    ]
+    exec(snippet, {"outputs": apart})
+    assert trace_lib.load("trace.npz").digest == written.digest
     of_model = [np.concatenate([np.zeros_like(one[:, :1]), one], axis=1) for one in arrays]
-    exec(snippet, {"arrays": of_model})  # the first layer is dense
+    exec(snippet, {"outputs": [output(one) for one in of_model]})  # the first layer is dense
     assert trace_lib.load("trace.npz").layer_ids == (1, 2)
 
 
