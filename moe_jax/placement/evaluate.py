@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax.errors import plain
 from moe_jax.placement import cost, evidence, proxies, tables, wires
 from moe_jax.placement.evidence import Evidence
 from moe_jax.placement.plan import Placement, Plan
@@ -25,7 +26,7 @@ class Evaluated:
     Attributes:
       path: of the plan.
       plan_digest: of its map.
-      topology: name of the machine it was judged for.
+      topology: the machine it was judged for.
       figures: locality, rows, load, with intervals.
       wires: seconds per layer and step, tiers, pairs, slowest device and link, by dispatch.
       recorded_rows: exact rows with the homes in the trace; None where it has none that fit.
@@ -34,7 +35,7 @@ class Evaluated:
 
     path: str
     plan_digest: str
-    topology: str
+    topology: Topology
     figures: Evidence
     wires: dict[str, Wires]
     recorded_rows: RecordedRows | None
@@ -45,7 +46,9 @@ class Evaluated:
         return {
             "plan": self.path,
             "plan_digest": self.plan_digest,
-            "topology": self.topology,
+            "topology": self.topology.name,
+            "devices": self.topology.num_devices,
+            "nodes": self.topology.num_nodes,
             "figures": self.figures.to_json(),
             "seconds_per_layer": {name: one.layer_seconds for name, one in self.wires.items()},
             "wires": {name: one.to_json(name == pairs) for name, one in self.wires.items()},
@@ -70,7 +73,7 @@ def evaluate(
     rows = recorded_rows(trace, placement, topology, work.batch_tokens)
     true = {name: figure.value for name, figure in figures.rows.items()}
     against = proxies.of(pairs, placement, topology, true)
-    return Evaluated(str(path), plan.digest, topology.name, figures, found, rows, against)
+    return Evaluated(str(path), plan.digest, topology, figures, found, rows, against)
 
 
 def recorded_rows(
@@ -124,6 +127,18 @@ def text(evaluated: Sequence[Evaluated], pairs: str | None = None) -> str:
             lines += ["", f"{pathlib.Path(one.path).name}, rows with the homes in the trace:"]
             lines += [f"  {line}" for line in _home_lines(one.recorded_rows)]
     return "\n".join(lines)
+
+
+def machines(evaluated: Sequence[Evaluated]) -> list[str]:
+    """Which plans are judged for which machine, a line each."""
+    plans: dict[str, list[str]] = {}
+    for one in evaluated:
+        sizes = {"device": one.topology.num_devices, "node": one.topology.num_nodes}
+        parts = (f"{number} {what}{'s' * (number > 1)}" for what, number in sizes.items())
+        machine = f"{plain(one.topology.name)}: {', '.join(parts)}"
+        plans.setdefault(machine, []).append(pathlib.Path(one.path).name)
+    of = {machine: f", {', '.join(names)}" for machine, names in plans.items() if len(plans) > 1}
+    return [f"Judged in every dispatch{of.get(machine, '')} on {machine}" for machine in plans]
 
 
 def _wire_lines(evaluated: Sequence[Evaluated], pairs: str | None) -> list[str]:

@@ -447,6 +447,29 @@ def test_nodes_that_are_given_are_taken_and_checked(trace_path, tmp_path, capsys
             assert capsys.readouterr().err.startswith(f"refused: {field} = {value}: ")
 
 
+def test_evaluate_says_which_machines_it_judges_for(trace_path, tmp_path, capsys):
+    machine = dataclasses.replace(topology.nodes_by_devices(2, 4), name="a\x1b[1mb")
+    Plan(Placement.contiguous(3, 8, 4), topology=machine.to_json()).write(tmp_path / "own.json")
+    for name in ("flat.json", "again.json"):  # of no machine
+        Plan(Placement.contiguous(3, 8, 4)).write(tmp_path / name)
+    words = ("evaluate", trace_path, *(tmp_path / f"{n}.json" for n in ("own", "flat", "again")))
+    heads = {
+        (): [
+            "Judged in every dispatch, own.json on a\\x1b[1mb: 4 devices, 2 nodes",
+            "Judged in every dispatch, flat.json, again.json on flat4: 4 devices, 1 node",
+        ],
+        ("--nodes=2",): ["Judged in every dispatch on 2x2: 4 devices, 2 nodes"],
+    }
+    for more, lines in heads.items():
+        assert run(*words, *more) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[1 : 2 + len(lines)] == [*lines, ""]
+        assert run(*words, *more, "--json") == 0
+        plans = json.loads(capsys.readouterr().out)["plans"]
+        assert [one["devices"] for one in plans] == [4, 4, 4]
+        assert [one["nodes"] for one in plans] == ([2, 2, 2] if more else [2, 1, 1])
+
+
 def test_one_node_where_a_machine_has_two_is_refused(trace_path, tmp_path, capsys):
     for machine in ("--node-sizes=2,2", "--topology=box2x4"):
         words = ("solve", trace_path, f"--out={tmp_path / 'p.json'}", machine, "--nodes=1")

@@ -40,4 +40,5 @@ def run(options: argparse.Namespace) -> str:
     if options.json:
         answers = [one.to_json(options.pairs) for one in evaluated]
         return json.dumps({"trace_digest": trace.digest, "plans": answers})
-    return f"{words.describe(trace)}\n\n{evaluate_lib.text(evaluated, options.pairs)}"
+    heads = [words.describe(trace), *evaluate_lib.machines(evaluated)]
+    return "\n".join([*heads, "", evaluate_lib.text(evaluated, options.pairs)])
