@@ -120,9 +120,11 @@ def _model(path: pathlib.Path, plain: dict[str, Any], family: Family) -> dict[st
         fields[field] = 0 if asked.needs and not model[asked.needs] else _value(path, plain, asked)
     model |= family.fixed
     _check_experts(path, model["num_layers"], model["num_experts"])
-    heads = Key("num_kv_heads", ("num_key_value_heads",), model["num_heads"])
+    all_heads, share = model["num_heads"], _share(model["d_model"], model["num_heads"])
+    fewer = family.num_kv_heads or all_heads
+    heads = Key("num_kv_heads", ("num_key_value_heads",), fewer, null=all_heads)
     model["num_kv_heads"] = _value(path, plain, heads)
-    width = Key("d_head", ("head_dim",), _share(model["d_model"], model["num_heads"]))
+    width = Key("d_head", ("head_dim",), family.d_head or share, null=share)
     model.setdefault("d_head", _value(path, plain, width))
     turned = rope_json.read(path, plain, family.rope_theta, family.rope)
     model["rope_theta"] = turned.theta

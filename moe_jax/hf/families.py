@@ -137,6 +137,7 @@ MIXTRAL = Family(
     only=(),
     layouts=_layouts(experts=_experts("block_sparse_moe.", "w1", "w3", "w2")),
     windows=WindowKeys(),
+    num_kv_heads=8,
     rope_theta=1_000_000.0,
 )
 OLMOE = Family(
@@ -146,6 +147,7 @@ OLMOE = Family(
         Key("num_experts", ("num_experts", "num_local_experts")),
         Key("router_weights", ("norm_topk_prob",), "softmax", _NORMALISED),
         Key("attention_bias", ("attention_bias",), "", {False: "", True: "qkvo"}),
+        Key("load_balance_coef", ("router_aux_loss_coef",), 0.01),
     ),
     fixed={"qk_norm": "all"},
     only=(("clip_qkv", (None,), "clipped queries, keys and values"),),
@@ -163,6 +165,7 @@ QWEN3_MOE = Family(
     only=_ALL_MOE,
     layouts=_layouts(*_NORM_HEADS),
     windows=WindowKeys("use_sliding_window"),
+    num_kv_heads=4,
 )
 QWEN2_MOE = Family(
     "qwen2_moe",
@@ -181,6 +184,7 @@ QWEN2_MOE = Family(
         layer_types=True,
         has_window=_every_other_of_the_first,
     ),
+    num_kv_heads=16,
 )
 GPT_OSS = Family(
     "gpt_oss",
@@ -188,6 +192,7 @@ GPT_OSS = Family(
         Key("d_ff", ("intermediate_size",)),
         Key("num_experts", ("num_local_experts", "num_experts")),
         Key("attention_bias", ("attention_bias",), "qkvo", {False: "", True: "qkvo"}),
+        Key("load_balance_coef", ("router_aux_loss_coef",)),  # the class: 0.9, since 5 0.001
     ),
     fixed={
         "router_weights": "normalised",
@@ -215,6 +220,8 @@ GPT_OSS = Family(
     },
     windows=WindowKeys(layer_types=True, has_window=lambda layer, plain: layer % 2 == 0),
     codes=("mxfp4",),
+    num_kv_heads=8,
+    d_head=64,
     rope_theta=150_000.0,
     rope={
         "rope_type": "yarn",
@@ -275,7 +282,7 @@ _FP8 = tuple(
 _DEEPSEEK_KEYS = (
     Key("d_ff", ("moe_intermediate_size",)),
     Key("num_experts", ("n_routed_experts", "num_experts", "num_local_experts")),
-    Key("d_ff_shared", ("n_shared_experts",), 0, times="moe_intermediate_size"),
+    Key("d_ff_shared", ("n_shared_experts",), null=0, times="moe_intermediate_size"),
     Key("num_dense_layers", ("first_k_dense_replace",)),
     Key("d_ff_dense", ("intermediate_size",), needs="num_dense_layers"),
     Key("d_head", ("qk_nope_head_dim",)),
@@ -283,8 +290,6 @@ _DEEPSEEK_KEYS = (
     Key("latent.d_rope", ("qk_rope_head_dim",)),
     Key("latent.d_value", ("v_head_dim",)),
     Key("latent.query_rank", ("q_lora_rank",), null=0),
-    Key("router_groups", ("n_group",), 1),
-    Key("router_top_groups", ("topk_group",), 1),
     Key("router_scale", ("routed_scaling_factor",)),
     Key("load_balance_coef", ("aux_loss_alpha", "router_aux_loss_coef"), 0.001),
 )
@@ -297,6 +302,8 @@ DEEPSEEK_V2 = Family(
     "deepseek_v2",
     keys=(
         *_DEEPSEEK_KEYS,
+        Key("router_groups", ("n_group",), 1),
+        Key("router_top_groups", ("topk_group",), 1),
         Key(
             "router_group_scores",
             ("topk_method",),
@@ -316,6 +323,8 @@ DEEPSEEK_V3 = Family(
     "deepseek_v3",
     keys=(
         *_DEEPSEEK_KEYS,
+        Key("router_groups", ("n_group",), 8, null=1),
+        Key("router_top_groups", ("topk_group",), 4, null=1),
         Key("router_weights", ("norm_topk_prob",), says=_NORMALISED),
         Key("rope.interleaved", ("rope_interleave",), True, {True: True, False: False}, null=False),
     ),
@@ -328,6 +337,7 @@ DEEPSEEK_V3 = Family(
     layouts={**_DEEPSEEK_LAYOUTS, "fp8": _FP8},
     codes=("fp8",),
     beside=("model.layers.{layers}.",),  # predicts one more token ahead
+    num_kv_heads=128,
 )
 
 LLAMA = Family(
@@ -421,6 +431,7 @@ PHIMOE = Family(
         )
     },
     windows=WindowKeys(),
+    num_kv_heads=8,
     rope_theta=1_000_000.0,
 )
 FAMILIES = {

@@ -99,6 +99,8 @@ class Family:
       windows: where its layers may have windows; None = they have none.
       codes: of quantised weights that are read: `quant_method` in config.json.
       made: parameters that no tensor holds: whoever loads them says what they are.
+      num_kv_heads: where config.json leaves them out; 0 = as many as heads, as null says.
+      d_head: width of a head where config.json leaves it out; 0 = an even share, as null says.
       rope_theta: base of rotary positions where config.json has none.
       rope: what `rope_parameters` says where neither it nor `rope_scaling` is there.
     """
@@ -112,5 +114,7 @@ class Family:
     windows: WindowKeys | None = None
     codes: tuple[str, ...] = ()
     made: tuple[str, ...] = ()
+    num_kv_heads: int = 0
+    d_head: int = 0
     rope_theta: float = 10_000.0
     rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
