@@ -596,9 +596,11 @@ def test_command_makes_a_trace_that_solve_reads(tmp_path, capsys):
     source = written(tmp_path, "d.npz", npz_bytes(topk_ids_of_layer=topk_LTK()))
     out = tmp_path / "t.npz"
     assert run("convert", source, out, "--num-experts=8", "--layer-ids=2") == 0
-    capsys.readouterr()
+    assert f"Read {source}: SGLang trace: 2 tokens in 1 sequences" in capsys.readouterr().out
     trace = trace_lib.load(out)
     assert (trace.layer_ids, trace.num_experts) == ((2,), 8)
+    assert run("convert", out, tmp_path / "again.npz") == 0
+    assert f"Read {out}: own SGLang trace: 2 tokens" in capsys.readouterr().out
     assert run("evaluate", out, written_plan_for(trace, tmp_path)) == 0
 
 

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> str:
         )
     return "\n".join(
         [
-            f"Read {options.source}: {done.found.format} {_describe_found(value)}",
+            f"Read {options.source}: {_describe_found(done.found)}",
             *(f"  note: {note}" for note in done.notes),
             f"Wrote {options.target} ({done.written})"
             + (f", digest {digest[:16]}" if digest else ""),
@@ -89,10 +89,12 @@ def run(options: argparse.Namespace) -> str:
     )
 
 
-def _describe_found(value: Plan | Trace | Counts) -> str:
+def _describe_found(found: convert_lib.Found) -> str:
+    value = found.value
     if isinstance(value, Plan):
-        return f"plan: {tables.sizes(value.placement)}"
-    if isinstance(value, Trace):
-        return words.describe(value)
+        return f"{found.format} plan: {tables.sizes(value.placement)}"
+    if isinstance(value, Trace):  # a foreign one has its format's name for a model
+        name = "" if value.model == found.format else f"{found.format} "
+        return name + words.describe(value)
     steps, layers, experts = value.count_SLE.shape
-    return f"counts: {steps} steps, {layers} layers x {experts} experts"
+    return f"{found.format} counts: {steps} steps, {layers} layers x {experts} experts"
