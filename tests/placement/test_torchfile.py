@@ -47,6 +47,25 @@ def test_real_counts():
     np.testing.assert_array_equal(counts.count_SLE, np.arange(24).reshape(2, 3, 4))
 
 
+def test_a_folder_of_counts_is_read_as_its_files(tmp_path):
+    """Rank 0 writes one file a dump: a later one goes on with the steps."""
+    content = (GOLDEN / "sglang_stat.pt").read_bytes()
+    wanted = convert_lib.read(GOLDEN / "sglang_stat.pt", Hints()).value.count_SLE
+    for name in ("1700000000.5", "1700000060.25"):
+        (tmp_path / f"expert_distribution_recorder_{name}.pt").write_bytes(content)
+        counts = convert_lib.read(tmp_path, Hints()).value
+        assert isinstance(counts, Counts)
+        np.testing.assert_array_equal(counts.count_SLE[-2:], wanted)
+    assert len(counts.count_SLE) == 4
+    for more, message in [
+        (tb.dict_of(records=b"]"), r"no logical_count': as in .*000\.5\.pt"),
+        (tb.dict_of(logical_count=tb.whole(SIX.reshape(1, 3, 2), "0")), "as in .*000.5.pt"),
+    ]:
+        (tmp_path / "expert_distribution_recorder_18.pt").write_bytes(tb.archive(more, SIX))
+        with pytest.raises(Refused, match=f"expert_distribution_recorder_18.pt.*{message}"):
+            convert_lib.read(tmp_path, Hints())
+
+
 def test_everything_plain_survives(tmp_path):
     pickled = tb.dict_of(
         a=tb.list_of(tb.number(-7), tb.number(2**40), b"K\x05", b"M\x00\x01"),

@@ -8,6 +8,7 @@ axes, and with two axes a trace of ExFlow where a trace is asked for (an output 
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable
@@ -116,8 +117,7 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     if path.is_dir() and counts_lib.rank_files(path):
         return Found(counts_lib.read_safetensors(path, hints), "TensorRT-LLM")
     if path.is_dir() and (dumps := sorted(path.glob(_DUMPS))):
-        fields = ((one.name, raw.json_object(torchfile.read(one), str(one))) for one in dumps)
-        return Found(traces.read_sglang_ranks(fields, hints, raw.int_saved), "SGLang")
+        return Found(_read_dumps(dumps, hints), "SGLang")
     kind = "jsonl" if path.is_dir() else content.kind_of(path)
     if kind == "jsonl":
         return Found(megatron.read_megatron(path, hints), "Megatron-LM")
@@ -134,6 +134,16 @@ def read(source: str | os.PathLike, hints: Hints, wants_trace: bool = False) -> 
     if kind == "yaml":
         return Found(trtllm.read_yaml(raw.read_text(path), hints), "TensorRT-LLM")
     return Found(plans.read_exflow(raw.read_text(path), hints), "ExFlow")
+
+
+def _read_dumps(paths: list[pathlib.Path], hints: Hints) -> Trace | Counts:
+    """What the first of them holds, so that each is read once."""
+    fields = ((one.name, raw.json_object(torchfile.read(one), str(one))) for one in paths)
+    first = next(fields)
+    dumps = itertools.chain([first], fields)
+    if counts_lib.COUNT in first[1]:
+        return counts_lib.read_sglang_dumps(dumps, hints)
+    return traces.read_sglang_ranks(dumps, hints, raw.int_saved)
 
 
 def read_plan(source: str | os.PathLike, hints: Hints) -> Plan:

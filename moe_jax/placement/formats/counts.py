@@ -17,6 +17,7 @@ import dataclasses
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,21 @@ def read_sglang_json(fields: dict[str, Any], hints: Hints) -> Counts:
 def read_sglang_array(array: np.ndarray, hints: Hints) -> Counts:
     axes = ["steps", "layers", "experts"][-2 if array.ndim == 2 else -3 :]
     return _by_layer(raw.int_array(array, COUNT, axes), hints)
+
+
+def read_sglang_dumps(dumps: Iterable[tuple[str, dict[str, Any]]], hints: Hints) -> Counts:
+    """Dumps (name, fields) of one recording, in order: each goes on with the steps."""
+    names: list[str] = []
+    parts: list[np.ndarray] = []
+    for name, fields in dumps:
+        if COUNT not in fields:
+            raise Refused(name, f"no {COUNT}", f"as in {names[0]}", "Give one recording's dumps")
+        part = raw.tensor(fields[COUNT], f"{name}.{COUNT}")
+        if parts and (part.ndim != 3 or part.shape[1:] != parts[0].shape[1:]):
+            raise Refused(name, part.shape, f"as in {names[0]}", "Give one recording's dumps")
+        names.append(name)
+        parts.append(part)
+    return read_sglang_array(np.concatenate(parts) if len(parts) > 1 else parts[0], hints)
 
 
 def rank_files(folder: pathlib.Path) -> list[pathlib.Path]:
