@@ -48,7 +48,7 @@ def read_sglang_arrays(arrays: dict[str, np.ndarray], hints: Hints) -> Trace:
     if TOKENS in arrays:
         tokens_T = raw.int_array(arrays[TOKENS], TOKENS, ("tokens",))
     lens = _lengths(lens, ids_LTK.shape[1], SEQ_LENS)
-    return _sglang_trace(ids_LTK, lens, slots_LP, tokens_T, hints)
+    return _sglang_trace(_experts(ids_LTK, slots_LP, IDS), lens, slots_LP, tokens_T, hints)
 
 
 def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.int_table) -> Trace:
@@ -105,7 +105,7 @@ def read_sglang_ranks(
 
 
 class _Recorded(NamedTuple):
-    """What one dump holds; identities of tokens may be fewer than tokens."""
+    """What one dump holds, slots taken back to experts; identities may be fewer than tokens."""
 
     ids_LTK: np.ndarray
     lens: list[int]
@@ -120,6 +120,9 @@ def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> 
         raise Refused(
             "records", raw.shown(records), "a list of forward passes", "Record at least one token"
         )
+    slots_LP = fields.get(SLOTS)
+    if slots_LP is not None:
+        slots_LP = table(slots_LP, SLOTS, ("layers", "slots"))
     parts: list[np.ndarray] = []
     lens: list[int] = []
     tokens: list[np.ndarray] = []
@@ -151,16 +154,13 @@ def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> 
                 "sequence each. Requests go on from pass to pass, so random halves are not "
                 "independent: take --split=time, or record prefill alone"
             )
-        parts.append(part_LTK)
+        parts.append(_experts(part_LTK, slots_LP, f"{name}.{IDS}"))
         lens += _lengths(said, part_LTK.shape[1], f"{name}.{SEQ_LENS}")
         tokens_T = record.get(TOKENS)
         if tokens_T is not None:
             tokens.append(table(tokens_T, f"{name}.{TOKENS}", ("tokens",)))
     if not parts:
         return None
-    slots_LP = fields.get(SLOTS)
-    if slots_LP is not None:
-        slots_LP = table(slots_LP, SLOTS, ("layers", "slots"))
     tokens_T = np.concatenate(tokens) if tokens else None
     return _Recorded(np.concatenate(parts, axis=1), lens, slots_LP, tokens_T)
 
@@ -197,7 +197,6 @@ def _sglang_trace(
             "taken back to experts"
         )
     else:
-        ids_LTK = _experts_of_slots(ids_LTK, slots_LP)
         experts = int(slots_LP.max()) + 1  # every expert has a slot
     used_L = (ids_LTK >= 0).any(axis=(1, 2))
     if not used_L.any():
@@ -220,11 +219,14 @@ def _sglang_trace(
     return make_trace(*args, token_ids_T=tokens_T, num_experts=experts)
 
 
-def _experts_of_slots(ids_LTK: np.ndarray, slots_LP: np.ndarray) -> np.ndarray:
+def _experts(ids_LTK: np.ndarray, slots_LP: np.ndarray | None, field: str) -> np.ndarray:
+    """Experts of slots; ids are experts where there is no map."""
+    if slots_LP is None:
+        return ids_LTK
     layers, slots = slots_LP.shape
     if layers != len(ids_LTK) or ids_LTK.max() >= slots or ids_LTK.min() < -1:
         raise Refused(
-            IDS,
+            field,
             f"{len(ids_LTK)} layers, ids {ids_LTK.min()} to {ids_LTK.max()}",
             f"{SLOTS} has {layers} layers of {slots} slots",
             "Give the map of this recording",
