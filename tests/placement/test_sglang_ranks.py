@@ -3,7 +3,9 @@
 import pathlib
 
 import numpy as np
+import pytest
 
+from moe_jax.errors import Refused
 from moe_jax.placement.formats import convert as convert_lib
 from moe_jax.placement.formats.hints import Hints
 from moe_jax.routing.trace import Trace
@@ -68,3 +70,73 @@ def test_ranks_that_choose_other_copies_repeat_each_other(tmp_path):
     np.testing.assert_array_equal(trace.expert_ids_TLK, ids_TLK)
     assert trace.num_experts == EXPERTS
     assert any("repeat another one" in note for note in hints.notes)
+
+
+def stage_of(ids_TLK: np.ndarray, layers) -> np.ndarray:
+    """What a stage with these layers records of them."""
+    kept = np.isin(np.arange(LAYERS), list(layers))
+    return np.where(kept[:, None], ids_TLK, -1)
+
+
+def two_stages(folder: pathlib.Path, second=(2, 3), other_tokens: int = 0) -> np.ndarray:
+    """Two data-parallel ranks in each of two stages, which number their ranks alike."""
+    whole = [routing(7, 0), routing(4, 1), routing(3, 2), routing(2, 3)]
+    for time, layers in enumerate(((1,), second)):
+        for rank in range(2):
+            passes = [
+                one_pass(
+                    number,
+                    stage_of(whole[2 * rank + number], layers),
+                    np.arange(len(whole[2 * rank + number])) + 10 * rank + other_tokens * time,
+                )
+                for number in range(2)
+            ]
+            dump(folder, rank, passes, time=time)
+    return np.concatenate(whole)[:, 1:]
+
+
+def test_stages_of_a_pipeline_are_put_together(tmp_path):
+    ids_TLK = two_stages(tmp_path)
+    hints = Hints(num_experts=EXPERTS)
+    trace = read(tmp_path, hints)
+    assert trace.layer_ids == (1, 2, 3)
+    assert sorted(trace.seq_len.tolist()) == [2, 3, 4, 7]
+    rows = {row.tobytes() for row in ids_TLK.astype(np.uint8)}
+    assert {row.tobytes() for row in trace.expert_ids_TLK} == rows
+    assert trace.num_tokens == len(ids_TLK)
+    assert "layers of 2 pipeline stages are put together" in hints.notes
+
+
+@pytest.mark.parametrize(
+    ("second", "other_tokens", "missing"), [((1, 2), 0, "2"), ((2, 3), 100, "2-3")]
+)
+def test_stages_that_do_not_fit_are_refused(second, other_tokens, missing, tmp_path):
+    """Layers that two stages share in part, and stages of other requests."""
+    two_stages(tmp_path, second, other_tokens)
+    with pytest.raises(Refused, match=f"recorder_0.5_0.pt = 'layers 1': layers {missing} of other"):
+        read(tmp_path)
+
+
+def test_identities_that_do_not_fit_their_pass_tell_nothing(tmp_path):
+    """Too many in one pass and too few in the next are as many as all tokens."""
+    passes = [one_pass(0, routing(3, 0), [5, 6]), one_pass(1, routing(2, 1), [7, 8, 9])]
+    dump(tmp_path, 0, passes)
+    hints = Hints(num_experts=EXPERTS)
+    assert read(tmp_path, hints).token_ids_T is None
+    assert any("input_ids are left out" in note for note in hints.notes)
+
+
+def test_the_same_requests_in_two_ranks_stay_two(tmp_path):
+    """Replicas that were sent the same text, and differ in last bits."""
+    for rank in range(2):
+        dump(tmp_path, rank, [one_pass(0, routing(3, rank), [5, 6, 7])])
+    assert read(tmp_path).seq_len.tolist() == [3, 3]
+
+
+def test_a_rank_without_any_expert_is_idle(tmp_path):
+    none_TLK = np.full((2, LAYERS, TOP_K), -1)
+    dump(tmp_path, 0, [one_pass(0, none_TLK, [5, 6])])
+    with pytest.raises(Refused, match="no token chose an expert"):
+        read(tmp_path)
+    dump(tmp_path, 1, [one_pass(0, routing(2, 0), [5, 6])])
+    assert read(tmp_path).seq_len.tolist() == [2]

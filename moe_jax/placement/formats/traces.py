@@ -16,14 +16,13 @@ without any expert are dense layers and left out, like tokens without any expert
 records eight experts per token whatever the model has; columns without any expert are left out too.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from moe_jax.errors import Refused
-from moe_jax.placement.formats import raw
+from moe_jax.placement.formats import ranks, raw
 from moe_jax.placement.formats.hints import Hints
 from moe_jax.routing.trace import Trace
 
@@ -31,6 +30,7 @@ IDS = "topk_ids_of_layer"
 SEQ_LENS = "extend_seq_lens"
 TOKENS = "input_ids"
 SLOTS = "last_physical_to_logical_map"
+_NO_TOKENS = f"{TOKENS} are left out: not one number from 0 for each token"
 _AXES = ("layers", "tokens", "experts per token")
 Table = Callable[[Any, str, Sequence[str]], np.ndarray]
 
@@ -65,56 +65,47 @@ def read_sglang_dump(fields: dict[str, Any], hints: Hints, table: Table = raw.in
 def read_sglang_ranks(
     dumps: Iterable[tuple[str, dict[str, Any]]], hints: Hints, table: Table = raw.int_table
 ) -> Trace:
-    """The dumps (name, fields) of all ranks of one recording, one after the other.
-
-    Ranks that record the same requests (tensor-parallel) repeat each other, and one of them stays;
-    with data-parallel attention each has requests of its own.
-    """
-    kept: list[_Recorded] = []
+    """The dumps (name, fields) of all ranks of one recording, put together as ranks.py says."""
+    kept: list[ranks.Dump] = []
     seen: set[bytes] = set()
     names: list[str] = []
     for name, fields in dumps:
         names.append(name)
         one = _recorded(fields, name, hints, table)
-        if one is None:
+        if not one.layers:
             continue
-        digest = hashlib.sha256(f"{one.ids_LTK.shape}".encode() + one.ids_LTK.tobytes()).digest()
+        digest = one.digest
         if digest in seen:
             hints.note("ranks that repeat another one (tensor-parallel) are left out")
             continue
         seen.add(digest)
-        first = kept[0] if kept else one
-        if one.ids_LTK[:, 0].shape != first.ids_LTK[:, 0].shape:
-            raise Refused(
-                name, one.ids_LTK.shape, f"as in {names[0]}", "Give one recording's dumps"
-            )
-        if not _same(one.slots_LP, first.slots_LP):
-            rule = f"another map than in {names[0]}"
-            raise Refused(f"{name}.{SLOTS}", "a map", rule, "Record while no expert moves")
         kept.append(one)
+        _check_same_model(one, kept[0])
     if not kept:
-        raise Refused("records", ", ".join(names), "no token", "Record at least one token")
-    tokens = [one.tokens_T for one in kept if one.tokens_T is not None]
+        rule = "no token chose an expert"
+        raise Refused("records", ", ".join(names), rule, "Record at least one token")
+    passes = [one for dump in ranks.joined(kept, hints) for one in dump.passes]
+    tokens = [one.tokens_T for one in passes if one.tokens_T is not None]
     return _sglang_trace(
-        np.concatenate([one.ids_LTK for one in kept], axis=1),
-        [length for one in kept for length in one.lens],
+        np.concatenate([one.ids_LTK for one in passes], axis=1),
+        [length for one in passes for length in one.lens],
         kept[0].slots_LP,
         np.concatenate(tokens) if tokens else None,
         hints,
     )
 
 
-class _Recorded(NamedTuple):
-    """What one dump holds, slots taken back to experts; identities may be fewer than tokens."""
+def _check_same_model(one: ranks.Dump, first: ranks.Dump) -> None:
+    found, wanted = (dump.passes[0].ids_LTK for dump in (one, first))
+    if found[:, 0].shape != wanted[:, 0].shape:
+        raise Refused(one.name, found.shape, f"as in {first.name}", "Give one recording's dumps")
+    if not _same(one.slots_LP, first.slots_LP):
+        rule = f"another map than in {first.name}"
+        raise Refused(f"{one.name}.{SLOTS}", "a map", rule, "Record while no expert moves")
 
-    ids_LTK: np.ndarray
-    lens: list[int]
-    slots_LP: np.ndarray | None
-    tokens_T: np.ndarray | None
 
-
-def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> "_Recorded | None":
-    """None where no token is recorded, as by idle ranks."""
+def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> ranks.Dump:
+    """Without passes where no token is recorded, as by idle ranks."""
     records = fields.get("records", [fields])
     if not isinstance(records, list) or not records:
         raise Refused(
@@ -123,12 +114,11 @@ def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> 
     slots_LP = fields.get(SLOTS)
     if slots_LP is not None:
         slots_LP = table(slots_LP, SLOTS, ("layers", "slots"))
-    parts: list[np.ndarray] = []
-    lens: list[int] = []
-    tokens: list[np.ndarray] = []
+    passes: list[ranks.Pass] = []
+    rank = 0
     seen: set[int] = set()
-    for number, record in enumerate(records):
-        name = f"records[{number}]" if "records" in fields else dump
+    for at, record in enumerate(records):
+        name = f"records[{at}]" if "records" in fields else dump
         if not isinstance(record, dict) or IDS not in record:
             raise Refused(
                 name,
@@ -142,27 +132,34 @@ def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> 
         if id(ids) in seen:  # a pickle may name one tensor a thousand times
             raise Refused(f"{name}.{IDS}", "again", "stands in a record before", "Record again")
         seen.add(id(ids))
-        part_LTK = table(ids, f"{name}.{IDS}", _AXES)
-        if parts and part_LTK[:, 0].shape != parts[0][:, 0].shape:
-            raise Refused(f"{name}.{IDS}", part_LTK.shape, "as in the first record", "Record again")
-        said = record.get(SEQ_LENS)
-        if said is not None:
-            said = table(said, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
+        ids_LTK = table(ids, f"{name}.{IDS}", _AXES)
+        if passes and ids_LTK[:, 0].shape != passes[0].ids_LTK[:, 0].shape:
+            raise Refused(f"{name}.{IDS}", ids_LTK.shape, "as in the first record", "Record again")
+        ids_LTK = _experts(ids_LTK, slots_LP, f"{name}.{IDS}")
+        lens = record.get(SEQ_LENS)
+        if lens is not None:
+            lens = table(lens, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
         elif len(records) > 1:
             hints.note(
                 f"passes without {SEQ_LENS} (decoding: a token of each running request) are one "
                 "sequence each. Requests go on from pass to pass, so random halves are not "
                 "independent: take --split=time, or record prefill alone"
             )
-        parts.append(_experts(part_LTK, slots_LP, f"{name}.{IDS}"))
-        lens += _lengths(said, part_LTK.shape[1], f"{name}.{SEQ_LENS}")
+        lens = _lengths(lens, ids_LTK.shape[1], f"{name}.{SEQ_LENS}")
         tokens_T = record.get(TOKENS)
         if tokens_T is not None:
-            tokens.append(table(tokens_T, f"{name}.{TOKENS}", ("tokens",)))
-    if not parts:
-        return None
-    tokens_T = np.concatenate(tokens) if tokens else None
-    return _Recorded(np.concatenate(parts, axis=1), lens, slots_LP, tokens_T)
+            tokens_T = table(tokens_T, f"{name}.{TOKENS}", ("tokens",))
+            if len(tokens_T) != ids_LTK.shape[1]:
+                hints.note(_NO_TOKENS)
+                tokens_T = None
+        passes.append(ranks.Pass(ids_LTK, lens, tokens_T, _number(record, "forward_pass_id")))
+        rank = _number(record, "rank") or 0
+    return ranks.Dump(dump, rank, passes, slots_LP)
+
+
+def _number(record: dict[str, Any], key: str) -> int | None:
+    number = record.get(key)
+    return number if type(number) is int else None
 
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
@@ -211,7 +208,7 @@ def _sglang_trace(
         ids_LTK = ids_LTK[:, :, :top_k]
     ids_TLK = ids_LTK[list(layer_ids)].transpose(1, 0, 2)
     if tokens_T is not None and (len(tokens_T) != len(ids_TLK) or tokens_T.min() < 0):
-        hints.note(f"{TOKENS} are left out: not one number from 0 for each token")
+        hints.note(_NO_TOKENS)
         tokens_T = None
     elif tokens_T is not None:
         hints.note(f"{TOKENS} come along: the text can be read back from this trace")

@@ -1,0 +1,114 @@
+"""Dumps of SGLang's recorder, one of each rank, put together.
+
+Axes: T tokens, L layers of the model, K experts per token, P slots.
+
+Nothing in a dump says what its rank is for, so what they hold has to:
+
+- Tensor-parallel ranks record the same tokens and experts: one of them stays. Experts, not slots:
+  under a plan with copies each rank chooses its own.
+- Stages of a pipeline record the same tokens in layers of their own, which are put together. Every
+  stage numbers its ranks from 0, and the n-th rank of each saw the same tokens.
+- Other ranks (data-parallel) have requests of their own.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.errors import Refused
+from moe_jax.placement.formats.hints import Hints, shown_layers
+
+
+class Pass(NamedTuple):
+    """One forward pass of one rank.
+
+    Attributes:
+      ids_LTK: experts; -1 where there is none.
+      lens: lengths of its sequences.
+      tokens_T: identities of all its tokens, or None.
+      number: the pass's, the same in all ranks, or None.
+    """
+
+    ids_LTK: np.ndarray
+    lens: list[int]
+    tokens_T: np.ndarray | None
+    number: int | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dump:
+    """What one rank recorded; slots are taken back to experts."""
+
+    name: str
+    rank: int
+    passes: list[Pass]
+    slots_LP: np.ndarray | None
+
+    @functools.cached_property
+    def layers(self) -> frozenset[int]:
+        """Those in which a token chose an expert."""
+        used = [np.flatnonzero((one.ids_LTK >= 0).any(axis=(1, 2))) for one in self.passes]
+        return frozenset(np.concatenate(used).tolist() if used else ())
+
+    @property
+    def digest(self) -> bytes:
+        digest = hashlib.sha256()
+        for one in self.passes:
+            digest.update(f"{one.ids_LTK.shape} ".encode() + one.ids_LTK.tobytes())
+        return digest.digest()
+
+
+def joined(dumps: list[Dump], hints: Hints) -> list[Dump]:
+    """The dumps, those of a pipeline's stages as one; all of the same layers."""
+    groups: dict[Hashable, list[Dump]] = {}
+    for dump in dumps:
+        groups.setdefault(_seen(dump), []).append(dump)
+    whole = [one for group in groups.values() for one in _joined(group, hints)]
+    every = frozenset[int]().union(*(one.layers for one in whole))
+    for one in whole:
+        if one.layers != every:
+            missing = shown_layers(tuple(sorted(every - one.layers)))
+            raise Refused(
+                one.name,
+                f"layers {shown_layers(tuple(sorted(one.layers)))}",
+                f"layers {missing} of other dumps are missing; stages of a pipeline have no layer "
+                "in common, and the same forward passes with the same input_ids",
+                "Give the dumps of all ranks of one recording, or those of one stage",
+            )
+    return whole
+
+
+def _seen(dump: Dump) -> Hashable:
+    """What two stages of a pipeline have in common: passes and their tokens, where it says them."""
+    seen: list[Hashable] = []
+    for one in dump.passes:
+        if one.number is None or one.tokens_T is None:
+            return dump.name
+        seen.append((one.number, *one.lens, one.tokens_T.tobytes()))
+    return tuple(seen)
+
+
+def _joined(dumps: list[Dump], hints: Hints) -> list[Dump]:
+    """Dumps of the same tokens, stages as one where no layer is in two of them."""
+    stages: dict[frozenset[int], list[Dump]] = {}
+    for dump in sorted(dumps, key=lambda dump: dump.rank):
+        stages.setdefault(dump.layers, []).append(dump)
+    disjoint = sum(map(len, stages)) == len(frozenset[int]().union(*stages))
+    even = len({len(ranks) for ranks in stages.values()}) == 1
+    if len(stages) == 1 or not disjoint or not even:
+        return dumps
+    hints.note(f"layers of {len(stages)} pipeline stages are put together")
+    return [_stacked(parts) for parts in zip(*stages.values(), strict=True)]
+
+
+def _stacked(stages: tuple[Dump, ...]) -> Dump:
+    """One dump of dumps that have no layer in common."""
+    passes = [
+        same[0]._replace(ids_LTK=np.maximum.reduce([one.ids_LTK for one in same]))
+        for same in zip(*(stage.passes for stage in stages), strict=True)
+    ]
+    return dataclasses.replace(stages[0], passes=passes)
