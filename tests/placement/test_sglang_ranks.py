@@ -140,3 +140,59 @@ def test_a_rank_without_any_expert_is_idle(tmp_path):
         read(tmp_path)
     dump(tmp_path, 1, [one_pass(0, routing(2, 0), [5, 6])])
     assert read(tmp_path).seq_len.tolist() == [2]
+
+
+def gathered(folder: pathlib.Path, lengths, honest: bool, layers=range(LAYERS)) -> None:
+    """Data-parallel ranks whose passes have these tokens; all have one text in the beginning.
+
+    Not honest, every rank keeps as many of the first rows of all as it has tokens.
+    """
+    passes: list[list[dict]] = [[] for _ in lengths]
+    for number, tokens in enumerate(zip(*lengths, strict=True)):
+        shared = routing(3, 99)
+        rows = [np.r_[shared, routing(n, 10 * number + r)][:n] for r, n in enumerate(tokens)]
+        for rank, n in enumerate(tokens):
+            ids_TLK = rows[rank] if honest else np.concatenate(rows)[:n]
+            ids_TLK = stage_of(ids_TLK, layers)
+            text = np.r_[7, 8, 9, np.arange(n) + 1000 * rank][:n]
+            passes[rank].append(one_pass(number, ids_TLK, text))
+    for rank, records in enumerate(passes):
+        dump(folder, rank, records, time=layers[0])
+
+
+@pytest.mark.parametrize(
+    "lengths", [((13, 12), (13, 12)), ((22, 0, 9), (20, 5, 30)), ((30,), (4,))]
+)
+def test_rows_of_other_ranks_are_refused(lengths, tmp_path):
+    """Data-parallel attention without all-to-all: a rank has rows of all, the first rank's first.
+
+    Rows that two ranks with other tokens have in common show it, where there are enough of them.
+    """
+    gathered(tmp_path, lengths, honest=True)
+    assert read(tmp_path).num_tokens == sum(map(sum, lengths))
+    gathered(tmp_path, lengths, honest=False)
+    if min(map(sum, lengths)) < 16:
+        assert read(tmp_path).num_tokens == sum(map(sum, lengths))  # may be chance
+        return
+    with pytest.raises(Refused, match=r"0.5_1.pt = 'rows of .*0.5_0.pt': .*--moe-a2a-backend"):
+        read(tmp_path)
+    (tmp_path / "expert_distribution_recorder_0.5_1.pt").unlink()
+    assert read(tmp_path).num_tokens == sum(lengths[0])  # as it is told to
+
+
+def test_rows_of_other_ranks_are_refused_in_stages_too(tmp_path):
+    for layers in (range(2), range(2, LAYERS)):
+        gathered(tmp_path, ((22,), (19,)), honest=False, layers=layers)
+    with pytest.raises(Refused, match="rows of"):
+        read(tmp_path)
+
+
+def test_routers_that_choose_alike_are_not_taken_for_copied_rows(tmp_path):
+    """All tokens go to the same experts, or to one of two: ranks agree by chance."""
+    for ids_TLK in (
+        np.zeros((40, LAYERS, 1)),
+        np.arange(40)[:, None, None] % np.full((LAYERS, 1), 2),
+    ):
+        for rank in range(2):
+            dump(tmp_path, rank, [one_pass(0, ids_TLK, np.arange(40) + 100 * rank)])
+        assert read(tmp_path).seq_len.tolist() == [40, 40]

@@ -8,7 +8,9 @@ Nothing in a dump says what its rank is for, so what they hold has to:
   under a plan with copies each rank chooses its own.
 - Stages of a pipeline record the same tokens in layers of their own, which are put together. Every
   stage numbers its ranks from 0, and the n-th rank of each saw the same tokens.
-- Other ranks (data-parallel) have requests of their own.
+- Other ranks (data-parallel) have requests of their own. Where their tokens meet before the experts
+  (attention data-parallel, no all-to-all), a rank routes the rows of all of them and keeps the
+  first, as many as it has tokens: rows of the first rank beside tokens of its own. This is refused.
 """
 
 import dataclasses
@@ -21,6 +23,8 @@ import numpy as np
 
 from moe_jax.errors import Refused
 from moe_jax.placement.formats.hints import Hints, shown_layers
+
+ENOUGH = 16  # rows unlike each other that two ranks do not have in common by chance
 
 
 class Pass(NamedTuple):
@@ -59,6 +63,7 @@ class Dump:
         digest = hashlib.sha256()
         for one in self.passes:
             digest.update(f"{one.ids_LTK.shape} ".encode() + one.ids_LTK.tobytes())
+            digest.update(b"" if one.tokens_T is None else one.tokens_T.tobytes())
         return digest.digest()
 
 
@@ -80,6 +85,40 @@ def joined(dumps: list[Dump], hints: Hints) -> list[Dump]:
                 "Give the dumps of all ranks of one recording, or those of one stage",
             )
     return whole
+
+
+def check_own_rows(dumps: list[Dump]) -> None:
+    """Refuses ranks that agree in what they chose and not in their tokens."""
+    for at, one in enumerate(dumps):
+        for first in dumps[:at]:
+            if _rows_of(one, first):
+                raise Refused(
+                    one.name,
+                    f"rows of {first.name}",
+                    "the same experts for other input_ids: with --enable-dp-attention and no "
+                    "all-to-all every rank records the first rank's tokens",
+                    "Give rank 0's dump alone, or record with --moe-a2a-backend=deepep and as many "
+                    "--dp-size as --tp-size, or without --enable-dp-attention",
+                )
+
+
+def _rows_of(one: Dump, first: Dump) -> bool:
+    """Do all passes agree as far as both go, over tokens enough that differ?"""
+    passes = {other.number: other for other in first.passes}
+    rows: set[bytes] = set()
+    for mine in one.passes:
+        other = passes.get(mine.number)
+        if mine.number is None or other is None:
+            continue
+        if mine.tokens_T is None or other.tokens_T is None:
+            continue
+        tokens = min(len(mine.tokens_T), len(other.tokens_T))
+        if not np.array_equal(mine.ids_LTK[:, :tokens], other.ids_LTK[:, :tokens]):
+            return False
+        if len(rows) < ENOUGH:
+            differ_T = mine.tokens_T[:tokens] != other.tokens_T[:tokens]
+            rows |= {mine.ids_LTK[:, at].tobytes() for at in np.flatnonzero(differ_T)}
+    return len(rows) >= ENOUGH
 
 
 def _seen(dump: Dump) -> Hashable:

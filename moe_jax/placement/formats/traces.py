@@ -84,7 +84,9 @@ def read_sglang_ranks(
     if not kept:
         rule = "no token chose an expert"
         raise Refused("records", ", ".join(names), rule, "Record at least one token")
-    passes = [one for dump in ranks.joined(kept, hints) for one in dump.passes]
+    whole = ranks.joined(kept, hints)
+    ranks.check_own_rows(whole)
+    passes = [one for dump in whole for one in dump.passes]
     tokens = [one.tokens_T for one in passes if one.tokens_T is not None]
     return _sglang_trace(
         np.concatenate([one.ids_LTK for one in passes], axis=1),
