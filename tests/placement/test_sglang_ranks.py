@@ -196,3 +196,19 @@ def test_routers_that_choose_alike_are_not_taken_for_copied_rows(tmp_path):
         for rank in range(2):
             dump(tmp_path, rank, [one_pass(0, ids_TLK, np.arange(40) + 100 * rank)])
         assert read(tmp_path).seq_len.tolist() == [40, 40]
+
+
+def test_passes_of_all_ranks_are_in_order_of_time(tmp_path):
+    """So that a half by time is one: the first passes of every rank, identities with them."""
+    for rank, time in ((0, 19), (1, 18)):  # later files of earlier ranks
+        passes = [
+            one_pass(number, routing(3, 10 * rank + number), [rank, number, 7], [1, 2])
+            for number in (4, 9, 10)
+        ]
+        dump(tmp_path, rank, passes[rank:], time=time)
+    trace = read(tmp_path)
+    wanted = [(0, 4), (0, 9), (1, 9), (0, 10), (1, 10)]
+    assert trace.token_ids_T.reshape(-1, 3)[:, :2].tolist() == [list(pair) for pair in wanted]
+    assert trace.seq_len.tolist() == [1, 2] * 5
+    ids = np.concatenate([routing(3, 10 * rank + number) for rank, number in wanted])
+    np.testing.assert_array_equal(trace.expert_ids_TLK, ids)

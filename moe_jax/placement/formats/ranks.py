@@ -87,6 +87,14 @@ def joined(dumps: list[Dump], hints: Hints) -> list[Dump]:
     return whole
 
 
+def in_order(dumps: list[Dump]) -> list[Pass]:
+    """Passes in order of time, ranks in turn; rank after rank where one has no number."""
+    passes = [(one, dump.rank) for dump in dumps for one in dump.passes]
+    if all(one.number is not None for one, _ in passes):
+        passes.sort(key=lambda each: (each[0].number, each[1]))
+    return [one for one, _ in passes]
+
+
 def check_own_rows(dumps: list[Dump]) -> None:
     """Refuses ranks that agree in what they chose and not in their tokens."""
     for at, one in enumerate(dumps):

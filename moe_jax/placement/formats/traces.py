@@ -86,7 +86,7 @@ def read_sglang_ranks(
         raise Refused("records", ", ".join(names), rule, "Record at least one token")
     whole = ranks.joined(kept, hints)
     ranks.check_own_rows(whole)
-    passes = [one for dump in whole for one in dump.passes]
+    passes = ranks.in_order(whole)
     tokens = [one.tokens_T for one in passes if one.tokens_T is not None]
     return _sglang_trace(
         np.concatenate([one.ids_LTK for one in passes], axis=1),
