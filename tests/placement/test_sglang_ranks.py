@@ -212,3 +212,24 @@ def test_passes_of_all_ranks_are_in_order_of_time(tmp_path):
     assert trace.seq_len.tolist() == [1, 2] * 5
     ids = np.concatenate([routing(3, 10 * rank + number) for rank, number in wanted])
     np.testing.assert_array_equal(trace.expert_ids_TLK, ids)
+
+
+def test_sequences_that_go_on_from_an_earlier_pass_are_counted(tmp_path):
+    """Chunks of a long prompt; both ranks record them, and one stays."""
+    whole = routing(9, 0)
+    for rank in range(2):
+        passes = [
+            one_pass(0, whole[:4], lens=[0, 4], positions=numbers(range(4))),
+            one_pass(1, whole[4:], lens=[3, 0, 2], positions=numbers([4, 5, 6, 0, 1])),
+        ]
+        dump(tmp_path, rank, passes)
+    hints = Hints(num_experts=EXPERTS)
+    assert read(tmp_path, hints).seq_len.tolist() == [4, 3, 2]
+    (note,) = [note for note in hints.notes if "position 0" in note]
+    assert note.startswith("1 of 3 sequences begin after position 0")
+    assert "--chunked-prefill-size" in note
+    dump(tmp_path, 0, [one_pass(0, whole, lens=[9], positions=numbers(range(9)))])
+    (tmp_path / "expert_distribution_recorder_17.5_1.pt").unlink()
+    hints = Hints(num_experts=EXPERTS)
+    read(tmp_path, hints)
+    assert not any("position 0" in note for note in hints.notes)

@@ -35,12 +35,14 @@ class Pass(NamedTuple):
       lens: lengths of its sequences.
       tokens_T: identities of all its tokens, or None.
       number: the pass's, the same in all ranks, or None.
+      later: how many of its sequences go on from an earlier pass.
     """
 
     ids_LTK: np.ndarray
     lens: list[int]
     tokens_T: np.ndarray | None
     number: int | None
+    later: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ What these files do not hold:
 - Identities of tokens, unless a SGLang dump has them (`input_ids`).
 - Borders of sequences. A SGLang array or an ExFlow trace is one sequence unless the file says
   more (`extend_seq_lens`); records of a SGLang dump are one sequence each. SGLang's decode passes
-  say nothing: a token of each running request, which go on in the next pass.
+  say nothing: a token of each running request, which go on in the next pass. Nor does a chunk of
+  a long prompt say of which request it is: chunks are sequences, and a note counts them.
 
 SGLang records slots, not experts: where the dump has `last_physical_to_logical_map`, ids are taken
 back to experts through it, and it says how many there are. Its rows are layers of the model; rows
@@ -87,10 +88,18 @@ def read_sglang_ranks(
     whole = ranks.joined(kept, hints)
     ranks.check_own_rows(whole)
     passes = ranks.in_order(whole)
+    lens = [length for one in passes for length in one.lens]
+    if later := sum(one.later for one in passes):
+        hints.note(
+            f"{later} of {np.count_nonzero(lens)} sequences begin after position 0: they go on "
+            "from an earlier pass (chunks of a long prompt) or from a cached prefix, so random "
+            "halves may not be independent: record with --disable-radix-cache and a "
+            "--chunked-prefill-size above all prompts that are sent at once, or take --split=time"
+        )
     tokens = [one.tokens_T for one in passes if one.tokens_T is not None]
     return _sglang_trace(
         np.concatenate([one.ids_LTK for one in passes], axis=1),
-        [length for one in passes for length in one.lens],
+        lens,
         kept[0].slots_LP,
         np.concatenate(tokens) if tokens else None,
         hints,
@@ -134,29 +143,42 @@ def _recorded(fields: dict[str, Any], dump: str, hints: Hints, table: Table) -> 
         if id(ids) in seen:  # a pickle may name one tensor a thousand times
             raise Refused(f"{name}.{IDS}", "again", "stands in a record before", "Record again")
         seen.add(id(ids))
-        ids_LTK = table(ids, f"{name}.{IDS}", _AXES)
-        if passes and ids_LTK[:, 0].shape != passes[0].ids_LTK[:, 0].shape:
-            raise Refused(f"{name}.{IDS}", ids_LTK.shape, "as in the first record", "Record again")
-        ids_LTK = _experts(ids_LTK, slots_LP, f"{name}.{IDS}")
-        lens = record.get(SEQ_LENS)
-        if lens is not None:
-            lens = table(lens, f"{name}.{SEQ_LENS}", ("sequences",)).tolist()
-        elif len(records) > 1:
+        if record.get(SEQ_LENS) is None and len(records) > 1:
             hints.note(
                 f"passes without {SEQ_LENS} (decoding: a token of each running request) are one "
                 "sequence each. Requests go on from pass to pass, so random halves are not "
                 "independent: take --split=time, or record prefill alone"
             )
-        lens = _lengths(lens, ids_LTK.shape[1], f"{name}.{SEQ_LENS}")
-        tokens_T = record.get(TOKENS)
-        if tokens_T is not None:
-            tokens_T = table(tokens_T, f"{name}.{TOKENS}", ("tokens",))
-            if len(tokens_T) != ids_LTK.shape[1]:
-                hints.note(_NO_TOKENS)
-                tokens_T = None
-        passes.append(ranks.Pass(ids_LTK, lens, tokens_T, _number(record, "forward_pass_id")))
+        one = _pass(record, name, slots_LP, hints, table)
+        if passes and one.ids_LTK[:, 0].shape != passes[0].ids_LTK[:, 0].shape:
+            shape = one.ids_LTK.shape
+            raise Refused(f"{name}.{IDS}", shape, "as in the first record", "Record again")
+        passes.append(one)
         rank = _number(record, "rank") or 0
     return ranks.Dump(dump, rank, passes, slots_LP)
+
+
+def _pass(
+    record: dict[str, Any], name: str, slots_LP: np.ndarray | None, hints: Hints, table: Table
+) -> ranks.Pass:
+    ids_LTK = _experts(table(record[IDS], f"{name}.{IDS}", _AXES), slots_LP, f"{name}.{IDS}")
+    tokens = ids_LTK.shape[1]
+
+    def vector(key: str, axis: str) -> np.ndarray | None:
+        value = record.get(key)
+        return None if value is None else table(value, f"{name}.{key}", (axis,))
+
+    said = vector(SEQ_LENS, "sequences")
+    lens = _lengths(None if said is None else said.tolist(), tokens, f"{name}.{SEQ_LENS}")
+    tokens_T = vector(TOKENS, "tokens")
+    if tokens_T is not None and len(tokens_T) != tokens:
+        hints.note(_NO_TOKENS)
+        tokens_T = None
+    positions_T, later = vector("positions", "tokens"), 0
+    if said is not None and positions_T is not None and len(positions_T) == tokens:
+        first_S = (np.cumsum(said) - said)[said > 0]
+        later = int(np.count_nonzero(positions_T[first_S]))
+    return ranks.Pass(ids_LTK, lens, tokens_T, _number(record, "forward_pass_id"), later)
 
 
 def _number(record: dict[str, Any], key: str) -> int | None:
