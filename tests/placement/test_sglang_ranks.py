@@ -233,3 +233,13 @@ def test_sequences_that_go_on_from_an_earlier_pass_are_counted(tmp_path):
     hints = Hints(num_experts=EXPERTS)
     read(tmp_path, hints)
     assert not any("position 0" in note for note in hints.notes)
+
+
+def test_ranks_that_split_their_tokens_are_refused(tmp_path):
+    """With an all-to-all, ranks that share their attention each route a part of the rows."""
+    whole = routing(8, 0)
+    none_TLK = np.full((4, LAYERS, TOP_K), -1)
+    for rank, ids_TLK in enumerate((whole[:4], whole[4:])):
+        dump(tmp_path, rank, [one_pass(0, np.concatenate([ids_TLK, none_TLK]), np.arange(8))])
+    with pytest.raises(Refused, match=r"17.5_0.pt = 'tokens without.*as many --dp-size as --tp-s"):
+        read(tmp_path)

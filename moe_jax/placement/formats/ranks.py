@@ -11,6 +11,8 @@ Nothing in a dump says what its rank is for, so what they hold has to:
 - Other ranks (data-parallel) have requests of their own. Where their tokens meet before the experts
   (attention data-parallel, no all-to-all), a rank routes the rows of all of them and keeps the
   first, as many as it has tokens: rows of the first rank beside tokens of its own. This is refused.
+- With an all-to-all, ranks that share their attention split its tokens: each has the same tokens
+  and the experts of a part of them. This is refused, too.
 """
 
 import dataclasses
@@ -74,7 +76,12 @@ def joined(dumps: list[Dump], hints: Hints) -> list[Dump]:
     groups: dict[Hashable, list[Dump]] = {}
     for dump in dumps:
         groups.setdefault(_seen(dump), []).append(dump)
-    whole = [one for group in groups.values() for one in _joined(group, hints)]
+    whole: list[Dump] = []
+    for group in groups.values():
+        same = _joined(group, hints)
+        if len(same) > 1:
+            _check_whole(same)
+        whole += same
     every = frozenset[int]().union(*(one.layers for one in whole))
     for one in whole:
         if one.layers != every:
@@ -139,6 +146,20 @@ def _seen(dump: Dump) -> Hashable:
             return dump.name
         seen.append((one.number, *one.lens, one.tokens_T.tobytes()))
     return tuple(seen)
+
+
+def _check_whole(dumps: list[Dump]) -> None:
+    """Refuses ranks of the same tokens that each have the experts of a part of them."""
+    for dump in dumps:
+        if any((one.ids_LTK < 0).all(axis=(0, 2)).any() for one in dump.passes):
+            raise Refused(
+                dump.name,
+                "tokens without any expert",
+                "another rank has the same input_ids and other experts: with an all-to-all, ranks "
+                "that share their attention split its tokens and record their part",
+                "Record with --enable-dp-attention and as many --dp-size as --tp-size, or without "
+                "--moe-a2a-backend",
+            )
 
 
 def _joined(dumps: list[Dump], hints: Hints) -> list[Dump]:
