@@ -14,9 +14,9 @@ sizes that holds what the fullest pair sends. (Where one process has the whole m
 stand for others, and rows without a token are counted as if they cost something: turns.)
 
 The fullest pair of a turn is the one whose destination is popular: sending everybody what it needs
-pads by 30 % and more. So pairs are in groups (each its own where there are at most 4), each group
-counts for itself, and a message goes out among the groups that have its digit: `lax.switch` over
-all sets of groups.
+pads by 30 % and more. So pairs are in groups (each its own where there are few), each group counts
+for itself, and a message goes out among the groups that have its digit: `lax.switch` over all sets
+of groups. Every set is a program to compile, so there are fewer groups where rows cost nothing.
 
 Gloo sends at half rate where two devices send large messages to each other (benchmarks/README.md).
 So turns are not distances, of which M / 2 is such a one: devices trade with neighbours alone, which
@@ -53,7 +53,8 @@ from moe_jax.pytree import Leaf
 RAGGED, LINKS, MEMORY = "ragged", "links", "memory"
 DIGITS = 4  # of a count in chunks, below the largest message
 NEAR_DIGITS = 2  # the same in turns within processes, which leave out the smallest
-EVERY_SET = 4  # groups, where there are no more devices; 2^groups - 1 programs per message
+LINK_GROUPS = 6  # of pairs, at most; 2^groups - 1 programs per message
+MEMORY_GROUPS, FEW = 4, 2  # within one process: at most, and of more pairs than that
 LARGE = 2**19  # bytes of a message that the buffers of a socket do not take in at once
 
 
@@ -314,13 +315,19 @@ class Wire:
     def _chunks_OG(self, pairs: Pairs) -> jax.Array:
         """int32 [turns, G]: chunks that the pairs of a group send; equal on all devices."""
         size = len(pairs.to_M)
-        groups, to_OM = _num_groups(size), jnp.array(turns(size), jnp.int32)
+        groups, to_OM = self._num_groups(size), jnp.array(turns(size), jnp.int32)
         source_M = jnp.arange(size, dtype=jnp.int32)
         most_OM = pairs.most_MM[source_M[None], to_OM]
         in_group_MG = source_M[:, None] % groups == jnp.arange(groups, dtype=jnp.int32)[None]
         most_OMG = jnp.where(in_group_MG[None], most_OM[:, :, None], 0)
         unit_O1 = jnp.array([[1 << self._spared(to)] for to in turns(size)], jnp.int32)
         return -(-most_OMG.max(axis=1) // (self.chunk * unit_O1)) * unit_O1
+
+    def _num_groups(self, size: int) -> int:
+        """Groups of pairs on an axis of this size: device i sends in group i mod G."""
+        if self.transport == LINKS:
+            return min(size, LINK_GROUPS)
+        return size if size <= MEMORY_GROUPS else FEW
 
     def _has_blocks(self) -> bool:
         """Whether rows go in one all-to-all: among devices of one of several processes."""
@@ -393,11 +400,6 @@ class _Turn(NamedTuple):
     receive_start: jax.Array
     receive_count: jax.Array
     source: jax.Array
-
-
-def _num_groups(size: int) -> int:
-    """Groups of pairs on an axis of this size: device i sends in group i mod G."""
-    return size if size <= EVERY_SET else 2
 
 
 @functools.cache
