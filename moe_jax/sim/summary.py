@@ -45,7 +45,6 @@ def headline(summary: Summary) -> str:
     failed = [check for check in summary.checks if not check.holds]
     if failed:
         return f"FAILED: {len(failed)} of {len(summary.checks)} checks do not hold."
-    moved = summary.figure("rows_out")
     same = "The same answers in every bit"
     if summary.before.meta.dispatch == "gathered":
         load = summary.figure("load_worst")
@@ -53,11 +52,12 @@ def headline(summary: Summary) -> str:
             f"{same}, the same rows moved (this dispatch always moves all of them); the busiest "
             f"device's load over the mean went from {load.before:.3f} to {load.after:.3f}."
         )
-    if moved.after < moved.before:
-        both = change_text(summary.figure("rows"))
-        fewer = f"{-100 * (moved.change or 0):.1f} % fewer rows out to the experts"
-        return f"{same}, and {fewer} ({both} counting both ways)."
-    return f"{same}, but no fewer rows out to the experts: this plan saves no traffic."
+    ways = ("rows", "rows_out", "rows_back")
+    both, out, back = (summary.figure(key) for key in ways)
+    each = f"(out {change_text(out)}, back {change_text(back)})"
+    if both.after < both.before:
+        return f"{same}, and {-100 * (both.change or 0):.1f} % fewer rows both ways {each}."
+    return f"{same}, but no fewer rows both ways {each}: this plan saves no traffic."
 
 
 def verdicts(summary: Summary) -> list[str]:

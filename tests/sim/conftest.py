@@ -4,6 +4,7 @@ Axes: T tokens, L layers, K top_k, M devices, P slots, E experts, B sequences, S
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -113,9 +114,13 @@ def routing(seed: int = 0):
 
 
 def make_case(folder: pathlib.Path, dispatch: str = "exchange") -> Case:
-    ids_TLK, home_T = routing()
     rng = np.random.default_rng(1)
     shuffled = Placement(np.array([rng.permutation(E) for _ in range(L)]), E, M)
+    return case_of(folder, *routing(), Plan(shuffled), dispatch)
+
+
+def case_of(folder: pathlib.Path, ids_TLK, home_T, plan: Plan, dispatch="exchange") -> Case:
+    """These tokens under the contiguous placement, and under that of a plan."""
     rows = [
         {"header": True, "unigram_loss": 3.3},
         {"step": 0, "loss": 5.5, "heldout_loss": 5.4},
@@ -126,14 +131,20 @@ def make_case(folder: pathlib.Path, dispatch: str = "exchange") -> Case:
     return Case(
         folder,
         before=measured(ids_TLK, home_T, Placement.contiguous(L, E, M), dispatch),
-        after=measured(ids_TLK, home_T, shuffled, dispatch),
-        plan=Plan(shuffled),
+        after=measured(ids_TLK, home_T, plan.placement, dispatch),
+        plan=plan,
     )
 
 
 @pytest.fixture
 def case(tmp_path):
     return make_case(tmp_path)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """`case_of` in a folder of its own."""
+    return functools.partial(case_of, tmp_path)
 
 
 @pytest.fixture

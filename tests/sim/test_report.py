@@ -172,6 +172,37 @@ def test_no_saving_is_called_so(case, capsys, no_plots):
     assert "this plan saves no traffic" in capsys.readouterr().out
 
 
+# experts of tokens whose home is device 0, slots of the plan; what the headline says
+HEADLINES = {
+    "fewer back alone": (
+        [[2, 3]],  # from one other device to home and another: 1 + 2 rows, 1 + 1
+        [2, 1, 0, 3, 4, 5, 6, 7],
+        "and 33.3 % fewer rows both ways (out +0.0 %, back -50.0 %).",
+    ),
+    "fewer out, as many more back": (
+        [[2, 4], [0, 6]],  # 2 + 2 and 1 + 1 rows, then 1 + 2 each
+        [1, 3, 2, 4, 5, 7, 0, 6],
+        "but no fewer rows both ways (out -33.3 %, back +33.3 %): this plan saves no traffic.",
+    ),
+    "fewer out and both ways": (
+        [[2, 4]],
+        [1, 3, 2, 4, 5, 7, 0, 6],
+        "and 25.0 % fewer rows both ways (out -50.0 %, back +0.0 %).",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADLINES)
+def test_the_headline_goes_by_both_ways(made, capsys, no_plots, name):
+    experts_TK, slots_P, words = HEADLINES[name]
+    ids_TLK = np.repeat(np.array(experts_TK, np.uint8)[:, None], 3, axis=1)
+    plan = Plan(Placement(np.array([slots_P] * 3), 8, 4))
+    case = made(ids_TLK, np.zeros(len(ids_TLK), np.int32), plan)
+    assert case.run("--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["headline"] == f"The same answers in every bit, {words}"
+
+
 def test_the_plan_before_may_be_given(case, capsys, no_plots):
     case.before, case.after = case.after, case.before
     shuffled, case.plan = case.plan, Plan(Placement.contiguous(3, 8, 4))
