@@ -30,6 +30,7 @@ class Figure:
 # dispatch -> how its two phases are called
 PHASES = {
     "exchange": ("rows out to the experts", "rows back home"),
+    "hierarchical": ("rows out to the experts, of every hop", "rows back home, of every hop"),
     "coherent": ("rows out to the experts", "rows on to the best expert's device"),
     "gathered": ("rows of the all-gather", "rows of the reduce-scatter"),
 }
@@ -40,7 +41,7 @@ def figures(
 ) -> list[Figure]:
     """All lines of the table, in reading order."""
     columns = [_column(measured, p) for measured, p in zip((before, after), predicted, strict=True)]
-    out, back = PHASES.get(before.meta.dispatch, PHASES["exchange"])
+    out, back = PHASES[before.meta.dispatch]
     labels = {
         "rows_out": f"{out}, measured",
         "rows_back": f"{back}, measured",

@@ -137,6 +137,8 @@ def _dispatch_notes(summary: Summary) -> list[str]:
             f"{change_text(out)}, back {change_text(back)}). Not counted here: keys and values of "
             "every token to every device, which no plan can change, and a row home at the end."
         ]
+    if summary.before.meta.dispatch == "hierarchical":
+        return _hierarchical_notes(summary)
     partial = summary.figure("rows_deduplicated")
     if summary.before.meta.combine == "reproducible":
         return [
@@ -153,4 +155,26 @@ def _dispatch_notes(summary: Summary) -> list[str]:
         "'One row per device out and back' is what an exchange that adds partial results on the "
         f"expert's device would move ({change_text(partial)}). It was not run: its outputs are "
         "equal within rounding, not bit for bit.",
+    ]
+
+
+def _hierarchical_notes(summary: Summary) -> list[str]:
+    keys = ("rows_out", "rows_back", "rows_deduplicated")
+    out, back, direct = (change_text(summary.figure(key)) for key in keys)
+    home = (
+        "Rows back are one per assignment on every hop: the exact combine, which sums at home in a "
+        "fixed order and so keeps every bit."
+    )
+    if summary.before.meta.combine == "reproducible":
+        home = (
+            "Rows back are as many as rows out, each a sum: the reproducible combine, on a grid "
+            "that keeps every bit whatever the order."
+        )
+    return [
+        "In hierarchical dispatch rows between nodes pass a relay, the device of the other node "
+        "with the place of the token's own: a token goes out once to each node, and from the relay "
+        "once to each further device. A row that passes a relay counts once a hop, out and back "
+        f"(out {out}, back {back}). {home}",
+        "'One row per device out and back' is what an exchange without relays would move that sums "
+        f"where the experts are ({direct}). It was not run.",
     ]

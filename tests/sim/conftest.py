@@ -5,6 +5,7 @@ Axes: T tokens, L layers, K top_k, M devices, P slots, E experts, B sequences, S
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 
@@ -18,7 +19,15 @@ T, L, K, E, M = 60, 3, 2, 8, 4
 NONE = 255
 
 
-def count(ids_TLK, home_T, placement, dispatch):
+def hops(home, device, dispatch):
+    """(source, destination) of a row's way; to another of the two nodes it goes over a relay."""
+    stops = [home, device]
+    if dispatch == "hierarchical" and home // 2 != device // 2:
+        stops.insert(1, device // 2 * 2 + home % 2)  # the device with home's place there
+    return [(source, end) for source, end in itertools.pairwise(stops) if source != end]
+
+
+def count(ids_TLK, home_T, placement, dispatch, combine="exact"):
     """Rows out, rows back, rows computed, one token after the other."""
     slots_LP = placement.physical_to_logical_LP
     out_LMM, back_LMM = np.zeros((2, L, M, M), np.int64)
@@ -34,10 +43,12 @@ def count(ids_TLK, home_T, placement, dispatch):
             if dispatch == "gathered":
                 reached = set(range(M)) if experts else set()
                 answers = list(range(M)) * len(experts)  # `exact`: each row from everywhere
-            for device in reached:
-                out_LMM[layer, home, device] += device != home
-            for device in answers:
-                back_LMM[layer, device, home] += device != home
+            out = {hop for device in reached for hop in hops(int(home), device, dispatch)}
+            back = [hop for device in answers for hop in hops(int(home), device, dispatch)]
+            for source, end in out:  # over a hop once
+                out_LMM[layer, source, end] += 1
+            for source, end in back if combine == "exact" else out:
+                back_LMM[layer, end, source] += 1
     return out_LMM, back_LMM, computed_LP
 
 
@@ -70,9 +81,9 @@ class Case:
         return report.main([*self.arguments, *more])
 
 
-def measured(ids_TLK, home_T, placement, dispatch="exchange") -> dict:
+def measured(ids_TLK, home_T, placement, dispatch="exchange", combine="exact") -> dict:
     """What infer.py would have written."""
-    out_LMM, back_LMM, computed_LP = count(ids_TLK, home_T, placement, dispatch)
+    out_LMM, back_LMM, computed_LP = count(ids_TLK, home_T, placement, dispatch, combine)
     rng = np.random.default_rng(7)  # the same answers for every placement
     return {
         "meta": {
@@ -82,9 +93,9 @@ def measured(ids_TLK, home_T, placement, dispatch="exchange") -> dict:
             "num_experts": E,
             "top_k": K,
             "num_devices": M,
-            "num_nodes": 1,
+            "num_nodes": 2 if dispatch == "hierarchical" else 1,
             "dispatch": dispatch,
-            "combine": "exact",
+            "combine": combine,
             "plan_digest": placement.digest,
             "logits_digest": "ab" * 32,
             "machine": "none",
@@ -119,7 +130,7 @@ def make_case(folder: pathlib.Path, dispatch: str = "exchange") -> Case:
     return case_of(folder, *routing(), Plan(shuffled), dispatch)
 
 
-def case_of(folder: pathlib.Path, ids_TLK, home_T, plan: Plan, dispatch="exchange") -> Case:
+def case_of(folder: pathlib.Path, ids_TLK, home_T, plan: Plan, *how: str) -> Case:
     """These tokens under the contiguous placement, and under that of a plan."""
     rows = [
         {"header": True, "unigram_loss": 3.3},
@@ -130,8 +141,8 @@ def case_of(folder: pathlib.Path, ids_TLK, home_T, plan: Plan, dispatch="exchang
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Case(
         folder,
-        before=measured(ids_TLK, home_T, Placement.contiguous(L, E, M), dispatch),
-        after=measured(ids_TLK, home_T, plan.placement, dispatch),
+        before=measured(ids_TLK, home_T, Placement.contiguous(L, E, M), *how),
+        after=measured(ids_TLK, home_T, plan.placement, *how),
         plan=plan,
     )
 

@@ -166,6 +166,28 @@ def test_gathered_rows_are_predicted_too(gathered_case, capsys, no_plots):
     assert "the same rows moved" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("combine", "back", "words"),
+    [("exact", 5, "one per assignment"), ("reproducible", 3, "each a sum")],
+)
+def test_rows_over_relays_count_once_a_hop(made, capsys, no_plots, combine, back, words):
+    """From device 0 to two experts of device 3, past 2, and one of device 1."""
+    ids_TLK = np.full((2, 3, 2), 255, np.uint8)
+    ids_TLK[0], ids_TLK[1, :, 0] = (6, 7), 2
+    plan = Plan(Placement.contiguous(3, 8, 4))
+    case = made(ids_TLK, np.zeros(2, np.int32), plan, "hierarchical", combine)
+    assert case.run("--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["figures"]["rows_out"]["before"] == 3 / 2
+    assert printed["figures"]["rows_back"]["before"] == back / 2
+    note, direct = printed["notes"][:2]
+    assert "counts once a hop, out and back" in note
+    assert words in note
+    assert "without relays" in direct
+    assert case.run() == 0
+    assert "rows out to the experts, of every hop, measured" in capsys.readouterr().out
+
+
 def test_no_saving_is_called_so(case, capsys, no_plots):
     case.after, case.plan = case.before, Plan(Placement.contiguous(3, 8, 4))
     assert case.run() == 0
