@@ -78,7 +78,8 @@ def traffic(before: Side, after: Side, width: Width = "wide") -> bytes:
         own = np.eye(len(rows_MM), dtype=bool)
         cells = np.ma.masked_array(rows_MM, own)
         images.append(_cells(axes, cells, "YlGnBu", (0, highest), _rows_text))
-        _device_axes(axes, rows_MM.shape, "destination device", "source device")
+        devices = range(len(rows_MM))
+        _named_axes(axes, ("destination device", devices), ("source device", devices))
     bar = figure.colorbar(
         images[-1], ax=grid, location="bottom", shrink=0.7, aspect=40 if wide else 22, pad=0.02
     )
@@ -86,7 +87,7 @@ def traffic(before: Side, after: Side, width: Width = "wide") -> bytes:
     return _png(figure)
 
 
-def load(before: Side, after: Side, width: Width = "wide") -> bytes:
+def load(before: Side, after: Side, layer_ids: Sequence[int], width: Width = "wide") -> bytes:
     """Rows computed by each device in each layer, as a multiple of the layer's mean."""
     wide = width == "wide"
     num_layers = len(before.load_LM)
@@ -103,7 +104,7 @@ def load(before: Side, after: Side, width: Width = "wide") -> bytes:
         )
         limits = (1 - spread, 1 + spread)
         images.append(_cells(axes, ratio_LM, "PuOr_r", limits, "{:.2f}".format))
-        _device_axes(axes, ratio_LM.shape, "device", "layer")
+        _named_axes(axes, ("device", range(ratio_LM.shape[1])), ("layer", layer_ids))
     bar = figure.colorbar(
         images[-1], ax=grid, location="bottom", shrink=0.7, aspect=40 if wide else 22, pad=0.04
     )
@@ -151,11 +152,12 @@ def _ink(colour: Sequence[float] | np.ndarray) -> str:
     return "white" if luminance < 0.179 else "black"
 
 
-def _device_axes(axes: "Axes", shape: tuple[int, ...], across: str, down: str) -> None:
-    axes.set_xlabel(across)
-    axes.set_ylabel(down)
-    for axis, size in ((axes.xaxis, shape[1]), (axes.yaxis, shape[0])):
-        axis.set_ticks(range(0, size, max(1, -(-size // 16))))
+def _named_axes(axes: "Axes", *named: tuple[str, Sequence[int]]) -> None:
+    """What columns and rows are, and the number of each, or of some."""
+    for axis, (label, numbers) in zip((axes.xaxis, axes.yaxis), named, strict=True):
+        axis.set_label_text(label)
+        every = max(1, -(-len(numbers) // 16))
+        axis.set_ticks(range(0, len(numbers), every), [str(n) for n in numbers[::every]])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

@@ -8,6 +8,7 @@ Axes: see measurement.py.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -59,18 +60,23 @@ def predict(measured: Measurement, placement: Placement) -> Prediction:
     )
 
 
-def check_counts(side: str, measured: Measurement, predicted: Prediction) -> list[Check]:
-    """Measured rows are the predicted rows, for every pair of devices and every slot."""
+def check_counts(
+    side: str, measured: Measurement, predicted: Prediction, layer_ids: Sequence[int]
+) -> list[Check]:
+    """Measured rows are the predicted rows, for every pair of devices and every slot.
+
+    `layer_ids` are the model's own numbers of the layers, which messages name.
+    """
     words = ("measured", "predicted")
     pairs = [
         (f"rows out, {side}", measured.dispatch_LMM, predicted.dispatch_LMM, _PAIR),
         (f"rows back, {side}", measured.combine_LMM, predicted.combine_LMM, _PAIR),
         (f"rows computed, {side}", measured.computed_LP, predicted.computed_LP, _SLOT),
     ]
-    return [_check(name, left, right, axes, words) for name, left, right, axes in pairs]
+    return [_check(name, left, right, axes, words, layer_ids) for name, left, right, axes in pairs]
 
 
-def check_answers(before: Measurement, after: Measurement) -> list[Check]:
+def check_answers(before: Measurement, after: Measurement, layer_ids: Sequence[int]) -> list[Check]:
     """The model answered the same: logits in every bit, text and routing in every id."""
     words = ("before", "after")
     logits = _check(
@@ -87,7 +93,9 @@ def check_answers(before: Measurement, after: Measurement) -> list[Check]:
         logits,
         Check("digest of all logits", 1, digests),
         _check("greedy text", before.text_ids_BS, after.text_ids_BS, text_axes, words),
-        _check("expert ids", before.expert_ids_TLK, after.expert_ids_TLK, id_axes, words),
+        _check(
+            "expert ids", before.expert_ids_TLK, after.expert_ids_TLK, id_axes, words, layer_ids
+        ),
     ]
 
 
@@ -97,6 +105,7 @@ def _check(
     right: np.ndarray,
     axes: tuple[str, ...],
     words: tuple[str, str],
+    layer_ids: Sequence[int] = (),
 ) -> Check:
     if left.shape != right.shape:
         problem = f"shape {left.shape} {words[0]}, {right.shape} {words[1]}"
@@ -105,7 +114,8 @@ def _check(
     if not differs.any():
         return Check(name, left.size, None)
     index = tuple(int(i) for i in np.argwhere(differs)[0])
-    where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=True))
+    named = [layer_ids[i] if axis == "layer" else i for axis, i in zip(axes, index, strict=True)]
+    where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, named, strict=True))
     found = f"{_shown(left[index])} {words[0]}, {_shown(right[index])} {words[1]}"
     problem = f"{where}: {found} ({int(differs.sum()):,} of {left.size:,} entries differ)"
     return Check(name, left.size, problem)

@@ -69,10 +69,10 @@ def compare(flags: argparse.Namespace) -> Summary:
         before=before,
         after=after,
         plan=plan,
-        answers=replay.check_answers(before, after),
+        answers=replay.check_answers(before, after, plan.layer_ids),
         counts=[
-            *replay.check_counts("before", before, predicted[0]),
-            *replay.check_counts("after", after, predicted[1]),
+            *replay.check_counts("before", before, predicted[0], plan.layer_ids),
+            *replay.check_counts("after", after, predicted[1], plan.layer_ids),
         ],
         figures=table.figures(before, after, predicted),
         curves=loss,
@@ -100,7 +100,7 @@ def write(summary: Summary, out: pathlib.Path) -> dict[str, str]:
         "load": (
             "Load of the devices",
             "Rows computed by each device in each layer over the layer's mean, before and after",
-            lambda width: plots.load(before, after, width),
+            lambda width: plots.load(before, after, summary.plan.layer_ids, width),
         ),
     }
     pictures = {
@@ -181,11 +181,12 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def _check_same_model(before: Measurement, after: Measurement) -> None:
     same = ("model", "num_experts", "top_k", "num_devices", "num_nodes", "dispatch", "combine")
-    for name in same:
-        left, right = getattr(before.meta, name), getattr(after.meta, name)
+    pairs = [(f"meta.{n}", getattr(before.meta, n), getattr(after.meta, n)) for n in same]
+    pairs.append(("layers", before.expert_ids_TLK.shape[1], after.expert_ids_TLK.shape[1]))
+    for name, left, right in pairs:
         if left != right:
             rule = f"must be the same before and after, and before it is {left!r}"
-            raise Refused(f"--after: meta.{name}", right, rule, "Measure both runs alike")
+            raise Refused(f"--after: {name}", right, rule, "Measure both runs alike")
 
 
 def _placement_before(path: str | None, before: Measurement) -> Plan:

@@ -148,7 +148,9 @@ def test_replicas_answer_alike_and_the_measurement_is_predicted(engine, tmp_path
     path = tmp_path / "m.npz"
     record.write_measurement(path, [generation], prompts, tiny.config(), Plan(placement))
     measured = measurement.read(path)
-    checks = replay.check_counts("after", measured, replay.predict(measured, placement))
+    checks = replay.check_counts(
+        "after", measured, replay.predict(measured, placement), range(len(measured.computed_LP))
+    )
     assert [check.problem for check in checks] == [None] * 3
     if stay_on_nodes:  # under `local`, sequences of even length take even turns either way
         by_index = cost.computed_LP(measured.expert_ids_TLK, placement, "exchange", measured.home_T)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moe_jax.placement.plan import Plan
 from moe_jax.sim import plots
 from moe_jax.sim.curves import Curves
 
@@ -17,8 +18,8 @@ def side(name, num_layers, num_devices, seed=0):
 @pytest.mark.parametrize("size", [(1, 1), (2, 8), (48, 64)])
 def test_any_number_of_layers_and_devices(size):
     before, after = side("before", *size), side("after", *size, seed=1)
-    for draw in (plots.traffic, plots.load):
-        assert draw(before, after, "narrow").startswith(b"\x89PNG")
+    assert plots.traffic(before, after, "narrow").startswith(b"\x89PNG")
+    assert plots.load(before, after, range(size[0]), "narrow").startswith(b"\x89PNG")
 
 
 def test_the_same_numbers_give_the_same_bytes():
@@ -40,3 +41,22 @@ def test_both_sides_share_one_colour_scale(monkeypatch):
     plots.traffic(before, after)
     highest = max(int(s.dispatch_LMM.sum(0).max()) for s in (before, after))
     assert limits == [(0, highest)] * 4
+
+
+def drawn(monkeypatch):
+    """The figures that are drawn, before they become bytes."""
+    figures = []
+    saved = plots._png
+    monkeypatch.setattr(plots, "_png", lambda figure: figures.append(figure) or saved(figure))
+    return figures
+
+
+def test_layers_have_the_numbers_of_the_model(case, monkeypatch):
+    figures = drawn(monkeypatch)
+    case.plan = Plan(case.plan.placement, layer_ids=(1, 2, 5))  # 0, 3 and 4 are dense
+    assert case.run() == 0
+    loads = [f for f in figures if f.axes[0].get_ylabel() == "layer"]
+    assert len(loads) == 2
+    for axes in [axes for figure in loads for axes in figure.axes[:2]]:
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "5"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]

@@ -142,6 +142,16 @@ def test_every_mismatch_is_named_and_fails(case, capsys, no_plots, name):
     assert ": NO." in printed
 
 
+def test_what_differs_is_in_a_layer_of_the_model(case, capsys, no_plots):
+    case.plan = Plan(case.plan.placement, layer_ids=(1, 2, 5))  # 0, 3 and 4 are dense
+    one_row(case.after, "dispatch_LMM", (2, 0, 1))
+    another_expert(case.after)
+    assert case.run() == 1
+    errors = capsys.readouterr().err
+    assert "rows out, after: layer 5, source device 0, destination device 1" in errors
+    assert "expert ids: token 59, layer 5, choice 0" in errors
+
+
 def test_a_failed_run_still_shows_what_it_found(case, capsys):
     one_row(case.after, "dispatch_LMM", (0, 0, 1))
     assert case.run("--json") == 1
@@ -238,6 +248,13 @@ REFUSALS = {
     "another model": (
         lambda case: case.after["meta"].update(model="another"),
         "--after: meta.model = 'another'",
+    ),
+    "another number of layers": (
+        lambda case: case.after.update(
+            {n: case.after[n][:2] for n in case.after if n.endswith(("_LMM", "_LP"))},
+            expert_ids=case.after["expert_ids"][:, :2],
+        ),
+        "--after: layers = 2",
     ),
     "another plan": (
         lambda case: case.after["meta"].update(plan_digest="0" * 64),
