@@ -108,6 +108,7 @@ def load(before: Side, after: Side, layer_ids: Sequence[int], width: Width = "wi
     bar = figure.colorbar(
         images[-1], ax=grid, location="bottom", shrink=0.7, aspect=40 if wide else 22, pad=0.04
     )
+    bar.ax.set_xlim(max(0, 1 - spread), 1 + spread)  # colours are as far from the mean either way
     bar.set_label("rows computed / mean of the layer's devices")
     return _png(figure)
 

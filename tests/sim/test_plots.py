@@ -1,5 +1,7 @@
 """Plots come out for any size without a warning, and the same numbers give the same bytes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -60,3 +62,17 @@ def test_layers_have_the_numbers_of_the_model(case, monkeypatch):
     for axes in [axes for figure in loads for axes in figure.axes[:2]]:
         assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "5"]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("load_M", [[5, 4, 4, 3], [8, 4, 4, 0], [16, 0, 0, 0]])
+def test_the_scale_of_loads_is_not_below_zero_and_has_the_mean_in_its_middle(monkeypatch, load_M):
+    figures = drawn(monkeypatch)
+    after = dataclasses.replace(side("after", 1, 4), load_LM=np.array([load_M]))
+    plots.load(after, after, [0])
+    (bar,) = [axes for axes in figures[0].axes if "mean of the layer" in axes.get_xlabel()]
+    most = load_M[0] / 4
+    assert bar.get_xlim() == pytest.approx((max(0, 2 - most), most))
+    image = figures[0].axes[0].images[0]
+    middle, end = (image.cmap(image.norm(ratio)) for ratio in (1.0, most))
+    assert middle == image.cmap(0.5)
+    assert end == image.cmap(1.0)
