@@ -59,21 +59,33 @@ def _load(load_LE: np.ndarray) -> str:
     return f"hottest expert over the mean: {over_L.mean():.3f}, worst layer {over_L.max():.3f}"
 
 
-def _pairs(count_LEE: np.ndarray) -> str:
-    """How much of a pair's counts knowing one end tells, over what chance would."""
+def _pairs(count_LEE: np.ndarray, entries: int = 1) -> str:
+    """How much of a pair's counts knowing one end tells, over what chance would.
+
+    Args:
+      count_LEE: [L, one end, the other].
+      entries: where each pair is counted.
+    """
     if not count_LEE.size or not count_LEE.sum():
         return "none"
     p_LEE = count_LEE / np.maximum(count_LEE.sum(axis=(1, 2), keepdims=True), 1)
     chance_LEE = p_LEE.sum(axis=2, keepdims=True) * p_LEE.sum(axis=1, keepdims=True)
     ratio_LEE = np.where(p_LEE > 0, p_LEE / np.maximum(chance_LEE, 1e-300), 1.0)
     bits = float((p_LEE * np.log2(ratio_LEE)).sum(axis=(1, 2)).mean())
-    return f"{count_LEE.sum():,} counted; {bits:.3f} bits that one end tells of the other"
+    return (
+        f"{count_LEE.sum() // entries:,} counted; {bits:.3f} bits that one end tells of the other"
+    )
+
+
+def _unordered(count_LEE: np.ndarray) -> str:
+    """`_pairs` of symmetric counts, which hold each pair both ways round."""
+    return _pairs(count_LEE, entries=2)
 
 
 Count = Callable[[Trace], np.ndarray]
 STATISTICS: tuple[tuple[str, Count, Callable[[np.ndarray], str]], ...] = (
     ("load", affinity.load_LE, _load),
-    ("co-activation", affinity.coactivation_LEE, _pairs),
+    ("co-activation", affinity.coactivation_LEE, _unordered),
     ("transitions, best to best", affinity.transitions_top1_LEE, _pairs),
     ("transitions, best to all", affinity.transitions_best_to_all_LEE, _pairs),
     ("transitions, all to all", affinity.transitions_all_LEE, _pairs),

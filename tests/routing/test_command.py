@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from moe_jax.routing import __main__ as command
 from moe_jax.routing import trace as trace_lib
@@ -24,6 +25,28 @@ def test_figures_that_are_checked_by_hand(tmp_path, capsys):
     assert "hottest expert over the mean: 2.000, worst layer 2.000" in text
     assert re.search(r"co-activation .* none", text)
     assert len(re.findall(r"transitions.* 40 counted; 1.000 bits", text)) == 3
+
+
+@pytest.mark.parametrize(("top_k", "pairs"), [(1, "none"), (2, "14 counted"), (3, "42 counted")])
+def test_pairs_of_one_layer_are_counted_once(tmp_path, capsys, top_k, pairs):
+    """7 tokens, 2 layers: k (k - 1) / 2 pairs each, so 0, 1 and 3."""
+    ids = np.tile(np.arange(top_k, dtype=np.uint8), (7, 2, 1))
+    trace_lib.save(Trace(ids, 4, np.array([7])), tmp_path / "t.npz")
+    assert command.main([str(tmp_path / "t.npz")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "co-activation" in line]
+    assert line.split("s  ")[1].split(";")[0] == pairs
+
+
+def test_bits_of_pairs_by_hand(tmp_path, capsys):
+    """Experts come in the pairs 0 1 and 2 3, as often each: one end tells the other, of 4: 2 bits.
+
+    Of one of them alone, which of the two is which: 1 bit.
+    """
+    for name, experts, bits in (("two", [[0, 1], [2, 3]], 2), ("one", [[0, 1], [0, 1]], 1)):
+        ids = np.array(experts, np.uint8)[:, None]
+        trace_lib.save(Trace(ids, 4, np.array([2])), tmp_path / f"{name}.npz")
+        assert command.main([str(tmp_path / f"{name}.npz")]) == 0
+        assert f"2 counted; {bits}.000 bits that one end tells" in capsys.readouterr().out
 
 
 def test_independent_layers_tell_nothing(tmp_path, capsys):
