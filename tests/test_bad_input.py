@@ -587,6 +587,8 @@ TABLE = [
     infer("top_p", "--prompt=a --top_p=0", "--top_p", "0.0", "1 keeps every token"),
     infer("seed", "--prompt=a --seed=-1", "--seed", "-1", "use 0"),
     infer("max_new_tokens", "--prompt=a --max_new_tokens=-1", "--max_new_tokens", "-1", "use 64"),
+    infer("nothing to decode", "--benchmark --max_new_tokens=1", "--max_new_tokens", "1",
+          "at least 2 with --benchmark", "use 64"),
     infer("a context that is too long", "--serve --port=0 --context=999", "--context", "999",
           "model.max_seq_len"),
     infer("a load over processes", "--benchmark --serve-load --distributed=localhost:1,2,0",

@@ -49,7 +49,9 @@ RECORD_TOKENS = flags.DEFINE_bool(
 MEASURE = flags.DEFINE_string(
     "measure", None, "Write outputs and counted rows on held-out text to this .npz."
 )
-BENCHMARK = flags.DEFINE_bool("benchmark", False, "Print tokens/s and rows moved per token.")
+BENCHMARK = flags.DEFINE_bool(
+    "benchmark", False, "Print tokens/s and rows moved per token, of the first 32 sequences."
+)
 HELD_OUT = flags.DEFINE_integer("held_out", 64, "Held-out sequences, where no prompt is given.")
 HELD_OUT_START = flags.DEFINE_integer("held_out_start", 0, "Number of the first of them.")
 SERVE = flags.DEFINE_bool("serve", False, "Answer over HTTP, as OpenAI's API does.")

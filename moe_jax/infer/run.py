@@ -24,7 +24,7 @@ from moe_jax.infer.serving import placing, serve_load, supported
 from moe_jax.infer.text import Text
 from moe_jax.routing import trace as trace_lib
 
-BATCH = 32  # held-out sequences at once
+BATCH = 32  # held-out sequences at once, and of a benchmark (which flags.py says, too)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
     engine = load.engine(source, mesh)
     if request.prompts:
         generations = [_answer(engine, prompts, request, source.text)]
-    else:
+    elif request.record or request.measure:
         generations = _in_batches(engine, prompts, request)
     if request.record:
         texts = prompts if request.record_tokens else None
@@ -127,7 +127,7 @@ def run(request: Request, ahead: integrity.Digests | None = None) -> None:
         record.write_measurement(request.measure, generations, prompts, config, source.plan)
         metrics.say(f"{request.measure}: plan {source.plan.digest[:12]}, {_rows(generations)}")
     if request.benchmark:
-        _benchmark(engine, prompts[:BATCH], request)
+        _benchmark(engine, prompts, request)
 
 
 def _serve(source: load.Source | published.Source, request: Request, note: str) -> None:
@@ -254,6 +254,9 @@ def _check_flags(request: Request) -> None:
     ):
         if value < least:
             raise Refused(flag, value, f"must be at least {least}", fix)
+    if request.benchmark and request.max_new_tokens < 2:
+        rule = "must be at least 2 with --benchmark: the first token comes from the prompt"
+        raise Refused("--max_new_tokens", request.max_new_tokens, rule, "use 64")
 
 
 def _check_machine(config: config_lib.Config, request: Request) -> None:
@@ -293,9 +296,8 @@ def _check_measured(config: config_lib.Config, path: str) -> None:
 
 def _new_tokens(request: Request) -> int:
     """The most tokens that will follow a prompt."""
-    if request.benchmark:
-        return max(request.max_new_tokens, 8)
-    return request.max_new_tokens if request.prompts or request.measure else 0
+    answers = request.prompts or request.measure or request.benchmark
+    return request.max_new_tokens if answers else 0
 
 
 def read_prompts(texts: list[str], path: str | None) -> list[str]:
@@ -373,9 +375,9 @@ def _rows(generations: list[Generation]) -> str:
     )
 
 
-def _benchmark(engine: Engine, prompts: list[list[int]], request: Request) -> None:
-    """Tokens/s of prefill and decode, best of 3 after one round that compiles."""
-    new_tokens = _new_tokens(request)
+def _benchmark(engine: Engine, asked: list[list[int]], request: Request) -> None:
+    """Tokens/s of prefill and decode of a batch, best of 3 after one round that compiles."""
+    prompts, new_tokens = asked[:BATCH], request.max_new_tokens
     engine.generate(prompts, new_tokens, request.sampling, all_logits=False)
     prefill, decode = [], []
     for round_ in range(3):
@@ -383,9 +385,11 @@ def _benchmark(engine: Engine, prompts: list[list[int]], request: Request) -> No
         prefill.append(generation.records[0].seconds)
         decode.append(float(np.median([r.seconds for r in generation.records[1:]])))
         metrics.progress(f"round {round_ + 1}/3")
-    num_tokens = sum(map(len, prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    few = f" of {len(asked)}" if len(prompts) < len(asked) else ""
+    span = f"{min(lengths)} to {max(lengths)}" if len(set(lengths)) > 1 else f"{lengths[0]}"
     metrics.say(
-        f"{len(prompts)} sequences of {len(prompts[0])} + {new_tokens} tokens: "
-        f"prefill {num_tokens / min(prefill):,.0f} tokens/s, "
+        f"{len(prompts)}{few} sequences of {span} + {new_tokens} tokens: "
+        f"prefill {sum(lengths) / min(prefill):,.0f} tokens/s, "
         f"decode {len(prompts) / min(decode):,.0f} tokens/s; {_rows([generation])}"
     )

@@ -102,6 +102,18 @@ def test_record_plan_and_run_under_the_plan(family, top_k, tmp_path, monkeypatch
     assert any(line.startswith("<s>def main(") for line in said[0])
 
 
+def test_a_benchmark_says_what_it_ran(monkeypatch, capsys):
+    monkeypatch.setattr(run.data, "load_corpus", few_of(data.load_corpus))
+    how = {"benchmark": True, "max_new_tokens": 2}
+    run.run(request("olmoe", prompts=["x", "def main("], **how))
+    # "<s>" and a token for each character
+    assert "\n2 sequences of 2 to 10 + 2 tokens: prefill " in capsys.readouterr().out
+    run.run(request("olmoe", held_out=33, **how))
+    out, progress = capsys.readouterr()
+    assert "\n32 of 33 sequences of 64 + 2 tokens: prefill " in out
+    assert "33 sequences" not in progress  # nothing is answered but what is timed
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2_lite"])
 def test_a_published_model_answers_on_any_mesh(family, monkeypatch):
     """The same tokens, by logits within rounding: bits are promised on one mesh."""
