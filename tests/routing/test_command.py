@@ -1,8 +1,10 @@
 """`python -m moe_jax.routing`: what it prints, and that it is quick."""
 
+import itertools
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -47,6 +49,50 @@ def test_bits_of_pairs_by_hand(tmp_path, capsys):
         trace_lib.save(Trace(ids, 4, np.array([2])), tmp_path / f"{name}.npz")
         assert command.main([str(tmp_path / f"{name}.npz")]) == 0
         assert f"2 counted; {bits}.000 bits that one end tells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("layers", "top_k"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_figures_are_those_of_loops_over_tokens(tmp_path, capsys, layers, top_k):
+    """Layers after a dense one; some tokens with fewer experts."""
+    rng = np.random.default_rng(layers)
+    chosen = [rng.choice(5, 3, replace=False, p=np.arange(1, 6) / 15) for _ in range(30 * layers)]
+    ids = np.array(chosen, np.uint8)[:, :top_k].reshape(30, layers, top_k)
+    ids[rng.random(ids.shape) < 0.1] = 255
+    trace = Trace(ids, 5, np.array([20, 10]), layer_ids=tuple(range(1, layers + 1)))
+    trace_lib.save(trace, tmp_path / "t.npz")
+    assert command.main([str(tmp_path / "t.npz")]) == 0
+    lines = dict(re.findall(r"(?m)^(\S.*?) +[\d.]+ s  (.*)$", capsys.readouterr().out))
+
+    sides = [[list(at[at != 255]) for at in ids[:, layer]] for layer in range(layers)]
+    loads = [[sum(e in at for at in side) for e in range(5)] for side in sides]
+    hottest = [max(load) / (sum(load) / 5) for load in loads]
+    assert f"{np.mean(hottest):.3f}, worst layer {max(hottest):.3f}" in lines["load"]
+    both = [[pair for at in side for pair in itertools.permutations(at, 2)] for side in sides]
+    assert lines["co-activation"] == said(both, ways=2)
+    for name, first, then in (("best to best", 1, 1), ("best to all", 1, 3), ("all to all", 3, 3)):
+        joined = [
+            [
+                pair
+                for here, there in ids[:, layer : layer + 2]
+                for pair in itertools.product(here[:first], there[:then])
+                if 255 not in pair
+            ]
+            for layer in range(layers - 1)
+        ]
+        assert lines[f"transitions, {name}"] == said(joined)
+
+
+def said(pairs, ways=1):
+    """Of each layer's pairs: how many, and the mean information that one end has of the other."""
+    if not any(pairs):
+        return "none"
+    bits = []
+    for side in pairs:
+        p, first, then = (Counter(ends) for ends in (side, *zip(*side, strict=True)))
+        n = len(side)
+        bits.append(sum(c / n * np.log2(c * n / first[e] / then[f]) for (e, f), c in p.items()))
+    counted = sum(map(len, pairs)) // ways
+    return f"{counted:,} counted; {np.mean(bits):.3f} bits that one end tells of the other"
 
 
 def test_independent_layers_tell_nothing(tmp_path, capsys):

@@ -30,10 +30,11 @@ def hops(home, device, dispatch):
 def count(ids_TLK, home_T, placement, dispatch, combine="exact"):
     """Rows out, rows back, rows computed, one token after the other."""
     slots_LP = placement.physical_to_logical_LP
-    out_LMM, back_LMM = np.zeros((2, L, M, M), np.int64)
+    num_layers = len(slots_LP)
+    out_LMM, back_LMM = np.zeros((2, num_layers, M, M), np.int64)
     computed_LP = np.zeros(slots_LP.shape, np.int64)
     for token, home in enumerate(home_T):
-        for layer in range(L):
+        for layer in range(num_layers):
             experts = [int(e) for e in ids_TLK[token, layer] if e != NONE]
             slots = [list(slots_LP[layer]).index(e) for e in experts]
             devices = [slot // placement.slots_per_device for slot in slots]
@@ -91,7 +92,7 @@ def measured(ids_TLK, home_T, placement, dispatch="exchange", combine="exact") -
             "version": 2,
             "model": "made-up <b>model</b>",
             "num_experts": E,
-            "top_k": K,
+            "top_k": ids_TLK.shape[2],
             "num_devices": M,
             "num_nodes": 2 if dispatch == "hierarchical" else 1,
             "dispatch": dispatch,
@@ -107,7 +108,7 @@ def measured(ids_TLK, home_T, placement, dispatch="exchange", combine="exact") -
         "token_position": np.arange(len(home_T), dtype=np.int32),
         "dispatch_LMM": out_LMM,
         "combine_LMM": back_LMM,
-        "padding_LMM": np.full((L, M, M), 3, np.int64),
+        "padding_LMM": np.full(out_LMM.shape, 3, np.int64),
         "computed_LP": computed_LP,
     }
 
@@ -124,10 +125,13 @@ def routing(seed: int = 0):
     return ids_TLK, rng.integers(0, M, T).astype(np.int32)
 
 
-def make_case(folder: pathlib.Path, dispatch: str = "exchange") -> Case:
+def shuffled(num_layers: int) -> Placement:
     rng = np.random.default_rng(1)
-    shuffled = Placement(np.array([rng.permutation(E) for _ in range(L)]), E, M)
-    return case_of(folder, *routing(), Plan(shuffled), dispatch)
+    return Placement(np.array([rng.permutation(E) for _ in range(num_layers)]), E, M)
+
+
+def make_case(folder: pathlib.Path, dispatch: str = "exchange") -> Case:
+    return case_of(folder, *routing(), Plan(shuffled(L)), dispatch)
 
 
 def case_of(folder: pathlib.Path, ids_TLK, home_T, plan: Plan, *how: str) -> Case:
@@ -141,7 +145,7 @@ def case_of(folder: pathlib.Path, ids_TLK, home_T, plan: Plan, *how: str) -> Cas
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Case(
         folder,
-        before=measured(ids_TLK, home_T, Placement.contiguous(L, E, M), *how),
+        before=measured(ids_TLK, home_T, Placement.contiguous(ids_TLK.shape[1], E, M), *how),
         after=measured(ids_TLK, home_T, plan.placement, *how),
         plan=plan,
     )
@@ -156,6 +160,18 @@ def case(tmp_path):
 def made(tmp_path):
     """`case_of` in a folder of its own."""
     return functools.partial(case_of, tmp_path)
+
+
+@pytest.fixture
+def shaped(made):
+    """A case of the first so many layers and choices, the layers after one that is dense."""
+
+    def shape(num_layers, top_k, *how):
+        ids_TLK, home_T = routing()
+        plan = Plan(shuffled(num_layers), layer_ids=tuple(range(1, num_layers + 1)))
+        return made(np.ascontiguousarray(ids_TLK[:, :num_layers, :top_k]), home_T, plan, *how)
+
+    return shape
 
 
 @pytest.fixture

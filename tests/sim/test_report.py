@@ -49,6 +49,67 @@ def test_figures_are_those_of_the_token_by_token_count(case, capsys, no_plots):
     assert printed["measured_equals_predicted"]
 
 
+SHAPES = [
+    (layers, top_k, *how)
+    for layers, top_k in ((1, 1), (1, 2), (3, 1))
+    for how in (("exchange", "exact"), ("hierarchical", "exact"), ("hierarchical", "reproducible"))
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_page_holds_what_tokens_moved_one_by_one(shaped, capsys, shape):
+    """One expert a token, one layer, a dense layer first: figures from ids, homes and slots."""
+    case = shaped(*shape)
+    assert case.run() == 0
+    text = capsys.readouterr().out
+    page = (case.folder / "out" / "report.html").read_text()
+    ids_TLK, home_T = case.before["expert_ids"], case.before["token_home"]
+    contiguous = Placement.contiguous(shape[0], 8, 4)
+    sides = [figures(ids_TLK, home_T, p, *shape[2:]) for p in (contiguous, case.plan.placement)]
+    for label, before, after in zip(LABELS, *sides, strict=True):
+        cells = f"{before:.3f}", f"{after:.3f}", f"{100 * (after / before - 1):+.1f} %"
+        (line,) = [line for line in text.splitlines() if line.startswith(label)]
+        assert " ".join(line.split()).endswith(" ".join(cells))
+        row = page[page.index(f'<th scope="row">{label}') :].split("</tr>")[0]
+        assert row.endswith("".join(f"<td>{cell}</td>" for cell in cells))
+
+
+LABELS = (
+    "rows out to the experts",
+    "rows back home",
+    "both ways",
+    "one row per device out and back",
+    "load, max / mean: mean",
+    "load, max / mean: worst",
+)
+
+
+def figures(ids_TLK, home_T, placement, dispatch, combine):
+    """Of LABELS, token by token; two nodes of two devices."""
+    out = back = direct = routed = 0
+    load_LM = np.zeros((ids_TLK.shape[1], 4))
+    for t, layer in np.ndindex(*ids_TLK.shape[:2]):
+        slots = list(placement.physical_to_logical_LP[layer])
+        at = [slots.index(e) // 2 for e in ids_TLK[t, layer] if e != 255]
+        home, away = home_T[t], {d for d in at if d != home_T[t]}
+        np.add.at(load_LM[layer], at, 1)
+        routed += bool(at)
+        direct += 2 * len(away)
+        way = dict.fromkeys(away, 1)
+        if dispatch == "hierarchical":
+            relay_of = {d: d // 2 * 2 + home % 2 for d in away if d // 2 != home // 2}
+            way = {d: 2 if relay_of.get(d, d) != d else 1 for d in away}
+            shared = {d // 2 for d in relay_of}  # to each node once, then to others than the relay
+            out += len(shared) + sum(relay_of.get(d) != d for d in away)
+        else:
+            out += len(away)
+        back += sum(way[d] for d in at if d != home)
+    back = back if combine == "exact" else out
+    worst_L = load_LM.max(1) / load_LM.mean(1)
+    rows = [rows / routed for rows in (out, back, out + back, direct)]
+    return [*rows, worst_L.mean(), worst_L.max()]
+
+
 def out_before(case) -> int:
     return case.before["dispatch_LMM"].sum()
 
