@@ -63,7 +63,7 @@ def page(engine: Engine, placing: Placing | None, waiting: int, draining: bool, 
     out.one("requests_waiting", "gauge", "Requests taken that hold none.", waiting)
     out.one("preempted_total", "counter", "Times that a request lost its seat.", stats.preempted)
     out.one("prompt_tokens_total", "counter", "Tokens of prompts.", stats.prompt_tokens)
-    out.one("found_tokens_total", "counter", "Tokens found in the cache and not computed.",
+    out.one("found_tokens_total", "counter", "Of them, found in the cache and not computed.",
             engine.scheduler.found)  # fmt: skip
     out.one("new_tokens_total", "counter", "Tokens made.", stats.new_tokens)
     out.one("tokens_per_second", "gauge", "Tokens made a second, lately.", rate)

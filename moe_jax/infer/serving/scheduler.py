@@ -101,6 +101,7 @@ class Job:
       keys: of its full blocks.
       named: blocks that can be found by others, or were found.
       reused: positions that were found at its last admission.
+      seated: it has run before, or runs.
       preempted: how often.
       passed: how often a younger one was admitted before it.
       is_long: its keys are turned by the long factors of LongRoPE.
@@ -115,6 +116,7 @@ class Job:
     keys: list[bytes] = dataclasses.field(default_factory=list)
     named: int = 0
     reused: int = 0
+    seated: bool = False
     preempted: int = 0
     passed: int = 0
     is_long: bool = False
@@ -167,7 +169,8 @@ class Scheduler:
     Attributes:
       homes: from a request's tokens and the requests that run on the shards, what each shard would
         cost it; None = all the same.
-      found: positions that were found and not computed, over all admissions.
+      found: positions of prompts that were found and not computed: at first admissions, as later
+        ones find what the request computed itself.
       admitted, at_home: requests that got a shard while homes were known; that got their best one.
     """
 
@@ -302,7 +305,8 @@ class Scheduler:
             self._free_seats[shard] -= 1
             job.computed = job.reused = len(found) * self.limits.block_size
             job.named = len(found)
-            self.found += job.reused
+            self.found += 0 if job.seated else job.reused
+            job.seated = True
             self.admitted += self.homes is not None
             self.at_home += at_home
             self.waiting.remove(job)

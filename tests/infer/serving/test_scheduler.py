@@ -156,6 +156,18 @@ def test_blocks_run_out_and_the_youngest_leaves():
     assert list(world.ended) == jobs
 
 
+def test_what_a_request_finds_of_its_own_is_not_counted():
+    """Beside tokens of prompts it would say that more was found than was asked."""
+    world = World(Limits(1, 2, 6, 4, 8, 1, 20, 24))
+    first, second = world.add([1] * 5, 15), world.add([2] * 5, 15)
+    reused = []
+    while world.step():
+        reused.append(second.reused)
+    assert (first.preempted, second.preempted) == (0, 1)
+    assert max(reused) > 0
+    assert world.scheduler.found == 0
+
+
 def test_nobody_passes_the_oldest():
     world = World(Limits(1, 4, 6, 4, 8, 1, 20, 24))
     first = world.add([1] * 12, 4)
