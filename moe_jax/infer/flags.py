@@ -67,7 +67,9 @@ REPLAN_TOKENS = flags.DEFINE_integer(
     "and adopted if it pays. 0 = experts stay. --topology names the links."
 )  # fmt: skip
 REPLAN_PAUSE = flags.DEFINE_float(
-    "replan_pause", 0.05, "With --replan_tokens: seconds that a step may wait for moving experts."
+    "replan_pause",
+    0.05,
+    "With --replan_tokens: seconds that a step may wait for moving experts, of one layer at least.",
 )
 REPLAN_HOMES = flags.DEFINE_bool(
     "replan_homes", True, "With --replan_tokens: requests run on the device whose experts the "

@@ -4,7 +4,7 @@
     planning   two windows are there: a thread plans on the older, judges on the newer (replan.py)
     moving     the plan is worth it: once a thread has compiled what its route needs, a group of
                layers moves before every step, as many as fit in `rules.most_pause` by what the
-               groups before took
+               groups before took, at least one
     proving    one more window under the new plan. Its rows are counted by the dispatch itself:
                if there are more than predicted by the margin, the experts move back
 
@@ -50,7 +50,7 @@ class Rules:
       tokens: served in a window.
       pays_within: tokens within which a plan has to have paid for its move.
       time_limit: seconds of a search.
-      most_pause: seconds that steps may be held up by one group of layers.
+      most_pause: seconds that steps may be held up by one group of layers; one layer always may.
       margin: share by which counted rows may exceed the predicted ones.
       min_gain: share of a layer's predicted time that has to be saved.
       homes: requests run where the experts of their tokens are.
