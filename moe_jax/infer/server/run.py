@@ -119,7 +119,7 @@ def _listen(server: app.Server, settings: Settings, line: str) -> None:
 
 def _sizes(limits: Limits) -> str:
     return (
-        f"{limits.shards} shard(s) x {limits.seats} requests, context {limits.max_len}, "
+        f"{limits.shards} shard(s) x {limits.seats} requests, context {limits.room}, "
         f"cache {limits.shards * limits.blocks * limits.block_size:,} tokens"
     )
 
