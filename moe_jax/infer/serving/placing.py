@@ -84,7 +84,7 @@ class Report:
       state: of the four.
       plans, adopted, proven, withdrawn: made; moved to; found as good as predicted; taken back.
       rows_predicted, rows_counted: of the newest adopted plan, per token and layer; 0 = not yet.
-      rows_before: counted in the window before it.
+      rows_before: counted in the window before it was adopted.
       pause, total_pause: longest group of layers so far, and all of them, in seconds.
       moved_experts, moved_bytes: over links, so far.
       adopted_at: tokens that had been served when the newest plan was complete.
@@ -151,6 +151,7 @@ class Placing:
         self._topology = topology or auto.topology_of(engine.config)
         self._background = replan.Background()
         self._windows: list[Trace] = []
+        self._newest_rows = 0.0  # counted in the newest of them
         self._withdrawn: set[str] = set()
         self._before = plan
         self._decision: replan.Decision | None = None
@@ -222,7 +223,7 @@ class Placing:
         assert recorder is not None
         trace = self._engine.trace()
         assert trace is not None
-        self.report.rows_before = self._rows_per_token()
+        self._newest_rows = self._rows_per_token()
         steps, served = self._engine.stats.steps - self._steps, self._served
         self._learned_from = [*self._learned_from[-1:], (trace, recorder.tokens())]
         self._learn(self.plan.placement)
@@ -348,6 +349,7 @@ class Placing:
             return
         self.report.state = PROVING
         self.report.adopted += 1
+        self.report.rows_before = self._newest_rows
         self.report.rows_predicted, self.report.rows_counted = decision.rows_after, 0.0
         self._say(
             f"plan {self.plan.digest[:12]} is in use; longest pause {self.report.pause:.3f} s"

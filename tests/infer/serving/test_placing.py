@@ -104,7 +104,9 @@ def test_a_plan_is_made_adopted_and_proven(engine):
     assert report.moved_experts == moved
     assert report.moved_bytes == moved * engine.runner.mover.expert_bytes
     assert 0 < report.pause <= report.total_pause
-    assert any("is proven" in line for line in said)
+    (proof,) = (line for line in said if "is proven" in line)
+    assert placed._windows, "one has ended since, under the plan"
+    assert f"{report.rows_before:.3f} before" in proof
 
 
 def planted(monkeypatch, rows_after, placement=None):
