@@ -167,6 +167,8 @@ def test_pins_are_kept_and_a_plan_that_breaks_them_is_refused():
     assert replan.pins_of("replan.pins", "", plan) is None
     with pytest.raises(Refused, match="breaks 1 of these pins"):
         replan.pins_of("replan.pins", "*:0:0,3:5:2", plan)
+    with pytest.raises(Refused, match="1:0:0': experts are in the layers 2 to 4"):  # of no trace
+        replan.pins_of("replan.pins", "1:0:0", plan)
 
 
 def test_a_plan_that_is_slower_is_called_so():

@@ -5,6 +5,7 @@ It is a page of placement/report: one HTML text without a script, which asks for
 
 import numpy as np
 
+from moe_jax.config import Config
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.placing import Placing
 from moe_jax.infer.serving.stats import Histogram
@@ -28,7 +29,7 @@ def html(engine: Engine, placing: Placing | None, name: str, waiting: int, rate:
     running = len(engine.scheduler.running)
     sections = [_numbers(engine, waiting, rate)]
     if stats.computed_LP is not None and stats.computed_LP.any():
-        sections += [_load(stats.computed_LP, config.mesh.expert_devices)]
+        sections += [_load(stats.computed_LP, config)]
         if config.mesh.expert_devices > 1:
             assert stats.dispatch_LMM is not None
             assert stats.combine_LMM is not None
@@ -116,15 +117,15 @@ def _traffic(rows_LMM: np.ndarray) -> Section:
     return Section("traffic", "Traffic", figure, (table,))
 
 
-def _load(computed_LP: np.ndarray, devices: int) -> Section:
-    layers = [str(layer) for layer in range(len(computed_LP))]
+def _load(computed_LP: np.ndarray, config: Config) -> Section:
+    layers, devices = [str(n) for n in config.model.moe_layer_ids], config.mesh.expert_devices
     rows_LM = computed_LP.reshape(len(layers), devices, -1).sum(axis=2).astype(float)
     groups = Groups.of(devices)
     load_LG = groups.largest(rows_LM / np.maximum(rows_LM.mean(axis=1, keepdims=True), 1.0))
     reach = max(float(np.abs(load_LG - 1).max()), 0.05)
 
     def tip(layer: int, device: int) -> str:
-        return f"layer {layer}, device {groups.names[device]}: {load_LG[layer, device]:.3f}"
+        return f"layer {layers[layer]}, device {groups.names[device]}: {load_LG[layer, device]:.3f}"
 
     picture: Markup = heat.heat_map(
         "load of layers and devices",

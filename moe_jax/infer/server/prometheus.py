@@ -125,13 +125,14 @@ def _rows(out: _Page, engine: Engine) -> None:
     assert stats.computed_LP is not None  # all three are read together
     assert stats.dispatch_LMM is not None
     assert stats.combine_LMM is not None
+    ids = engine.config.model.moe_layer_ids  # none where no layer has experts
     load_LM = stats.computed_LP.reshape(len(stats.computed_LP), devices, -1).sum(axis=2)
     out.add("computed_rows_total", "counter", "Rows computed, by layer and device.",
-            [({"layer": layer, "device": m}, int(load_LM[layer, m]))
-             for layer in range(len(load_LM)) for m in range(devices)])  # fmt: skip
+            [({"layer": layer, "device": m}, int(load_LM[n, m]))
+             for n, layer in enumerate(ids) for m in range(devices)])  # fmt: skip
     even_L = load_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1)
     out.add("load_max_over_mean", "gauge", "Rows of the busiest device over the mean.",
-            [({"layer": layer}, float(value)) for layer, value in enumerate(even_L)])  # fmt: skip
+            [({"layer": layer}, float(even_L[n])) for n, layer in enumerate(ids)])  # fmt: skip
     for name, rows_LMM in (("out", stats.dispatch_LMM), ("home", stats.combine_LMM)):
         rows_MM = rows_LMM.sum(axis=0)
         out.add(f"rows_{name}_total", "counter", f"Rows moved {name}, by pair of devices.",

@@ -1,7 +1,7 @@
 """Experts that have to stay on a device: `--pin LAYER:EXPERT:DEVICE`, or a file of such lines.
 
-LAYER is the model's own number, as in the trace; `*` is every layer. A plan that breaks a pin is
-never offered, so searches that know nothing of pins may go on as they are.
+LAYER is the model's own number, as in traces and plans; `*` is every layer. A plan that breaks a
+pin is never offered, so searches that know nothing of pins may go on as they are.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def parse(
             if not 0 <= value < limit:
                 raise Refused(where, word, f"{name}s go from 0 to {limit - 1}", "Correct it")
         if layer is not None and layer not in row_of:
-            rule = f"the trace has the layers {layer_ids[0]} to {layer_ids[-1]}"
+            rule = f"experts are in the layers {layer_ids[0]} to {layer_ids[-1]}"
             raise Refused(where, word, rule, "Use the model's own layer numbers")
         held_LEM[slice(None) if layer is None else row_of[layer], expert, device] = True
     return Pins(held_LEM)

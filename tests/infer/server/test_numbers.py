@@ -1,0 +1,48 @@
+"""What /metrics and the page say of an engine that has counted: without a model."""
+
+import numpy as np
+
+from moe_jax.infer.server import live, prometheus
+from moe_jax.infer.serving.engine import Engine
+from moe_jax.infer.serving.scheduler import Scheduler
+from moe_jax.infer.serving.stats import Stats
+from tests import tiny
+from tests.infer.serving.test_engine import TIGHT, TWO
+
+
+def counted(**model):
+    """An engine of two devices that has counted in every MoE layer, one row more on device 1."""
+    engine = Engine.__new__(Engine)  # of no runner
+    model = {f"model__{name}": value for name, value in model.items()}
+    engine.config, engine.stats = tiny.config(mesh=TWO, **model), Stats()
+    engine.scheduler, engine.plan_digest = Scheduler(TIGHT), "1" * 64
+    engine.read_counters = lambda: None
+    count(engine, 1)
+    return engine
+
+
+def count(engine, tokens):
+    layers, experts = engine.config.model.num_plan_layers, engine.config.model.num_experts
+    rows_LMM = np.full((layers, 2, 2), tokens)
+    computed_LP = np.full((layers, experts), tokens)
+    computed_LP[:, -1] += 1
+    engine.stats.step(tokens, 0, 0, 0.0, 0.0)
+    engine.stats.rows(rows_LMM, rows_LMM, computed_LP)
+
+
+def pages(engine):
+    """(metrics by name, page)"""
+    text = prometheus.page(engine, None, waiting=0, draining=False, rate=0.0)
+    lines = (line.rpartition(" ") for line in text.splitlines() if line[0] != "#")
+    html = live.html(engine, None, "tiny", waiting=0, rate=0.0)
+    return {name: float(value) for name, _, value in lines}, html
+
+
+def test_layers_have_the_numbers_of_the_model():
+    """As in traces, plans and pins: the first of these has no experts."""
+    values, html = pages(counted(num_layers=3, num_dense_layers=1, d_ff_dense=8))
+    assert 'moe_jax_computed_rows_total{layer="2",device="1"}' in values
+    layers = {name.split('"')[1] for name in values if "{layer=" in name}
+    assert layers == {"1", "2"}
+    assert "layer 2, device 1: " in html
+    assert "layer 0, " not in html
