@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.config import Config
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.placing import Placing
-from moe_jax.infer.serving.stats import Histogram
+from moe_jax.infer.serving.stats import Histogram, Stats
 from moe_jax.placement.report import heat, page, parts
 from moe_jax.placement.report.markup import Markup, joined
 from moe_jax.placement.report.parts import Groups, Section
@@ -28,13 +28,12 @@ def html(engine: Engine, placing: Placing | None, name: str, waiting: int, rate:
     stats, config = engine.stats, engine.config
     running = len(engine.scheduler.running)
     sections = [_numbers(engine, waiting, rate)]
-    if stats.computed_LP is not None and stats.computed_LP.any():
-        sections += [_load(stats.computed_LP, config)]
+    if (rows := stats.plan_rows) is not None and rows[2].any():
+        dispatch_LMM, combine_LMM, computed_LP = rows
         if config.mesh.expert_devices > 1:
-            assert stats.dispatch_LMM is not None
-            assert stats.combine_LMM is not None
-            sections.insert(1, _traffic(stats.dispatch_LMM + stats.combine_LMM))
-    tone, answer = _answer(placing, stats.tokens)
+            sections.append(_traffic(dispatch_LMM + combine_LMM, _since(stats)))
+        sections.append(_load(computed_LP, config, _since(stats)))
+    tone, answer = _answer(placing, stats.plan_tokens)
     return page.html(
         page.Page(
             setting=f"{name}, {config.model.dispatch}, {config.mesh}; made anew every {EVERY} s",
@@ -48,7 +47,7 @@ def html(engine: Engine, placing: Placing | None, name: str, waiting: int, rate:
     )
 
 
-def _answer(placing: Placing | None, tokens: int) -> tuple[str, tuple[str, ...]]:
+def _answer(placing: Placing | None, age: int) -> tuple[str, tuple[str, ...]]:
     if placing is None:
         return "open", ("Experts stay where they are (start with --replan_tokens to have plans).",)
     report = placing.report
@@ -61,8 +60,8 @@ def _answer(placing: Placing | None, tokens: int) -> tuple[str, tuple[str, ...]]
     if report.adopted:
         lines.append(
             f"{report.moved_experts} experts ({report.moved_bytes / 1e6:.1f} MB) have moved; no "
-            f"step waited longer than {1e3 * report.pause:.0f} ms for it. The newest plan is "
-            f"{tokens - report.adopted_at:,} tokens old."
+            f"step waited longer than {1e3 * report.pause:.0f} ms for it. The plan in use came "
+            f"into use {age:,} tokens ago."
         )
     good = report.proven > 0 and report.proven >= report.withdrawn
     tone = "good" if good else "bad" if report.withdrawn else "open"
@@ -91,7 +90,15 @@ def _mean(histogram: Histogram) -> str:
     return f"{1e3 * histogram.total / count:,.1f} ms" if count else "nothing yet"
 
 
-def _traffic(rows_LMM: np.ndarray) -> Section:
+def _since(stats: Stats) -> str:
+    """From where rows are counted here."""
+    if stats.mark is None:
+        return "since the start"
+    digest = stats.mark.digest[:12]
+    return f"since plan {digest} came into use, {stats.plan_tokens:,} tokens ago"
+
+
+def _traffic(rows_LMM: np.ndarray, since: str) -> Section:
     groups = Groups.of(rows_LMM.shape[1])
     rows_GG = groups.sums(rows_LMM.sum(axis=0).astype(float))
     most = max(float(rows_GG.max()), 1.0)
@@ -102,7 +109,9 @@ def _traffic(rows_LMM: np.ndarray) -> Section:
 
     figure = joined(
         [
-            parts.caption("Rows from device to device, out and home, all layers.", groups.note),
+            parts.caption(
+                f"Rows from device to device, out and home, all layers, {since}.", groups.note
+            ),
             heat.scale("rows:", [(s, f"{s * most:,.0f}") for s in (0.0, 0.5, 1.0)]),
             heat.heat_map(
                 "rows between devices",
@@ -117,7 +126,7 @@ def _traffic(rows_LMM: np.ndarray) -> Section:
     return Section("traffic", "Traffic", figure, (table,))
 
 
-def _load(computed_LP: np.ndarray, config: Config) -> Section:
+def _load(computed_LP: np.ndarray, config: Config, since: str) -> Section:
     layers, devices = [str(n) for n in config.model.moe_layer_ids], config.mesh.expert_devices
     rows_LM = computed_LP.reshape(len(layers), devices, -1).sum(axis=2).astype(float)
     groups = Groups.of(devices)
@@ -137,7 +146,9 @@ def _load(computed_LP: np.ndarray, config: Config) -> Section:
         [f"{value:.2f}" for value in load_LG.max(axis=1)],
     )
     steps = [(-1.0, f"{max(1 - reach, 0):.2f}"), (0.0, "1"), (1.0, f"{1 + reach:.2f}")]
-    text = parts.caption("Rows that a device computed over the mean of its layer; 1 is even.")
+    text = parts.caption(
+        f"Rows that a device computed, {since}, over the mean of its layer; 1 is even."
+    )
     figure = joined([text, heat.scale("load over the mean:", steps), picture])
     table = parts.matrix("Load over the mean", "layer \\ device", layers, groups.names, load_LG)
     return Section("load", "Load", figure, (table,))

@@ -83,7 +83,7 @@ def page(engine: Engine, placing: Placing | None, waiting: int, draining: bool, 
         "plan_info", "gauge", "The placement of experts.", [({"digest": engine.plan_digest}, 1)]
     )
     if placing:
-        _placing(out, placing.report, engine.stats.tokens)
+        _placing(out, placing.report, stats.plan_tokens if stats.mark else 0)
         scheduler = engine.scheduler
         text = "Requests that got a shard while homes were known."
         out.one("admitted_with_homes_total", "counter", text, scheduler.admitted)
@@ -94,7 +94,7 @@ def page(engine: Engine, placing: Placing | None, waiting: int, draining: bool, 
     return "\n".join(out.lines) + "\n"
 
 
-def _placing(out: _Page, report: Report, tokens: int) -> None:
+def _placing(out: _Page, report: Report, age: int) -> None:
     states = [({"state": state}, state == report.state) for state in STATES]
     out.add("placing_state", "gauge", "1 = what placement in the loop is at.", states)
     for name, text in (
@@ -116,8 +116,8 @@ def _placing(out: _Page, report: Report, tokens: int) -> None:
     pause = "Seconds that the longest group of layers held up a step."
     out.one("placing_longest_pause_seconds", "gauge", pause, report.pause)
     out.one("placing_pause_seconds_total", "counter", "All groups.", report.total_pause)
-    age = tokens - report.adopted_at if report.adopted else 0
-    out.one("placing_plan_age_tokens", "gauge", "Served since the newest plan.", age)
+    text = "Served since the plan in use came into use; 0 = none has."
+    out.one("placing_plan_age_tokens", "gauge", text, age)
 
 
 def _rows(out: _Page, engine: Engine) -> None:
@@ -130,8 +130,11 @@ def _rows(out: _Page, engine: Engine) -> None:
     out.add("computed_rows_total", "counter", "Rows computed, by layer and device.",
             [({"layer": layer, "device": m}, int(load_LM[n, m]))
              for n, layer in enumerate(ids) for m in range(devices)])  # fmt: skip
-    even_L = load_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1)
-    out.add("load_max_over_mean", "gauge", "Rows of the busiest device over the mean.",
+    assert stats.plan_rows is not None
+    now_LM = stats.plan_rows[2].reshape(len(load_LM), devices, -1).sum(axis=2)
+    even_L = now_LM.max(axis=1) / np.maximum(now_LM.mean(axis=1), 1)
+    out.add("load_max_over_mean", "gauge", "Rows of the busiest device over the mean, since the "
+            "plan in use came into use; 0 = none yet.",
             [({"layer": layer}, float(even_L[n])) for n, layer in enumerate(ids)])  # fmt: skip
     for name, rows_LMM in (("out", stats.dispatch_LMM), ("home", stats.combine_LMM)):
         rows_MM = rows_LMM.sum(axis=0)

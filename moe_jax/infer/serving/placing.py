@@ -87,7 +87,6 @@ class Report:
       rows_before: counted in the window before it was adopted.
       pause, total_pause: longest group of layers so far, and all of them, in seconds.
       moved_experts, moved_bytes: over links, so far.
-      adopted_at: tokens that had been served when the newest plan was complete.
       homes: times that homes were learned.
       said: the newest line that people were told.
     """
@@ -104,7 +103,6 @@ class Report:
     total_pause: float = 0.0
     moved_experts: int = 0
     moved_bytes: int = 0
-    adopted_at: int = 0
     homes: int = 0
     said: str = ""
 
@@ -343,7 +341,7 @@ class Placing:
     def _moved(self) -> None:
         self._windows, decision = [], self._decision
         self._restart()
-        self.report.adopted_at = self._engine.stats.tokens
+        self._engine.stats.plan_changed(self.plan.digest)  # `_restart` has read the rows
         if decision is None:  # back where they were
             self.report.state = RECORDING
             return

@@ -1,4 +1,7 @@
-"""What an engine has done, as numbers that only grow. Plain Python and NumPy."""
+"""What an engine has done, as numbers that only grow, and what of it under the plan in use.
+
+Plain Python and NumPy.
+"""
 
 import bisect
 import collections
@@ -22,6 +25,20 @@ class Histogram:
         self.total += seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """What had been counted when experts were last at other places, all of them.
+
+    Attributes:
+      digest: of the plan that came into use then.
+      tokens, rows: until then; as in `Stats`.
+    """
+
+    digest: str
+    tokens: int
+    rows: tuple[np.ndarray | int, ...]
+
+
 @dataclasses.dataclass
 class Stats:
     """Attributes:
@@ -32,6 +49,7 @@ class Stats:
     host_seconds: planning, packing, delivering. device_seconds: waiting for the program.
     first_token, next_token: seconds from arrival to the first token, and between tokens.
     dispatch_LMM, combine_LMM, computed_LP: rows, see `Traffic`; None before any were read.
+    mark: of the newest change of plans; None = experts are where they were at the start.
     """
 
     requests: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -48,6 +66,7 @@ class Stats:
     dispatch_LMM: np.ndarray | None = None
     combine_LMM: np.ndarray | None = None
     computed_LP: np.ndarray | None = None
+    mark: Mark | None = None
 
     @property
     def moved(self) -> int:
@@ -77,6 +96,27 @@ class Stats:
 
     def rows(self, dispatch: np.ndarray, combine: np.ndarray, computed: np.ndarray) -> None:
         new = (dispatch, combine, computed)
-        old = (self.dispatch_LMM, self.combine_LMM, self.computed_LP)
-        added = [n if o is None else o + n for o, n in zip(old, new, strict=True)]
+        added = [n if o is None else o + n for o, n in zip(self._rows, new, strict=True)]
         self.dispatch_LMM, self.combine_LMM, self.computed_LP = added
+
+    @property
+    def _rows(self) -> tuple[np.ndarray | None, ...]:
+        return self.dispatch_LMM, self.combine_LMM, self.computed_LP
+
+    def plan_changed(self, digest: str) -> None:
+        """All experts are where this plan has them; the rows until now were read."""
+        rows = tuple(0 if part is None else part for part in self._rows)
+        self.mark = Mark(digest, self.tokens, rows)
+
+    @property
+    def plan_tokens(self) -> int:
+        """Run since the mark, or the start."""
+        return self.tokens - (self.mark.tokens if self.mark else 0)
+
+    @property
+    def plan_rows(self) -> list[np.ndarray] | None:
+        """dispatch_LMM, combine_LMM and computed_LP since the mark, or the start; None before any
+        were read."""
+        then = self.mark.rows if self.mark else (0, 0, 0)
+        pairs = zip(self._rows, then, strict=True)
+        return [now - old for now, old in pairs if now is not None] or None

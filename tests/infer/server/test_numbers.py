@@ -46,3 +46,25 @@ def test_layers_have_the_numbers_of_the_model():
     assert layers == {"1", "2"}
     assert "layer 2, device 1: " in html
     assert "layer 0, " not in html
+
+
+def test_load_and_traffic_are_those_of_the_plan_in_use():
+    """Counters go on; what is a state is counted anew once all experts have moved."""
+    engine = counted()
+    count(engine, 9)  # over all: 1 + 9 in each expert, and two more in one of device 1
+    values, html = pages(engine)
+    assert values['moe_jax_load_max_over_mean{layer="0"}'] == 42 / 41
+    assert html.count("since the start") == 2
+    assert "0 to 1: 40 rows" in html
+    engine.stats.plan_changed("2" * 64)
+    values, html = pages(engine)
+    assert values['moe_jax_load_max_over_mean{layer="0"}'] == 0
+    assert "0 to 1: " not in html
+    count(engine, 2)
+    values, html = pages(engine)
+    assert values['moe_jax_load_max_over_mean{layer="0"}'] == 9 / 8.5
+    assert values['moe_jax_computed_rows_total{layer="0",device="0"}'] == 48
+    assert values['moe_jax_rows_out_total{source="0",destination="1"}'] == 24
+    assert "0 to 1: 8 rows" in html
+    assert html.count("since plan 222222222222 came into use, 2 tokens ago") == 2
+    assert "since the start" not in html

@@ -107,6 +107,9 @@ def test_a_plan_is_made_adopted_and_proven(engine):
     (proof,) = (line for line in said if "is proven" in line)
     assert placed._windows, "one has ended since, under the plan"
     assert f"{report.rows_before:.3f} before" in proof
+    mark = engine.stats.mark
+    assert mark.digest == placed.plan.digest
+    assert 2 * RULES.tokens <= mark.tokens < engine.stats.tokens - RULES.tokens
 
 
 def planted(monkeypatch, rows_after, placement=None):
@@ -131,6 +134,7 @@ def test_a_plan_that_breaks_its_promise_is_withdrawn(engine, monkeypatch):
     assert (report.adopted, report.proven, report.withdrawn) == (1, 0, 1), said
     assert engine.plan_digest == HERE.digest  # and back
     assert placed.plan.placement == HERE
+    assert engine.stats.mark.digest == HERE.digest
     assert any(f"plan {plan.digest[:12]} is withdrawn" in line for line in said)
     # found again, it is not adopted again
     serve(engine, 200, placed, seed=1)
