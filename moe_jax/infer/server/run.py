@@ -10,6 +10,7 @@ is asked to end says so, and all of them drain.
 import asyncio
 import contextlib
 import dataclasses
+import pathlib
 import signal
 import socket
 import sys
@@ -81,13 +82,12 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
     try:
         _listen(server, settings, f"{config.name} {{}}, plan {plan.digest[:12]}: {_sizes(limits)}")
         if settings.record and not service.failure:
-            trace = service.call(lambda engine: _recorded(engine, settings.record_tokens)).result()
+            with_tokens = settings.record_tokens
+            trace = service.call(lambda engine: _recorded(engine, placing, with_tokens)).result()
     finally:
         service.stop()
-    if trace is not None:
-        assert settings.record is not None
-        trace_lib.save(trace, settings.record)
-        metrics.say(f"{settings.record}: {trace.num_tokens:,} tokens, {trace.num_sequences} texts")
+    if settings.record:
+        _write(trace, settings.record, failed=bool(service.failure))
     if service.failure:
         print(service.failure, file=sys.stderr)
         sys.exit(1)
@@ -124,12 +124,28 @@ def _sizes(limits: Limits) -> str:
     )
 
 
-def _recorded(engine: Engine, with_tokens: bool) -> Trace | None:
-    """The trace of what was served, with the identities of its tokens if they are asked for."""
-    trace = engine.trace()
-    if trace is None or engine.recorder is None or not with_tokens:
-        return trace
-    return dataclasses.replace(trace, token_ids_T=engine.recorder.tokens())
+def _recorded(engine: Engine, placing: Placing | None, with_tokens: bool) -> Trace | None:
+    """The trace of what was served, with the identities of its tokens if they are asked for.
+
+    Where experts follow the traffic, of the newest window that has any.
+    """
+    trace, recorder = engine.trace(), engine.recorder
+    if trace is None and placing:
+        trace = placing.newest
+    elif trace is not None and recorder is not None:
+        trace = dataclasses.replace(trace, token_ids_T=recorder.tokens())
+    return trace if with_tokens else trace and dataclasses.replace(trace, token_ids_T=None)
+
+
+def _write(trace: Trace | None, path: str, failed: bool) -> None:
+    """What was recorded; else says that it is not there: an older file would pass for it."""
+    if trace is not None:
+        trace_lib.save(trace, path)
+        metrics.say(f"{path}: {trace.num_tokens:,} tokens, {trace.num_sequences} texts")
+        return
+    why = "the engine has stopped" if failed else "no routed token was recorded"
+    older = "; the file that is there is an older one" if pathlib.Path(path).exists() else ""
+    metrics.fail(f"{path}: not written, {why}{older}")
 
 
 class _Uvicorn(uvicorn.Server):

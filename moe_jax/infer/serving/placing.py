@@ -121,6 +121,7 @@ class Placing:
     Attributes:
       plan: where the experts are, or are going.
       report: what has happened.
+      newest: the last window that has ended, with identities of its tokens; None before any has.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Placing:
             fix = "give the engine a recorder"
             raise Refused("recorder", None, "nothing is recorded to plan from", fix)
         self.plan, self.report = plan, Report()
+        self.newest: Trace | None = None
         self._engine, self._rules, self._tell = engine, rules, say
         self._topology = topology or auto.topology_of(engine.config)
         self._background = replan.Background()
@@ -154,7 +156,7 @@ class Placing:
         self._before = plan
         self._decision: replan.Decision | None = None
         self._moved_layers, self._layer_seconds = 0, 0.0
-        self._learned_from: list[tuple[Trace, np.ndarray]] = []
+        self._learned_from: list[Trace] = []
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "placing")
         self._homes: concurrent.futures.Future[homes_lib.Homes] | None = None
         self._why_anywhere = ""
@@ -216,14 +218,19 @@ class Placing:
         layers = self.plan.placement.num_layers
         return (self._engine.stats.moved - self._rows) / max(self._served * layers, 1)
 
-    def _window_ended(self) -> None:
-        recorder = self._engine.recorder
-        assert recorder is not None
-        trace = self._engine.trace()
+    def _fetch(self) -> Trace:
+        """The window that has ended, before the recorder forgets it."""
+        trace, recorder = self._engine.trace(), self._engine.recorder
         assert trace is not None
+        assert recorder is not None
+        self.newest = dataclasses.replace(trace, token_ids_T=recorder.tokens())
+        return self.newest
+
+    def _window_ended(self) -> None:
+        trace = self._fetch()
         self._newest_rows = self._rows_per_token()
         steps, served = self._engine.stats.steps - self._steps, self._served
-        self._learned_from = [*self._learned_from[-1:], (trace, recorder.tokens())]
+        self._learned_from = [*self._learned_from[-1:], trace]
         self._learn(self.plan.placement)
         self._windows = [*self._windows[-1:], trace]
         self._restart()
@@ -253,12 +260,13 @@ class Placing:
         """Begins; an older lesson that is not done counts no more."""
         if not self._rules.homes or not self._learned_from:
             return
-        traces, tokens = zip(*self._learned_from, strict=True)
+        traces = self._learned_from
         model, limits = self._engine.config.model, self._engine.limits
 
         def work() -> homes_lib.Homes:
             joined = replan.joined(traces)
             problem = Problem(joined, self._topology, "seconds", model.dispatch)
+            tokens = [t.token_ids_T for t in traces if t.token_ids_T is not None]  # all have them
             slack, token_T = homes_lib.slack(limits.seats), np.concatenate(tokens)
             return homes_lib.learn(problem, token_T, placement, model.vocab_size, slack)
 
@@ -358,6 +366,7 @@ class Placing:
     def _prove(self) -> None:
         report, rules = self.report, self._rules
         report.rows_counted = self._rows_per_token()
+        self._fetch()
         gist = (
             f"{report.rows_counted:.3f} rows per token and layer counted, "
             f"{report.rows_predicted:.3f} predicted, {report.rows_before:.3f} before"

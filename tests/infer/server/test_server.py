@@ -165,7 +165,7 @@ def test_equal_prompts_have_seeds_of_their_own_unless_one_is_given(seed):
 def test_a_trace_says_which_tokens_only_where_that_is_asked_for(port, server):
     ask(port, answer("which?"))
     silent, spoken = (
-        server.service.call(lambda engine, asked=asked: run._recorded(engine, asked)).result()
+        server.service.call(lambda engine, asked=asked: run._recorded(engine, None, asked)).result()
         for asked in (False, True)
     )
     assert silent.token_ids_T is None
@@ -173,6 +173,18 @@ def test_a_trace_says_which_tokens_only_where_that_is_asked_for(port, server):
     texts = [t.tolist() for t in np.split(spoken.token_ids_T, start_S[1:])]
     assert list(b"which?") in [text[:6] for text in texts]
     np.testing.assert_array_equal(spoken.expert_ids_TLK, silent.expert_ids_TLK)
+
+
+def test_a_trace_that_is_not_written_is_named(tmp_path, capsys):
+    """A file that is there would pass for it."""
+    path = tmp_path / "r.npz"
+    run._write(None, str(path), failed=False)
+    assert capsys.readouterr() == ("", f"{path}: not written, no routed token was recorded\n")
+    path.write_bytes(b"older")
+    run._write(None, str(path), failed=True)
+    said = f"{path}: not written, the engine has stopped; the file that is there is an older one\n"
+    assert capsys.readouterr() == ("", said)
+    assert path.read_bytes() == b"older"
 
 
 def test_chat_with_logprobs_and_usage(port):

@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax import replan
 from moe_jax.errors import Refused
+from moe_jax.infer.server import run
 from moe_jax.infer.serving import placing
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.request import Options
@@ -155,6 +156,34 @@ def test_layers_move_one_by_one_where_no_pause_is_allowed(engine, monkeypatch):
     placed = start(engine)
     serve(engine, 100, placed)
     assert groups == [(layer, layer + 1) for layer in range(tiny.LAYERS)]
+
+
+def test_a_window_that_has_ended_is_there_to_be_written(engine, monkeypatch):
+    """A server that ends then has served traffic, but its recorder is empty."""
+    planted(monkeypatch, rows_after=99.0)
+    placed, kept = start(engine), []
+    assert run._recorded(engine, placed, with_tokens=True) is None
+
+    def watched(end):
+        def ends():
+            whole, said = engine.trace(), engine.recorder.tokens()
+            end()
+            assert engine.trace() is None
+            silent, spoken = (run._recorded(engine, placed, with_tokens=w) for w in (False, True))
+            np.testing.assert_array_equal(spoken.expert_ids_TLK, whole.expert_ids_TLK)
+            np.testing.assert_array_equal(spoken.seq_home, whole.seq_home)
+            np.testing.assert_array_equal(spoken.token_ids_T, said)
+            assert silent.token_ids_T is None
+            kept.append(end.__name__)
+
+        return ends
+
+    for name in ("_window_ended", "_prove"):
+        monkeypatch.setattr(placed, name, watched(getattr(placed, name)))
+    serve(engine, 120, placed)
+    assert kept[:3] == ["_window_ended", "_window_ended", "_prove"]
+    newer = run._recorded(engine, placed, with_tokens=False)
+    assert newer.num_sequences == engine.recorder.num_sequences > 0  # the new one has begun
 
 
 def test_a_plan_that_is_not_worth_it_moves_nothing(engine):
