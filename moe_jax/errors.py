@@ -35,7 +35,7 @@ class Refused(ValueError):
         super().__init__(f"{plain(field)} = {shown}: {plain(rule)}. {fix}.")
 
 
-def exit_code(command: Callable[[], object]) -> int:
+def exit_code(command: Callable[[], str | None]) -> int:
     """Runs a command: 0, or, said on stderr, 1 where it or the system refuses, 130 at Ctrl-C.
 
     Text that it returns is its answer, and its work is done: see `say`. SIGTERM ends it as Ctrl-C
@@ -60,7 +60,7 @@ def exit_code(command: Callable[[], object]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    return say(answer) if isinstance(answer, str) else 0
+    return 0 if answer is None else say(answer)
 
 
 def say(answer: str) -> int:

@@ -254,7 +254,7 @@ def _check_flags(request: Request) -> None:
     ):
         if value < least:
             raise Refused(flag, value, f"must be at least {least}", fix)
-    if request.benchmark and request.max_new_tokens < 2:
+    if request.benchmark and not request.serve_load and request.max_new_tokens < 2:
         rule = "must be at least 2 with --benchmark: the first token comes from the prompt"
         raise Refused("--max_new_tokens", request.max_new_tokens, rule, "use 64")
 

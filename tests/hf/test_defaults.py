@@ -37,8 +37,9 @@ LLAMA = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
 }
-# Defaults of the classes of transformers 5.24, with what they make of None; those of 4.57 are the
-# same but for AUX. A key that a class does not have is in NO_FIELD.
+# Defaults of the classes of transformers 5.24, with what they make of None, copied by hand from
+# `transformers.AutoConfig.for_model(FAMILY).to_dict()`; those of 4.57 are the same but for the loss
+# of gpt-oss (0.9). A key that a class does not have is in NO_FIELD.
 EVERY = {"hidden_act": "silu", "tie_word_embeddings": False}
 DEFAULTS = {
     "mixtral": {
@@ -160,7 +161,26 @@ DEFAULTS = {
         "sliding_window": None,
     },
 }
-AUX = ("gpt_oss", "router_aux_loss_coef")  # 0.9 in transformers 4
+ASKED_FOR = {  # refused where it is left out
+    ("gpt_oss", "router_aux_loss_coef"),  # classes disagree
+    ("gpt_oss", "sliding_window"),
+    ("qwen2_moe", "sliding_window"),
+    ("qwen3_moe", "sliding_window"),
+    ("phimoe", "num_experts_per_tok"),
+    ("deepseek_v2", "topk_method"),
+    ("deepseek_v3", "norm_topk_prob"),
+    *(
+        (family, key)
+        for family in ("deepseek_v2", "deepseek_v3")
+        for key in (
+            "n_shared_experts",
+            "routed_scaling_factor",
+            "first_k_dense_replace",
+            "q_lora_rank",
+        )
+    ),
+}
+REFUSED_ITSELF = {("deepseek_v3", "num_key_value_heads")}  # 128 of 64 heads
 NO_FIELD = {
     "partial_rotary_factor": FAMILIES,
     "router_aux_loss_coef": ("deepseek_v2", "deepseek_v3", "llama"),
@@ -188,6 +208,24 @@ def made(folder, plain):
         return refused.field
 
 
+def heads(plain):
+    return plain["num_attention_heads"]
+
+
+def share(plain):
+    return plain["hidden_size"] // plain["num_attention_heads"]
+
+
+# What an explicit null says in the classes.
+NULLS = [
+    ("mixtral", "num_key_value_heads", heads),
+    ("mixtral", "head_dim", share),
+    ("gpt_oss", "num_key_value_heads", heads),
+    ("deepseek_v2", "n_group", lambda plain: 1),
+    ("deepseek_v2", "topk_group", lambda plain: 1),
+    ("deepseek_v2", "n_shared_experts", lambda plain: 0),
+    ("deepseek_v3", "n_shared_experts", lambda plain: 0),
+]
 CASES = [(family, key) for family, keys in DEFAULTS.items() for key in keys]
 
 
@@ -198,10 +236,20 @@ def test_what_is_left_out_is_as_in_transformers_or_refused(family, key, tmp_path
     told = made(tmp_path, {**plain, key: DEFAULTS[family][key]})
     plain.pop(key, None)
     found = made(tmp_path, plain)
-    refused = isinstance(found, str) and found.endswith(f": {key}")
-    assert refused or found == told
-    if (family, key) == AUX:
-        assert refused, "classes disagree"
+    if (family, key) in ASKED_FOR:
+        assert isinstance(found, str)
+        assert found.endswith(f": {key}")
+    else:
+        assert found == told
+    assert isinstance(told, str) == ((family, key) in REFUSED_ITSELF)
+
+
+@pytest.mark.parametrize(("family", "key", "meant"), NULLS)
+def test_what_null_says(family, key, meant, tmp_path):
+    plain = {**COMMON, **PUBLISHED[BASES[family]][1]}
+    told, found = (made(tmp_path, {**plain, key: value}) for value in (meant(plain), None))
+    assert not isinstance(told, str)
+    assert found == told
 
 
 @pytest.mark.parametrize("family", FAMILIES)

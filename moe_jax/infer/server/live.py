@@ -28,11 +28,11 @@ def html(engine: Engine, placing: Placing | None, name: str, waiting: int, rate:
     stats, config = engine.stats, engine.config
     running = len(engine.scheduler.running)
     sections = [_numbers(engine, waiting, rate)]
-    if (rows := stats.plan_rows) is not None and rows[2].any():
-        dispatch_LMM, combine_LMM, computed_LP = rows
-        if config.mesh.expert_devices > 1:
-            sections.append(_traffic(dispatch_LMM + combine_LMM, _since(stats)))
-        sections.append(_load(computed_LP, config, _since(stats)))
+    devices = config.mesh.expert_devices
+    if stats.computed_LP is not None and (load_LM := stats.load_LM(devices)).any():
+        if devices > 1:
+            sections.append(_traffic(stats.moved_LMM, _since(stats)))
+        sections.append(_load(load_LM, config, _since(stats)))
     tone, answer = _answer(placing, stats.plan_tokens)
     return page.html(
         page.Page(
@@ -126,11 +126,9 @@ def _traffic(rows_LMM: np.ndarray, since: str) -> Section:
     return Section("traffic", "Traffic", figure, (table,))
 
 
-def _load(computed_LP: np.ndarray, config: Config, since: str) -> Section:
-    layers, devices = [str(n) for n in config.model.moe_layer_ids], config.mesh.expert_devices
-    rows_LM = computed_LP.reshape(len(layers), devices, -1).sum(axis=2).astype(float)
-    groups = Groups.of(devices)
-    load_LG = groups.largest(rows_LM / np.maximum(rows_LM.mean(axis=1, keepdims=True), 1.0))
+def _load(load_LM: np.ndarray, config: Config, since: str) -> Section:
+    layers, groups = [str(n) for n in config.model.moe_layer_ids], Groups.of(load_LM.shape[1])
+    load_LG = groups.largest(load_LM)
     reach = max(float(np.abs(load_LG - 1).max()), 0.05)
 
     def tip(layer: int, device: int) -> str:

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from moe_jax.infer.serving.engine import Engine
 from moe_jax.infer.serving.placing import STATES, Placing, Report
 from moe_jax.infer.serving.stats import BOUNDS, Histogram
@@ -63,8 +61,8 @@ def page(engine: Engine, placing: Placing | None, waiting: int, draining: bool, 
     out.one("requests_waiting", "gauge", "Requests taken that hold none.", waiting)
     out.one("preempted_total", "counter", "Times that a request lost its seat.", stats.preempted)
     out.one("prompt_tokens_total", "counter", "Tokens of prompts.", stats.prompt_tokens)
-    out.one("found_tokens_total", "counter", "Of them, found in the cache and not computed.",
-            engine.scheduler.found)  # fmt: skip
+    text = "Tokens of prompts that were found in the cache and not computed."
+    out.one("found_tokens_total", "counter", text, engine.scheduler.found)
     out.one("new_tokens_total", "counter", "Tokens made.", stats.new_tokens)
     out.one("tokens_per_second", "gauge", "Tokens made a second, lately.", rate)
     out.one("steps_total", "counter", "Steps of the engine.", stats.steps)
@@ -130,9 +128,7 @@ def _rows(out: _Page, engine: Engine) -> None:
     out.add("computed_rows_total", "counter", "Rows computed, by layer and device.",
             [({"layer": layer, "device": m}, int(load_LM[n, m]))
              for n, layer in enumerate(ids) for m in range(devices)])  # fmt: skip
-    assert stats.plan_rows is not None
-    now_LM = stats.plan_rows[2].reshape(len(load_LM), devices, -1).sum(axis=2)
-    even_L = now_LM.max(axis=1) / np.maximum(now_LM.mean(axis=1), 1)
+    even_L = stats.load_LM(devices).max(axis=1)
     out.add("load_max_over_mean", "gauge", "Rows of the busiest device over the mean, since the "
             "plan in use came into use; 0 = none yet.",
             [({"layer": layer}, float(even_L[n])) for n, layer in enumerate(ids)])  # fmt: skip

@@ -26,7 +26,7 @@ from moe_jax.infer.server import app
 from moe_jax.infer.server.settings import Settings, listen
 from moe_jax.infer.serving import sizes
 from moe_jax.infer.serving.engine import Engine
-from moe_jax.infer.serving.placing import Placing, Rules
+from moe_jax.infer.serving.placing import LEAST_SEQUENCES, Placing, Rules
 from moe_jax.infer.serving.recorder import Recorder
 from moe_jax.infer.serving.runner import Runner
 from moe_jax.infer.serving.scheduler import Limits
@@ -87,6 +87,8 @@ def serve(source: load.Source | published.Source, settings: Settings) -> None:
     finally:
         service.stop()
     if settings.record:
+        if service.failure and placing and placing.newest:
+            trace = _said(placing.newest, settings.record_tokens)
         _write(trace, settings.record, failed=bool(service.failure))
     if service.failure:
         print(service.failure, file=sys.stderr)
@@ -127,14 +129,20 @@ def _sizes(limits: Limits) -> str:
 def _recorded(engine: Engine, placing: Placing | None, with_tokens: bool) -> Trace | None:
     """The trace of what was served, with the identities of its tokens if they are asked for.
 
-    Where experts follow the traffic, of the newest window that has any.
+    Where experts follow the traffic, of the newest window with as many requests as a plan needs;
+    where none has, of what there is.
     """
     trace, recorder = engine.trace(), engine.recorder
-    if trace is None and placing:
-        trace = placing.newest
+    whole = placing.newest if placing else None
+    if whole and (trace is None or trace.num_sequences < LEAST_SEQUENCES):
+        trace = whole
     elif trace is not None and recorder is not None:
         trace = dataclasses.replace(trace, token_ids_T=recorder.tokens())
-    return trace if with_tokens else trace and dataclasses.replace(trace, token_ids_T=None)
+    return _said(trace, with_tokens) if trace else None
+
+
+def _said(trace: Trace, with_tokens: bool) -> Trace:
+    return trace if with_tokens else dataclasses.replace(trace, token_ids_T=None)
 
 
 def _write(trace: Trace | None, path: str, failed: bool) -> None:

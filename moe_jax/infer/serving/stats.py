@@ -31,12 +31,13 @@ class Mark:
 
     Attributes:
       digest: of the plan that came into use then.
-      tokens, rows: until then; as in `Stats`.
+      tokens, moved_LMM, computed_LP: until then; as in `Stats`, rows of both ways together.
     """
 
     digest: str
-    tokens: int
-    rows: tuple[np.ndarray | int, ...]
+    tokens: int = 0
+    moved_LMM: np.ndarray | int = 0
+    computed_LP: np.ndarray | int = 0
 
 
 @dataclasses.dataclass
@@ -49,7 +50,8 @@ class Stats:
     host_seconds: planning, packing, delivering. device_seconds: waiting for the program.
     first_token, next_token: seconds from arrival to the first token, and between tokens.
     dispatch_LMM, combine_LMM, computed_LP: rows, see `Traffic`; None before any were read.
-    mark: of the newest change of plans; None = experts are where they were at the start.
+    mark: of the newest change of plans; None = experts are where they were at the start. While
+      experts move, rows still count as those of the plan before.
     """
 
     requests: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -96,27 +98,38 @@ class Stats:
 
     def rows(self, dispatch: np.ndarray, combine: np.ndarray, computed: np.ndarray) -> None:
         new = (dispatch, combine, computed)
-        added = [n if o is None else o + n for o, n in zip(self._rows, new, strict=True)]
+        old = (self.dispatch_LMM, self.combine_LMM, self.computed_LP)
+        added = [n if o is None else o + n for o, n in zip(old, new, strict=True)]
         self.dispatch_LMM, self.combine_LMM, self.computed_LP = added
-
-    @property
-    def _rows(self) -> tuple[np.ndarray | None, ...]:
-        return self.dispatch_LMM, self.combine_LMM, self.computed_LP
 
     def plan_changed(self, digest: str) -> None:
         """All experts are where this plan has them; the rows until now were read."""
-        rows = tuple(0 if part is None else part for part in self._rows)
-        self.mark = Mark(digest, self.tokens, rows)
+        if self.dispatch_LMM is None or self.combine_LMM is None or self.computed_LP is None:
+            self.mark = Mark(digest, self.tokens)
+            return
+        moved_LMM = self.dispatch_LMM + self.combine_LMM
+        self.mark = Mark(digest, self.tokens, moved_LMM, self.computed_LP)
 
     @property
     def plan_tokens(self) -> int:
         """Run since the mark, or the start."""
-        return self.tokens - (self.mark.tokens if self.mark else 0)
+        return self.tokens - self._then.tokens
 
     @property
-    def plan_rows(self) -> list[np.ndarray] | None:
-        """dispatch_LMM, combine_LMM and computed_LP since the mark, or the start; None before any
-        were read."""
-        then = self.mark.rows if self.mark else (0, 0, 0)
-        pairs = zip(self._rows, then, strict=True)
-        return [now - old for now, old in pairs if now is not None] or None
+    def moved_LMM(self) -> np.ndarray:
+        """Rows between devices, out and home, since the mark; of some that were read."""
+        assert self.dispatch_LMM is not None
+        assert self.combine_LMM is not None
+        return self.dispatch_LMM + self.combine_LMM - self._then.moved_LMM
+
+    def load_LM(self, devices: int) -> np.ndarray:
+        """Rows that each device computed since the mark over its layer's mean; 0 = none yet."""
+        assert self.computed_LP is not None
+        now_LP = self.computed_LP - self._then.computed_LP
+        rows_LM = now_LP.reshape(len(now_LP), devices, -1).sum(axis=2).astype(float)
+        mean_L1 = rows_LM.mean(axis=1, keepdims=True)
+        return rows_LM / np.where(mean_L1 > 0, mean_L1, 1)
+
+    @property
+    def _then(self) -> Mark:
+        return self.mark or Mark("")

@@ -10,7 +10,8 @@ Nothing in a dump says what its rank is for, so what they hold has to:
   stage numbers its ranks from 0, and the n-th rank of each saw the same tokens.
 - Other ranks (data-parallel) have requests of their own. Where their tokens meet before the experts
   (attention data-parallel, no all-to-all), a rank routes the rows of all of them and keeps the
-  first, as many as it has tokens: rows of the first rank beside tokens of its own. This is refused.
+  first, as many as it has tokens: rows of the first rank beside tokens of its own. This is refused
+  where enough rows show it (`ENOUGH`).
 - With an all-to-all, ranks that share their attention split its tokens: each has the same tokens
   and the experts of a part of them. This is refused, too.
 """
@@ -64,6 +65,7 @@ class Dump:
 
     @property
     def digest(self) -> bytes:
+        """Of what was chosen for which tokens: ranks that repeat each other have the same."""
         digest = hashlib.sha256()
         for one in self.passes:
             digest.update(f"{one.ids_LTK.shape} ".encode() + one.ids_LTK.tobytes())
@@ -112,10 +114,10 @@ def check_own_rows(dumps: list[Dump]) -> None:
                 raise Refused(
                     one.name,
                     f"rows of {first.name}",
-                    "the same experts for other input_ids: with --enable-dp-attention and no "
+                    "the same experts for other input_ids: with data-parallel attention and no "
                     "all-to-all every rank records the first rank's tokens",
                     "Give rank 0's dump alone, or record with --moe-a2a-backend=deepep and as many "
-                    "--dp-size as --tp-size, or without --enable-dp-attention",
+                    "data-parallel ranks as tensor-parallel ones, or without the former",
                 )
 
 
@@ -156,8 +158,9 @@ def _check_whole(dumps: list[Dump]) -> None:
                 dump.name,
                 "tokens without any expert",
                 "another rank has the same input_ids and other experts: with an all-to-all, ranks "
-                "that share their attention split its tokens and record their part",
-                "Record with --enable-dp-attention and as many --dp-size as --tp-size, or without "
+                "that share their attention split its tokens and record their part, from row 0 on",
+                "Record with as many data-parallel ranks (--attn-dp-size, in older versions "
+                "--dp-size and --enable-dp-attention) as tensor-parallel ones, or without "
                 "--moe-a2a-backend",
             )
 

@@ -17,6 +17,7 @@ without any expert are dense layers and left out, like tokens without any expert
 records eight experts per token whatever the model has; columns without any expert are left out too.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -174,10 +175,12 @@ def _pass(
     if tokens_T is not None and len(tokens_T) != tokens:
         hints.note(_NO_TOKENS)
         tokens_T = None
-    positions_T, later = vector("positions", "tokens"), 0
-    if said is not None and positions_T is not None and len(positions_T) == tokens:
-        first_S = (np.cumsum(said) - said)[said > 0]
-        later = int(np.count_nonzero(positions_T[first_S]))
+    later = 0
+    with contextlib.suppress(Refused):  # positions of another form tell nothing, and a note is all
+        positions_T = vector("positions", "tokens")
+        if said is not None and positions_T is not None and len(positions_T) == tokens:
+            first_S = (np.cumsum(said) - said)[said > 0]
+            later = int(np.count_nonzero(positions_T[first_S]))
     return ranks.Pass(ids_LTK, lens, tokens_T, _number(record, "forward_pass_id"), later)
 
 

@@ -30,6 +30,13 @@ def count(engine, tokens):
     engine.stats.rows(rows_LMM, rows_LMM, computed_LP)
 
 
+def row_of_one(engine):
+    """Rows computed: one, of the first slot in the first layer."""
+    computed_LP = np.zeros_like(engine.stats.computed_LP)
+    computed_LP[0, 0] = 1
+    return computed_LP
+
+
 def pages(engine):
     """(metrics by name, page)"""
     text = prometheus.page(engine, None, waiting=0, draining=False, rate=0.0)
@@ -60,10 +67,15 @@ def test_load_and_traffic_are_those_of_the_plan_in_use():
     values, html = pages(engine)
     assert values['moe_jax_load_max_over_mean{layer="0"}'] == 0
     assert "0 to 1: " not in html
+    engine.stats.rows(*(0 * rows for rows in (engine.stats.dispatch_LMM,) * 2), row_of_one(engine))
+    values, _ = pages(engine)
+    assert values['moe_jax_load_max_over_mean{layer="0"}'] == 2  # one row, on one of two devices
+    assert values['moe_jax_load_max_over_mean{layer="1"}'] == 0
+    engine.stats.plan_changed("2" * 64)
     count(engine, 2)
     values, html = pages(engine)
     assert values['moe_jax_load_max_over_mean{layer="0"}'] == 9 / 8.5
-    assert values['moe_jax_computed_rows_total{layer="0",device="0"}'] == 48
+    assert values['moe_jax_computed_rows_total{layer="0",device="0"}'] == 49
     assert values['moe_jax_rows_out_total{source="0",destination="1"}'] == 24
     assert "0 to 1: 8 rows" in html
     assert html.count("since plan 222222222222 came into use, 2 tokens ago") == 2

@@ -182,8 +182,13 @@ def test_a_window_that_has_ended_is_there_to_be_written(engine, monkeypatch):
         monkeypatch.setattr(placed, name, watched(getattr(placed, name)))
     serve(engine, 120, placed)
     assert kept[:3] == ["_window_ended", "_window_ended", "_prove"]
-    newer = run._recorded(engine, placed, with_tokens=False)
-    assert newer.num_sequences == engine.recorder.num_sequences > 0  # the new one has begun
+    # The new one has begun: it is written once it has as many requests as a plan needs.
+    begun = engine.recorder.num_sequences
+    for enough in (begun + 1, begun):
+        monkeypatch.setattr(run, "LEAST_SEQUENCES", enough)
+        newer = run._recorded(engine, placed, with_tokens=False)
+        same = newer.num_tokens == placed.newest.num_tokens
+        assert (newer.num_sequences == begun > 0) == (enough == begun) == (not same)
 
 
 def test_a_plan_that_is_not_worth_it_moves_nothing(engine):
