@@ -565,6 +565,7 @@ TABLE = [
             ("--record={tmp}/t.npz", "--max_new_tokens", "9", "9"),
             ("--serve", "--temperature", "0.9", "0.9"),
             ("--benchmark --serve-load", "--seed", "1", "1"),
+            ("--benchmark --serve-load", "--max_new_tokens", "1", "1"),
             ("--prompt=a --record={tmp}/t.npz", "--held_out", "8", "8"),
             ("--benchmark --serve-load", "--held_out_start", "8", "8"),
             ("--prompt=a", "--topology", "no_such_machine", "'no_such_machine'"),

@@ -88,7 +88,10 @@ def traffic(before: Side, after: Side, width: Width = "wide") -> bytes:
 
 
 def load(before: Side, after: Side, layer_ids: Sequence[int], width: Width = "wide") -> bytes:
-    """Rows computed by each device in each layer, as a multiple of the layer's mean."""
+    """Rows computed by each device in each layer, as a multiple of the layer's mean.
+
+    `layer_ids` are the model's own numbers of the layers.
+    """
     wide = width == "wide"
     num_layers = len(before.load_LM)
     height = min(1.9 + 0.42 * num_layers, 9.0)

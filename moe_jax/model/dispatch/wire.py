@@ -16,7 +16,7 @@ stand for others, and rows without a token are counted as if they cost something
 The fullest pair of a turn is the one whose destination is popular: sending everybody what it needs
 pads by 30 % and more. So pairs are in groups (each its own where there are few), each group counts
 for itself, and a message goes out among the groups that have its digit: `lax.switch` over all sets
-of groups. Every set is a program to compile, so there are fewer groups where rows cost nothing.
+of groups. Every set is a program to compile, so there are fewer groups within one process.
 
 Gloo sends at half rate where two devices send large messages to each other (benchmarks/README.md).
 So turns are not distances, of which M / 2 is such a one: devices trade with neighbours alone, which

@@ -74,7 +74,11 @@ class Dump:
 
 
 def joined(dumps: list[Dump], hints: Hints) -> list[Dump]:
-    """The dumps, those of a pipeline's stages as one; all of the same layers."""
+    """The dumps, those of a pipeline's stages as one; all of the same layers.
+
+    Raises:
+      Refused: dumps of other layers that are no stages, or ranks that split their tokens.
+    """
     groups: dict[Hashable, list[Dump]] = {}
     for dump in dumps:
         groups.setdefault(_seen(dump), []).append(dump)
@@ -107,7 +111,11 @@ def in_order(dumps: list[Dump]) -> list[Pass]:
 
 
 def check_own_rows(dumps: list[Dump]) -> None:
-    """Refuses ranks that agree in what they chose and not in their tokens."""
+    """Are rows those of the tokens beside them?
+
+    Raises:
+      Refused: ranks that agree in what they chose and not in their tokens.
+    """
     for at, one in enumerate(dumps):
         for first in dumps[:at]:
             if _rows_of(one, first):
