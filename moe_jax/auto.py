@@ -151,7 +151,11 @@ def topology_of(config: Config) -> Topology:
 
 
 def work_of(config: Config) -> Work:
-    """Sizes of a MoE layer for the tokens that one copy of all experts serves."""
+    """Sizes of a MoE layer for the tokens that one copy of all experts serves.
+
+    Over `tensor` one device's part: its columns of experts, keys and values of its heads. Latent
+    rows are not split.
+    """
     model, mesh = config.model, config.mesh
     tokens = config.data.global_batch * config.data.seq_len
     return Work(
@@ -160,7 +164,7 @@ def work_of(config: Config) -> Work:
         num_shared_experts=int(model.d_ff_shared > 0),
         d_ff_shared=model.d_ff_shared // mesh.tensor,
         value_bytes=2 if model.dtype == "bfloat16" else 4,
-        kv_values=model.kv_values,
+        kv_values=model.kv_values // (1 if model.latent.kv_rank else mesh.tensor),
         batch_tokens=max(tokens // (mesh.data * mesh.fsdp), 1),
     )
 

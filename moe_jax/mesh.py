@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -241,6 +242,12 @@ def _gather_bwd(whole, split, _, gradient):
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def added_once(value: jax.Array, axes: Axis) -> jax.Array:
+    """For `shard_map`: the value on the first device of these axes and zeros on the others, as a
+    term that is no part of anybody's share takes part in a sum over them."""
+    return jnp.where(jax.lax.axis_index(axes) == 0, value, 0)
 
 
 def gather_inside(array: jax.Array, *logical_axes: str | None) -> jax.Array:

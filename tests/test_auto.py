@@ -197,6 +197,14 @@ def test_shared_experts_are_part_of_a_layers_time():
     assert not auto.work_of(tiny.config()).shared_flops
 
 
+def test_what_attention_keeps_is_split_as_its_heads_are():
+    mesh = {"expert": 2, "tensor": 2}
+    assert auto.work_of(tiny.config(mesh=mesh)).kv_values == 2 * 1 * 4  # one of two heads
+    latent = {"kv_rank": 6, "d_rope": 4, "d_value": 3}
+    sized = tiny.config(mesh=mesh, model__latent=latent, model__num_kv_heads=4)
+    assert auto.work_of(sized).kv_values == 6 + 4
+
+
 def test_rows_are_as_wide_as_they_travel():
     """Sums that are reproducible go home in 32 bits, rows of 8 bits have a scale."""
     sized = functools.partial(tiny.config, model__dtype="bfloat16")

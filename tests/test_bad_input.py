@@ -388,7 +388,9 @@ TABLE = [
     train("width over fsdp", "--config.mesh.fsdp=3", "mesh.fsdp", "3", "nearest: 2 or 4"),
     train("heads over tensor", "--config.mesh.tensor=4", "mesh.tensor", "4", "nearest: 2"),
     train("shuffled over tensor", "--config.model.dispatch=shuffled --config.mesh.tensor=2",
-          "mesh.tensor", "2", "mesh.tensor = 1"),
+          "model.num_heads", "4", "8 devices"),
+    train("coherent over tensor", "--config.model.dispatch=coherent --config.mesh.tensor=2 "
+          "--config.model.qk_norm=all", "mesh.tensor", "2", "mesh.tensor = 1"),
     train("no tensor", "--config.mesh.tensor=0", "mesh.tensor", "0", "give a positive number"),
     train("unknown attention", "--config.mesh.attention=replicate", "mesh.attention",
           "'replicate'", "did you mean 'replicated'"),

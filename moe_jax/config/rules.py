@@ -248,15 +248,18 @@ def _validate_mesh(config: Config) -> None:
             "use 'exchange' or 'gathered', or mesh.expert = 1",
         )
     if model.dispatch == "shuffled":
-        _validate_heads(model, devices)
-    if model.dispatch in ("shuffled", "coherent"):
-        for field, value, plain in (
-            ("mesh.tensor", mesh.tensor, 1),
-            ("mesh.attention", mesh.attention, "split"),
-        ):
-            if value != plain:
-                rule = f"is not there for model.dispatch = {model.dispatch!r}: its layers differ"
-                raise Refused(field, value, rule, f"set {field} = {plain!r}")
+        _validate_heads(model, devices * mesh.tensor)
+    if model.dispatch == "coherent" and mesh.tensor > 1 and model.qk_norm == "all":
+        raise Refused(
+            "mesh.tensor",
+            mesh.tensor,
+            "splits heads, and the norm of model.qk_norm = 'all' is over all of them, which is not "
+            "there for model.dispatch = 'coherent'",
+            "set mesh.tensor = 1, or use another dispatch",
+        )
+    if model.dispatch in ("shuffled", "coherent") and mesh.attention != "split":
+        rule = f"is not there for model.dispatch = {model.dispatch!r}: its layers differ"
+        raise Refused("mesh.attention", mesh.attention, rule, "set mesh.attention = 'split'")
     one_of("platform", config.platform, ("", "cpu", "gpu", "tpu"))
     if config.virtual_devices < 0:
         raise Refused("virtual_devices", config.virtual_devices, "must be at least 0", "use 0")

@@ -11,6 +11,9 @@ layers. The whole stack runs inside one `shard_map`; per layer:
     4. experts; their rows (`exact`) or sums (`partial`) on to the device of the best expert,
        which got the residual row in 3: there the token is from now on. With top_k = 1 nothing moves
 
+Over `tensor` devices hold the same tokens, each its part of the heads and of the columns of every
+expert; what they add to a residual row is summed in 2 and where the row has arrived in 4.
+
 After the last layer rows return to the devices that hold their sequences; logits are made there.
 Layers without experts come first and are those of other dispatches: their tokens are at home.
 
@@ -113,8 +116,8 @@ def build_forward(
 def abstract_cache(config: ModelConfig, batch: int, capacity: int, mesh: Mesh) -> transformer.Cache:
     """As `transformer.abstract_cache`; all devices of an expert group hold all its sequences in
     the layers with experts."""
-    placed = jax.sharding.NamedSharding(mesh, PartitionSpec(None, mesh_lib.REPLICAS))
     kind, dtype = kept.of_config(config), jnp.dtype(config.dtype)
+    placed = jax.sharding.NamedSharding(mesh, kind.cache_spec)
     of_moe = kind.cache(
         *(
             jax.ShapeDtypeStruct((config.num_moe_layers, *shape), dtype, sharding=placed)
@@ -140,7 +143,7 @@ def _build_stack(config: ModelConfig, mesh: Mesh, implementation: str | None):
     def stack(x_BSD, blocks, table, position_BS, real_BS, cache):
         leaves, tree = jax.tree.flatten(blocks)
         specs = [mesh_lib.spec(*names) for names in jax.tree.leaves(parameter.logical_axes(blocks))]
-        of_cache = PartitionSpec(None, mesh_lib.REPLICAS)
+        of_cache = kept.of_config(config).cache_spec
 
         # Nothing is differentiated, and that the cache is the same on all devices of a group
         # follows from where rows come from, which types cannot know: hence no check of them.
@@ -189,7 +192,7 @@ class _Group:
     def __init__(self, config, setting, implementation, position_BS, reached_B, decoding: bool):
         """`reached_B`: the last position of each sequence at hand."""
         self._config, self._setting, self._decoding = config, setting, decoding
-        self._attention = kept.of_config(config)
+        self._attention = kept.of_config(config, parts=jax.lax.axis_size(mesh_lib.TENSOR))
         self._implementation = implementation
         self._batch, self._sequence = position_BS.shape
         self._position_X = position_BS.reshape(-1).astype(jnp.int32)
@@ -256,7 +259,8 @@ class _Group:
                 weight_XK,
                 self._norm_of(block.moe_norm_D, block.moe_norm_bias_D),
                 self._experts_of(block.moe),
-                self._add_of(block),
+                self._with_shared_of(block),
+                self._added,
             )
         shared_M = stay.shared_M(here, setting.axes)
         padding_M = stay.shared_padding_M(here, self._num_tokens)
@@ -307,29 +311,37 @@ class _Group:
             jax.lax.axis_size(mesh_lib.DEVICE),
             self._setting.num_local,
         )
+        all_tiles = stay.num_tiles(here.count, tile)
         tiles, place = self._tiles_by_sequence(here)
         if self._decoding:
-            tiles, place = stay.num_tiles(here.count, tile), lambda i: (i * tile, None)
+            tiles, place = all_tiles, lambda i: (i * tile, None)
         cached = jax.tree.leaves(keys)[0].shape[1]
 
-        def compute(i):
-            start, sequence = place(i)
-            cut = functools.partial(
+        def cut_at(start):
+            return functools.partial(
                 jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=tile
             )
-            query_WHV, token_W = cut(query_RHV), cut(here.token_R)
+
+        def attend(i):
+            start, sequence = place(i)
+            query_WHV, token_W = cut_at(start)(query_RHV), cut_at(start)(here.token_R)
             seen_1WC = attention.seen(self._position_X[token_W][None], cached, window)
             if self._decoding:  # a token a sequence
                 own = jax.tree.map(lambda a: a[token_W], keys)
                 of_tokens = (query_WHV[:, None], own, block.attention, seen_1WC.swapaxes(0, 1))
-                added_WD = self._attention.attend(*of_tokens)[:, 0]
-            else:
-                own = jax.tree.map(
-                    lambda a: jax.lax.dynamic_slice_in_dim(a, sequence, slice_size=1), keys
-                )
-                of_tokens = (query_WHV[None], own, block.attention, seen_1WC)
-                added_WD = self._attention.attend(*of_tokens)[0]
-            x_WD = self._added(cut(x_RD), added_WD)
+                return start, self._attention.attend(*of_tokens)[:, 0]
+            own = jax.tree.map(
+                lambda a: jax.lax.dynamic_slice_in_dim(a, sequence, slice_size=1), keys
+            )
+            of_tokens = (query_WHV[None], own, block.attention, seen_1WC)
+            return start, self._attention.attend(*of_tokens)[0]
+
+        added_RD = stay.fill(attend, tiles, jnp.zeros_like(x_RD))
+        added_RD = stay.whole(added_RD, here, self._num_tokens)
+
+        def route(i):
+            cut = cut_at(i * tile)
+            x_WD = self._added(cut(x_RD), cut(added_RD))
             normed_WD = self._norm_of(block.moe_norm_D, block.moe_norm_bias_D)(x_WD)
             with jax.named_scope("route"):
                 routing = router.route(
@@ -340,8 +352,9 @@ class _Group:
                     moe.correction(block.moe),
                     bias_E=parameter.value(block.moe.router_bias_E),
                 )
-            slot_WK = slots_of(routing.expert_TK, self._turn_X[token_W], table, home)
-            return start, (x_WD, slot_WK, routing.weight_TK)
+            turn_W = self._turn_X[cut(here.token_R)]
+            slot_WK = slots_of(routing.expert_TK, turn_W, table, home)
+            return i * tile, (x_WD, slot_WK, routing.weight_TK)
 
         shape = (len(x_RD), config.top_k)
         buffers = (
@@ -349,7 +362,7 @@ class _Group:
             jnp.zeros(shape, jnp.int32),
             jnp.zeros(shape, jnp.float32),
         )
-        return stay.fill(compute, tiles, buffers)
+        return stay.fill(route, all_tiles, buffers)
 
     def _tiles_by_sequence(self, here: Residence):
         """Tiles of tokens of one sequence each: how many, and (first row, sequence) of a tile.
@@ -384,7 +397,7 @@ class _Group:
         def experts_fn(rows_AD, group_sizes_e):
             return moe.compute_experts(
                 rows_AD,
-                moe.experts_of(weights, rows_AD.dtype),
+                moe.experts_of(weights, rows_AD.dtype).map(moe.bias_once),
                 group_sizes_e,
                 activation=self._config.activation,
                 implementation=self._implementation,
@@ -392,15 +405,17 @@ class _Group:
 
         return experts_fn
 
-    def _add_of(self, block: transformer.Block) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Residual rows [N, D] with what their experts say and, where there is one, the shared."""
+    def _with_shared_of(
+        self, block: transformer.Block
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Of residual rows [N, D] and what their experts say: that with the shared expert's."""
         expert = block.moe.shared
         norm = self._norm_of(block.moe_norm_D, block.moe_norm_bias_D)
 
-        def add(x_ND, y_ND):
-            if expert is not None:
-                cast = jax.tree.map(lambda a: a.astype(x_ND.dtype), expert)
-                y_ND = y_ND + shared.compute(norm(x_ND), cast)
-            return self._added(x_ND, y_ND)
+        def with_shared(x_ND, y_ND):
+            if expert is None:
+                return y_ND
+            cast = jax.tree.map(lambda a: a.astype(x_ND.dtype), expert)
+            return y_ND + shared.compute(norm(x_ND), cast)
 
-        return add
+        return with_shared

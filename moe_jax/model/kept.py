@@ -4,17 +4,23 @@ Two kinds with the same methods: keys and values of grouped-query attention, sid
 rows of latent attention. Latent rows are attended to as they are, in prefill too: keys and values
 of a sequence would be expanded again on each device that has some of its tokens.
 
+Where heads are split over `tensor`, a device has its part of them: keys and values are split, too,
+latent rows are not.
+
 Axes: B sequences, S tokens at hand, C cached positions, D d_model, H query heads, G key/value
-heads, Q d_head, X values of a query, Z values of a row.
+heads, Q d_head, X values of a query, Z values of a row. Of heads that are split those here.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from moe_jax import mesh as mesh_lib
 from moe_jax.config import ModelConfig
-from moe_jax.model import attention, latent
+from moe_jax.model import attention, latent, parameter
 from moe_jax.model.attention import LayerCache
 from moe_jax.model.latent import LatentCache
 
@@ -23,14 +29,19 @@ class GroupedQuery:
     """Keys and values.
 
     Attributes:
+      cache_spec: how arrays [L, B, C, ...] of all layers are split.
       query_shape: of one token's query.
       width: Z.
     """
 
-    def __init__(self, config: ModelConfig):
+    cache_spec = PartitionSpec(None, mesh_lib.REPLICAS, None, mesh_lib.TENSOR)
+
+    def __init__(self, config: ModelConfig, parts: int = 1):
+        """`parts`: that heads are in, of which one is here."""
         self._setting = attention.setting_of(config)
-        self._heads = config.num_kv_heads, config.d_head
-        self.query_shape, self.width = (config.num_heads, config.d_head), config.kv_values
+        self._heads = config.num_kv_heads // parts, config.d_head
+        self.query_shape = (config.num_heads // parts, config.d_head)
+        self.width = config.kv_values // parts
 
     def cache_shapes(self, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
         """Of arrays [B, C, ...] of one layer."""
@@ -55,20 +66,27 @@ class GroupedQuery:
         return tuple(part.reshape(*row_BSZ.shape[:2], *self._heads) for part in parts)
 
     def attend(self, query_BSHQ, kept: LayerCache, weights, seen_BSC) -> jax.Array:
-        """What attention adds to each token, [B, S, D]."""
+        """What the heads here add to each token, [B, S, D]."""
+        params = parameter.present(weights, attention.Heads)
+        heads = attention.Heads(**{name: param[...] for name, param in params.items()})
+        if heads.output_bias_D is not None:
+            once_D = mesh_lib.added_once(heads.output_bias_D, mesh_lib.TENSOR)
+            heads = dataclasses.replace(heads, output_bias_D=once_D)
         mixed_BSHQ = attention.mix(
             *(query_BSHQ, kept.key_BCGQ, kept.value_BCGQ, seen_BSC),
-            *(weights.sink_H, self._setting.divisor),
+            *(heads.sink_H, self._setting.divisor),
         )
-        return attention.project_out(mixed_BSHQ, weights)
+        return attention.project_out(mixed_BSHQ, heads)
 
 
 class Latent:
     """Rows of latent attention; attributes and methods as of `GroupedQuery`."""
 
-    def __init__(self, config: ModelConfig):
+    cache_spec = PartitionSpec(None, mesh_lib.REPLICAS)
+
+    def __init__(self, config: ModelConfig, parts: int = 1):
         self._setting = latent.setting_of(config)
-        self.query_shape = (config.num_heads, config.d_head + config.latent.d_rope)
+        self.query_shape = (config.num_heads // parts, config.d_head + config.latent.d_rope)
         self.width = config.kv_values
 
     def cache_shapes(self, size: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
@@ -90,6 +108,6 @@ class Latent:
         return latent.project_out(mixed_BSHW, weights)
 
 
-def of_config(config: ModelConfig) -> GroupedQuery | Latent:
-    """The kind that a model has."""
-    return Latent(config) if config.latent.kv_rank else GroupedQuery(config)
+def of_config(config: ModelConfig, parts: int = 1) -> GroupedQuery | Latent:
+    """The kind that a model has; of `parts` of its heads one."""
+    return (Latent if config.latent.kv_rank else GroupedQuery)(config, parts)

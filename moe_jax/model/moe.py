@@ -136,6 +136,13 @@ def experts_in_place(weights: MoE, mesh: Mesh, dtype: Any) -> Experts | None:
     return experts_of(weights, dtype) if as_stored and not gathers else None
 
 
+def bias_once(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """For `Experts.map`: what experts add to whole sums, their last bias, by one of the devices of
+    `tensor` alone."""
+    is_last = names[-2:] == EXPERT_AXES[-1]
+    return mesh_lib.added_once(weight, mesh_lib.TENSOR) if is_last else weight
+
+
 def compute_experts(
     rows_AD: jax.Array, experts: Experts, group_sizes_e: jax.Array, **how: Any
 ) -> jax.Array:
@@ -347,10 +354,7 @@ def build_dispatch(
 
     def on_replica(weight, names):
         weight = vary_over_data(weight)
-        if (
-            names[-2:] == EXPERT_AXES[-1]
-        ):  # what is added to whole sums is added by one of their parts
-            weight = jnp.where(jax.lax.axis_index(mesh_lib.TENSOR) == 0, weight, 0)
+        weight = bias_once(weight, names)
         if "embed" not in names:
             return jax.lax.pcast(weight, axis_name=mesh_lib.FSDP, to="varying")
         return mesh_lib.gather_inside(weight, *names)

@@ -7,6 +7,9 @@ consecutive layers together then saves rows. What follows is an `exchange` from 
 all-gather brings the rows together again for the next attention. The gather and the scatter move
 the same rows whatever the placement, as split attention always does; they are not in `Traffic`.
 
+Over `tensor` heads are split further: each device of an expert axis has its heads, each of
+`tensor` a part of these, and a part of each expert's columns as in other dispatches.
+
 Axes: B sequences and S positions of one group (the devices that share experts), X = B * S its
 tokens, M its devices, T = X / M rows here, N rows of all groups, D d_model, K top_k, H query
 heads, G key/value heads, C cached positions.
@@ -36,6 +39,7 @@ from moe_jax.model.moe import LayerRecord, MoELayer
 from moe_jax.pytree import Leaf
 
 _GROUP = mesh_lib.REPLICAS  # axes over which groups differ
+_HEADS = (*mesh_lib.EXPERT, mesh_lib.TENSOR)  # that heads are split over
 _ROWS, _SEQUENCES = PartitionSpec(mesh_lib.BATCH), PartitionSpec(_GROUP)
 
 
@@ -47,19 +51,21 @@ def abstract_cache(
     Each device has its heads of all sequences of the group. Of latent attention it has all their
     rows: the array has as many copies of each sequence as devices share it.
     """
-    devices, dtype = mesh_lib.size(mesh, mesh_lib.EXPERT), jnp.dtype(config.dtype)
+    dtype = jnp.dtype(config.dtype)
     placed = NamedSharding(mesh, PartitionSpec(None, *_spec_of_cache(config)))
     if config.latent.kv_rank:
+        devices = mesh_lib.size(mesh, mesh_lib.EXPERT)
         width = config.latent.kv_rank + config.latent.d_rope
         shape: tuple[int, ...] = (num_layers, batch * devices, capacity, width)
         return latent.LatentCache(jax.ShapeDtypeStruct(shape, dtype, sharding=placed))
-    shape = (num_layers, batch, capacity, max(config.num_kv_heads, devices), config.d_head)
+    num_heads = max(config.num_kv_heads, mesh_lib.size(mesh, _HEADS))
+    shape = (num_layers, batch, capacity, num_heads, config.d_head)
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     return LayerCache(array, array)
 
 
 def _spec_of_cache(config: ModelConfig) -> PartitionSpec:
-    return _ROWS if config.latent.kv_rank else PartitionSpec(_GROUP, None, mesh_lib.EXPERT)
+    return _ROWS if config.latent.kv_rank else PartitionSpec(_GROUP, None, _HEADS)
 
 
 @jax.tree_util.register_dataclass
@@ -139,13 +145,14 @@ class Steps:
     def __init__(self, config: ModelConfig, mesh: Mesh, moe: MoELayer):
         self._mesh, self._groups = mesh, mesh_lib.size(mesh, _GROUP)
         self._devices = mesh_lib.size(mesh, mesh_lib.EXPERT)
+        self._split = mesh_lib.size(mesh, _HEADS)
         self._num_kv_heads, self._top_k = config.num_kv_heads, config.top_k
         self._norm_eps, self._residual_scale = config.norm_eps, config.residual_scale
         self._cache = _spec_of_cache(config)
         self._attention: Any = latent if config.latent.kv_rank else attention
         self._setting = self._attention.setting_of(config)
         if not config.latent.kv_rank:
-            self._setting = dataclasses.replace(self._setting, heads_over=mesh_lib.EXPERT)
+            self._setting = dataclasses.replace(self._setting, heads_over=_HEADS)
         self.moe = moe
 
     def norm(self, scale_D: Any, bias_D: Any) -> Norm:
@@ -191,16 +198,16 @@ class Steps:
           norm: before attention.
           window: of the layer, see `attention.seen`.
         """
-        num_local_kv = max(1, self._num_kv_heads // self._devices)
+        num_local_kv = max(1, self._num_kv_heads // self._split)
         params = parameter.present(weights, self._attention.Heads)
         axes = {name: param.get_metadata()["axes"] for name, param in params.items()}
 
         def of_device(name, part):
             """The heads of this device; what is added once comes from one device."""
-            me, size = jax.lax.axis_index(mesh_lib.EXPERT), jax.lax.axis_size(mesh_lib.EXPERT)
+            me, size = jax.lax.axis_index(_HEADS), jax.lax.axis_size(_HEADS)
             part = _vary(mesh_lib.gather_inside(part, *axes[name]))
             if name == "output_bias_D":
-                return jnp.where(me == 0, part, 0)
+                return mesh_lib.added_once(part, _HEADS)
             if "head" not in axes[name] or not _repeated(name):
                 return part
             first, axis = me * self._num_kv_heads // size, axes[name].index("head")
@@ -226,6 +233,7 @@ class Steps:
             mixed_XD = _permuted(mixed_BSD.reshape(x_XD.shape), token_X, position_X)
             x_TD = _mine(_permuted(x_XD, token_X, position_X))
             mixed_TD = jax.lax.psum_scatter(mixed_XD, mesh_lib.EXPERT, tiled=True)
+            mixed_TD = jax.lax.psum(mixed_TD, mesh_lib.TENSOR)
             x_TD = self.added(x_TD, mixed_TD)
             real_X = _vary_over_devices(real_BS).reshape(-1)[token_X]
             token_T, real_T = _mine(token_X), _mine(real_X)
@@ -281,7 +289,7 @@ def _repeated(name: str) -> bool:
 
 def _spec_of(name: str, axes: tuple[str, ...]) -> PartitionSpec:
     """Of a parameter of attention, by its name in `Heads`: query heads are split."""
-    heads = None if _repeated(name) else mesh_lib.EXPERT
+    heads = None if _repeated(name) else _HEADS
     return PartitionSpec(*(heads if axis == "head" else mesh_lib.spec(axis)[0] for axis in axes))
 
 

@@ -50,14 +50,21 @@ class Case:
     combine: str = "exact"
     dtype: str = "float32"
     latent: bool = False  # attention, and a layer without experts before the others
+    tensor: int = 1
 
     def __str__(self):
-        return repr(self).replace(", latent=False", "")
+        return repr(self).replace(", tensor=1", "").replace(", latent=False", "")
 
     def config(self, dispatch="coherent"):
         return tiny.config(
             **(LATENT if self.latent else {}),
-            mesh={"data": self.data, "fsdp": self.fsdp, "node": self.node, "expert": self.expert},
+            mesh={
+                "data": self.data,
+                "fsdp": self.fsdp,
+                "node": self.node,
+                "expert": self.expert,
+                "tensor": self.tensor,
+            },
             model__dispatch=dispatch,
             model__top_k=self.top_k,
             model__combine=self.combine,
@@ -82,6 +89,12 @@ CASES = [
     pytest.param(Case(data=4, expert=2, top_k=8), marks=pytest.mark.slow),
     pytest.param(Case(data=2, expert=4, combine="partial"), marks=pytest.mark.slow),
     pytest.param(Case(data=8, expert=1), marks=pytest.mark.slow),
+    Case(data=2, expert=2, tensor=2),
+    Case(data=1, expert=4, tensor=2, latent=True),
+    pytest.param(Case(data=1, node=2, expert=2, top_k=1, tensor=2), marks=pytest.mark.slow),
+    pytest.param(
+        Case(data=1, fsdp=2, expert=2, combine="partial", tensor=2), marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -206,7 +219,15 @@ def test_equals_the_model_on_one_device(case):
         assert_rows_predicted(records, case, placement)
 
 
-@pytest.mark.parametrize("case", [MAIN, Case(latent=True)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        MAIN,
+        Case(latent=True),
+        pytest.param(Case(expert=2, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_exact_is_bit_identical_under_20_placements_and_rows_are_predicted(case):
     model, table, _ = placed(case, None)
     expected, _ = run(case, "coherent", model, table)

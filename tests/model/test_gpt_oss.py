@@ -117,6 +117,7 @@ def oracle(model, config):
         pytest.param("exchange", {"data": 2, "expert": 4}, marks=pytest.mark.slow),
         pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("shuffled", {"data": 2, "expert": 4}, marks=pytest.mark.slow),
+        pytest.param("shuffled", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_logits_and_gradients_equal_the_oracle(dispatch, mesh):

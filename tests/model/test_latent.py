@@ -169,6 +169,7 @@ MESHES = [
     pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     ("shuffled", {"data": 2, "expert": 4}),
     pytest.param("shuffled", {"fsdp": 2, "node": 2, "expert": 2}, marks=pytest.mark.slow),
+    pytest.param("shuffled", {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow),
 ]
 # Serves only. Its decoding steps: test_coherent.py.
 COHERENT = pytest.param("coherent", {"data": 2, "expert": 4}, marks=pytest.mark.slow)

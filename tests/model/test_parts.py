@@ -205,6 +205,7 @@ CASES = [
     pytest.param("hierarchical", {"node": 2, "expert": 2}, marks=SLOW),
     pytest.param("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=SLOW),
     pytest.param("shuffled", {"data": 2, "expert": 4}, marks=SLOW),  # a key/value head on 2 devices
+    pytest.param("shuffled", {"data": 2, "expert": 2, "tensor": 2}, marks=SLOW),
     pytest.param("coherent", {"data": 2, "expert": 4}, marks=SLOW),
 ]
 
@@ -218,6 +219,23 @@ def test_every_dispatch_and_mesh_equals_one_device(dispatch, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 2, "expert": 2, "tensor": 2}, {"tensor": 2}], ids=str)
+def test_coherent_over_tensor_equals_one_device(mesh):
+    """Every part but the norm over all heads, which is refused there."""
+    parts = {**PARTS, "model__qk_norm": "head"}
+
+    def sized(dispatch, mesh):
+        return tiny.config(mesh=mesh, model__dispatch=dispatch, **parts)
+
+    one_device = sized("local", {"data": 1, "expert": 1})
+    whole = Whole(lambda: shaken(transformer.Transformer(jax.random.key(1), one_device.model)))
+    logits_BSV, expert_LBSK = whole.outputs(one_device)
+    actual_BSV, actual_LBSK = whole.outputs(sized("coherent", mesh))
+    np.testing.assert_array_equal(actual_LBSK, expert_LBSK)
+    np.testing.assert_allclose(actual_BSV, logits_BSV, rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dispatch", "mesh"),
     [
@@ -225,6 +243,7 @@ def test_every_dispatch_and_mesh_equals_one_device(dispatch, mesh):
         ("gathered", {"fsdp": 2, "expert": 2, "tensor": 2}),
         ("shuffled", {"data": 2, "expert": 4}),
         ("shuffled", {"node": 2, "expert": 1}),
+        ("shuffled", {"fsdp": 2, "expert": 2, "tensor": 2}),
     ],
 )
 def test_gradients_of_every_part_equal_those_of_one_device(dispatch, mesh):

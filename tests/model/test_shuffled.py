@@ -96,6 +96,8 @@ MESHES = [
     {"data": 1, "expert": 8},
     {"data": 1, "node": 2, "expert": 2},
     {"data": 1, "fsdp": 2, "expert": 4},
+    {"data": 2, "expert": 2, "tensor": 2},
+    {"data": 1, "node": 2, "expert": 2, "tensor": 2},
 ]
 
 
@@ -107,6 +109,8 @@ MESHES = [
         pytest.param(MESHES[1], 2, 2, marks=pytest.mark.slow),
         pytest.param(MESHES[1], 8, 8, marks=pytest.mark.slow),
         (MESHES[3], 2, 2),
+        (MESHES[4], 2, 2),  # a key/value head on two devices
+        pytest.param(MESHES[5], 2, 8, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -170,13 +174,14 @@ def test_rows_of_plans_with_copies():
 
 
 @pytest.mark.slow
-def test_serves():
+@pytest.mark.parametrize("mesh", [MESHES[0], MESHES[4]], ids=str)
+def test_serves(mesh):
     """Prefill and decode give the tokens of `exchange`."""
     said = []
     for dispatch in ("exchange", "shuffled"):
-        config = sized(dispatch, {"data": 2, "expert": 4})
+        config = sized(dispatch, mesh)
         model = transformer.Transformer(jax.random.key(1), config.model)
-        placement = tiny.random_placement(0)
+        placement = tiny.random_placement(0, mesh["expert"])
         engine = Engine(config, tiny.mesh(config), model, tiny.table(placement))
         prompts = [list(range(5)), [7] * 11, [3, 1]]
         said.append(engine.generate(prompts, 12, sampling.Sampling()).tokens)
@@ -186,6 +191,8 @@ def test_serves():
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(Refused, match=r"model.num_heads = 4: must be divisible by the 8 devices"):
         sized("shuffled", {"data": 1, "expert": 8})
+    with pytest.raises(Refused, match=r"model.num_heads = 4: must be divisible by the 8 devices"):
+        sized("shuffled", {"data": 1, "expert": 4, "tensor": 2})
     with pytest.raises(Refused, match=r"model.num_kv_heads = 3.*or divide them"):
         sized("shuffled", {"data": 1, "expert": 4}, num_heads=12, num_kv_heads=3)
 

@@ -10,6 +10,7 @@ computed here, e experts here, N rows that arrive, D d_model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -48,6 +49,7 @@ class Onward:
         weight_XK: jax.Array,
         norm: Callable[[jax.Array], jax.Array],
         experts_fn: ExpertsFn,
+        with_shared: Callable[[jax.Array, jax.Array], jax.Array],
         add: Callable[[jax.Array, jax.Array], jax.Array],
     ) -> tuple[jax.Array, jax.Array, Traffic]:
         """Moves the tokens on.
@@ -57,8 +59,10 @@ class Onward:
             has K slots, a position without a token -1.
           weight_XK: float32.
           norm: [N, D] -> [N, D], of the rows that experts see.
-          experts_fn: the experts here.
-          add: [N, D] and [N, D] -> [N, D], residual rows and what the experts say of them -> the
+          experts_fn: the experts here; of each, its columns on this device of `tensor`.
+          with_shared: [N, D] and [N, D] -> [N, D], residual rows and what the experts say of them
+            -> that and what the shared expert says, where there is one; of its columns here.
+          add: [N, D] and [N, D] -> [N, D], residual rows and what all experts say of them -> the
             rows that tokens go on with, where they go on from.
 
         Returns:
@@ -97,10 +101,20 @@ class Onward:
             token_W = jax.lax.dynamic_slice_in_dim(there.token_R, i * self.tile, self.tile)
             y_WD = combine.total(token_W, sorting_lib.take_rows(rows_ND, row_XK[token_W]))
             x_WD = arrived_XD[arrival_X[token_W]]
-            return i * self.tile, add(x_WD, y_WD.astype(self.x_RD.dtype))
+            return i * self.tile, (x_WD, with_shared(x_WD, y_WD.astype(self.x_RD.dtype)))
 
-        tiles = stay.num_tiles(there.count, self.tile)
-        x_RD = stay.fill(compute, tiles, jnp.zeros_like(self.x_RD))
+        tiles, nothing_RD = stay.num_tiles(there.count, self.tile), jnp.zeros_like(self.x_RD)
+        x_RD, y_RD = stay.fill(compute, tiles, (nothing_RD, nothing_RD))
+        y_RD = stay.whole(y_RD, there, num_group // self.setting.num_devices)
+
+        def finish(i):
+            start = i * self.tile
+            cut = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=self.tile
+            )
+            return start, add(cut(x_RD), cut(y_RD))
+
+        x_RD = stay.fill(finish, tiles, nothing_RD)
         return x_RD, next_X, _traffic(out, on, sorting.group_sizes_e)
 
     def _out(self, device_XK: jax.Array, first_XK: jax.Array) -> Leg:

@@ -8,6 +8,7 @@ that it follows the number of tokens and a row's bits do not depend on who else 
 
     Leg     the row of each item from the device where it is to the one where it goes
     share   a row of each token, from where it is, to every device
+    whole   rows of which each device of `tensor` has a part of the sum
 
 Axes: X tokens of all devices of the group, T = X / M at home on each, M devices, R >= X packed
 rows, N items (tokens, or assignments of tokens), W rows a tile, Z values a row.
@@ -118,6 +119,29 @@ def share(
 
     step = _step(residence, capacities)
     return jax.lax.switch(step, [*map(gather, capacities), add], value_RZ)
+
+
+def whole(value_RZ: jax.Array, residence: Residence, num_tokens: int) -> jax.Array:
+    """Packed rows [R, Z], summed over `tensor`: as many as the fullest device has, rounded up to a
+    step of `share`; rows beyond are arbitrary.
+
+    Devices of `tensor` hold the same tokens, and all of the mesh take the same step.
+
+    Args:
+      num_tokens: T.
+    """
+    if jax.lax.axis_size(mesh_lib.TENSOR) == 1:
+        return value_RZ
+    capacities = _capacities(num_tokens, residence.at_X.size)
+
+    def add(num_rows: int) -> Callable[[jax.Array], jax.Array]:
+        def branch(value_RZ):
+            return value_RZ.at[:num_rows].set(jax.lax.psum(value_RZ[:num_rows], mesh_lib.TENSOR))
+
+        return branch
+
+    step = _step(residence, capacities)
+    return jax.lax.switch(step, [*map(add, capacities), add(len(value_RZ))], value_RZ)
 
 
 def shared_padding_M(residence: Residence, num_tokens: int) -> jax.Array:
