@@ -10,8 +10,15 @@ from tests import pods, tiny
 
 
 @pods.needs_libtpu
-@pytest.mark.parametrize("dispatch", ["exchange", "coherent"])
-def test_a_batch_compiles(dispatch):
+@pytest.mark.parametrize(
+    ("dispatch", "tensor"),
+    [
+        pytest.param("exchange", 1, id="exchange"),
+        pytest.param("coherent", 1, id="coherent"),
+        pytest.param("coherent", 2, id="coherent over tensor"),
+    ],
+)
+def test_a_batch_compiles(dispatch, tensor):
     ended = pods.run(
         *(
             "moe_jax.infer.compile",
@@ -20,6 +27,7 @@ def test_a_batch_compiles(dispatch):
             f"--config.model.dispatch={dispatch}",
         ),
         *("--config.mesh.data=1", "--config.mesh.fsdp=2"),
+        *(f"--config.mesh.expert={8 // tensor}", f"--config.mesh.tensor={tensor}"),
         *("--sequences=32", "--prompt=64", "--answer=16"),
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
