@@ -230,8 +230,7 @@ class Placing:
         trace = self._fetch()
         self._newest_rows = self._rows_per_token()
         steps, served = self._engine.stats.steps - self._steps, self._served
-        self._learned_from = [*self._learned_from[-1:], trace]
-        self._learn(self.plan.placement)
+        self._learn_from(trace)
         self._windows = [*self._windows[-1:], trace]
         self._restart()
         if len(self._windows) == 2:
@@ -255,6 +254,11 @@ class Placing:
         )
 
     # --- homes ----------------------------------------------------------------------------
+
+    def _learn_from(self, window: Trace) -> None:
+        """For the plan in use, of this window and the one before it."""
+        self._learned_from = [*self._learned_from[-1:], window]
+        self._learn(self.plan.placement)
 
     def _learn(self, placement: Placement) -> None:
         """Begins; an older lesson that is not done counts no more."""
@@ -366,7 +370,7 @@ class Placing:
     def _prove(self) -> None:
         report, rules = self.report, self._rules
         report.rows_counted = self._rows_per_token()
-        self._fetch()
+        self._learn_from(self._fetch())
         gist = (
             f"{report.rows_counted:.3f} rows per token and layer counted, "
             f"{report.rows_predicted:.3f} predicted, {report.rows_before:.3f} before"

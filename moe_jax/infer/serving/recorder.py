@@ -5,7 +5,7 @@ into the places that the host named, and that is all that the hot path sees. A r
 request and holds its first `span` routed tokens, in order. Once all regions of a shard are taken,
 the n-th request on it takes the region of a random earlier one with probability regions / n
 (Vitter, algorithm R, doi 10.1145/3147.3165), so at any time the reservoir is a uniform sample of
-the requests.
+each shard's requests.
 """
 
 import dataclasses

@@ -143,6 +143,21 @@ def test_a_plan_that_breaks_its_promise_is_withdrawn(engine, monkeypatch):
     assert any("withdrawn before" in line for line in said)
 
 
+@pytest.mark.parametrize("rows_after", [99.0, 0.01], ids=["proven", "withdrawn"])
+def test_the_window_that_proves_teaches_homes_too(engine, monkeypatch, rows_after):
+    """For the plan in use and, where it is withdrawn, for the one that experts go back to."""
+    plan, placed, lessons = planted(monkeypatch, rows_after), start(engine), []
+
+    def learn(placement):
+        is_newest = placed._learned_from[-1] is placed.newest
+        lessons.append((placed.report.state, placement, is_newest))
+
+    monkeypatch.setattr(placed, "_learn", learn)
+    serve(engine, 200, placed)
+    assert (placing.PROVING, plan.placement, True) in lessons
+    assert ((placing.MOVING, HERE, True) in lessons) == (rows_after < 1)
+
+
 def test_layers_move_one_by_one_where_no_pause_is_allowed(engine, monkeypatch):
     planted(monkeypatch, rows_after=99.0)
     groups = []
