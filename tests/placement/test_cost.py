@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import Refused
-from moe_jax.placement import baselines, contacts, cost, evidence, problem, topology
+from moe_jax.placement import baselines, contacts, cost, evidence, problem, replication, topology
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.plan import Placement
 from moe_jax.routing import synthetic
@@ -134,6 +134,27 @@ def test_some_unknown_homes():
     odd = cost.rows(trace.expert_ids_TLK[1::2], placement, "exchange")
     even = cost.rows(trace.expert_ids_TLK[::2], placement, "exchange", np.full(15, 3))
     np.testing.assert_allclose(mixed.total_LMM, odd.total_LMM + even.total_LMM, atol=1e-12)
+
+
+@pytest.mark.parametrize("dispatch", ["exchange", "hierarchical", "coherent"])
+def test_some_unknown_homes_with_copies(dispatch):
+    """Rows and rows computed are sums over tokens: of those at home on 0 and of those anywhere."""
+    trace = holey_trace(8)
+    load_LE = np.random.default_rng(8).lognormal(0, 1.5, (3, 8))
+    placement = replication.balanced_slots(load_LE, 12, 4)
+    position_T = np.arange(30)
+    homes = np.where(position_T % 2, cost.UNKNOWN, 0)
+
+    def counted(pick, home_T):
+        ids_TLK, turns = trace.expert_ids_TLK[pick], position_T[pick]
+        of = (ids_TLK, placement, dispatch)
+        total_LMM = cost.rows(*of, home_T, "partial", 2, turns).total_LMM
+        return total_LMM, cost.computed_LP(*of, home_T, 2, turns)
+
+    mixed = counted(slice(None), homes)
+    odd, even = counted(slice(1, None, 2), None), counted(slice(None, None, 2), np.zeros(15, int))
+    for of_all, of_odd, of_even in zip(mixed, odd, even, strict=True):
+        np.testing.assert_allclose(of_all, of_odd + of_even, atol=1e-12)
 
 
 def test_a_case_to_check_by_hand():
