@@ -4,7 +4,7 @@
     planning   two windows are there: a thread plans on the older, judges on the newer (replan.py)
     moving     the plan is worth it: once a thread has compiled what its route needs, a group of
                layers moves before every step, as many as fit in `rules.most_pause` by what the
-               groups before took, at least one
+               groups before took, at least one; without steps while there are no requests
     proving    one more window under the new plan. Its rows are counted by the dispatch itself:
                if there are more than predicted by the margin, the experts move back
 
@@ -164,8 +164,14 @@ class Placing:
         engine.runner.prepared(wait=True)
         self._restart()
 
+    @property
+    def works(self) -> bool:
+        """Something goes on that needs no steps: a search, a move, or homes are learned."""
+        return self.report.state in (PLANNING, MOVING) or self._homes is not None
+
     def between_steps(self) -> None:
-        """To be called after every step, by who calls the steps."""
+        """To be called after every step, by who calls the steps, and now and then while it `works`
+        and there are none."""
         self._take_homes()
         state = self.report.state
         if state == RECORDING and self._is_full():

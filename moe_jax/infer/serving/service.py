@@ -18,6 +18,8 @@ from moe_jax.infer.serving.engine import Engine, Request
 from moe_jax.infer.serving.placing import Placing
 from moe_jax.infer.serving.request import Deliver, Options, Part
 
+IDLE_SECONDS = 0.05  # between looks at what goes on without requests
+
 
 class Unavailable(Exception):
     """Nothing is wrong with a request, but it is not taken now.
@@ -164,7 +166,7 @@ class Service:
             while not self._stopped:
                 with self._changed:
                     if not (self._inbox or self._engine.busy or self._stopped):
-                        self._changed.wait(pause)
+                        self._changed.wait(IDLE_SECONDS if self._works else pause)
                     taken, self._inbox = self._inbox, []
                 while taken:
                     taken.pop(0)()
@@ -172,7 +174,7 @@ class Service:
                     beaten = time.monotonic()
                     if others.beat():
                         self.drain()
-                if self._engine.step() and self.placing:
+                if (self._engine.step() or self._works) and self.placing:
                     self.placing.between_steps()
             others.tell(END)
         except BaseException:
@@ -189,6 +191,10 @@ class Service:
                 ticket.deliver(Part(None, "", None, finish))
             for what in taken:  # calls that somebody waits for
                 what()
+
+    @property
+    def _works(self) -> bool:
+        return self.placing is not None and self.placing.works
 
     def _admit(self, ticket: Ticket, prompt: Sequence[int], options: Options) -> None:
         def deliver(part: Part) -> None:

@@ -645,6 +645,7 @@ def test_experts_move_under_traffic(engine, monkeypatch):
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda n: said(ask(port, answer(f"{n} moves"))[1]), range(40))
                 assert dict(enumerate(found)) == expected
+        wait_until(lambda: not moving.works)  # nothing changes while it is looked at
         text = ask(port, None, "/metrics", method="GET")[1]
         live = ask(port, None, "/", method="GET")[1]
     values = dict(line.rpartition(" ")[::2] for line in text.splitlines() if line[0] != "#")
@@ -654,9 +655,33 @@ def test_experts_move_under_traffic(engine, monkeypatch):
     assert f'moe_jax_plan_info{{digest="{engine.plan_digest}"}} 1' in text
     assert f"{moving.report.adopted} adopted" in live
     assert "Placement in the loop is" in live
-    now = migrate.between(moving._before.placement, moving.plan.placement, moving._moved_layers)
-    now = now if moving.report.state == placing.MOVING else moving.plan.placement
-    engine.adopt(migrate.route(now, here), 0, tiny.LAYERS, here)
+    engine.adopt(migrate.route(moving.plan.placement, here), 0, tiny.LAYERS, here)
+
+
+def test_a_search_and_a_move_end_without_requests(engine, monkeypatch):
+    """Whoever asks last need not ask again for the plan to come into use."""
+    here, decide, may_end = tiny.contiguous(2), replan.decide, threading.Event()
+    plan = Plan(tiny.random_placement(3, 2))
+
+    def adopted(setting, before, recorded, seed=0, progress=None):
+        found = decide(setting, before, recorded, seed, progress)
+        may_end.wait()
+        return dataclasses.replace(found, adopt=True, plan=plan, rows_after=99.0)
+
+    monkeypatch.setattr(replan, "decide", adopted)
+    rules = placing.Rules(tokens=400, time_limit=0.05, most_pause=0.0)
+    moving = placing.Placing(engine, Plan(here), rules, topology=topology_lib.flat(2))
+    with serving(engine, moves=moving) as (port, _):
+        for n in range(200):
+            ask(port, answer(f"{n} moves"))
+            if moving.report.state == placing.PLANNING:
+                break
+        steps = engine.stats.steps
+        may_end.set()
+        wait_until(lambda: moving.report.state == placing.PROVING and not moving.works)
+    assert engine.stats.steps == steps
+    assert engine.plan_digest == plan.digest
+    engine.adopt(migrate.route(plan.placement, here), 0, tiny.LAYERS, here)
 
 
 def test_a_bearer_token(engine, server):
