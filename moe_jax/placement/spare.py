@@ -110,7 +110,7 @@ def caps(problem: Problem, reached_L: Float[np.ndarray, " L"]) -> Float[np.ndarr
         raise Refused(
             "load_cap",
             str(problem.load_cap),
-            f"layer {problem.trace.layer_ids[layer]} could not be balanced better than "
+            f"layer {problem.trace.layer_ids[layer]} was not balanced better than "
             f"{ratio_L[layer]:.4f} with {problem.num_slots} slots",
             problem.load_cap.advice(reached_L[layer], mean_L[layer], scale),
         )

@@ -102,11 +102,14 @@ def notes(summary: Summary) -> list[str]:
     texts = [*_dispatch_notes(summary)]
     padded = summary.figure("padding")
     if padded.before or padded.after:
-        total = [getattr(summary.figure("rows"), s) + getattr(padded, s) for s in _SIDES]
+        rows = summary.figure("rows")
+        total = [getattr(rows, s) + getattr(padded, s) for s in _SIDES]
+        hides = rows.after < rows.before and total[1] >= total[0]
         texts.append(
             "Padding is counted apart: where ragged exchanges are missing, rows travel in buckets "
             f"of equal size. With padding, {total[0]:.3f} rows per token and layer were on the "
-            f"wire before and {total[1]:.3f} after: padding can hide a saving."
+            f"wire before and {total[1]:.3f} after"
+            + (": padding hides the saving." if hides else ".")
         )
     load = summary.figure("load_worst")
     if load.after > load.before:

@@ -376,7 +376,19 @@ def test_replicas_for_balance_count_speeds():
         better += found < before * 0.99
         gaps.append(found / best)
     assert better >= 10
-    assert np.mean(gaps) < 1.25
+    assert np.mean(gaps) < 1.05
+
+
+def test_copies_are_as_many_as_the_speeds_ask_for():
+    """Without speeds experts 0 and 1 have two copies; the best of all plans has more of 1 and 3."""
+    load_LE, speed_M = np.array([[30, 20, 10, 5]]), np.array([2.0, 0.5, 0.5])
+    even = replication.balanced_slots(load_LE, 6, 3)
+    plan = at_speeds.dealt_anew(even, load_LE, speed_M)
+    found_P = plan.physical_to_logical_LP[0].astype(np.int64)
+    every = every_layer_with_copies(4, 3, 6)
+    best = min(over_speed(row_P, load_LE[0], speed_M) for row_P in every)
+    assert over_speed(found_P, load_LE[0], speed_M) == pytest.approx(best)
+    assert best / (65 / 3) == pytest.approx(1.1538, abs=1e-4)
 
 
 @pytest.mark.parametrize("shared", [0, 1, 4])

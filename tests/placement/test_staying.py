@@ -300,7 +300,7 @@ def test_plans_keep_their_caps_and_beat_the_start(num_nodes, cap, top_k):
 
 def test_a_cap_out_of_reach_names_the_layer():
     some = problem(cap="1.0")
-    with pytest.raises(Refused, match="could not be balanced better"):
+    with pytest.raises(Refused, match="was not balanced better"):
         solve.solve_problem(some, 0, 1.0)
 
 
