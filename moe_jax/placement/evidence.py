@@ -25,6 +25,7 @@ from moe_jax.placement.topology import Topology
 from moe_jax.routing.trace import Trace
 
 BOOTSTRAPS = 1000
+MIN_SEQUENCES = 20  # with fewer that judge an interval says too little to recommend anything
 
 
 @dataclasses.dataclass(frozen=True)

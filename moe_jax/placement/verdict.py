@@ -36,6 +36,7 @@ from moe_jax.errors import Refused
 from moe_jax.placement import move as move_lib
 from moe_jax.placement import paired, paired_copies, solve
 from moe_jax.placement import windows as windows_lib
+from moe_jax.placement.evidence import MIN_SEQUENCES
 from moe_jax.placement.move import Move
 from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement
@@ -45,7 +46,6 @@ from moe_jax.placement.windows import Window
 from moe_jax.routing.trace import Trace
 
 RECOMMENDED, NOT_RECOMMENDED, NOT_ENOUGH = "recommended", "not recommended", "not enough data"
-MIN_SEQUENCES = 20
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of window A
 SHARE_LIMIT = 0.25  # of the time limit, for each of them
 TIMES = 3  # time limits that everything takes together

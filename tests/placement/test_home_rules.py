@@ -13,10 +13,12 @@ from moe_jax.errors import Refused
 from moe_jax.placement import __main__ as command_line
 from moe_jax.placement import baselines, cost, paired, topology, windows
 from moe_jax.placement import seconds as seconds_lib
+from moe_jax.placement.evidence import Figure
 from moe_jax.placement.homes import assign, identities, joint, report, ridge, rules, tally
 from moe_jax.placement.homes.file import HomeRules
 from moe_jax.placement.homes.judge import Arrivals, Bench
 from moe_jax.placement.homes.report import Study
+from moe_jax.placement.paired import Gain
 from moe_jax.placement.plan import Placement, Plan
 from moe_jax.placement.problem import Problem
 from moe_jax.routing import trace as trace_lib
@@ -71,6 +73,25 @@ def test_topics_are_found_by_every_rule():
     assert found.best is not None
     assert found.best.rule != "none"
     assert "Best rule" in report.summary(found)
+
+
+def test_few_sequences_and_slower_steps_recommend_no_rule():
+    """The same planted saving, seen in 19 and in 20 sequences, and in steps that take longer."""
+    problem, judge, device_LE = halves_of_topics()
+    before_LE = baselines.contiguous(3, 16, 4).astype(np.int64)
+
+    def found(sequences):
+        some = judge.select(np.arange(sequences))
+        return report.study(problem, some, before_LE, device_LE, SMALL)
+
+    few = found(19)
+    assert few.best is None
+    assert report.summary(few).startswith("Only 19 sequences judge, and at least 20 are needed")
+    enough = found(20)
+    assert "Best rule" in report.summary(enough)
+    slower = Gain(1.0, 2.0, Figure(-1.0, -1.2, -0.8))
+    judged = tuple(dataclasses.replace(one, seconds=slower) for one in enough.judged)
+    assert dataclasses.replace(enough, judged=judged).best is None
 
 
 def test_without_affinity_no_rule_helps_and_the_report_says_so():
@@ -342,7 +363,7 @@ def run(*words) -> int:
 
 @pytest.fixture
 def trace_path(tmp_path) -> pathlib.Path:
-    trace = speaking(topical(4, sequences=32, length=12)[0])
+    trace = speaking(topical(4, sequences=48, length=12)[0])
     trace_lib.save(trace, tmp_path / "t.npz")
     return tmp_path / "t.npz"
 
@@ -356,7 +377,7 @@ def test_the_command_plans_jointly_and_writes_both_files(trace_path, tmp_path, c
     assert written.digest == answer["plan_digest"] == read.plan_digest
     told = written.provenance["homes"]
     assert told["value"] == pytest.approx(written.provenance["objective"])
-    assert sum(told["sequences_per_device"]) == 16
+    assert sum(told["sequences_per_device"]) == 24
     assert "prefill 50: no sequence is that long" in answer["notes"]
     assert [rule.first for rule in read.prefill] == [2]
     assert [rule.known for rule in read.tokens] == [16, 64, 256]

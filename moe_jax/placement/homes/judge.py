@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from moe_jax.placement import paired
 from moe_jax.placement import seconds as seconds_lib
 from moe_jax.placement.cost import Rows
-from moe_jax.placement.evidence import Figure
+from moe_jax.placement.evidence import MIN_SEQUENCES, Figure
 from moe_jax.placement.homes import assign, tally
 from moe_jax.placement.homes.rules import Rule
 from moe_jax.placement.homes.tally import Contacts
@@ -61,8 +61,9 @@ class Judged:
 
     @property
     def helps(self) -> bool:
-        """Fewer rows, beyond the interval."""
-        return self.rows.difference.low > 0
+        """Fewer rows, beyond the interval and of enough sequences; not more seconds beyond it."""
+        fewer = self.sequences >= MIN_SEQUENCES and self.rows.difference.low > 0
+        return fewer and self.seconds.difference.high >= 0
 
     def to_json(self) -> dict[str, Any]:
         gains = {name: getattr(self, name).to_json() for name in ("rows", "slow_rows", "seconds")}

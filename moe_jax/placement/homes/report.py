@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.placement import tables
-from moe_jax.placement.evidence import Figure
+from moe_jax.placement.evidence import MIN_SEQUENCES, Figure
 from moe_jax.placement.homes import rules, tally
 from moe_jax.placement.homes.judge import Arrivals, Bench, Judged
 from moe_jax.placement.homes.rules import NameRule, PrefillRule, TokenRule
@@ -49,7 +49,8 @@ class Found:
 
     @property
     def best(self) -> Judged | None:
-        """The rule (no oracle) that saves the largest share of rows, of those that help."""
+        """The rule (no oracle) that saves the largest share of rows, of those that help; which are
+        none where few sequences judge."""
         able = [one for one in self.judged if one.rule != "oracle" and one.helps]
         return max(able, key=lambda one: one.rows.share.value, default=None)
 
@@ -159,6 +160,12 @@ def summary(found: Found) -> str:
     """In words: what homes bring, if anything."""
     best = found.best
     if best is None or best.rule == "none":
+        most = max(one.sequences for one in found.judged)
+        if most < MIN_SEQUENCES:
+            return (
+                f"Only {most} sequences judge, and at least {MIN_SEQUENCES} are needed to say "
+                "whether a rule for homes saves rows: record more."
+            )
         return (
             "No rule for homes saves rows beyond the interval: on this trace it does not matter "
             "which device holds a sequence, or nothing that is known in time says which."
