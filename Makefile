@@ -1,4 +1,4 @@
-# make quickstart | test | test-all | venv | lint | bench | faults | faults-short | notebooks | docs          PYTHON=python3.12 chooses the interpreter
+# make quickstart | test | test-all | test-further | venv | lint | bench | faults | faults-short | notebooks | docs          PYTHON=python3.12 chooses the interpreter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ export JAX_PLATFORMS = cpu
 export TPU_SKIP_MDS_QUERY = 1
 export PYTHONUNBUFFERED = 1
 
-.PHONY: quickstart quickstart-commands test test-all venv lint bench faults faults-short notebooks notebooks-write docs clean
+.PHONY: quickstart quickstart-commands test test-all test-further venv lint bench faults faults-short notebooks notebooks-write docs clean
 
 quickstart: $(VENV)/.installed quickstart-commands
 
@@ -37,6 +37,11 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not faults"
+
+# What `make test` leaves out, as far as FOR seconds go: the tests that are left are skipped.
+test-further: FOR ?= 86400
+test-further: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "further and not slow and not faults" --for=$(FOR) tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

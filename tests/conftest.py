@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 
 import pytest
 
@@ -30,6 +31,22 @@ def forget_programs():
     jax.clear_caches()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--for",
+        dest="seconds",
+        type=float,
+        help="begin no test after so many seconds: those that are left are skipped, and counted",
+    )
+
+
+def pytest_configure(config):
+    global _begins_until
+    if config.option.seconds is not None:
+        _begins_until = time.monotonic() + config.option.seconds
+
+
+_begins_until = float("inf")
 _quickly = False  # how programs are compiled now: jax.config takes this flag, but does not show it
 
 
@@ -41,6 +58,8 @@ def pytest_runtest_setup(item):
     time or of memory is said of programs as users compile them: those tests go without the mark.
     """
     global _quickly
+    if time.monotonic() > _begins_until:
+        pytest.skip("the time of --for is over")
     wanted = item.get_closest_marker("compiled_quickly") is not None
     if wanted != _quickly:
         jax.clear_caches()  # compiled the other way
